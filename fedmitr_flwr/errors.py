@@ -1,0 +1,25 @@
+"""The errors a user can mend. Each message is one line: what is wrong, where, and the fix."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the command line prints the message and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """An unknown, ill-typed or impossible setting."""
+
+
+class DataError(UserError):
+    """Missing, corrupt or unsuitable images or labels."""
+
+
+class ModelError(UserError):
+    """A model that cannot be built, or weights that do not fit it."""
+
+
+class UploadError(UserError):
+    """An upload that must not enter the ensemble."""
+
+
+class RunError(UserError):
+    """A run folder that cannot be created, continued or fused."""

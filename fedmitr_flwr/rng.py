@@ -1,0 +1,29 @@
+"""Randomness is an argument: one private generator per purpose, named by a path."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive(seed: int, *path: str | int) -> int:
+    """A 63-bit seed for one purpose. Equal paths give equal seeds; different paths give unrelated ones."""
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream(seed: int, *path: str | int) -> torch.Generator:
+    """A private CPU generator for one purpose, e.g. `stream(seed, "local", client)`.
+
+    Draws are made on the CPU and moved afterwards, so they do not depend on the device or on the order of calls.
+    """
+    return torch.Generator().manual_seed(derive(seed, *path))
+
+
+@contextmanager
+def seeded_init(seed: int, *path: str | int) -> Iterator[None]:
+    """Give code that can only draw from torch's global generator (module initialisers) a private stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, *path))
+        yield
