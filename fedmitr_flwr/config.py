@@ -4,16 +4,13 @@ A setting's key is its field's name with hyphens, behind its section's name and 
 The table `[tool.flwr.app.config]` of pyproject.toml holds the same keys and defaults (tested).
 """
 
-import difflib
-import json
-import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from .errors import ConfigError
+from .settings import parse_toml, read_flat, toml_value, typed
 
 
 def _check(key: str, value: object, ok: bool, wanted: str) -> None:
@@ -227,6 +224,7 @@ class DistillConfig(Section):
     optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
     lr: float = 1e-3
     weight_decay: float = 0.05
+    schedule: str = "cosine"  # cosine | constant
     temperature: float = 2.0  # of the class-token distillation term
     high: float = 1.0  # weight of the pseudo-label term (class token and high-density tokens)
     token: float = 0.5  # within it, weight of the high-density patch tokens
@@ -239,6 +237,7 @@ class DistillConfig(Section):
     def __post_init__(self) -> None:
         self._one_of("init", "average", "initial", "pretrained")
         self._one_of("optimizer", "adamw", "sgd")
+        self._one_of("schedule", "cosine", "constant")
         self._one_of("teachers", "cached", "again")
         self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
         self._above(0, "lr", "temperature")
@@ -329,23 +328,19 @@ class Config(Section):
         """
         known = _leaves(base or cls())
         for key, value in flat.items():
-            known[key] = _typed(key, value, known)
+            known[key] = typed(key, value, known)
         return _build(cls, known)
 
     @classmethod
     def from_toml(cls, text: str, base: "Config | None" = None) -> Self:
         """Parse a TOML document; nested tables and dotted keys mean the same."""
-        try:
-            return cls.from_flat(flatten(tomllib.loads(text)), base)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"not valid TOML: {error}") from error
+        return cls.from_flat(parse_toml(text), base)
 
     @classmethod
     def from_file(cls, path: Path, base: "Config | None" = None) -> Self:
+        flat = read_flat(path)
         try:
-            return cls.from_toml(path.read_text(encoding="utf-8"), base)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the config file {path}: {error}") from error
+            return cls.from_flat(flat, base)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -358,33 +353,6 @@ class Config(Section):
 
     def with_clients(self, clients: int) -> Self:
         return replace(self, partition=replace(self.partition, clients=clients))
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested tables to dotted keys, as Flower does."""
-    flat: dict[str, object] = {}
-    for name, value in table.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
-def toml_value(value: bool | int | float | str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
-
-
-def parse_assignment(text: str) -> tuple[str, object]:
-    """One `key=value` of a command line; the value is TOML, or else taken as a plain string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{text!r} is not of the form key=value")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
 
 
 def _items(config: Section) -> Iterator[tuple[str, Any]]:
@@ -402,28 +370,16 @@ def _leaves(config: Config) -> dict[str, Any]:
     return leaves
 
 
-def _typed(key: str, value: object, known: Mapping[str, object]) -> object:
-    """`value` as the type of the default; a bool is no int, an int is a fine float."""
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "the keys are listed in pyproject.toml, [tool.flwr.app.config]"
-        raise ConfigError(f"unknown config key {key!r}; {hint}")
-    wanted = type(known[key])
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        raise ConfigError(f"{key} = {value!r} is a {type(value).__name__}; it must be a {wanted.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} = {value!r} is not a finite number")
-    return value
+C = TypeVar("C", bound=Config)
 
 
-def _build(cls: type[Config], leaves: Mapping[str, Any]) -> Any:
+def _build(cls: type[C], leaves: Mapping[str, Any]) -> C:
     """Inverse of `_leaves`."""
     arguments: dict[str, Any] = {}
     for entry in fields(cls):
-        section = entry.default_factory if isinstance(entry.default_factory, type) else None
-        if section:
+        # A section's default factory is its class; typeshed only knows that it is callable or missing.
+        section = cast(object, entry.default_factory)
+        if isinstance(section, type) and is_dataclass(section):
             keys = {inner.name: f"{entry.name}.{inner.name}".replace("_", "-") for inner in fields(section)}
             arguments[entry.name] = section(**{name: leaves[key] for name, key in keys.items()})
         else:

@@ -1,0 +1,66 @@
+"""Files that are either whole or absent: text and tensors, written beside their place and then renamed."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RunError
+
+# One entry only: safetensors writes several in random order, and equal contents shall give equal bytes.
+_HEADER = "fedmitr"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; when the block ends well, it takes `path`'s place at once.
+
+    Raises:
+        RunError: the file cannot be written (read-only, disk full, ...).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object] | None = None) -> None:
+    """Write safetensors; `header` is any JSON object. Equal tensors and headers give equal bytes."""
+    # Cloned: safetensors refuses views of one storage.
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, temporary, {_HEADER: json.dumps(header or {}, sort_keys=True)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the header of a file written by `save_tensors`.
+
+    Raises:
+        RunError: the file is missing, cut short or not one of ours. It is named.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - no mapping
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist") from error
+    except KeyError as error:
+        raise RunError(f"{path} was not written by fedmitr (no {error} in its header)") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} is corrupt: {error}") from error

@@ -1,0 +1,26 @@
+"""Which code is this? The two sides of a run must agree on it."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def fingerprint() -> str:
+    """12 hexadecimal characters over the paths and contents of this package's modules.
+
+    Only what Flower would put into an app bundle counts, so a checkout and the bundle made from it agree.
+    """
+    return _of_folder(Path(__file__).parent)
+
+
+def _of_folder(root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)  # editors' backups and locks
+        test = path.stem.startswith("test_") or path.stem.endswith("_test")  # not bundled by Flower
+        if not hidden and not test:
+            content = path.read_bytes()
+            digest.update(f"{relative.as_posix()}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""The client's half: training on its own images, and what it uploads."""

@@ -1,0 +1,164 @@
+"""What one client sends, once: its weights and a few numbers; checked before use, kept bit by bit on disk."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RunError, UploadError
+from ..files import load_tensors, save_tensors
+
+Weights = dict[str, Tensor]
+
+DTYPES = (torch.float32, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """One client's upload. `class_counts` (images per class) are there only by `upload.class-counts`."""
+
+    client: int
+    weights: Weights = field(repr=False)
+    num_examples: int
+    train_loss: float  # mean of the last local epoch
+    fingerprint: str  # of the code that trained it, 12 hex characters
+    class_counts: tuple[int, ...] | None = None
+    sent_bytes: int | None = None  # of weights that were cast after they arrived
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights as they were sent."""
+        return size(self.weights) if self.sent_bytes is None else self.sent_bytes
+
+
+def size(weights: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def validate(upload: Upload, reference: Mapping[str, Tensor], num_classes: int, fingerprint: str, clients: int) -> None:
+    """Let an upload pass if it may enter the ensemble.
+
+    Args:
+        upload: as it arrived, before any cast.
+        reference: the weights that the client started from; they give the keys, shapes and dtypes.
+        num_classes: length of the class counts.
+        fingerprint: of the server's code.
+        clients: K; client numbers are 0..K-1.
+
+    Raises:
+        UploadError: "client 3: ..." with what is wrong and the fix.
+    """
+    problem = (
+        _wrong_origin(upload, fingerprint, clients)
+        or _wrong_keys(upload.weights, reference)
+        or _wrong_tensor(upload.weights, reference)
+        or _wrong_numbers(upload, num_classes)
+    )
+    if problem:
+        raise UploadError(f"client {upload.client}: {problem}")
+
+
+def _wrong_origin(upload: Upload, fingerprint: str, clients: int) -> str | None:
+    if not 0 <= upload.client < clients:
+        return f"there are only the clients 0 to {clients - 1}; give every node its own partition-id below {clients}"
+    if upload.fingerprint != fingerprint:
+        return (
+            f"it ran other code ({upload.fingerprint}) than the server ({fingerprint}); "
+            "restart the SuperLink and its SuperNodes from this checkout"
+        )
+    return None
+
+
+def _wrong_keys(weights: Weights, reference: Mapping[str, Tensor]) -> str | None:
+    fix = "server and client must have the same [model] settings"
+    if missing := [key for key in reference if key not in weights]:
+        return f"its weights lack {_few(missing)}; {fix}"
+    if extra := [key for key in weights if key not in reference]:
+        return f"its weights have the unknown {_few(extra)}; {fix}"
+    return None
+
+
+def _wrong_tensor(weights: Weights, reference: Mapping[str, Tensor]) -> str | None:
+    for key, wanted in reference.items():
+        tensor = weights[key]
+        if tensor.shape != wanted.shape:
+            return (
+                f"{key} has the shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}; "
+                "server and client must have the same [model] settings"
+            )
+        allowed = DTYPES if wanted.is_floating_point() else (wanted.dtype,)
+        if tensor.dtype not in allowed:
+            return f"{key} is {_name(tensor.dtype)}; it must be {' or '.join(map(_name, allowed))} (upload.dtype)"
+    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        return f"NaN or infinity in {_few(broken)}; lower local.lr, or set upload.dtype = 'float32' if it was float16"
+    return None
+
+
+def _wrong_numbers(upload: Upload, num_classes: int) -> str | None:
+    if upload.num_examples < 1:
+        return f"it trained on {upload.num_examples} images; give it some (partition.min-size)"
+    if not math.isfinite(upload.train_loss):
+        return f"its training loss is {upload.train_loss}; lower local.lr"
+    counts = upload.class_counts
+    if counts is None:
+        return None
+    if len(counts) != num_classes:
+        return f"{len(counts)} class counts for model.num-classes = {num_classes}; they must be equal on both sides"
+    if min(counts) < 0 or sum(counts) != upload.num_examples:
+        return f"its class counts {list(counts)} are no split of its {upload.num_examples} images; do not edit uploads"
+    return None
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(repr(key) for key in keys[:3]) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def save(upload: Upload, path: Path) -> None:
+    """Write the weights exactly as they were sent, with everything else in the header; whole or not at all."""
+    header = {
+        "client": upload.client,
+        "num_examples": upload.num_examples,
+        "train_loss": upload.train_loss,
+        "fingerprint": upload.fingerprint,
+        "class_counts": upload.class_counts,
+    }
+    save_tensors(path, upload.weights, header)
+
+
+def load(path: Path) -> Upload:
+    """Inverse of `save`, with floating weights cast up to float32.
+
+    Raises:
+        RunError: the file is missing, corrupt or no upload.
+    """
+    try:
+        sent, header = load_tensors(path)
+        return _from_file(sent, header)
+    except RunError as error:
+        raise RunError(f"{error}; delete it and set resume-from to its run folder to ask that client again") from error
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
+
+
+def _from_file(sent: Weights, header: dict[str, Any]) -> Upload:
+    counts = header["class_counts"]
+    return Upload(
+        client=header["client"],
+        weights={key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in sent.items()},
+        num_examples=header["num_examples"],
+        train_loss=header["train_loss"],
+        fingerprint=header["fingerprint"],
+        class_counts=None if counts is None else tuple(counts),
+        sent_bytes=size(sent),
+    )
