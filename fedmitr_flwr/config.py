@@ -230,7 +230,7 @@ class DistillConfig(Section):
     token: float = 0.5  # within it, weight of the high-density patch tokens
     low: float = 1.0  # weight of the relabelled low-density tokens
     kd: float = 1.0  # weight of the class-token distillation
-    mixup: float = 1.0  # Beta(a, a) mixing of images and labels; 0: none
+    mix: str = "blend"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
     teachers: str = "cached"  # cached (asked once per image) | again (asked on each augmented batch)
     grad_clip: float = 1.0  # 0: none
 
@@ -238,10 +238,11 @@ class DistillConfig(Section):
         self._one_of("init", "average", "initial", "pretrained")
         self._one_of("optimizer", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
+        self._one_of("mix", "none", "blend", "tokens")
         self._one_of("teachers", "cached", "again")
         self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
         self._above(0, "lr", "temperature")
-        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "mixup", "grad_clip")
+        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip")
 
 
 @dataclass(frozen=True, kw_only=True)

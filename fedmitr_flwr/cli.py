@@ -1,0 +1,121 @@
+"""The command line: `fedmitr run` in one process without Flower, `fedmitr fuse` on saved uploads."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from . import __version__
+from .config import Config
+from .errors import ConfigError, UserError
+from .settings import parse_assignment, read_flat
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
+    from .report.run_folder import RunFolder
+
+_EXAMPLES = """examples:
+  fedmitr run method=fedavg partition.clients=3 --name first
+  fedmitr run -c configs/fashion_mnist.toml seed=1
+  fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other bad input."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="fedmitr",
+        description="One-shot federated learning with vision transformers. The way through Flower is `flwr run .`",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | fuse | methods")
+    run = commands.add_parser("run", help="local training and server phase in this process", allow_abbrev=False)
+    run.add_argument("--name", help="of the run folder (default: method, seed and time)")
+    fuse = commands.add_parser("fuse", help="the server phase again, on a run's saved uploads", allow_abbrev=False)
+    fuse.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
+    for command in (run, fuse):
+        command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
+        command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
+    commands.add_parser("methods", help="list the methods", allow_abbrev=False)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words; `key=value` may stand before, between and behind the options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if strange := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
+        parser.error(f"unknown argument {strange[0]!r}")
+    if "settings" in arguments:
+        arguments.settings += rest
+    return arguments
+
+
+def _overrides(arguments: argparse.Namespace, base: Config) -> dict[str, object]:
+    """The file's settings under those of the command line, checked on top of `base`."""
+    assigned = dict(parse_assignment(word) for word in arguments.settings)
+    if not arguments.config:
+        Config.from_flat(assigned, base)
+        return assigned
+    together = read_flat(arguments.config) | assigned
+    try:
+        Config.from_flat(together, base)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (with the settings of {arguments.config})") from error
+    return together
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = Config.from_flat(_overrides(arguments, Config()))
+    from . import pipeline
+
+    _report(pipeline.run(config, arguments.name))
+
+
+def _fuse(arguments: argparse.Namespace) -> None:
+    from . import pipeline
+    from .report.run_folder import RunFolder
+
+    run = RunFolder.open(arguments.run)
+    _report(pipeline.fuse(run, arguments.method, _overrides(arguments, run.config)))
+
+
+def _methods(_: argparse.Namespace) -> None:
+    from . import methods
+
+    for name in methods.available():
+        summary = (methods.load(name).__doc__ or "").strip().partition("\n")[0]
+        print(f"{name:12} {summary}")
+
+
+def _report(folder: "RunFolder") -> None:
+    from .report.result import accuracy_table
+
+    print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 after bad input (one line on stderr), or 130 after Ctrl-C."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fedmitr").setLevel(logging.INFO)
+    commands = {"run": _run, "fuse": _fuse, "methods": _methods}
+    try:
+        arguments = _parse(argv)
+        commands[arguments.command](arguments)
+    except UserError as error:
+        print("fedmitr: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedmitr: interrupted", file=sys.stderr)
+        return 130
+    return 0

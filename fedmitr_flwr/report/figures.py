@@ -1,0 +1,109 @@
+"""The two pictures of a run: its synthetic images, and which client holds how many images of which class.
+
+Axes: B image, C channel, H, W pixels, N patch (row by row), K client, Y class.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data.images import to_uint8
+from ..files import replacing
+
+_FADED = 0.25  # how much of a halted patch is left; the rest is white
+_LONGEST_NAME = 16  # characters
+
+
+def save_images(
+    images_BCHW: Tensor, alive_BN: Tensor, targets: Tensor, classes: Sequence[str], path: Path, most: int = 40
+) -> None:
+    """Draw synthetic images under their class names, with their halted patches faded.
+
+    Args:
+        images_BCHW: normalised, as the models see them.
+        alive_BN: True = alive, False = halted, for each patch.
+        targets: (B,) class numbers.
+        classes: their names.
+        path: of the PNG.
+        most: draw at most this many, evenly over the classes.
+    """
+    order = torch.argsort(targets.cpu(), stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()]
+    pictures = _fade(to_uint8(images_BCHW[chosen].detach().cpu()), alive_BN[chosen].cpu())
+    columns = min(10, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    figure = Figure(figsize=(1.15 * columns + 0.2, 1.35 * rows + 0.5), layout="constrained")
+    alive = alive_BN.float().mean().item()
+    figure.suptitle(_caption(len(chosen), len(order), alive), fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, picture, target in zip(axes, pictures, targets[chosen].tolist(), strict=False):
+        gray = picture.shape[0] == 1
+        axis.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray" if gray else None, vmin=0, vmax=255)
+        axis.set_title(_short(classes[target]), fontsize=8, pad=2)
+    _save(figure, path)
+
+
+def _caption(shown: int, total: int, alive: float) -> str:
+    return f"{shown} of {total} synthetic images; {100 * alive:.0f} % of their patches alive, halted ones faded"
+
+
+def _fade(pixels_BCHW: Tensor, alive_BN: Tensor) -> Tensor:
+    """uint8 pictures whose halted patches (False) are mostly white."""
+    grid = math.isqrt(alive_BN.shape[1])
+    height, width = pixels_BCHW.shape[-2:]
+    patches_BGG = alive_BN.reshape(-1, grid, grid)
+    rows, columns = torch.arange(height) * grid // height, torch.arange(width) * grid // width
+    alive_B1HW = patches_BGG[:, rows][:, :, columns].unsqueeze(1)
+    faded = (_FADED * pixels_BCHW + (1 - _FADED) * 255).round().to(torch.uint8)
+    return torch.where(alive_B1HW, pixels_BCHW, faded)
+
+
+def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Draw the number of images by client (row) and class (column), with the clients' totals."""
+    counts = counts_KY.cpu()
+    clients, width = counts.shape
+    numbers = width <= 25 and clients <= 40
+    side = 0.5 if numbers else 0.16  # inches of one cell
+    figure = Figure(figsize=(max(4.5, side * width + 2.8), max(2.4, max(side * 0.7, 0.2) * clients + 1.6)))
+    figure.set_layout_engine("constrained")
+    axis = figure.subplots()
+    shades = axis.imshow(counts.numpy(), cmap="Blues", aspect="auto", vmin=0)
+    figure.colorbar(shades, ax=axis, label="images", shrink=0.9)
+    names = [_short(name) for name in classes]
+    upright = width > 25 or max(map(len, names)) > 4
+    axis.set_xticks(range(width), names, rotation=90 if upright else 0, fontsize=8 if numbers else 7)
+    axis.set_yticks(
+        range(clients), [f"{client}  (n = {int(row.sum())})" for client, row in enumerate(counts)], fontsize=8
+    )
+    axis.set_xlabel("class")
+    axis.set_ylabel("client")
+    axis.set_title(f"training images of {clients} clients by class", fontsize=10)
+    if numbers:
+        _write_numbers(axis, counts)
+    _save(figure, path)
+
+
+def _write_numbers(axis: object, counts: Tensor) -> None:
+    dark = counts.max().item() / 2
+    for client, row in enumerate(counts.tolist()):
+        for label, count in enumerate(row):
+            colour = "white" if count > dark else "black"
+            axis.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)  # type: ignore[attr-defined]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

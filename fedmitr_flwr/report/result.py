@@ -1,0 +1,143 @@
+"""result.json: everything one must know to trust and to repeat a number, and the table made from it."""
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..fingerprint import fingerprint
+
+PACKAGES = ("torch", "timm", "numpy", "flwr")
+_WIDTH = 96  # of the tables, in characters
+
+
+def build(
+    *,
+    config: Config,
+    device: str,
+    bytes_up: Sequence[int],
+    seconds: Mapping[str, float],
+    student: float | None,
+    fedavg: float | None = None,
+    ensemble: float | None = None,
+    local: Sequence[float | None] = (),
+    per_class: Mapping[str, float] | None = None,
+    counts: Sequence[Sequence[int]] | None = None,
+    partition_sha256: str | None = None,
+    bytes_down: Sequence[int] | None = None,
+    synthetic_images: int = 0,
+    **more: object,
+) -> dict[str, Any]:
+    """The contents of result.json, from parts that are computed already.
+
+    Args:
+        config: of the run; `partition.clients` is K.
+        device: where the server phase ran, such as "cpu" or "cuda:0".
+        bytes_up: measured size of each client's weights as they were sent, in the clients' order.
+        seconds: duration of each stage.
+        student: percent correct of the resulting model, after the last epoch. None: the method makes none.
+        fedavg: the same for the weighted mean of the uploads.
+        ensemble: the same for all uploads together.
+        local: the same for each upload alone, in the clients' order.
+        per_class: the student's recall in percent by class name; NaN where a class has no test image.
+        counts: training images by client and class; None: not known.
+        partition_sha256: hash of who holds which image.
+        bytes_down: size of what each client got.
+        synthetic_images: how many were made.
+        more: anything else that a method reports; it is kept under its own name.
+    """
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "clients": config.partition.clients,
+        "accuracy": {
+            "student": _percent(student),
+            "fedavg": _percent(fedavg),
+            "ensemble": _percent(ensemble),
+            "local": [_percent(value) for value in local],
+            "per_class": {name: _percent(value) for name, value in (per_class or {}).items()},
+        },
+        "seconds": {stage: round(float(spent), 3) for stage, spent in seconds.items()},
+        "bytes_up": list(bytes_up),
+        "bytes_down": None if bytes_down is None else list(bytes_down),
+        "synthetic_images": synthetic_images,
+        **more,
+        "counts": None if counts is None else [list(map(int, row)) for row in counts],
+        "partition_sha256": partition_sha256,
+        "fingerprint": fingerprint(),
+        "versions": versions(),
+        "machine": machine(device),
+        "config": config.to_flat(),
+    }
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(float(value), 2)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that decide numbers; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine(device: str) -> dict[str, str | int | None]:
+    return {
+        "device": device,
+        "gpu": _gpu(device) if device.startswith("cuda") else None,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def _gpu(device: str) -> str:
+    import torch  # here, because everything else in this module does without it
+
+    return torch.cuda.get_device_name(device)
+
+
+def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def accuracy_table(result: Mapping[str, Any]) -> str:
+    """The table at the end of a run: one row per model, then the student's recall by class."""
+    accuracy = result["accuracy"]
+    local: list[float | None] = accuracy["local"]
+    known = [value for value in local if value is not None]
+    rows = [(f"client {client} alone", value) for client, value in enumerate(local)]
+    rows.append(("clients alone, mean", sum(known) / len(known) if known else None))
+    rows += [("fedavg, one round", accuracy["fedavg"]), ("ensemble of all clients", accuracy["ensemble"])]
+    rows.append((f"{result['method']} (student)", accuracy["student"]))
+    width = max(26, *(len(name) for name, _ in rows))
+    lines = [f"{'model':{width}} {'accuracy %':>10}", "-" * (width + 11)]
+    lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
+    if accuracy["per_class"]:
+        lines += ["", "recall % of the student by class", *_columns(accuracy["per_class"])]
+    return "\n".join(lines)
+
+
+def _columns(per_class: Mapping[str, float | None]) -> list[str]:
+    """As many `name  number` cells per line as fit, all equally wide, read line by line."""
+    width = min(max(len(name) for name in per_class), _WIDTH // 2)
+    cells = [f"{name[:width]:{width}} {_cell(value):>6}" for name, value in per_class.items()]
+    per_line = max(1, (_WIDTH + 3) // (width + 10))
+    return ["   ".join(cells[start : start + per_line]) for start in range(0, len(cells), per_line)]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
