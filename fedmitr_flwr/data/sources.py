@@ -1,0 +1,216 @@
+"""Where images come from: digits, Parquet folders, ImageFolders and the Hugging Face Hub, all to one DataSet."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from ..config import DataConfig, ModelConfig
+from ..errors import DataError
+from ..rng import stream
+from .decode import Rows, Split, decode
+from .flower_datasets import FederatedDataset
+from .images import DataSet, Images
+from .tables import TEST_NAMES, HubSplit, ParquetSplit, find_files
+
+log = logging.getLogger("fedmitr")
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+_SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in its folder
+
+
+class _Shape(NamedTuple):
+    """The part of ModelConfig that loading depends on; the cache is keyed by no more."""
+
+    in_chans: int
+    num_classes: int
+    img_size: int
+
+
+def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> DataSet:
+    """Load the images, each decoded once per process; the channels are the model's, the size is the source's own.
+
+    Args:
+        data: the source and the limits, which are drawn once for all seeds.
+        model: its channels and number of classes; its image size is used only if the images differ in size.
+        with_test: False leaves `test` empty and the test split untouched: a client does not need it.
+
+    Raises:
+        DataError: something is missing, corrupt, ambiguous or outside the classes. The thing is named.
+    """
+    if model.in_chans not in (1, 3):
+        raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
+    shape = _Shape(model.in_chans, model.num_classes, model.img_size)
+    train, classes = _load_split(data, shape, "train")
+    if not with_test:
+        return DataSet(train, train.subset(torch.empty(0, dtype=torch.int64)), classes)
+    test, test_classes = _load_split(data, shape, "test")
+    for ours, theirs in zip(classes, test_classes, strict=True):
+        if ours != theirs:
+            raise DataError(
+                f"{data.path}: class {ours!r} of the train split is {theirs!r} in the test split; "
+                "give both the same class names in the same order"
+            )
+    return DataSet(train, test, classes)
+
+
+@functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
+def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...]]:
+    split = _open(data, name)
+    _check_labels(split, shape.num_classes, f"{data.path or data.source}, {name} split")
+    rows = _kept(len(split.labels), data.train_limit if name == "train" else data.test_limit, name)
+    pixels = decode(split, rows, shape.in_chans, shape.img_size)
+    log.info("%s: %d of %d %s images", data.path or data.source, len(rows), len(split.labels), name)
+    classes = split.classes or tuple(str(label) for label in range(shape.num_classes))
+    return Images(pixels, torch.from_numpy(split.labels[rows])), classes
+
+
+def _open(data: DataConfig, name: str) -> Split:
+    if data.source == "digits":
+        return DigitsSplit(name)
+    if data.source == "hub":
+        return _hub_split(data, name)
+    folder = _folder(data)
+    if data.source == "parquet":
+        return ParquetSplit(data, find_files(folder, _aliases(name)))
+    return FolderSplit(folder, name)
+
+
+def _aliases(name: str) -> tuple[str, ...]:
+    return TEST_NAMES if name == "test" else (name,)
+
+
+def _kept(total: int, limit: int, name: str) -> Rows:
+    """Which rows the limit keeps, rising; the same for every seed of an experiment."""
+    if not 0 < limit < total:
+        return np.arange(total, dtype=np.int64)
+    drawn = torch.randperm(total, generator=stream(0, "limit", name))[:limit]
+    return np.asarray(drawn.sort().values.numpy(), dtype=np.int64)
+
+
+def _check_labels(split: Split, num_classes: int, place: str) -> None:
+    labels, classes = split.labels, split.classes
+    if not len(labels):
+        raise DataError(f"{place}: no images; put some there or choose another data.path")
+    there = len(classes) if classes else int(labels.max()) + 1
+    fix = f"set model.num-classes = {there}"
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        row = int(outside.argmax())
+        label = int(labels[row])
+        fix = "remove the rows without a label" if label < 0 else fix
+        raise DataError(f"{split.where(row)}: label {label} is outside 0..{num_classes - 1}; {fix}")
+    if classes and there != num_classes:
+        raise DataError(f"{place}: there are {there} classes, but model.num-classes = {num_classes}; {fix}")
+
+
+class DigitsSplit:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, in one fixed stratified split of 80 to 20."""
+
+    classes = tuple(str(digit) for digit in range(10))
+
+    def __init__(self, name: str) -> None:
+        digits = load_digits()
+        train, test = train_test_split(
+            np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
+        )
+        self._name = name
+        rows = np.sort(train if name == "train" else test)
+        self._pixels = np.rint(digits.images[rows] * 255 / 16).astype(np.uint8)
+        self.labels: Rows = digits.target[rows].astype(np.int64)
+
+    def where(self, row: int) -> str:
+        return f"digits, {self._name} image {row}"
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        """As PGM files, which are the bare pixels behind a header."""
+        return (b"P5 8 8 255\n" + self._pixels[row].tobytes() for row in rows)
+
+
+class FolderSplit:
+    """`train/<class>/*` and `test/<class>/*` (or `validation`, `val`); the classes are train's, sorted by name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.classes = tuple(path.name for path in _class_folders(folder, ("train",)))
+        self._files: list[Path] = []
+        labels: list[int] = []
+        for path in _class_folders(folder, _aliases(name)):
+            if path.name not in self.classes:
+                raise DataError(
+                    f"{path}: the class {path.name!r} is not in {folder / 'train'}; add it there or remove it"
+                )
+            files = sorted(file for file in path.rglob("*") if _is_image(file))
+            if not files:
+                raise DataError(f"{path}: no image files in this class folder; add some or remove it")
+            self._files += files
+            labels += [self.classes.index(path.name)] * len(files)
+        self.labels: Rows = np.array(labels, dtype=np.int64)
+
+    def where(self, row: int) -> str:
+        return str(self._files[row])
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        for row in rows:
+            try:
+                yield self._files[row].read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"{self._files[row]} cannot be read ({error.strerror}); check its permissions"
+                ) from error
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def _class_folders(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    for name in names:
+        if (folder / name).is_dir():
+            inside = sorted(path for path in (folder / name).iterdir() if path.is_dir() and path.name[0] != ".")
+            if not inside:
+                raise DataError(f"{folder / name}: no class folders; an ImageFolder is {name}/<class>/<image files>")
+            return inside
+    raise DataError(f"{folder} has no folder {names[0]}/; an ImageFolder is {names[0]}/<class>/<image files>")
+
+
+def _folder(data: DataConfig) -> Path:
+    folder = Path(data.path).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"data.path = {data.path!r}: there is no folder {folder}; give the path of the data's folder")
+    if any((folder / marker).exists() for marker in _SAVED_TO_DISK):
+        raise DataError(f"{folder} was written by datasets' save_to_disk; set data.source = 'hub', which reads it")
+    return folder
+
+
+def _hub_split(data: DataConfig, name: str) -> HubSplit:
+    """A data set by its name on the Hub, or a local folder that `datasets` can read."""
+    failures: list[str] = []
+    for alias in _aliases(name):
+        try:
+            table = _hub_table(data.path, alias)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            failures.append(" ".join(str(error).split())[:200])
+        else:
+            return HubSplit(data, table, alias)
+    raise DataError(
+        f"data.path = {data.path!r}: cannot load the split {name!r} from the Hugging Face Hub ({failures[0]}); "
+        "check the name and the network, or fetch its Parquet files and set data.source = 'parquet'"
+    )
+
+
+def _hub_table(path: str, split: str) -> Any:
+    local = Path(path).expanduser()
+    if not any((local / marker).exists() for marker in _SAVED_TO_DISK):
+        name = str(local) if local.is_dir() else path
+        return FederatedDataset(dataset=name, partitioners={}, shuffle=False).load_split(split)
+    saved = datasets.load_from_disk(str(local))
+    if not isinstance(saved, datasets.DatasetDict) or split not in saved:
+        raise ValueError(f"it was saved without a split {split!r}")
+    return saved[split]

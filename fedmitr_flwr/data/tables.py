@@ -1,0 +1,213 @@
+"""Tables of images: folders of Parquet files, and data sets of the Hugging Face Hub."""
+
+import bisect
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..config import DataConfig
+from ..errors import DataError
+from .decode import Rows
+
+TEST_NAMES = ("test", "validation", "val")  # the first of these that is there is the test split
+_USUAL_LABELS = ("label", "labels", "fine_label")
+_BATCH = 1000
+
+
+class ParquetSplit:
+    """The shards of one split, read one row group at a time."""
+
+    def __init__(self, data: DataConfig, files: list[Path]) -> None:
+        self.files = files
+        self._parquet = [_open(file) for file in files]
+        schema = self._parquet[0].schema_arrow
+        self.image, self.label = find_columns(schema, data, str(files[0]))
+        for file, parquet in zip(files, self._parquet, strict=True):
+            if not parquet.schema_arrow.equals(schema, check_metadata=False):
+                raise DataError(f"{file} has other columns than {files[0]}; shards of one split must agree")
+        columns = [_read(parquet, file, self.label) for file, parquet in zip(files, self._parquet, strict=True)]
+        self._ends = np.cumsum([len(column) for column in columns]).tolist()
+        self.labels = _to_labels(columns, self.where)
+        self.classes = _class_names(schema, self.label)
+
+    def where(self, row: int) -> str:
+        shard = bisect.bisect_right(self._ends, row)
+        return f"{self.files[shard]} row {row - (self._ends[shard - 1] if shard else 0)}"
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        start = 0
+        for file, parquet in zip(self.files, self._parquet, strict=True):
+            for group in range(parquet.num_row_groups):
+                stop = start + parquet.metadata.row_group(group).num_rows
+                wanted = rows[(rows >= start) & (rows < stop)]
+                if len(wanted):
+                    column = _read(parquet, file, self.image, group).take(pa.array(wanted - start))
+                    places = (self.where(row) for row in wanted.tolist())
+                    yield from _cells(column, places, file.parent)
+                start = stop
+
+
+class HubSplit:
+    """One split of a `datasets.Dataset`."""
+
+    def __init__(self, data: DataConfig, dataset: Any, name: str) -> None:
+        self.place = f"{data.path}, split {name!r},"
+        self._dataset = dataset
+        schema = dataset.features.arrow_schema
+        self.image, self.label = find_columns(schema, data, self.place)
+        column = dataset.select_columns([self.label]).with_format("arrow")[:].column(self.label)
+        self.labels = _to_labels([column], self.where)
+        self.classes = _class_names(schema, self.label)
+
+    def where(self, row: int) -> str:
+        return f"{self.place} row {row}"
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        table = self._dataset.select(rows).select_columns([self.image]).with_format("arrow")
+        places = (self.where(row) for row in rows.tolist())
+        for batch in table.iter(batch_size=_BATCH):
+            yield from _cells(batch.column(self.image), itertools.islice(places, len(batch)), Path())
+
+
+def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The Parquet files of the first of the splits `names` that is there: `test.parquet`, or its shards.
+
+    They lie in the folder or in its `data/`. `NAME.parquet` goes before `NAME-00000-of-00002.parquet`, and that
+    before any other `NAME*.parquet`, so that copies beside a split are not read twice.
+
+    Raises:
+        DataError: there is none, or a shard is missing.
+    """
+    for name, place in itertools.product(names, (folder, folder / "data")):
+        for pattern in (f"{name}.parquet", f"{name}-[0-9]*-of-[0-9]*.parquet", f"{name}*.parquet"):
+            if files := sorted(place.glob(pattern)):
+                _check_shards(files)
+                return files
+    raise DataError(f"{folder} has no {names[0]}*.parquet (nor has its data/); data.path must be a folder with them")
+
+
+def find_columns(schema: pa.Schema, data: DataConfig, place: str) -> tuple[str, str]:
+    """The image and the label column: as configured, else the only ones that can be meant.
+
+    Raises:
+        DataError: a column is missing, of an unsuitable type, or ambiguous; the columns there are listed.
+    """
+    features = _features(schema, place)
+    images = [field.name for field in schema if _holds_images(field.type)]
+    typed = [name for name in images if isinstance(features[name], datasets.Image)]
+    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    labels = [name for name in integers if isinstance(features[name], datasets.ClassLabel)]
+    if len(labels) != 1:
+        labels = [name for name in _USUAL_LABELS if name in integers][:1] or integers
+    return (
+        _choose("image", data.image_column, images, typed if len(typed) == 1 else images, schema, place),
+        _choose("label", data.label_column, integers, labels, schema, place),
+    )
+
+
+def _choose(
+    kind: str, configured: str, suitable: list[str], candidates: list[str], schema: pa.Schema, place: str
+) -> str:
+    if configured in suitable or (not configured and len(candidates) == 1):
+        return configured or candidates[0]
+    there = ", ".join(f"{field.name} ({_short(field.type)})" for field in schema)
+    fix = f"set data.{kind}-column to one of its columns: {there}"
+    wanted = "encoded images" if kind == "image" else "class numbers"
+    if configured and configured in schema.names:
+        raise DataError(f"{place} column {configured!r} does not hold {wanted}; {fix}")
+    if configured:
+        raise DataError(f"{place} has no column {configured!r}; {fix}")
+    problem = f"several columns with {wanted}" if candidates else f"no column with {wanted}"
+    raise DataError(f"{place} has {problem}; {fix}")
+
+
+def _short(kind: pa.DataType) -> str:
+    return "struct" if pa.types.is_struct(kind) else str(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Bytes, or the struct of bytes and path that Hugging Face's Image feature is stored as."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    return _is_bytes(kind)
+
+
+def _features(schema: pa.Schema, place: str) -> Any:
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{place} has Hugging Face metadata that this version of datasets cannot read; upgrade datasets"
+        ) from error
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    feature = datasets.Features.from_arrow_schema(schema)[label]
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise _corrupt(file, error) from error
+
+
+def _read(parquet: pq.ParquetFile, file: Path, column: str, group: int | None = None) -> pa.ChunkedArray:
+    try:
+        table = parquet.read(columns=[column]) if group is None else parquet.read_row_group(group, columns=[column])
+    except (pa.ArrowException, OSError) as error:
+        raise _corrupt(file, error) from error
+    return table.column(column)
+
+
+def _corrupt(file: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120]
+    return DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again")
+
+
+def _to_labels(columns: list[pa.ChunkedArray], where: Any) -> Rows:
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    nulls = np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in chunks] or [np.zeros(0, bool)])
+    if nulls.any():
+        raise DataError(f"{where(int(nulls.argmax()))} has no label; remove the row or label it")
+    arrays = [chunk.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
+    return np.concatenate(arrays or [np.zeros(0, np.int64)])
+
+
+def _cells(column: pa.ChunkedArray, places: Iterable[str], base: Path) -> Iterator[bytes]:
+    """The bytes in each cell, or in the file that it names (relative paths from `base`)."""
+    for cell, place in zip(column, places, strict=True):
+        value = cell.as_py()
+        path = None
+        if isinstance(value, dict):
+            value, path = value["bytes"], value.get("path")
+        if value is None and path:
+            try:
+                value = (base / path).read_bytes()
+            except OSError as error:
+                raise DataError(f"{place}: the image file {base / path} cannot be read ({error.strerror})") from error
+        if value is None:
+            raise DataError(f"{place} has no image; remove the row")
+        yield value
+
+
+def _check_shards(files: list[Path]) -> None:
+    for file in files:
+        if match := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", file.name):
+            wanted = int(match[2])
+            if len(files) != wanted:
+                raise DataError(
+                    f"{file.parent} has {len(files)} of the {wanted} shards of {match[1]!r}; fetch the rest"
+                )
