@@ -190,10 +190,11 @@ _SCHEMES = {"dirichlet": _dirichlet, "classes-per-client": _classes_per_client, 
 
 def _shares(partitioner: Partitioner, labels: Tensor, parts: int) -> list[Tensor]:
     """The row numbers of every part. The partitioners know data sets only, so the row numbers ride along."""
-    rows = Dataset.from_dict({"label": labels.numpy(), "row": torch.arange(len(labels)).numpy()})
-    partitioner.dataset = rows.with_format("numpy")
+    partitioner.dataset = Dataset.from_dict({"label": labels.numpy(), "row": torch.arange(len(labels)).numpy()})
     with warnings.catch_warnings():
         # Said again, once and with our settings' names, by ConfigError or by the log.
         warnings.filterwarnings("ignore", message="The specified min_partition_size")
         warnings.filterwarnings("ignore", message=r"Classes: .* will NOT be used")
-        return [torch.from_numpy(partitioner.load_partition(part)["row"][:]) for part in range(parts)]
+        return [
+            torch.from_numpy(partitioner.load_partition(part).with_format("numpy")["row"][:]) for part in range(parts)
+        ]

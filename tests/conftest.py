@@ -1,0 +1,55 @@
+"""What every test shares: no network, few threads, the shared real data sets and a tiny separable one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read by the libraries when they are imported, so this stands before all other imports.
+os.environ.update(
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    MPLBACKEND="Agg",
+)
+
+import hypothesis
+import pytest
+import torch
+
+from fedmitr_flwr.data.images import DataSet, Images
+
+# A busy machine is no failure: no deadline per example.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more, and equal thread counts make results equal bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data sets and weights that lies beside the repository on development machines."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the real data sets in ../shared, which are not part of the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> DataSet:
+    """Three classes of 8 x 8 grey images (60 train, 30 test): class y is bright in its own rows, under noise."""
+    return DataSet(_bars(60, seed=0), _bars(30, seed=1), ("top", "middle", "bottom"))
+
+
+def _bars(total: int, seed: int) -> Images:
+    labels = torch.arange(total) % 3
+    noise = torch.randint(0, 60, (total, 1, 8, 8), generator=torch.Generator().manual_seed(seed))
+    bright = (torch.arange(8)[None] // 2 == labels[:, None]).long() * 180  # (n, 8) by row of the image
+    return Images((noise + bright[:, None, :, None]).to(torch.uint8), labels)

@@ -1,0 +1,79 @@
+"""Pixels to model input and back: hand-computed normalisation, exact inverse."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fedmitr_flwr.data.images import DataSet, Images, normalisation, prepare, to_uint8
+
+
+def every_value(in_chans: int) -> torch.Tensor:
+    """One 16 x 16 image that holds each of the 256 values in every channel."""
+    return torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, in_chans, 1, 1)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_to_uint8_is_the_inverse_of_prepare(in_chans: int) -> None:
+    pixels = every_value(in_chans)
+    assert torch.equal(to_uint8(prepare(pixels, 16)), pixels)
+
+
+def test_grey_normalisation_by_hand() -> None:
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
+    assert prepare(pixels, 1).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
+
+
+def test_colour_normalisation_by_hand() -> None:
+    pixels = torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
+    assert prepare(pixels, 1).flatten().tolist() == pytest.approx([2.248908, -2.035714, -0.915556], abs=1e-5)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4])
+def test_one_mean_and_deviation_per_channel(in_chans: int) -> None:
+    mean, std = normalisation(in_chans)
+    assert mean.shape == std.shape == (in_chans,)
+    assert (std > 0).all()
+
+
+def test_resizing_keeps_a_flat_image_flat_and_is_antialiased() -> None:
+    flat = torch.full((2, 3, 20, 12), 77, dtype=torch.uint8)
+    assert (to_uint8(prepare(flat, 8)) == 77).all()
+    # A fine checkerboard shrunk to a quarter becomes its mean; without antialiasing it would keep extreme values.
+    board = ((torch.arange(32)[:, None] + torch.arange(32)) % 2 * 255).to(torch.uint8)[None, None]
+    inner = to_uint8(prepare(board, 8))[0, 0, 1:-1, 1:-1]
+    assert inner.float().sub(127.5).abs().max() < 3
+
+
+def test_resizing_agrees_with_pillow() -> None:
+    noise = torch.randint(0, 256, (1, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reference = Image.fromarray(noise[0, 0].numpy()).resize((16, 16), Image.Resampling.BILINEAR)
+    ours = to_uint8(prepare(noise, 16))[0, 0].int()
+    assert (ours - torch.tensor(list(reference.tobytes())).reshape(16, 16)).abs().max() <= 1  # Pillow rounds each pass
+
+
+def test_to_uint8_clamps() -> None:
+    images = torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 1, 1, 3)
+    assert to_uint8(images).flatten().tolist() == [0, 128, 255]
+
+
+def test_to_uint8_takes_images_that_are_being_optimised() -> None:
+    assert to_uint8(torch.zeros(1, 3, 4, 4, requires_grad=True)).dtype == torch.uint8
+
+
+def test_subset_follows_the_indices_and_copies(tiny: DataSet) -> None:
+    picked = tiny.train.subset(torch.tensor([5, 2]))
+    assert picked.labels.tolist() == [2, 2]
+    assert torch.equal(picked.pixels[0], tiny.train.pixels[5])
+    before = tiny.train.pixels.clone()
+    picked.pixels.zero_()
+    assert torch.equal(tiny.train.pixels, before)
+    assert len(tiny.train.subset(torch.empty(0, dtype=torch.int64))) == 0
+
+
+def test_images_refuse_pixels_and_labels_that_do_not_match() -> None:
+    with pytest.raises(AssertionError):
+        Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(AssertionError):
+        Images(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))

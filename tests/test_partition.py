@@ -1,0 +1,197 @@
+"""Partitions: every image once, the skew that the setting promises, equal for equal seeds, refused in one line."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmitr_flwr.config import PartitionConfig
+from fedmitr_flwr.data.partition import Partition, holdout, split, table
+from fedmitr_flwr.errors import ConfigError
+
+Y = 10
+LABELS = torch.arange(2000) % Y  # 200 images of each class
+SCHEMES = ("dirichlet", "classes-per-client", "iid")
+
+
+def config(scheme: str = "dirichlet", **settings: object) -> PartitionConfig:
+    return PartitionConfig(scheme=scheme, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("clients", [2, 5, 7])
+def test_every_image_belongs_to_one_client(scheme: str, clients: int) -> None:
+    parts = split(LABELS, config(scheme, clients=clients, classes_per_client=5), Y, seed=3)
+    assert len(parts.indices) == clients
+    assert torch.cat(parts.indices).sort().values.tolist() == list(range(2000))
+    for indices, row in zip(parts.indices, parts.counts, strict=True):
+        assert indices.tolist() == sorted(indices.tolist())
+        assert row.tolist() == [int((LABELS[indices] == label).sum()) for label in range(Y)]
+    assert parts.counts.shape == (clients, Y)
+    assert parts.counts.dtype == torch.int64
+    assert parts.counts.sum(0).tolist() == [200] * Y
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equal_seeds_give_equal_partitions_and_other_seeds_others(scheme: str) -> None:
+    torch.manual_seed(1)
+    first = split(LABELS, config(scheme), Y, seed=0)
+    torch.manual_seed(2)
+    again = split(LABELS, config(scheme), Y, seed=0)
+    other = split(LABELS, config(scheme), Y, seed=1)
+    assert first.sha256 == again.sha256
+    assert len(first.sha256) == 64
+    assert first.sha256 != other.sha256
+    assert all(torch.equal(a, b) for a, b in zip(first.indices, again.indices, strict=True))
+
+
+def test_the_hash_sees_who_holds_an_image() -> None:
+    counts = torch.zeros(2, Y, dtype=torch.int64)
+    one, two = torch.tensor([0, 1]), torch.tensor([2])
+    hashes = {
+        Partition(parts, counts).sha256
+        for parts in ((one, two), (two, one), (torch.tensor([0]), torch.tensor([1, 2])), (torch.tensor([0, 1, 2]),))
+    }
+    assert len(hashes) == 4
+
+
+def test_dirichlet_with_a_huge_alpha_is_near_uniform() -> None:
+    counts = split(LABELS, config(alpha=1e6), Y, seed=0).counts
+    assert (counts - 40).abs().max() <= 2  # 200 images of a class over 5 clients
+
+
+def test_dirichlet_with_a_tiny_alpha_gives_each_class_to_one_client() -> None:
+    counts = split(LABELS, config(alpha=1e-3, clients=2), Y, seed=0).counts
+    assert (counts.max(0).values >= 190).all()
+
+
+def test_dirichlet_is_more_skewed_for_smaller_alpha() -> None:
+    def largest_share(alpha: float) -> float:
+        shares = [split(LABELS, config(alpha=alpha, min_size=1), Y, seed).counts.max(0).values for seed in range(5)]
+        return torch.stack(shares).float().mean().item()
+
+    assert largest_share(0.1) > largest_share(1.0) > largest_share(100.0)
+
+
+def test_iid_sizes_differ_by_one_at_most() -> None:
+    sizes = [len(part) for part in split(LABELS[:1999], config("iid", clients=7), Y, seed=0).indices]
+    assert max(sizes) - min(sizes) == 1
+    assert sum(sizes) == 1999
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(5, 2), (10, 1), (4, 3), (2, 9), (20, 3), (3, 10)])
+def test_classes_per_client_gives_exactly_that_many_and_leaves_no_class_out(clients: int, classes: int) -> None:
+    counts = split(LABELS, config("classes-per-client", clients=clients, classes_per_client=classes), Y, seed=4).counts
+    assert ((counts > 0).sum(1) == classes).all()
+    assert counts.sum(0).tolist() == [200] * Y  # clients * classes >= Y
+    holders = (counts > 0).sum(0)
+    assert holders.max() - holders.min() <= 1
+
+
+def test_classes_per_client_says_which_classes_nobody_holds(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fedmitr"):
+        counts = split(LABELS, config("classes-per-client", clients=3), Y, seed=0).counts
+    unused = [label for label in range(Y) if counts[:, label].sum() == 0]
+    assert len(unused) == Y - 6
+    assert str(unused) in caplog.text
+
+
+def test_classes_without_an_image_are_never_dealt() -> None:
+    labels = torch.tensor([1, 4, 7]).repeat(100)
+    counts = split(labels, config("classes-per-client", clients=3), Y, seed=0).counts
+    assert ((counts > 0).sum(1) == 2).all()
+    assert counts.sum(0).nonzero().flatten().tolist() == [1, 4, 7]
+
+
+@given(st.integers(2, 12), st.sampled_from(SCHEMES), st.integers(0, 2**40), st.integers(12, 300))
+def test_a_partition_is_disjoint_and_large_enough_or_refused(clients: int, scheme: str, seed: int, total: int) -> None:
+    labels = torch.arange(total) % 4
+    wanted = config(scheme, clients=clients, min_size=3)
+    refusal = None
+    try:
+        parts = split(labels, wanted, 4, seed)
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert "\n" not in refusal
+        assert "partition." in refusal
+        return
+    together = torch.cat(parts.indices)
+    assert len(set(together.tolist())) == len(together)
+    assert min(len(part) for part in parts.indices) >= 3
+    if clients * wanted.classes_per_client >= 4:
+        assert len(together) == total
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"clients": 2001, "min_size": 1}, ["2001 clients", "2000", "number of clients"]),
+        ({"clients": 100, "min_size": 21}, ["partition.min-size = 21", "2100", "2000"]),
+        ({"alpha": 1e-6, "clients": 30}, ["partition.alpha = 1e-06", "30 clients", "raise partition.alpha"]),
+        ({"alpha": 1e308}, ["partition.alpha = 1e+308"]),
+        ({"scheme": "iid", "clients": 300, "min_size": 7}, ["300 clients", "2100"]),
+        (
+            {"scheme": "classes-per-client", "clients": 1000, "min_size": 1, "classes_per_client": 3},
+            ["classes-per-client = 3"],
+        ),
+        ({"scheme": "classes-per-client", "classes_per_client": 11}, ["partition.classes-per-client = 11", "10"]),
+    ],
+)
+def test_impossible_partitions_are_refused_in_one_line(settings: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split(LABELS, config(**settings), Y, seed=0)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [name for name in named if name not in message] == []
+
+
+def test_min_size_holds_for_classes_per_client_too() -> None:
+    labels = torch.cat([torch.zeros(100, dtype=torch.int64), torch.ones(4, dtype=torch.int64)])
+    with pytest.raises(ConfigError, match="would get 4 images"):
+        split(labels, config("classes-per-client", clients=2, classes_per_client=1), 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "held"), [(100, 0.1, 10), (3, 0.1, 1), (2, 0.9, 1), (10, 0.9, 9), (7, 0.5, 4)]
+)
+def test_holdout_sizes(size: int, share: float, held: int) -> None:
+    indices = torch.arange(50, 50 + size)
+    train, out = holdout(indices, share, seed=0, client=3)
+    assert len(out) == held
+    assert torch.cat([train, out]).sort().values.tolist() == indices.tolist()
+
+
+def test_holdout_depends_on_seed_and_client_only() -> None:
+    indices = torch.arange(100)
+    first = holdout(indices, 0.2, seed=0, client=1)[1].tolist()
+    assert first == holdout(indices, 0.2, seed=0, client=1)[1].tolist()
+    assert first != holdout(indices, 0.2, seed=1, client=1)[1].tolist()
+    assert first != holdout(indices, 0.2, seed=0, client=2)[1].tolist()
+
+
+def test_holdout_needs_two_images() -> None:
+    with pytest.raises(ConfigError, match=r"client 3 .*\(1\).*partition.min-size = 2"):
+        holdout(torch.tensor([8]), 0.1, seed=0, client=3)
+
+
+def test_the_table_by_hand() -> None:
+    assert table(torch.tensor([[1, 20], [300, 0]]), ("cat", "a very long name")).splitlines() == [
+        "client  cat  a very lon  all",
+        "     0    1          20   21",
+        "     1  300           0  300",
+        "   all  301          20  321",
+    ]
+
+
+def test_the_table_of_many_classes_stays_narrow() -> None:
+    counts = torch.zeros(2, 100, dtype=torch.int64)
+    counts[0, 5], counts[0, 6], counts[1, 99] = 3, 4, 12
+    assert table(counts, tuple(f"class {label}" for label in range(100))).splitlines() == [
+        "client  images  classes  largest class",
+        "     0       7        2    class 6 (4)",
+        "     1      12        1  class 99 (12)",
+        "   all      19        3  class 99 (12)",
+    ]
