@@ -1,0 +1,31 @@
+# Python 3.11 or newer, and a package index for the first `make`; nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+CLIENTS ?= 5
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: env demo test lint clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python scripts/flower_run.py -c configs/digits.toml --clients $(CLIENTS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .flwr .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,153 @@
+"""A Flower grid that shows each reply as it arrives, and knows which client a node is."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from logging import getLogger
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedmitr_flwr.errors import RunError
+
+log = getLogger("flwr")
+
+TRIES = 3  # how often a client is asked that only dead actors were handed
+_DEAD_ACTOR = re.compile(r"ActorDiedError.*?actor_id: (\w+)", re.DOTALL)
+
+
+class ObservedGrid(Grid):
+    """Any Flower grid, with a hook on every reply.
+
+    The hook sits in `pull_messages`, so it works whether a strategy calls `send_and_receive` (Flower up to 1.42) or
+    drives `push_messages` and `pull_messages` itself (1.43).
+    """
+
+    def __init__(
+        self,
+        inner: Grid,
+        on_reply: Callable[[Message, int], None] | None = None,
+        clients: Mapping[int, int] | None = None,
+        poll: float = 0.5,
+        quorum: float = 0.0,
+    ) -> None:
+        """Wrap `inner`.
+
+        Args:
+            inner: Flower's own grid.
+            on_reply: called with every reply that has content, and with the node that sent it. What it raises is
+                logged and kept from the other replies.
+            clients: node id -> client, for the log and for the order of the replies.
+            poll: seconds between two looks for replies.
+            quorum: share of the questions that `send_and_receive` must get good replies to.
+        """
+        self.inner, self.on_reply, self.poll, self.quorum = inner, on_reply, poll, quorum
+        self.clients = dict(clients or {})
+        self._asked: dict[str, int] = {}  # message id -> node; a lost node's reply names the SuperLink as its source
+        self._dead_actors: set[str] = set()
+
+    def set_run(self, run: Any) -> None:
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.inner.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self.inner.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        return self.inner.get_nodes()
+
+    def name_of(self, node: int) -> str:
+        return f"client {self.clients[node]}" if node in self.clients else f"node {node}"
+
+    def node_of(self, reply: Message) -> int:
+        """The node that was asked, also where the SuperLink answers for it."""
+        return self._asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send each message by itself, so that one which Flower rejects is known by name."""
+        sent: list[str] = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            ids = [found for found in self.inner.push_messages([message]) if found]
+            if not ids:
+                log.warning("%s cannot be asked: Flower did not take the message", self.name_of(node))
+            self._asked |= dict.fromkeys(ids, node)
+            sent += ids
+        return sent
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = list(self.inner.pull_messages(list(message_ids)))
+        for reply in replies:
+            node = self.node_of(reply)
+            if reply.has_error():
+                log.warning("%s failed: %s", self.name_of(node), reason(reply))
+            elif self.on_reply:
+                try:
+                    self.on_reply(reply, node)
+                except Exception:  # one reply's trouble must not cost the others, which are in this same list
+                    log.exception("%s: its reply could not be taken", self.name_of(node))
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Ask, and wait for all replies or for `timeout` seconds.
+
+        Replies come back in the order of the clients, not of arrival, so that sums over them are the same in every
+        run. A client which Ray gave to an actor that had died before, under another client, is asked again.
+        """
+        questions = sorted(messages, key=lambda message: self._rank(message.metadata.dst_node_id))
+        waiting = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        answers: dict[int, Message] = {}
+        bereft: list[int] = []  # questions that a dead actor was handed
+        tries = Counter(waiting.values())
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            freed = False  # has an actor that lives become free?
+            for reply in self.pull_messages(waiting):
+                number = waiting.pop(reply.metadata.reply_to_message_id)
+                answers[number] = reply
+                freed |= reply.has_content()
+                if self._never_ran(reply) and tries[number] < TRIES:
+                    bereft.append(number)
+            if bereft and (freed or not waiting):  # only one: Flower's pool gives it to the actor freed last
+                tries[number := bereft.pop(0)] += 1
+                waiting |= dict.fromkeys(self.push_messages([_again(questions[number])]), number)
+            if waiting:
+                time.sleep(self.poll)
+        for number in sorted(set(waiting.values()) - set(answers)):
+            log.warning("%s did not reply in time", self.name_of(questions[number].metadata.dst_node_id))
+        good = sum(reply.has_content() for reply in answers.values())
+        if good < self.quorum * len(questions):
+            raise RunError(f"{good} of {len(questions)} clients replied well, fewer than flower.quorum = {self.quorum}")
+        return [answers[number] for number in sorted(answers)]
+
+    def _rank(self, node: int) -> tuple[int, int]:
+        return (self.clients.get(node, len(self.clients)), node)
+
+    def _never_ran(self, reply: Message) -> bool:
+        """Is this the second failure, or a later one, of one Ray actor? The first took the client that it ran."""
+        found = _DEAD_ACTOR.search(reply.error.reason or "") if reply.has_error() else None
+        if not found:
+            return False
+        before = found[1] in self._dead_actors
+        self._dead_actors.add(found[1])
+        return before
+
+
+def reason(reply: Message) -> str:
+    """The first line of an error reply's reason, with its code."""
+    lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
+    return f"{lines[0][:300]} (Flower's error code {reply.error.code})"
+
+
+def _again(message: Message) -> Message:
+    """The same question as a new message: Flower refuses one that was delivered before."""
+    told = message.metadata
+    return Message(message.content, told.dst_node_id, told.message_type, ttl=told.ttl, group_id=told.group_id)
