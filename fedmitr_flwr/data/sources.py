@@ -48,11 +48,12 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     if model.in_chans not in (1, 3):
         raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
     shape = _Shape(model.in_chans, model.num_classes, model.img_size)
-    train, classes = _load_split(data, shape, "train")
+    train, names = _load_split(data, shape, "train")
+    classes = names or tuple(str(label) for label in range(model.num_classes))
     if not with_test:
         return DataSet(train, train.subset(torch.empty(0, dtype=torch.int64)), classes)
-    test, test_classes = _load_split(data, shape, "test")
-    for ours, theirs in zip(classes, test_classes, strict=True):
+    test, test_names = _load_split(data, shape, "test")
+    for ours, theirs in zip(classes, test_names or classes, strict=True):
         if ours != theirs:
             raise DataError(
                 f"{data.path}: class {ours!r} of the train split is {theirs!r} in the test split; "
@@ -62,14 +63,13 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
 
 
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
-def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...]]:
+def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...] | None]:
     split = _open(data, name)
     _check_labels(split, shape.num_classes, f"{data.path or data.source}, {name} split")
     rows = _kept(len(split.labels), data.train_limit if name == "train" else data.test_limit, name)
     pixels = decode(split, rows, shape.in_chans, shape.img_size)
     log.info("%s: %d of %d %s images", data.path or data.source, len(rows), len(split.labels), name)
-    classes = split.classes or tuple(str(label) for label in range(shape.num_classes))
-    return Images(pixels, torch.from_numpy(split.labels[rows])), classes
+    return Images(pixels, torch.from_numpy(split.labels[rows])), split.classes
 
 
 def _open(data: DataConfig, name: str) -> Split:
