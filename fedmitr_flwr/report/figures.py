@@ -15,7 +15,8 @@ from torch import Tensor
 from ..data.images import to_uint8
 from ..files import replacing
 
-_FADED = 0.25  # how much of a halted patch is left; the rest is white
+_FADED = 0.3  # how much of a halted patch is left
+_FADE_TO = (150, 180, 235)  # the rest: a light blue, since digits are black and white themselves
 _LONGEST_NAME = 16  # characters
 
 
@@ -37,32 +38,32 @@ def save_images(
     pictures = _fade(to_uint8(images_BCHW[chosen].detach().cpu()), alive_BN[chosen].cpu())
     columns = min(10, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(1.15 * columns + 0.2, 1.35 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(1.15 * columns + 0.2, 5.2), 1.3 * rows + 0.5), layout="constrained")
     alive = alive_BN.float().mean().item()
     figure.suptitle(_caption(len(chosen), len(order), alive), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     for axis, picture, target in zip(axes, pictures, targets[chosen].tolist(), strict=False):
-        gray = picture.shape[0] == 1
-        axis.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray" if gray else None, vmin=0, vmax=255)
-        axis.set_title(_short(classes[target]), fontsize=8, pad=2)
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_title(_short(classes[target]), fontsize=8, pad=2, parse_math=False)
     _save(figure, path)
 
 
 def _caption(shown: int, total: int, alive: float) -> str:
-    return f"{shown} of {total} synthetic images; {100 * alive:.0f} % of their patches alive, halted ones faded"
+    return f"{shown} of {total} synthetic images; {100 * alive:.0f} % of all patches alive, halted ones faded to blue"
 
 
 def _fade(pixels_BCHW: Tensor, alive_BN: Tensor) -> Tensor:
-    """uint8 pictures whose halted patches (False) are mostly white."""
+    """uint8 colour pictures whose halted patches (False) are mostly light blue."""
     grid = math.isqrt(alive_BN.shape[1])
     height, width = pixels_BCHW.shape[-2:]
     patches_BGG = alive_BN.reshape(-1, grid, grid)
     rows, columns = torch.arange(height) * grid // height, torch.arange(width) * grid // width
     alive_B1HW = patches_BGG[:, rows][:, :, columns].unsqueeze(1)
-    faded = (_FADED * pixels_BCHW + (1 - _FADED) * 255).round().to(torch.uint8)
-    return torch.where(alive_B1HW, pixels_BCHW, faded)
+    colour = pixels_BCHW.expand(-1, 3, -1, -1)
+    faded = _FADED * colour + (1 - _FADED) * torch.tensor(_FADE_TO)[:, None, None]
+    return torch.where(alive_B1HW, colour, faded.round().to(torch.uint8))
 
 
 def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> None:
@@ -78,7 +79,7 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
     figure.colorbar(shades, ax=axis, label="images", shrink=0.9)
     names = [_short(name) for name in classes]
     upright = width > 25 or max(map(len, names)) > 4
-    axis.set_xticks(range(width), names, rotation=90 if upright else 0, fontsize=8 if numbers else 7)
+    axis.set_xticks(range(width), names, rotation=90 if upright else 0, fontsize=8 if numbers else 7, parse_math=False)
     axis.set_yticks(
         range(clients), [f"{client}  (n = {int(row.sum())})" for client, row in enumerate(counts)], fontsize=8
     )

@@ -1,0 +1,232 @@
+"""The command line: words to settings, one line and status 2 for bad input, the table and the folder at the end."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import fedmitr_flwr
+from fedmitr_flwr import __version__
+from fedmitr_flwr.cli import main
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import DataError
+from fedmitr_flwr.report.result import build
+from fedmitr_flwr.report.run_folder import RunFolder
+
+Call = tuple[object, ...]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logging() -> Iterator[None]:
+    """`main` sets up logging for its process; give the tests theirs back."""
+    root, ours = logging.getLogger(), logging.getLogger("fedmitr")
+    handlers, level = root.handlers[:], ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What the stand-in of pipeline.py was asked for."""
+    made: list[Call] = []
+
+    def finish(folder: RunFolder) -> RunFolder:
+        config = folder.config
+        folder.write_result(build(config=config, device="cpu", bytes_up=[], seconds={}, student=61.0, local=[45.0]))
+        return folder
+
+    def run(config: Config, name: str | None) -> RunFolder:
+        made.append(("run", config, name))
+        return finish(RunFolder.create(Config.from_flat({"out-dir": str(tmp_path)}, config), name or "unnamed"))
+
+    def fuse(run: RunFolder, method: str, overrides: Mapping[str, object]) -> RunFolder:
+        made.append(("fuse", run.path, method, dict(overrides)))
+        return finish(run.sub(method))
+
+    stand_in(monkeypatch, run=run, fuse=fuse)
+    return made
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
+    module = SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, "fedmitr_flwr.pipeline", module)
+    monkeypatch.setattr(fedmitr_flwr, "pipeline", module, raising=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must fail; its one line."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.startswith("fedmitr: error: ")
+    return err.removeprefix("fedmitr: error: ").strip()
+
+
+def test_run_ends_with_the_table_and_the_folder(
+    calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--name", "first"]) == 0
+    assert calls == [("run", Config(), "first")]
+    lines = capsys.readouterr().out.splitlines()
+    assert "fedmitr (student)               61.00" in lines
+    assert lines[-1] == f"run folder: {tmp_path / 'first'}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-c FILE seed=2 local.lr=0.5 --name n",
+        "seed=2 -c FILE local.lr=0.5 --name n",
+        "seed=2 local.lr=0.5 --name n --config FILE",
+        "--name n seed=2 -c FILE local.lr=0.5",
+        "--name=n seed=1 --config=FILE seed=2 local.lr=0.5",
+    ],
+)
+def test_settings_stand_anywhere_and_win_over_the_file(calls: list[Call], tmp_path: Path, words: str) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text("seed = 1\n[local]\nlr = 0.25\nepochs = 3\n")
+    assert main(["run", *words.replace("FILE", str(file)).split()]) == 0
+    wanted = Config.from_flat({"seed": 2, "local.lr": 0.5, "local.epochs": 3})
+    assert calls == [("run", wanted, "n")]
+
+
+def test_a_file_may_leave_to_the_command_line_what_it_needs(calls: list[Call], tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text("data.source = 'parquet'\n")
+    assert main(["run", "-c", str(file), "data.path=/data"]) == 0
+    assert calls == [("run", Config.from_flat({"data.source": "parquet", "data.path": "/data"}), None)]
+
+
+def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(Config(out_dir=str(tmp_path), seed=9), "first")
+    file = tmp_path / "file.toml"
+    file.write_text("distill.epochs = 2\n")
+    assert main(["fuse", str(run.path), "--method", "fedavg", "-c", str(file), "relabel.mode=drop"]) == 0
+    assert calls == [("fuse", run.path, "fedavg", {"distill.epochs": 2, "relabel.mode": "drop"})]
+    assert capsys.readouterr().out.splitlines()[-1] == f"run folder: {run.path / 'fused' / 'fedavg-1'}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run sede=3", "unknown config key 'sede'; did you mean seed?"),
+        ("run seed=x", "seed = 'x' is text; it must be a whole number"),
+        ("run partition.alpha=0", "partition.alpha = 0.0 is not possible; use a number > 0"),
+        ("run partition.clients=1", "partition.clients = 1 is not possible; use a number >= 2"),
+        ("run model.img-size=9", "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
+        ("run seed", "'seed' is not of the form key=value"),
+        ("run -c none.toml", "cannot read the config file none.toml: "),
+        ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
+        ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
+        ("run --name", "argument --name: expected one argument; see fedmitr run --help"),
+        ("fuse nowhere --method fedavg", "nowhere is not a run folder (no config.toml)"),
+        ("fuse nowhere", "the following arguments are required: --method"),
+        ("fuse", "the following arguments are required: RUN, --method"),
+        ("methods fedavg", "unknown argument 'fedavg'"),
+        ("", "the following arguments are required: run | fuse | methods; see fedmitr --help"),
+        ("train", "argument run | fuse | methods: invalid choice: 'train'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    calls: list[Call], capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert message in refused(capsys, *words.split())
+    assert calls == []
+
+
+def test_a_bad_file_is_named(calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("local.lr = 'fast'\n")
+    line = refused(capsys, "run", "-c", str(file))
+    assert line == f"local.lr = 'fast' is text; it must be a number (with the settings of {file})"
+    file.write_text("local.lr\n")
+    assert refused(capsys, "run", "-c", str(file)).startswith(f"{file}: not valid TOML")
+    assert calls == []
+
+
+def test_fuse_checks_settings_on_top_of_the_runs_own(
+    calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config.from_flat({"out-dir": str(tmp_path), "model.patch-size": 4})
+    run = RunFolder.create(config, "first")
+    line = refused(capsys, "fuse", str(run.path), "--method", "fedavg", "model.img-size=10")
+    assert "use a multiple of model.patch-size = 4" in line
+    assert calls == []
+
+
+def test_what_the_pipeline_refuses_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        raise DataError("digits: torn\n  in two lines")
+
+    stand_in(monkeypatch, run=run)
+    assert refused(capsys, "run") == "digits: torn in two lines"
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, run=run)
+    assert main(["run"]) == 130
+    assert capsys.readouterr().err == "fedmitr: interrupted\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object) -> None:
+        raise ZeroDivisionError
+
+    stand_in(monkeypatch, run=run)
+    with pytest.raises(ZeroDivisionError):
+        main(["run"])
+
+
+def test_methods_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedmitr_flwr import methods
+
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == methods.available()
+    assert {"fedavg", "ensemble", "fedmitr"} <= set(methods.available())
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fedmitr {__version__}\n"
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
+    )
+
+
+def test_as_a_module_with_bad_input() -> None:
+    done = python("-m", "fedmitr_flwr", "run", "local.batchsize=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == ("fedmitr: error: unknown config key 'local.batchsize'; did you mean local.batch-size?\n")
+
+
+def test_help_does_without_torch() -> None:
+    done = python(
+        "-c",
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
+        "from fedmitr_flwr.cli import main\n"
+        "main(['--help'])",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "flwr run ." in done.stdout
+    assert "fedmitr fuse" in done.stdout

@@ -1,0 +1,327 @@
+"""Settings: what is accepted, what is refused and how the refusal reads."""
+
+import tomllib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.settings import flatten, parse_assignment, toml_value
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = Config().to_flat()
+
+# Any text that can be in a file: no lone surrogates.
+text = st.text(st.characters(codec="utf-8"))
+key_of = {kind: st.sampled_from([key for key, value in DEFAULTS.items() if type(value) is kind]) for kind in (int, str)}
+
+# Values inside every limit, for the settings without a fixed list of choices.
+free_values = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0),
+        "device": text,
+        "method": text,
+        "out-dir": text,
+        "resume-from": text,
+        "model.name": text,
+        "data.path": text,
+        "data.image-column": text,
+        "data.train-limit": st.integers(0),
+        "data.flip": st.booleans(),
+        "local.lr": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+        "local.weight-decay": st.floats(min_value=0, allow_infinity=False),
+        "local.label-smoothing": st.floats(0, 0.99),
+        "local.epochs": st.integers(1),
+        "partition.alpha": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+        "flower.quorum": st.floats(0.01, 1),
+        "flower.strategy": text,
+    },
+)
+
+
+@given(free_values)
+def test_toml_round_trip(values: dict[str, object]) -> None:
+    config = Config.from_flat(values)
+    document = config.to_toml()
+    assert Config.from_toml(document) == config
+    assert tomllib.loads(document.encode().decode())  # it can be in a file
+    assert len(document.splitlines()) >= len(DEFAULTS)
+    for key, value in values.items():
+        assert config.to_flat()[key] == value
+
+
+@given(text | st.booleans() | st.integers() | st.floats(allow_nan=False))
+def test_every_value_is_valid_toml(value: bool | int | float | str) -> None:
+    parsed = tomllib.loads(f"x = {toml_value(value)}")["x"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@given(free_values)
+def test_from_flat_takes_what_to_flat_gives(values: dict[str, object]) -> None:
+    config = Config.from_flat(values)
+    assert Config.from_flat(config.to_flat()) == config
+    assert Config.from_flat({}, base=config) == config
+
+
+def test_nested_tables_and_dotted_keys_mean_the_same() -> None:
+    nested = Config.from_toml("seed = 3\n[local]\nlr = 0.5\nbatch-size = 8\n")
+    dotted = Config.from_toml("seed = 3\nlocal.lr = 0.5\nlocal.batch-size = 8\n")
+    assert nested == dotted
+    assert (nested.seed, nested.local.lr, nested.local.batch_size) == (3, 0.5, 8)
+
+
+def test_base_gives_what_is_absent() -> None:
+    base = Config.from_flat({"seed": 5, "local.lr": 0.5})
+    assert Config.from_flat({"seed": 6}, base).to_flat() == {**DEFAULTS, "seed": 6, "local.lr": 0.5}
+
+
+@given(text.filter(lambda key: key not in DEFAULTS), st.integers())
+def test_unknown_keys_are_named(key: str, value: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({key: value})
+    assert repr(key) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_near_miss_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match=r"unknown config key 'local\.batchsize'; did you mean local\.batch-size\?"):
+        Config.from_flat({"local.batchsize": 3})
+    with pytest.raises(ConfigError, match=r"'zzz'; the keys are listed in pyproject\.toml"):
+        Config.from_flat({"zzz": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("local.lr", "fast", "local.lr = 'fast' is text; it must be a number"),
+        ("local.lr", True, "local.lr = True is a truth value; it must be a number"),
+        ("local.epochs", 2.5, "local.epochs = 2.5 is a decimal number; it must be a whole number"),
+        ("local.epochs", False, "local.epochs = False is a truth value; it must be a whole number"),
+        ("local.epochs", [1], "local.epochs = [1] is a list; it must be a whole number"),
+        ("local.augment", 1, "local.augment = 1 is a whole number; it must be true or false"),
+        ("local.augment", "yes", "local.augment = 'yes' is text; it must be true or false"),
+        ("inversion.stops", 0.1, "inversion.stops = 0.1 is a decimal number; it must be text (in quotes)"),
+        ("local.lr", float("nan"), "local.lr = nan is not a finite number"),
+        ("local.lr", 10**400, "local.lr = inf is not a finite number"),
+        ("data.path", "\udcff", r"data.path = '\udcff' is not valid Unicode text; rename what it names"),
+    ],
+)
+def test_wrong_types_are_told_in_plain_words(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({key: value})
+    assert str(caught.value) == message
+
+
+@given(st.data())
+def test_text_for_a_number_and_a_number_for_text_are_refused_by_name(data: st.DataObject) -> None:
+    key = data.draw(key_of[int])
+    with pytest.raises(ConfigError, match=f"^{key} = .* is text"):
+        Config.from_flat({key: data.draw(text)})
+    key = data.draw(key_of[str])
+    with pytest.raises(ConfigError, match=f"^{key} = .* is a whole number"):
+        Config.from_flat({key: data.draw(st.integers())})
+
+
+def test_a_whole_number_is_a_fine_decimal_number() -> None:
+    lr = Config.from_flat({"local.lr": 1}).local.lr
+    assert lr == 1
+    assert type(lr) is float
+
+
+# One value just outside each limit; a new check in config.py belongs here too.
+BEYOND = {
+    "seed": -1,
+    "threads": -1,
+    "data.source": "mnist",
+    "data.train-limit": -1,
+    "data.test-limit": -1,
+    "partition.scheme": "noniid",
+    "partition.alpha": 0,
+    "partition.classes-per-client": 0,
+    "partition.min-size": 0,
+    "partition.clients": 1,
+    "model.img-size": 0,
+    "model.patch-size": 3,
+    "model.in-chans": 0,
+    "model.num-classes": 1,
+    "model.width": 0,
+    "model.depth": 0,
+    "model.heads": 3,
+    "local.epochs": 0,
+    "local.batch-size": 0,
+    "local.optimizer": "adam",
+    "local.lr": 0,
+    "local.weight-decay": -0.1,
+    "local.schedule": "step",
+    "local.label-smoothing": 1,
+    "local.token-loss": -1,
+    "local.grad-clip": -1,
+    "local.threads": 0,
+    "upload.dtype": "bfloat16",
+    "ensemble.combine": "votes",
+    "ensemble.weights": "sizes",
+    "inversion.mode": "full",
+    "inversion.steps": 0,
+    "inversion.batch-size": 0,
+    "inversion.lr": 0,
+    "inversion.stops": "0.5,0.1",
+    "inversion.drop": 1,
+    "inversion.rebirths": 0,
+    "inversion.tv": -1,
+    "inversion.roll": -1,
+    "relabel.mode": "r1",
+    "relabel.temperature": 0,
+    "distill.epochs": 0,
+    "distill.images-per-epoch": 0,
+    "distill.passes": 0,
+    "distill.batch-size": 0,
+    "distill.init": "mean",
+    "distill.optimizer": "adam",
+    "distill.lr": 0,
+    "distill.weight-decay": -1,
+    "distill.schedule": "step",
+    "distill.mix": "mixup",
+    "distill.temperature": 0,
+    "distill.high": -1,
+    "distill.token": -1,
+    "distill.low": -1,
+    "distill.kd": -1,
+    "distill.teachers": "once",
+    "distill.grad-clip": -1,
+    "evaluate.where": "nowhere",
+    "evaluate.holdout": 0,
+    "evaluate.batch-size": 0,
+    "flower.rounds": 0,
+    "flower.min-nodes": 1,
+    "flower.node-wait": 0,
+    "flower.upload-timeout": 0,
+    "flower.quorum": 1.1,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), BEYOND.items())
+def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({key: value})
+    assert str(caught.value).startswith(f"{key} = ") or key == "model.patch-size"
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"data.source": "hub"}, "data.path is empty; data.source = 'hub' needs a data set's name"),
+        ({"data.source": "parquet"}, "data.path is empty; data.source = 'parquet' needs a folder"),
+        ({"model.img-size": 9}, "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
+        ({"ensemble.weights": "counts"}, "set upload.class-counts = true"),
+        (
+            {"partition.scheme": "classes-per-client", "partition.classes-per-client": 11},
+            "partition.classes-per-client = 11 is not possible; use at most model.num-classes = 10",
+        ),
+        ({"inversion.mode": "pri", "inversion.rebirths": 17}, "at most the number of patches (16)"),
+        ({"inversion.stops": "0.1;0.2"}, "inversion.stops = '0.1;0.2' is not a list of numbers separated by commas"),
+        ({"inversion.stops": "0.5,0.5"}, "use rising fractions"),
+        ({"inversion.stops": "0,0.5"}, "use rising fractions"),
+        ({"inversion.stops": "0.5,nan"}, "use rising fractions"),
+    ],
+)
+def test_impossible_combinations_are_told_with_the_fix(flat: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat(flat)
+    assert message in str(caught.value)
+
+
+def test_derived_values() -> None:
+    config = Config.from_flat({"model.img-size": 224, "model.patch-size": 16, "inversion.stops": "0.1, 0.25"})
+    assert config.model.num_patches == 196
+    assert config.inversion.stop_fractions == (0.1, 0.25)
+    assert Config.from_flat({"inversion.stops": ""}).inversion.stop_fractions == ()
+    assert config.with_clients(7) == replace(config, partition=replace(config.partition, clients=7))
+    assert config.with_clients(7).partition.clients == 7
+
+
+@given(text)
+def test_any_text_as_toml_is_parsed_or_refused(document: str) -> None:
+    with suppress(ConfigError):  # any other exception fails the test
+        Config.from_toml(document)
+
+
+def test_huge_whole_numbers_are_refused_like_other_bad_toml() -> None:
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        Config.from_toml(f"seed = {'9' * 5000}")
+    assert parse_assignment(f"seed={'9' * 5000}") == ("seed", "9" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("word", "pair"),
+    [
+        ("seed=3", ("seed", 3)),
+        ("local.lr = 1e-3", ("local.lr", 0.001)),
+        ("local.augment=false", ("local.augment", False)),
+        ("model.name=vit_tiny_patch16_224", ("model.name", "vit_tiny_patch16_224")),
+        ("data.path=/data/a=b", ("data.path", "/data/a=b")),
+        ('data.path="3"', ("data.path", "3")),
+        ("inversion.stops=0.1,0.2", ("inversion.stops", "0.1,0.2")),
+        ("out-dir=", ("out-dir", "")),
+        ("data.path=1\nseed=3", ("data.path", "1\nseed=3")),
+    ],
+)
+def test_assignments(word: str, pair: tuple[str, object]) -> None:
+    assert parse_assignment(word) == pair
+
+
+@pytest.mark.parametrize("word", ["seed", "", "=3", " = 3"])
+def test_words_that_are_no_assignment(word: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form key=value"):
+        parse_assignment(word)
+
+
+@given(text.filter(lambda value: value == value.strip()))
+def test_assigned_text_arrives_unless_it_is_toml(value: str) -> None:
+    key, parsed = parse_assignment(f"data.path={value}")
+    assert key == "data.path"
+    if type(parsed) is str and not value.startswith(('"', "'")):
+        assert parsed == value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed = ", r"bad\.toml: not valid TOML"),
+        (b"\xff", r"cannot read the config file .*bad\.toml"),
+        (b"sede = 1", r"bad\.toml: unknown config key 'sede'; did you mean seed\?"),
+        (b"seed = -1", r"bad\.toml: seed = -1"),
+    ],
+)
+def test_a_bad_file_is_named_once(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Config.from_file(path)
+    assert str(caught.value).count("bad.toml") == 1
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config file .*none"):
+        Config.from_file(tmp_path / "none")
+
+
+def test_the_flower_app_has_the_same_keys_and_defaults() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    table = flatten(project["tool"]["flwr"]["app"]["config"])
+    fix = "run `python scripts/config_table.py`"
+    assert table == DEFAULTS, fix
+    assert {key: type(value) for key, value in table.items()} == {key: type(v) for key, v in DEFAULTS.items()}, fix
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.toml")), ids=lambda path: path.name)
+def test_every_config_file_parses(path: Path) -> None:
+    Config.from_file(path)

@@ -1,0 +1,71 @@
+"""The code fingerprint: equal code gives equal characters, wherever it lies."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedmitr_flwr.fingerprint import _of_folder, fingerprint
+
+PACKAGE = Path(__file__).parent.parent / "fedmitr_flwr"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package as an app bundle has it: Python files only, at another place."""
+    return shutil.copytree(PACKAGE, tmp_path / "bundle" / "fedmitr_flwr", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_form() -> None:
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint())
+    assert fingerprint() == fingerprint()
+
+
+def test_a_copy_elsewhere_has_the_same(copy: Path) -> None:
+    assert _of_folder(copy) == _of_folder(PACKAGE)
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_bytes(b"2\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c.py").write_bytes(b"")
+    assert _of_folder(tmp_path) == hashlib.sha256(b"a/c.py\n0\nb.py\n2\n2\n").hexdigest()[:12]
+
+
+def test_what_is_not_bundled_does_not_count(copy: Path) -> None:
+    before = _of_folder(copy)
+    for name in ("notes.txt", "test_x.py", "x_test.py", ".ipynb_checkpoints/config.py", "__pycache__/config.pyc"):
+        path = copy / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x = 1\n")
+    (copy / ".#config.py").symlink_to("nobody@nowhere")  # an editor's lock
+    assert _of_folder(copy) == before
+
+
+def test_every_change_counts(copy: Path) -> None:
+    seen = {_of_folder(copy)}
+
+    def check() -> None:
+        assert _of_folder(copy) not in seen
+        seen.add(_of_folder(copy))
+
+    (copy / "config.py").write_text((copy / "config.py").read_text() + "#")
+    check()
+    (copy / "methods" / "new.py").write_text("")
+    check()
+    (copy / "methods" / "new.py").rename(copy / "methods" / "newer.py")
+    check()
+    (copy / "rng.py").unlink()
+    check()
+
+
+def test_content_cannot_pass_for_a_path(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "a.py").write_bytes(b"b.py\n0\n")
+    (two / "a.py").write_bytes(b"")
+    (two / "b.py").write_bytes(b"")
+    assert _of_folder(one) != _of_folder(two)

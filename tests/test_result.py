@@ -1,0 +1,112 @@
+"""result.json and the table at the end of a run."""
+
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.report import result
+from fedmitr_flwr.report.result import accuracy_table, build
+from fedmitr_flwr.report.run_folder import plain
+
+
+def a_result(**parts: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "config": Config(seed=3).with_clients(2),
+        "device": "cpu",
+        "bytes_up": [400, 400],
+        "seconds": {"local": 1.23456, "distil": 2},
+        "student": 61.23456,
+        "fedavg": 20.0,
+        "ensemble": 70.005001,
+        "local": [45.0, 12.345678],
+        "per_class": {"cat": 100 / 3, "dog": math.nan},
+        "counts": [[1, 2], [3, 0]],
+        "partition_sha256": "ab" * 32,
+    }
+    return build(**given | parts)
+
+
+def test_what_a_reader_needs_is_there() -> None:
+    made = a_result(teacher_forwards=12)
+    assert made["method"] == "fedmitr"
+    assert made["seed"] == 3
+    assert made["clients"] == 2
+    assert made["config"] == Config(seed=3).with_clients(2).to_flat()
+    assert made["fingerprint"] == fingerprint()
+    assert made["counts"] == [[1, 2], [3, 0]]
+    assert made["partition_sha256"] == "ab" * 32
+    assert made["bytes_up"] == [400, 400]
+    assert made["bytes_down"] is None
+    assert made["seconds"] == {"local": 1.235, "distil": 2.0}
+    assert made["teacher_forwards"] == 12
+    assert made["versions"]["python"] == platform.python_version()
+    assert made["versions"]["torch"] == version("torch")
+    assert made["versions"].keys() == {"python", "torch", "timm", "numpy", "flwr"}
+    assert made["machine"]["device"] == "cpu"
+    assert made["machine"]["cores"] >= 1
+    assert made["machine"]["cpu"]
+    assert json.loads(json.dumps(plain(made))) == made
+
+
+def test_accuracies_are_percent_with_two_decimals() -> None:
+    assert a_result()["accuracy"] == {
+        "student": 61.23,
+        "fedavg": 20.0,
+        "ensemble": 70.01,
+        "local": [45.0, 12.35],
+        "per_class": {"cat": 33.33, "dog": None},
+    }
+
+
+def test_a_package_that_is_not_installed_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "PACKAGES", ("torch", "no-such-package"))
+    assert result.versions()["no-such-package"] is None
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\n")
+    assert result._cpu(tmp_path / "cpuinfo") == "Abacus 3000"
+    assert result._cpu(tmp_path / "none")
+
+
+def test_table() -> None:
+    assert accuracy_table(a_result()) == (
+        "model                      accuracy %\n"
+        "-------------------------------------\n"
+        "client 0 alone                  45.00\n"
+        "client 1 alone                  12.35\n"
+        "clients alone, mean             28.68\n"  # (45.00 + 12.35) / 2 = 28.675
+        "fedavg, one round               20.00\n"
+        "ensemble of all clients         70.01\n"
+        "fedmitr (student)               61.23\n"
+        "\n"
+        "recall % of the student by class\n"
+        "cat  33.33   dog      -"
+    )
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    bare = a_result(student=None, fedavg=None, ensemble=None, local=[], per_class=None)
+    rows = accuracy_table(bare).splitlines()
+    assert [row.split()[-1] for row in rows[2:]] == ["-"] * 4
+    assert {len(row) for row in rows} == {len(rows[0])}
+    mixed = accuracy_table(a_result(local=[50.0, None])).splitlines()
+    assert mixed[4] == "clients alone, mean             50.00"
+
+
+def test_the_widths_are_stable_and_lines_stay_short() -> None:
+    names = [f"{'long ' * (number % 4)}class {number}" for number in range(100)]
+    made = a_result(per_class=dict.fromkeys(names, 100.0), local=[100.0] * 20)
+    lines = accuracy_table(made).splitlines()
+    head, cells = lines[: lines.index("")], lines[lines.index("") + 2 :]
+    assert {len(line) for line in head} == {37}
+    assert len({len(line) for line in cells[:-1]}) == 1
+    assert max(map(len, cells)) <= 100
+    assert sum(line.count("100.00") for line in cells) == 100

@@ -1,0 +1,263 @@
+"""Run folders: what is written, what is refused, and what can be read back."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import ConfigError, RunError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.run_folder import RunFolder, plain
+from fedmitr_flwr.training.upload import Upload
+
+
+def config_in(folder: Path, **flat: object) -> Config:
+    return Config.from_flat({"out-dir": str(folder), "partition.clients": 4, **flat})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(config_in(tmp_path), "first")
+
+
+def an_upload(client: int) -> Upload:
+    return Upload(client, {"w": torch.full((2,), float(client))}, 10 + client, 0.5, "c" * 12)
+
+
+def test_a_new_folder_holds_the_complete_config_and_opens_again(tmp_path: Path) -> None:
+    config = config_in(tmp_path / "deep" / "er", seed=7, **{"data.path": 'a "b" ü\n'})
+    created = RunFolder.create(config, "run one")
+    assert created.path == tmp_path / "deep" / "er" / "run one"
+    opened = RunFolder.open(str(created.path))
+    assert opened.path == created.path
+    assert opened.config == config
+    assert not opened.finished
+    assert opened.load_uploads() == []
+
+
+def test_the_default_place_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder.create(Config(), "x").path == tmp_path / "fedmitr-runs" / "x"
+    assert RunFolder.create(Config(out_dir="~/other"), "x").path == tmp_path / "other" / "x"
+
+
+def test_a_relative_place_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.create(Config(out_dir="runs"), "x").path == tmp_path / "runs" / "x"
+
+
+def test_an_existing_folder_is_left_alone(run: RunFolder) -> None:
+    before = (run.path / "config.toml").read_text()
+    with pytest.raises(RunError, match=r"first exists; give another name"):
+        RunFolder.create(config_in(run.path.parent, seed=9), "first")
+    assert (run.path / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc"])
+def test_names_that_are_paths_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError, match="is no name for a run folder"):
+        RunFolder.create(config_in(tmp_path), name)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match=r"cannot make the run folder .*Not a directory; set out-dir"):
+        RunFolder.create(config_in(tmp_path / "file"), "x")
+
+
+def test_a_parent_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(RunError, match=r"cannot make the run folder .*Permission denied; set out-dir to a folder that"):
+        RunFolder.create(config_in(tmp_path), "x")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_parent_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(RunError, match="Permission denied; set out-dir"):
+        RunFolder.create(config_in(tmp_path), "x")
+
+
+def test_other_folders_are_no_runs(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(RunError, match=rf"{path} is not a run folder \(no config.toml\)"):
+            RunFolder.open(path)
+    (tmp_path / "config.toml").write_text("sead = 3")
+    with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'sead'"):
+        RunFolder.open(tmp_path)
+
+
+def test_uploads_come_back_in_the_clients_order(run: RunFolder) -> None:
+    for client in (2, 0, 12, 3):
+        path = run.save_upload(an_upload(client))
+        assert path == run.path / "uploads" / f"client_{client:03}.safetensors"
+    (run.uploads_path / ".client_001.safetensors.7.tmp").write_text("cut off while it was written")
+    assert list(run.upload_paths()) == [0, 2, 3, 12]
+    assert [(upload.client, upload.num_examples) for upload in run.load_uploads()] == [
+        (0, 10),
+        (2, 12),
+        (3, 13),
+        (12, 22),
+    ]
+    assert run.missing(5) == [1, 4]
+
+
+def test_a_client_uploads_once(run: RunFolder) -> None:
+    run.save_upload(an_upload(1))
+    with pytest.raises(RunError, match="client 1 has uploaded already"):
+        run.save_upload(an_upload(1))
+
+
+def test_a_renamed_upload_is_noticed(run: RunFolder) -> None:
+    run.save_upload(an_upload(1)).rename(run.uploads_path / "client_000.safetensors")
+    with pytest.raises(RunError, match=r"client_000\.safetensors holds the upload of client 1"):
+        run.load_uploads()
+
+
+def test_a_refused_upload_is_kept_with_its_reason(run: RunFolder) -> None:
+    weights = {"w": torch.tensor([float("nan"), 1.0])}
+    first = run.refuse_upload("client 3", weights, "client 3: NaN in 'w'")
+    second = run.refuse_upload("client 3", {}, "again")
+    assert (first.name, second.name) == ("client_3.safetensors", "client_3-2.safetensors")
+    tensors, header = load_tensors(first)
+    assert header == {"from": "client 3", "reason": "client 3: NaN in 'w'"}
+    assert tensors["w"][1] == 1
+    assert run.refuse_upload("../../etc", {}, "x").parent == run.refused_path
+    assert run.upload_paths() == {}
+
+
+@pytest.mark.parametrize(
+    ("present", "quorum", "enough"),
+    [
+        (4, 1.0, True),
+        (3, 1.0, False),
+        (3, 0.75, True),
+        (2, 0.75, False),
+        (3, 0.5, True),
+        (1, 0.01, True),
+        (0, 0.01, False),
+    ],
+)
+def test_quorum_of_four(run: RunFolder, present: int, quorum: float, enough: bool) -> None:
+    for client in range(present):
+        run.save_upload(an_upload(client))
+    if enough:
+        assert [upload.client for upload in run.require_uploads(quorum)] == list(range(present))
+    else:
+        with pytest.raises(RunError):
+            run.require_uploads(quorum)
+
+
+def test_the_quorum_line_names_the_missing_and_the_fix(run: RunFolder) -> None:
+    for client in (0, 2):
+        run.save_upload(an_upload(client))
+    with pytest.raises(RunError) as caught:
+        run.require_uploads(1.0)
+    assert str(caught.value) == (
+        f"2 of 4 uploads are in {run.uploads_path} and 4 are needed; missing: clients 1, 3; "
+        f"run with resume-from = '{run.path}' to ask only them, or lower flower.quorum"
+    )
+
+
+def test_a_quorum_that_binary_fractions_miss_is_met() -> None:
+    # 0.07 * 100 is 7.000000000000001 in floating point: seven of a hundred are enough.
+    assert 0.07 * 100 > 7
+    folder = RunFolder(Path("nowhere"), Config().with_clients(100))
+    folder.missing = lambda clients: list(range(7, clients))  # type: ignore[method-assign]
+    folder.load_uploads = list  # type: ignore[assignment, method-assign]
+    assert folder.require_uploads(0.07) == []
+
+
+def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) -> None:
+    run.save_upload(an_upload(0))
+    fused = [run.sub("fedavg"), run.sub("fedavg"), run.sub("ensemble")]
+    assert [folder.path.relative_to(run.path).as_posix() for folder in fused] == [
+        "fused/fedavg-1",
+        "fused/fedavg-2",
+        "fused/ensemble-1",
+    ]
+    for folder in fused:
+        again = RunFolder.open(folder.path)
+        assert again.root == run.path
+        assert list(again.upload_paths()) == [0]
+        assert again.model_path.parent == folder.path
+    assert RunFolder.open(fused[0].path).config == Config.from_flat({"method": "fedavg"}, run.config)
+    assert fused[0].sub("fedavg").path == run.path / "fused" / "fedavg-3"
+    config = Config.from_flat({"method": "fedmitr", "relabel.mode": "drop"}, run.config)
+    assert RunFolder.open(run.sub("fedmitr", config).path).config == config
+
+
+def test_a_place_called_fused_is_no_fusion(tmp_path: Path) -> None:
+    folder = RunFolder.create(config_in(tmp_path / "fused"), "x")
+    assert folder.root == folder.path
+
+
+def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:
+    run.log_metrics(stage="distill", epoch=1, loss=torch.tensor(0.5), alive=(0.25, float("nan")))
+    run.log_metrics(stage="distill", epoch=2, loss=float("inf"))
+    lines = run.metrics_path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"stage": "distill", "epoch": 1, "loss": 0.5, "alive": [0.25, None]},
+        {"stage": "distill", "epoch": 2, "loss": None},
+    ]
+
+
+def test_result_round_trip(run: RunFolder) -> None:
+    with pytest.raises(RunError, match=r"has no result.json: the run has not ended"):
+        run.read_result()
+    run.write_result({"accuracy": {"student": 61.25, "per_class": {"Käse": float("nan")}}, "counts": [(1, 2)]})
+    assert run.finished
+    assert run.read_result() == {"accuracy": {"student": 61.25, "per_class": {"Käse": None}}, "counts": [[1, 2]]}
+    run.result_path.write_text("{")
+    with pytest.raises(RunError, match=r"cannot read .*result\.json"):
+        run.read_result()
+
+
+def test_the_model_and_its_arguments(run: RunFolder) -> None:
+    weights = {"head.bias": torch.tensor([1.5, -2.0])}
+    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
+    assert run.save_model(weights, arguments) == run.model_path
+    once = run.model_path.read_bytes()
+    run.save_model(weights, arguments)
+    assert run.model_path.read_bytes() == once
+    assert torch.equal(load_tensors(run.model_path)[0]["head.bias"], weights["head.bias"])
+    assert json.loads((run.path / "model.json").read_text()) == arguments
+
+
+def test_the_files_have_the_promised_names(run: RunFolder) -> None:
+    names = {
+        "pool.safetensors": run.pool_path,
+        "model.safetensors": run.model_path,
+        "model.json": run.model_arguments_path,
+        "metrics.jsonl": run.metrics_path,
+        "result.json": run.result_path,
+        "images.png": run.images_path,
+        "partition.png": run.partition_path,
+        "uploads": run.uploads_path,
+        "uploads/refused": run.refused_path,
+    }
+    assert {name: run.path / name for name in names} == names
+
+
+def test_a_write_that_fails_is_one_line(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*result\.json: .*No space left"):
+        run.write_result({})
+    assert not run.finished
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        run.log_metrics(loss=1.0)
+
+
+def test_plain() -> None:
+    given = {3: (torch.arange(2), [float("-inf")]), "x": None, "y": True, "z": "s"}
+    assert plain(given) == {"3": [[0, 1], [None]], "x": None, "y": True, "z": "s"}

@@ -1,0 +1,237 @@
+"""Uploads: what may enter the ensemble, and what comes back from disk."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedmitr_flwr.errors import RunError, UploadError
+from fedmitr_flwr.files import load_tensors, save_tensors
+from fedmitr_flwr.training.upload import Upload, load, save, validate
+
+CODE = "0123456789ab"
+CLIENTS, CLASSES = 4, 3
+REFERENCE = {
+    "cls_token": torch.zeros(1, 1, 4),
+    "head.weight": torch.zeros(3, 4),
+    "head.bias": torch.zeros(3),
+    "steps": torch.tensor(0),  # integer and without axes, as batch counters are
+}
+
+
+def an_upload(client: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Upload:
+    rng = torch.Generator().manual_seed(seed)
+    weights = {
+        key: torch.randn(wanted.shape, generator=rng).to(dtype) if wanted.is_floating_point() else wanted + 7
+        for key, wanted in REFERENCE.items()
+    }
+    return Upload(client, weights, 12, 0.5, CODE, (3, 0, 9))
+
+
+def check(upload: Upload) -> None:
+    validate(upload, REFERENCE, CLASSES, CODE, CLIENTS)
+
+
+def with_weight(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Upload], Upload]:
+    return lambda upload: replace(upload, weights=upload.weights | {key: change(upload.weights[key])})
+
+
+def poisoned(value: float) -> Callable[[Tensor], Tensor]:
+    """One element of the tensor becomes `value`."""
+    return lambda tensor: torch.cat([tensor.flatten()[:-1], torch.tensor([value], dtype=tensor.dtype)]).view_as(tensor)
+
+
+# Each mutation is (change, word that the message must hold). Keys are drawn; the integer key has mutations of its own.
+FLOATING = st.sampled_from([key for key, tensor in REFERENCE.items() if tensor.is_floating_point()])
+MUTATIONS = st.one_of(
+    FLOATING.flatmap(
+        lambda key: st.sampled_from(
+            [
+                (with_weight(key, poisoned(math.nan)), key),
+                (with_weight(key, poisoned(math.inf)), key),
+                (with_weight(key, poisoned(-math.inf)), key),
+                (with_weight(key, lambda tensor: tensor[..., :-1]), key),
+                (with_weight(key, lambda tensor: tensor[None]), key),
+                (with_weight(key, lambda tensor: tensor.bfloat16()), key),
+                (with_weight(key, lambda tensor: tensor.double()), key),
+                (with_weight(key, lambda tensor: tensor.long()), key),
+                (lambda upload: replace(upload, weights={k: v for k, v in upload.weights.items() if k != key}), key),
+                (lambda upload: replace(upload, weights=upload.weights | {f"{key}.x": torch.ones(1)}), f"{key}.x"),
+            ]
+        )
+    ),
+    st.sampled_from(
+        [
+            (with_weight("steps", lambda tensor: tensor.float()), "steps"),
+            (with_weight("steps", lambda tensor: tensor.int()), "steps"),
+            (lambda upload: replace(upload, weights={}), "cls_token"),
+            (lambda upload: replace(upload, fingerprint=""), "other code"),
+            (lambda upload: replace(upload, fingerprint=CODE[::-1]), "other code"),
+            (lambda upload: replace(upload, train_loss=math.nan), "training loss"),
+            (lambda upload: replace(upload, train_loss=math.inf), "training loss"),
+            (lambda upload: replace(upload, class_counts=(3, 9)), "class counts"),
+            (lambda upload: replace(upload, class_counts=(3, 0, 9, 0)), "class counts"),
+            (lambda upload: replace(upload, class_counts=()), "class counts"),
+            (lambda upload: replace(upload, class_counts=(13, -1, 0)), "class counts"),
+            (lambda upload: replace(upload, class_counts=(3, 0, 8)), "class counts"),
+        ]
+    ),
+    st.integers(max_value=0).map(lambda n: (lambda upload: replace(upload, num_examples=n), f"on {n} images")),
+    (st.integers(max_value=-1) | st.integers(min_value=CLIENTS)).map(
+        lambda n: (lambda upload: replace(upload, client=n), "clients 0 to 3")
+    ),
+)
+
+
+@given(
+    st.integers(0, CLIENTS - 1), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 2**32), st.booleans()
+)
+def test_a_good_upload_passes(client: int, dtype: torch.dtype, seed: int, counted: bool) -> None:
+    upload = an_upload(client, dtype, seed)
+    check(upload if counted else replace(upload, class_counts=None))
+
+
+@given(st.integers(0, CLIENTS - 1), MUTATIONS, st.sampled_from([torch.float32, torch.float16]))
+def test_any_mutation_is_refused_in_one_line_that_names_the_client_and_the_thing(
+    client: int, mutation: tuple[Callable[[Upload], Upload], str], dtype: torch.dtype
+) -> None:
+    change, named = mutation
+    mutant = change(an_upload(client, dtype))
+    with pytest.raises(UploadError) as caught:
+        check(mutant)
+    message = str(caught.value)
+    assert message.startswith(f"client {mutant.client}: ")
+    assert named in message
+    assert "\n" not in message
+
+
+def test_mixed_precision_is_allowed_but_what_overflowed_is_not() -> None:
+    upload = an_upload()
+    check(with_weight("head.bias", lambda tensor: tensor.half())(upload))
+    with pytest.raises(UploadError, match=r"infinity in 'head\.bias'"):
+        check(with_weight("head.bias", lambda tensor: (tensor + 1e6).half())(upload))  # float16 ends at 65504
+
+
+def test_long_lists_of_keys_are_cut() -> None:
+    empty = replace(an_upload(), weights={})
+    with pytest.raises(UploadError, match=r"lack 'cls_token', 'head.weight', 'head.bias' and 1 more"):
+        check(empty)
+
+
+def test_num_bytes_is_what_was_sent() -> None:
+    # 4 + 12 + 3 floats of 4 bytes and one int64.
+    assert an_upload().num_bytes == 19 * 4 + 8
+    assert an_upload(dtype=torch.float16).num_bytes == 19 * 2 + 8
+
+
+tensors = st.lists(st.integers(0, 4), max_size=3).flatmap(
+    lambda shape: st.integers(0, 2**32).map(
+        lambda seed: torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(seed)).int()
+    )
+)
+
+
+@settings(deadline=None)
+@given(
+    bits=st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda k: k != "__metadata__"), tensors
+    ),
+    client=st.integers(0, 999),
+    num_examples=st.integers(1),
+    train_loss=st.floats(allow_nan=False, allow_infinity=False),
+    counts=st.none() | st.lists(st.integers(0)).map(tuple),
+)
+def test_float32_round_trip_is_exact_for_every_bit_pattern(
+    tmp_path_factory: pytest.TempPathFactory,
+    bits: dict[str, Tensor],
+    client: int,
+    num_examples: int,
+    train_loss: float,
+    counts: tuple[int, ...] | None,
+) -> None:
+    weights = {key: pattern.view(torch.float32) for key, pattern in bits.items()}
+    sent = Upload(client, weights, num_examples, train_loss, CODE, counts)
+    path = tmp_path_factory.getbasetemp() / "client_000.safetensors"
+    save(sent, path)
+    got = load(path)
+    assert got.weights.keys() == weights.keys()
+    assert all(torch.equal(got.weights[key].view(torch.int32), pattern) for key, pattern in bits.items())
+    for name in ("client", "num_examples", "train_loss", "fingerprint", "class_counts", "num_bytes"):
+        assert getattr(got, name) == getattr(sent, name), name
+
+
+def test_every_finite_float16_comes_back_as_the_same_number_in_float32(tmp_path: Path) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    every = every[torch.isfinite(every)]
+    upload = Upload(0, {"w": every, "n": torch.tensor(3)}, 1, 0.0, CODE)
+    save(upload, tmp_path / "u.safetensors")
+    got = load(tmp_path / "u.safetensors")
+    assert got.weights["w"].dtype == torch.float32
+    assert torch.equal(got.weights["w"].half().view(torch.int16), every.view(torch.int16))
+    assert got.weights["n"].dtype == torch.int64
+    assert got.num_bytes == upload.num_bytes == 2 * len(every) + 8  # not what the cast made of it
+
+
+def test_equal_uploads_make_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(an_upload(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_views_of_one_storage_and_parameters_are_written_too(tmp_path: Path) -> None:
+    storage = torch.arange(6.0)
+    weights = {"a": storage[:4].view(2, 2).T, "b": storage[2:], "c": torch.nn.Parameter(storage)}
+    save(replace(an_upload(), weights=weights), tmp_path / "u")
+    got = load(tmp_path / "u").weights
+    assert got["a"].tolist() == [[0, 2], [1, 3]]
+    assert got["b"].tolist() == [2, 3, 4, 5]
+    assert not got["c"].requires_grad
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_cut_file_is_named_with_the_fix(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "client_001.safetensors"
+    save(an_upload(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RunError, match=r"client_001\.safetensors is corrupt.*resume-from"):
+        load(path)
+
+
+def test_other_files_are_no_uploads(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="does not exist"):
+        load(tmp_path / "none")
+    save_tensors(tmp_path / "pool", {"x": torch.ones(1)}, {"what": "a pool"})
+    with pytest.raises(RunError, match="pool is not an upload"):
+        load(tmp_path / "pool")
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(RunError, match="foreign was not written by fedmitr"):
+        load(tmp_path / "foreign")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "u.safetensors"
+    save(an_upload(), path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*u\.safetensors.*No space left"):
+        save(an_upload(seed=1), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["u.safetensors"]
+
+
+def test_tensors_and_header_come_back(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "p", {"alive": torch.tensor([True, False])}, {"steps": 3, "names": ["α", "b"]})
+    tensors, header = load_tensors(tmp_path / "p")
+    assert tensors["alive"].tolist() == [True, False]
+    assert header == {"steps": 3, "names": ["α", "b"]}
