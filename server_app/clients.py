@@ -16,6 +16,8 @@ from .grid import ObservedGrid, reason
 
 log = getLogger("flwr")
 
+_WRONG_SET_UP = (1, 2)  # Flower's codes: the ClientApp could not be loaded; it raised
+
 _START_MORE = (
     "start more SuperNodes (each with its own partition-id) or, in simulation, run: "
     "flwr run . --federation-config 'num-supernodes={}'"
@@ -74,9 +76,9 @@ def _describe(grid: Grid, nodes: Iterable[int], timeout: float) -> dict[int, _Ca
     for reply in observed.send_and_receive(questions, timeout=timeout) if questions else []:
         node = observed.node_of(reply)
         if reply.has_error():
-            if "partition-id" in (reply.error.reason or ""):
-                raise RunError(f"node {node}: {reason(reply)}")
-            continue
+            if reply.error.code in _WRONG_SET_UP:
+                raise RunError(f"node {node} does not say which client it is: {reason(reply)}")
+            continue  # lost, and perhaps replaced in time
         told = reply.content["card"]
         cards[node] = _Card(*(int(told[key]) for key in ("partition-id", "num-partitions", "fingerprint")))  # type: ignore[arg-type]
     return cards

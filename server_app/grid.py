@@ -111,7 +111,9 @@ class ObservedGrid(Grid):
         while waiting and (deadline is None or time.monotonic() < deadline):
             freed = False  # has an actor that lives become free?
             for reply in self.pull_messages(waiting):
-                number = waiting.pop(reply.metadata.reply_to_message_id)
+                number = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if number is None:  # a second reply to one question; the hook has seen it
+                    continue
                 answers[number] = reply
                 freed |= reply.has_content()
                 if self._never_ran(reply) and tries[number] < TRIES:

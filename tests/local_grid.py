@@ -107,3 +107,25 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         del timeout
         return self.pull_messages(self.push_messages(messages))
+
+
+TINY: dict[str, Any] = {
+    "method": "fedavg",
+    "device": "cpu",
+    "threads": 1,
+    "data.train-limit": 150,
+    "data.test-limit": 40,
+    "partition.scheme": "iid",
+    "model.width": 16,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.patch-size": 4,
+    "local.epochs": 1,
+    "inversion.steps": 4,
+    "inversion.batch-size": 10,
+    "inversion.stops": "0.3,0.6",
+    "distill.epochs": 1,
+    "distill.images-per-epoch": 10,
+    "distill.passes": 1,
+    "flower.node-wait": 1.0,
+}

@@ -1,0 +1,136 @@
+"""What a client replies: the shape that every strategy of Flower takes, and no more than it must tell."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from local_grid import TINY, LocalGrid, task_identity
+
+from client_app.app import app as client_app
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import DataError
+from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.vit.build import initial_weights
+from server_app.records import order, read_upload
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with task_identity():
+        yield
+
+
+def ask(kind: str, config: Config, arrays: ArrayRecord | None = None, client: int = 0, **told: Any) -> Message:
+    """Ask one client of two."""
+    grid = LocalGrid(client_app, 2)
+    record = ConfigRecord({**order(config), **{key.replace("_", "-"): value for key, value in told.items()}})
+    content = RecordDict({"arrays": arrays or ArrayRecord(), "config": record})
+    (reply,) = grid.send_and_receive([Message(content, grid.node(client), kind)])
+    return reply
+
+
+def settings(**changes: Any) -> Config:
+    return Config.from_flat(TINY | {"partition.clients": 2} | changes)
+
+
+def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
+    reply = ask("train", settings())
+    assert {name: type(record) for name, record in reply.content.items()} == {
+        "arrays": ArrayRecord,
+        "metrics": MetricRecord,
+    }
+    metrics = reply.content["metrics"]
+    assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint"}
+    assert metrics["num-examples"] == 75  # half of 150
+    assert metrics["fingerprint"] == int(fingerprint(), 16)
+
+
+def test_class_counts_only_by_choice() -> None:
+    counts = ask("train", settings(**{"upload.class-counts": True})).content["metrics"]["class-counts"]
+    assert len(counts) == 10
+    assert sum(counts) == 75
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
+    config = settings(**{"upload.dtype": dtype, "upload.class-counts": True})
+    made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
+    read = read_upload(ask("train", config, client=1), 1, with_counts=True)
+    assert all(tensor.dtype == getattr(torch, dtype) for tensor in read.weights.values())
+    assert list(read.weights) == list(made.weights)
+    assert all(torch.equal(read.weights[key], made.weights[key]) for key in made.weights)
+    for name in ("client", "num_examples", "train_loss", "fingerprint", "class_counts", "num_bytes"):
+        assert getattr(read, name) == getattr(made, name)
+
+
+def test_counts_that_were_not_asked_for_are_not_read() -> None:
+    reply = ask("train", settings(**{"upload.class-counts": True}))
+    assert read_upload(reply, 0, with_counts=False).class_counts is None
+
+
+def test_without_arrays_the_seed_gives_the_start() -> None:
+    config = settings(seed=3)
+    public = ArrayRecord(dict(initial_weights(config.model, 3)))
+    other = ArrayRecord(dict(initial_weights(config.model, 4)))
+    without, same, different = (ask("train", config, arrays) for arrays in (None, public, other))
+    assert weights(without) == weights(same) != weights(different)
+
+
+def test_a_round_and_a_proximal_term_change_the_training() -> None:
+    plain, second, prox = (ask("train", settings(), **told) for told in ({}, {"server_round": 2}, {"proximal_mu": 5.0}))
+    assert weights(plain) == weights(ask("train", settings(), server_round=1))
+    assert len({weights(plain), weights(second), weights(prox)}) == 3
+
+
+def weights(reply: Message) -> bytes:
+    return b"".join(array.data for array in reply.content["arrays"].values())
+
+
+def test_describe_names_the_client() -> None:
+    card = ask("query.describe", settings(), client=1).content["card"]
+    assert dict(card) == {"partition-id": 1, "num-partitions": 2, "fingerprint": int(fingerprint(), 16)}
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> None:
+    config = settings(**{"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.class-counts": counts})
+    reply = ask("evaluate", config)
+    assert ("recall" in reply.content["metrics"]) == counts
+    expected = pipeline.evaluate_client(config, 0, initial_weights(config.model, config.seed))
+    assert reply.content["metrics"]["accuracy"] == expected.accuracy
+    assert reply.content["metrics"]["eval_loss"] == expected.loss
+    assert reply.content["metrics"]["num-examples"] == expected.num_examples == 30
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("/home/ann/x rays/a.png is cut short;\nget it again"), "<path> <path> is cut short; get it again"),
+        (DataError("no column 'label' in '/secret folder/part 0.parquet'"), "no column 'label' in <path>"),
+        (DataError(r"cannot read C:\Users\ann\x.png"), "cannot read <path>"),
+        (RuntimeError("image of patient 17: /data/17.png"), "RuntimeError"),
+        (KeyError("ann"), "KeyError"),
+    ],
+)
+def test_an_error_tells_neither_data_nor_paths(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "train_client", fail)
+    reply = ask("train", settings())
+    assert reply.has_error()
+    assert reply.error.reason == told
+    assert reply.error.code == 2
+    assert str(error).splitlines()[0] in caplog.text  # the client's own log has it all
+
+
+def test_a_message_of_another_server_fails_cleanly() -> None:
+    grid = LocalGrid(client_app, 2)
+    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"lr": 0.1})})
+    (reply,) = grid.send_and_receive([Message(content, grid.node(0), "train")])
+    assert reply.error.reason == "KeyError"

@@ -1,0 +1,242 @@
+"""The observed grid and the meeting with the clients: bounded waits, names, and what a dead Ray actor does."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from local_grid import LocalGrid, task_identity
+
+from client_app.app import app as client_app
+from fedmitr_flwr.config import FlowerConfig
+from fedmitr_flwr.errors import RunError
+from server_app.clients import meet
+from server_app.grid import ObservedGrid
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with task_identity():
+        yield
+
+
+def quick(**changes: Any) -> FlowerConfig:
+    return FlowerConfig(**{"node_wait": 0.2, **changes})
+
+
+def questions(grid: LocalGrid) -> list[Message]:
+    return [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+
+
+def echo() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, _: Any) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord()}), reply_to=message)
+
+    return app
+
+
+class RayPool(LocalGrid):
+    """What Flower's simulation does: actors in a stack, and one that died goes back into it and fails at once.
+
+    Each round of `pull_messages` every actor at work ends what it does. `killed` is the client during which an actor
+    dies.
+    """
+
+    def __init__(self, client_app: ClientApp, count: int, actors: int, killed: int | None) -> None:
+        super().__init__(client_app, count)
+        self.idle, self.busy, self.queue = [f"{number:02x}" for number in range(actors)], [], []
+        self.dead: set[str] = set()
+        self.killed = killed
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        sent = []
+        for message in messages:
+            sent += super().push_messages([message])
+            self.queue.append((sent[-1], message))
+        return sent
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        del message_ids
+        done, self.busy = self.busy, []
+        replies = [self._end(actor, *work) for actor, work in done]
+        while self.queue and self.idle:
+            actor = self.idle.pop()
+            work = self.queue.pop(0)
+            if actor in self.dead:
+                replies.append(self._end(actor, *work))
+            else:
+                self.busy.append((actor, work))
+        return replies
+
+    def _end(self, actor: str, sent: str, message: Message) -> Message:
+        self.idle.append(actor)
+        (reply,) = super().pull_messages([sent])
+        if self.client(message.metadata.dst_node_id) == self.killed:
+            self.dead.add(actor)
+        if actor in self.dead:
+            text = f"<class 'ray.exceptions.ActorDiedError'>:<'The actor died.\n\tactor_id: {actor}\n'>"
+            return Message(Error(0, text), reply_to=message)
+        return reply
+
+
+@pytest.mark.parametrize("killed", [0, 2, 5])
+def test_a_dead_ray_actor_costs_one_client_and_not_the_queue_behind_it(killed: int) -> None:
+    pool = RayPool(echo(), 6, actors=2, killed=killed)
+    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(6)}, poll=0)
+    replies = grid.send_and_receive(questions(pool), timeout=10)
+    good = {pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_content()}
+    assert good == set(range(6)) - {killed}
+    assert len(replies) == 6
+
+
+def test_without_a_living_actor_the_asking_ends() -> None:
+    pool = RayPool(echo(), 5, actors=1, killed=0)
+    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(5)}, poll=0)
+    replies = grid.send_and_receive(questions(pool), timeout=10)
+    assert [reply.has_error() for reply in replies] == [True] * 5
+    assert len(pool.asked) == 1 + 4 * 3
+
+
+def test_replies_come_back_in_the_clients_order() -> None:
+    local = LocalGrid(echo(), 5, shuffle=lambda replies: replies.reverse())
+    grid = ObservedGrid(local, clients={local.node(i): 4 - i for i in range(5)})
+    replies = grid.send_and_receive(questions(local))
+    assert [grid.clients[reply.metadata.src_node_id] for reply in replies] == [0, 1, 2, 3, 4]
+
+
+def test_a_rejected_message_is_named_and_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            return [sent for sent in super().push_messages(messages) if self.asked[-1][1] != 1]
+
+    local = Picky(echo(), 3)
+    grid = ObservedGrid(local, clients={local.node(i): i for i in range(3)})
+    assert len(grid.send_and_receive(questions(local), timeout=5)) == 2
+    assert "client 1 cannot be asked" in caplog.text
+
+
+def test_late_replies_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    local = LocalGrid(echo(), 2, tamper=lambda reply, client: [reply] if client else [])
+    grid = ObservedGrid(local, clients={local.node(i): i for i in range(2)}, poll=0.01)
+    assert len(grid.send_and_receive(questions(local), timeout=0.1)) == 1
+    assert "client 0 did not reply in time" in caplog.text
+
+
+def test_the_quorum_of_one_question() -> None:
+    local = LocalGrid(echo(), 4, tamper=lambda reply, client: [reply] if client else [])
+    assert len(ObservedGrid(local, poll=0.01, quorum=0.75).send_and_receive(questions(local), timeout=0.1)) == 3
+    with pytest.raises(RunError, match=r"3 of 4 clients .* flower.quorum = 0.8"):
+        ObservedGrid(local, poll=0.01, quorum=0.8).send_and_receive(questions(local), timeout=0.1)
+
+
+def test_meeting_maps_random_nodes_to_clients() -> None:
+    grid = LocalGrid(client_app, 3)
+    grid.contexts = dict(reversed(grid.contexts.items()))
+    clients = meet(grid, quick())
+    assert clients.number == 3
+    assert clients.nodes == {0: grid.node(0), 1: grid.node(1), 2: grid.node(2)}
+    assert list(clients.nodes) == [0, 1, 2]
+
+
+def identity(grid: LocalGrid, client: int, **changes: int | None) -> None:
+    config = grid.contexts[grid.node(client)].node_config
+    for key, value in changes.items():
+        name = key.replace("_", "-")
+        config.pop(name)
+        if value is not None:
+            config[name] = value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partition_id": 0}, "client 0 is there twice"),
+        ({"partition_id": 3}, "partition-id = 3; use one from 0 to 2"),
+        ({"partition_id": -1}, "partition-id = -1"),
+        ({"num_partitions": 4}, "one of 4 clients, others or the run folder say 3"),
+        ({"partition_id": None}, "the node has no partition-id; start the SuperNode with --node-config"),
+        ({"num_partitions": None}, "the node has no num-partitions"),
+    ],
+)
+def test_nodes_that_contradict_each_other_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    grid = LocalGrid(client_app, 3)
+    identity(grid, 2, **changes)
+    with pytest.raises(RunError, match=message):
+        meet(grid, quick())
+
+
+def test_other_code_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client_app.app.fingerprint", lambda: "0123456789ab")
+    with pytest.raises(RunError, match=r"runs other code \(0123456789ab\).*restart the SuperLink"):
+        meet(LocalGrid(client_app, 2), quick())
+
+
+def absent(grid: LocalGrid, *clients: int) -> LocalGrid:
+    for client in clients:
+        del grid.contexts[grid.node(client)]
+    return grid
+
+
+def test_waiting_for_nodes_has_an_end_and_names_the_missing() -> None:
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"3 of 5 nodes after .* missing: clients 1, 3; .*num-supernodes=5"):
+        meet(absent(LocalGrid(client_app, 5), 1, 3), quick())
+    assert time.monotonic() - started < 5
+
+
+def test_no_node_at_all() -> None:
+    with pytest.raises(RunError, match="0 of 2 nodes"):
+        meet(absent(LocalGrid(client_app, 2), 0, 1), quick())
+
+
+def test_more_nodes_asked_for_than_there_are_clients() -> None:
+    with pytest.raises(RunError, match=r"3 clients in all, flower.min-nodes = 8; .*num-supernodes=8"):
+        meet(LocalGrid(client_app, 3), quick(min_nodes=8, node_wait=600.0))
+
+
+def test_a_node_that_comes_late_is_waited_for() -> None:
+    class Late(LocalGrid):
+        looks = 0
+
+        def get_node_ids(self) -> list[int]:
+            self.looks += 1
+            return super().get_node_ids()[: self.looks]
+
+    assert meet(Late(client_app, 3), quick(node_wait=60.0)).number == 3
+
+
+def test_a_quorum_goes_on_without_the_missing_node(caplog: pytest.LogCaptureFixture) -> None:
+    clients = meet(absent(LocalGrid(client_app, 5), 1), quick(quorum=0.8))
+    assert sorted(clients.nodes) == [0, 2, 3, 4]
+    assert "4 of 5 clients" in caplog.text
+
+
+def test_a_client_that_has_uploaded_need_not_come() -> None:
+    clients = meet(absent(LocalGrid(client_app, 3), 0), quick(node_wait=60.0), known=3, uploaded=[0])
+    assert sorted(clients.nodes) == [1, 2]
+
+
+def test_a_hook_sees_who_sent_what() -> None:
+    seen: list[tuple[int, int]] = []
+    local = LocalGrid(echo(), 2)
+    ObservedGrid(local, lambda reply, node: seen.append((reply.metadata.src_node_id, node))).send_and_receive(
+        questions(local)
+    )
+    assert seen == [(local.node(i), local.node(i)) for i in range(2)]
+
+
+def test_everything_else_is_the_inner_grids() -> None:
+    local = LocalGrid(echo(), 2)
+    grid = ObservedGrid(local)
+    run: Any = object()
+    grid.set_run(run)
+    assert grid.run is run
+    assert list(grid.get_node_ids()) == local.get_node_ids()
+    assert [info.node_id for info in grid.get_nodes()] == local.get_node_ids()
+    with pytest.raises(NotImplementedError):
+        grid.create_message(RecordDict({"m": MetricRecord()}), "train", 1, "")

@@ -1,0 +1,344 @@
+"""The one-shot strategy around the real ClientApp and the real pipeline, without Ray: nothing uploaded is lost."""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Error, Message, MetricRecord
+from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
+
+from client_app.app import app as client_app
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import ConfigError, RunError, UserError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.run_folder import RunFolder
+from server_app.app import app as server_app
+from server_app.builtin import STRATEGIES
+
+Federate = Callable[..., RunFolder]
+_RUN_IDS = itertools.count(1)
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Iterator[Federate]:
+    """Run the whole federation with changed settings; gives the newest run folder, also after a failure."""
+    out = tmp_path / "out"
+
+    def run(grid: LocalGrid, fails: str = "", **changes: Any) -> RunFolder:
+        settings = TINY | {"out-dir": str(out)} | changes
+        context = server_context(settings, next(_RUN_IDS))
+        if fails:
+            with pytest.raises(UserError, match=fails):
+                server_app(grid, context)
+        else:
+            server_app(grid, context)
+        return RunFolder.open(max(out.iterdir(), key=lambda path: path.stat().st_mtime))
+
+    with task_identity():
+        yield run
+
+
+def only(client: int, change: Callable[[Message], list[Message]]) -> Tamper:
+    """Change what one client sends."""
+    return lambda reply, sender: change(reply) if sender == client else [reply]
+
+
+def numbers(**changed: Any) -> Callable[[Message], list[Message]]:
+    def change(reply: Message) -> list[Message]:
+        reply.content["metrics"] = MetricRecord(
+            dict(reply.content["metrics"]) | {key.replace("_", "-"): value for key, value in changed.items()}
+        )
+        return [reply]
+
+    return change
+
+
+def weights(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Message], list[Message]]:
+    def change(reply: Message) -> list[Message]:
+        state = dict(reply.content["arrays"].to_torch_state_dict())
+        edit(state)
+        reply.content["arrays"] = ArrayRecord(state)
+        return [reply]
+
+    return change
+
+
+def without(record: str) -> Callable[[Message], list[Message]]:
+    def change(reply: Message) -> list[Message]:
+        del reply.content[record]
+        return [reply]
+
+    return change
+
+
+def garbled(reply: Message) -> list[Message]:
+    array = next(iter(reply.content["arrays"].values()))
+    array.data = b"no numpy file"
+    return [reply]
+
+
+def doubled(reply: Message) -> list[Message]:
+    reply.content["again"] = ArrayRecord({"more": torch.zeros(1)})
+    return [reply]
+
+
+def bits(path: Path) -> dict[str, bytes]:
+    tensors, _ = load_tensors(path)
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def all_bits(folder: RunFolder) -> list[dict[str, bytes]]:
+    return [bits(path) for path in [*folder.upload_paths().values(), folder.model_path]]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmitr"])
+def test_the_flower_path_gives_the_bits_of_the_straight_line(federate: Federate, tmp_path: Path, method: str) -> None:
+    flower = federate(LocalGrid(client_app, 3), method=method)
+    straight = pipeline.run(
+        Config.from_flat(TINY | {"method": method, "partition.clients": 3, "out-dir": str(tmp_path / "line")}), "line"
+    )
+    assert all_bits(flower) == all_bits(straight)
+    ours, theirs = flower.read_result(), straight.read_result()
+    for key in ("accuracy", "clients", "counts", "partition_sha256", "fingerprint", "bytes_up"):
+        assert ours[key] == theirs[key]
+
+
+def test_the_order_of_the_replies_does_not_matter(federate: Federate) -> None:
+    shuffled = [
+        federate(LocalGrid(client_app, 4, shuffle=random.Random(seed).shuffle), method="fedmitr") for seed in range(2)
+    ]
+    assert all_bits(shuffled[0]) == all_bits(shuffled[1])
+
+
+REFUSALS = {
+    "stale code": (numbers(fingerprint=0xABC), "other code \\(000000000abc\\)"),
+    "NaN": (weights(lambda state: state["head.bias"].fill_(float("nan"))), "NaN or infinity in 'head.bias'"),
+    "wrong shape": (
+        weights(lambda state: state.update({"head.bias": torch.zeros(3)})),
+        "shape \\(3,\\), not \\(10,\\)",
+    ),
+    "double precision": (weights(lambda state: state.update({"head.bias": torch.zeros(10).double()})), "float64"),
+    "missing key": (weights(lambda state: state.pop("head.bias")), "lack 'head.bias'"),
+    "unknown key": (weights(lambda state: state.update({"extra": torch.zeros(1)})), "unknown 'extra'"),
+    "no images": (numbers(num_examples=0), "0 images"),
+    "ill-typed": (numbers(num_examples=[3]), "num-examples = \\[3\\]"),
+    "another's name": (numbers(partition_id=0), "it is client 0's"),
+    "no numbers": (without("metrics"), "0 records of numbers"),
+    "no arrays": (without("arrays"), "0 records of arrays"),
+    "two records": (doubled, "2 records of arrays"),
+    "no numpy": (garbled, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_bad_upload_is_refused_by_name_and_kept_and_the_others_count(
+    federate: Federate, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, reason = REFUSALS[case]
+    grid = LocalGrid(client_app, 3, tamper=only(1, change))
+    folder = federate(grid, fails="2 of 3 uploads .* missing: client 1; run with resume-from")
+    assert list(folder.upload_paths()) == [0, 2]
+    (refused,) = folder.refused_path.iterdir()
+    _, header = load_tensors(refused)
+    pattern = re.compile(f"client 1: .*{reason}")
+    assert pattern.search(str(header["reason"]))
+    assert pattern.search(caplog.text)
+    assert not folder.finished
+
+
+def lost(_: Message) -> list[Message]:
+    return []
+
+
+def failed(reply: Message) -> list[Message]:
+    """As the SuperLink answers for a lost node: it names itself as the source."""
+    error = Message(Error(5, "node unavailable"), reply_to=reply)
+    error.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+    error.metadata.__dict__["_src_node_id"] = 1
+    return [error]
+
+
+@pytest.mark.parametrize("change", [lost, failed])
+def test_what_is_missing_is_asked_again_and_nothing_else(
+    federate: Federate, change: Callable[[Message], list[Message]], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = federate(LocalGrid(client_app, 3))
+    wait = {"flower.upload-timeout": 3.0} if change is lost else {}
+    broken = federate(LocalGrid(client_app, 3, tamper=only(2, change)), fails="missing: client 2", **wait)
+    assert "client 2 " + ("did not reply" if change is lost else "failed: node unavailable") in caplog.text
+
+    again = LocalGrid(client_app, 3)
+    resumed = federate(again, **{"resume-from": str(broken.path)})
+    assert resumed.path == broken.path
+    assert again.clients_asked("train") == [2]
+    assert all_bits(resumed) == all_bits(whole)
+
+    ended = LocalGrid(client_app, 3)
+    federate(ended, fails="has ended.*fedmitr fuse", **{"resume-from": str(broken.path)})
+    assert not ended.asked
+
+
+def test_a_server_phase_that_broke_off_is_repeated_without_the_clients(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_: RunFolder) -> None:
+        raise RunError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "serve", crash)
+        folder = federate(LocalGrid(client_app, 3), fails="out of memory")
+    grid = LocalGrid(client_app, 3)
+    resumed = federate(grid, **{"resume-from": str(folder.path), "method": "ensemble"})
+    assert not grid.asked
+    assert resumed.finished
+    assert resumed.config.method == "ensemble"  # the server phase follows the new settings, and config.toml says so
+
+
+def test_resume_names_the_setting_that_differs(federate: Federate) -> None:
+    folder = federate(LocalGrid(client_app, 3, tamper=only(2, failed)), fails="missing")
+    changed = {"local.lr": 0.5, "resume-from": str(folder.path)}
+    federate(LocalGrid(client_app, 3), fails="local.lr = 0.5, but the uploads were made with 0.001", **changed)
+
+
+def test_resume_with_another_number_of_clients_is_refused(federate: Federate) -> None:
+    folder = federate(LocalGrid(client_app, 3, tamper=only(2, failed)), fails="missing")
+    federate(LocalGrid(client_app, 4), fails="num-partitions", **{"resume-from": str(folder.path)})
+
+
+def test_a_second_upload_is_refused_and_the_first_kept(federate: Federate, caplog: pytest.LogCaptureFixture) -> None:
+    def twice(reply: Message) -> list[Message]:
+        second = Message(reply.content.copy(), reply_to=reply)
+        second.metadata.__dict__.update(reply.metadata.__dict__)
+        second.content["arrays"] = ArrayRecord(
+            {key: tensor + 1 for key, tensor in reply.content["arrays"].to_torch_state_dict().items()}
+        )
+        return [reply, second]
+
+    folder = federate(LocalGrid(client_app, 3, tamper=only(1, twice)))
+    plain = federate(LocalGrid(client_app, 3))
+    assert all_bits(folder) == all_bits(plain)
+    assert [path.name for path in folder.refused_path.iterdir()] == ["client_1.safetensors"]
+    assert "client 1 has uploaded already" in caplog.text
+
+
+def test_a_quorum_lets_the_rest_go_on(federate: Federate) -> None:
+    folder = federate(LocalGrid(client_app, 3, tamper=only(1, failed)), **{"flower.quorum": 0.6})
+    assert folder.finished
+    assert list(folder.upload_paths()) == [0, 2]
+
+
+def test_trouble_with_one_reply_does_not_cost_the_others(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = RunFolder.save_upload
+
+    def full_disk(folder: RunFolder, upload: Any) -> Path:
+        if upload.client == 0:
+            raise OSError(28, "No space left on device")
+        return save(folder, upload)
+
+    monkeypatch.setattr(RunFolder, "save_upload", full_disk)
+    folder = federate(LocalGrid(client_app, 3), fails="missing: client 0")
+    assert list(folder.upload_paths()) == [1, 2]
+    assert "client 0: its reply could not be taken" in caplog.text
+
+
+def test_the_memory_of_an_upload_is_freed_when_it_is_on_disk(federate: Federate) -> None:
+    replies: list[Message] = []
+
+    def keep(reply: Message, _: int) -> list[Message]:
+        replies.append(reply)
+        return [reply]
+
+    federate(LocalGrid(client_app, 3, tamper=keep))
+    assert len(replies) == 3
+    assert all(not len(reply.content["arrays"]) for reply in replies)
+
+
+def test_clients_evaluate_where_the_server_has_no_test_images(federate: Federate, tmp_path: Path) -> None:
+    changes = {"evaluate.where": "clients", "evaluate.holdout": 0.3}
+    grid = LocalGrid(client_app, 3)
+    folder = federate(grid, **changes)
+    assert grid.clients_asked("evaluate") == [0, 1, 2]
+    result = folder.read_result()
+    line = Config.from_flat(TINY | changes | {"partition.clients": 3, "out-dir": str(tmp_path / "line")})
+    straight = pipeline.run(line, "line").read_result()
+    assert result["accuracy"] == straight["accuracy"]
+    assert result["accuracy"]["student"] is not None
+    assert result["evaluated_on"] == straight["evaluated_on"]
+
+
+def test_clients_are_not_asked_to_evaluate_otherwise(federate: Federate) -> None:
+    grid = LocalGrid(client_app, 2)
+    federate(grid)
+    assert not grid.clients_asked("evaluate")
+
+
+def test_clients_cannot_evaluate_an_ensemble(federate: Federate) -> None:
+    changes = {"evaluate.where": "clients", "method": "ensemble"}
+    federate(LocalGrid(client_app, 2), fails="no single model", **changes)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_of_flower_runs_with_the_same_client(federate: Federate, name: str) -> None:
+    folder = federate(LocalGrid(client_app, 4), **{"flower.strategy": name, "flower.rounds": 2})
+    result = folder.read_result()
+    assert result["method"] == name
+    assert 0 <= result["accuracy"]["student"] <= 100
+    assert len(folder.metrics_path.read_text().splitlines()) == 2
+    assert folder.model_path.exists()
+
+
+def test_one_round_of_flowers_fedavg_is_the_weighted_mean(federate: Federate) -> None:
+    """Flower averages with numpy, `method = fedavg` with torch: equal up to rounding."""
+    flower = federate(LocalGrid(client_app, 3), **{"flower.strategy": "fedavg"})
+    ours = federate(LocalGrid(client_app, 3))
+    theirs, _ = load_tensors(flower.model_path)
+    for key, tensor in load_tensors(ours.model_path)[0].items():
+        torch.testing.assert_close(theirs[key], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_flowers_strategies_are_deterministic_too(federate: Federate) -> None:
+    def run(seed: int) -> dict[str, bytes]:
+        grid = LocalGrid(client_app, 4, shuffle=random.Random(seed).shuffle)
+        return bits(federate(grid, **{"flower.strategy": "fedavg", "flower.rounds": 2}).model_path)
+
+    assert run(1) == run(2)
+
+
+def test_flowers_strategies_can_evaluate_at_the_clients(federate: Federate) -> None:
+    grid = LocalGrid(client_app, 3)
+    folder = federate(grid, **{"flower.strategy": "fedavg", "evaluate.where": "clients", "evaluate.holdout": 0.3})
+    assert grid.clients_asked("evaluate") == [0, 1, 2]
+    assert 0 <= folder.read_result()["accuracy"]["student"] <= 100
+
+
+def test_flowers_strategies_need_the_quorum_too(federate: Federate) -> None:
+    grid = LocalGrid(client_app, 3, tamper=only(1, failed))
+    federate(grid, fails="2 of 3 clients replied well", **{"flower.strategy": "fedavg"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flower.strategy": "fedavgg"}, "flower.strategy = 'fedavgg' is unknown; use oneshot | fedavg"),
+        ({"flower.strategy": "fedavg", "upload.dtype": "float16"}, "half precision"),
+        ({"flower.strategy": "fedavg", "resume-from": "x"}, "resume-from needs"),
+        ({"flower.rounds": 2}, "flower.rounds = 2"),
+        ({"method": "fedmitre"}, "fedmitre"),
+        ({"local.epochz": 2}, "local.epochz"),
+        ({"local.epochs": "nine"}, "local.epochs = 'nine'"),
+    ],
+)
+def test_bad_settings_fail_before_any_client_is_asked(settings: dict[str, Any], message: str) -> None:
+    grid = LocalGrid(client_app, 2)
+    with task_identity(), pytest.raises(ConfigError) as caught:
+        server_app(grid, server_context(TINY | settings))
+    assert message in str(caught.value)
+    assert not grid.asked
