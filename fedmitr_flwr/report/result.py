@@ -19,7 +19,7 @@ def build(
     *,
     config: Config,
     device: str,
-    bytes_up: Sequence[int],
+    bytes_up: Sequence[int | None],
     seconds: Mapping[str, float],
     student: float | None,
     fedavg: float | None = None,
@@ -28,7 +28,7 @@ def build(
     per_class: Mapping[str, float] | None = None,
     counts: Sequence[Sequence[int]] | None = None,
     partition_sha256: str | None = None,
-    bytes_down: Sequence[int] | None = None,
+    bytes_down: Sequence[int | None] | None = None,
     synthetic_images: int = 0,
     **more: object,
 ) -> dict[str, Any]:

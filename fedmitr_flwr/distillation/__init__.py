@@ -1,0 +1,1 @@
+"""From synthetic images to one student: tokens are relabelled, then the ensemble is distilled."""

@@ -1,0 +1,134 @@
+"""Train the student on the pool."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..config import Config
+from ..errors import ModelError
+from ..training.average import average
+from ..training.optim import Stepper
+from ..training.upload import Upload
+from ..vit.build import build_vit, initial_weights, load_pretrained
+from ..vit.ensemble import Ensemble
+from ..vit.tokens import TokenLogits, forward_tokens, patchify, roll_and_flip, take
+from .losses import Labels, Parts, distillation_loss
+from .mix import Mixed, mix
+from .pool import Pool
+from .relabel import View
+
+OnBatch = Callable[[int, Parts], None]  # (images, loss parts), once per batch
+
+
+def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
+    """The student before distillation: the clients' average, what they started from, or pretrained weights."""
+    student = build_vit(config.model, config.seed)
+    if config.distill.init == "average":
+        student.load_state_dict(average(uploads))
+    elif config.distill.init == "initial":
+        student.load_state_dict(initial_weights(config.model, config.seed))
+    else:
+        try:
+            load_pretrained(student, config.model, config.distill.pretrained)
+        except ModelError as error:
+            raise ModelError(f"distill.init = 'pretrained': {error}") from error
+    return student
+
+
+def count_batches(views: Sequence[View], config: Config) -> int:
+    """Batches of the whole distillation, if every epoch adds images like these `views`."""
+    distill = config.distill
+    return sum(
+        distill.passes * -(-epoch * len(view) // distill.batch_size)
+        for epoch in range(1, distill.epochs + 1)
+        for view in views
+    )
+
+
+def distil(
+    student: VisionTransformer,
+    ensemble: Ensemble,
+    pool: Pool,
+    config: Config,
+    stepper: Stepper,
+    rng: torch.Generator,
+    on_batch: OnBatch | None = None,
+) -> None:
+    """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`."""
+    student.train()
+    for _ in range(config.distill.passes):
+        for view, chosen in _batches(pool, config.distill.batch_size, rng):
+            mixed = _augmented(pool, view, chosen, config, rng)
+            labels = _labels(pool, view, chosen, mixed, config, ensemble)
+            answers = forward_tokens(student, mixed.patches, mixed.positions)
+            parts = distillation_loss(answers, labels, config.distill, config.relabel.temperature)
+            if view.soft == "cls":  # R2: the class token carries the soft labels of low density
+                parts = Parts(parts.high, parts.kd, torch.zeros_like(parts.kd))
+            stepper.step(parts.total(config.distill))
+            if on_batch:
+                on_batch(len(chosen), parts)
+    student.eval()
+
+
+def _batches(pool: Pool, batch_size: int, rng: torch.Generator) -> list[tuple[View, Tensor]]:
+    """One pass: every image of every view once, batches of all views in random order."""
+    batches = [
+        (view, chosen) for view in pool.views for chosen in torch.randperm(len(view), generator=rng).split(batch_size)
+    ]
+    return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
+
+
+def _augmented(pool: Pool, view: View, chosen: Tensor, config: Config, rng: torch.Generator) -> Mixed:
+    """Patches and positions of the chosen images: mixed and, where the teachers see it too, rolled and flipped.
+
+    Cached answers are of the image as it was made; a rolled one may be of another class (a digit moved by a patch is).
+    """
+    model = config.model
+    chosen = chosen.to(pool.images.device)
+    given = view.given[chosen]
+    patches = take(patchify(pool.images[view.rows[chosen]], model.patch_size), given)
+    mixed = mix(patches, given, config.distill.mix, rng)
+    if config.distill.teachers == "cached":
+        return mixed
+    patches, positions = roll_and_flip(
+        mixed.patches,
+        mixed.positions,
+        grid=model.grid,
+        patch=model.patch_size,
+        roll=config.inversion.roll,
+        flip=config.data.flip,
+        rng=rng,
+    )
+    return mixed._replace(patches=patches, positions=positions)
+
+
+def _labels(pool: Pool, view: View, chosen: Tensor, mixed: Mixed, config: Config, ensemble: Ensemble) -> list[Labels]:
+    """Labels of the chosen images and, where mixed, of their partners."""
+    chosen = chosen.to(pool.images.device)
+    answers: TokenLogits | None = None
+    if config.distill.teachers == "again":
+        with torch.no_grad():
+            answers = ensemble.scores(mixed.patches, mixed.positions)
+    labels = [_labels_of(pool, view, chosen, mixed.share, mixed.token_share, answers)]
+    if config.distill.mix != "none":
+        partners = chosen[mixed.partner]
+        labels.append(_labels_of(pool, view, partners, 1 - mixed.share, 1 - mixed.token_share, answers))
+    return labels
+
+
+def _labels_of(
+    pool: Pool, view: View, chosen: Tensor, share_B: Tensor, share_BJ: Tensor, answers: TokenLogits | None
+) -> Labels:
+    high = view.high[chosen].float()
+    low = 1 - high if view.soft == "tokens" else torch.zeros_like(high)
+    return Labels(
+        targets=pool.targets[view.rows[chosen]],
+        hard=share_B * view.hard[chosen],
+        high=share_BJ * high,
+        low=share_BJ * low,
+        share=share_B,
+        scores=view.scores[chosen] if answers is None else answers.cls,
+        token_scores=view.token_scores[chosen] if answers is None else answers.patches,
+    )

@@ -1,0 +1,77 @@
+"""The distillation loss in named parts: high, low and kd.
+
+Shapes: B images, J given patches, Y classes. Weights say how much a label counts for a token; where two images are
+mixed, each token has the labels of both, with weights that sum to 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import DistillConfig
+from ..vit.tokens import TokenLogits
+
+
+class Labels(NamedTuple):
+    """What one of the mixed images asks of the student."""
+
+    targets: Tensor  # (B,) the pseudo-labels
+    hard: Tensor  # (B,) weight of the pseudo-label for the class token
+    high: Tensor  # (B, J) weight of the pseudo-label for each patch token
+    low: Tensor  # (B, J) weight of the soft label for each patch token
+    share: Tensor  # (B,) weight of the ensemble's answer for the class token
+    scores: Tensor  # (B, Y) that answer
+    token_scores: Tensor  # (B, J, Y) its answers for the patch tokens
+
+
+class Parts(NamedTuple):
+    high: Tensor
+    low: Tensor
+    kd: Tensor
+
+    def total(self, config: DistillConfig) -> Tensor:
+        """L = high · L_high + low · L_low + kd · L_kd."""
+        return config.high * self.high + config.low * self.low + config.kd * self.kd
+
+
+def distillation_loss(
+    student: TokenLogits, labels: list[Labels], config: DistillConfig, low_temperature: float
+) -> Parts:
+    """Of the student's answers on one batch, against the labels of each of the mixed images.
+
+    L_high = CE(g_cls, y) + token · mean over high-density tokens of CE(g_i, y)
+    L_low  = mean over low-density tokens of τ² KL(softmax(A_i / τ) ‖ softmax(g_i / τ))
+    L_kd   = T² KL(softmax(A / T) ‖ softmax(g_cls / T))
+
+    Decoupled into a sparsity mask and a relabelling term as in the paper [S]; the forms are ours [M].
+    """
+    tokens_BYJ = student.patches.transpose(1, 2)
+    hard = _mean([(each.hard, F.cross_entropy(student.cls, each.targets, reduction="none")) for each in labels])
+    high = _mean(
+        [
+            (each.high, F.cross_entropy(tokens_BYJ, _spread(each.targets, each.high), reduction="none"))
+            for each in labels
+        ]
+    )
+    low = _mean([(each.low, soft_divergence(each.token_scores, student.patches, low_temperature)) for each in labels])
+    kd = _mean([(each.share, soft_divergence(each.scores, student.cls, config.temperature)) for each in labels])
+    return Parts(hard + config.token * high, low, kd)
+
+
+def soft_divergence(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
+    """τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)) over the last axis (Hinton et al. 2015)."""
+    wanted = (teacher_Y / temperature).log_softmax(-1)
+    given = (student_Y / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def _spread(targets_B: Tensor, like_BJ: Tensor) -> Tensor:
+    return targets_B[:, None].expand(-1, like_BJ.shape[1])
+
+
+def _mean(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ weight · loss / Σ weight over all parts; 0 where nothing has weight."""
+    total = torch.stack([(weight * loss).sum() for weight, loss in parts]).sum()
+    return total / torch.stack([weight.sum() for weight, _ in parts]).sum().clamp_min(1e-12)

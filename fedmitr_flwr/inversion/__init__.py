@@ -1,0 +1,1 @@
+"""Sparse model inversion: images made from the uploaded models alone."""

@@ -1,0 +1,140 @@
+"""Turn classes into images: `dense`, `sparse` (SMI) or `pri` (patch rebirth)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import InversionConfig, ModelConfig
+from ..data.images import normalisation
+from ..vit.ensemble import Ensemble
+from ..vit.tokens import take
+from .result import Inverted
+from .trajectory import OnStep, Trajectory
+
+KEEP_EPSILON = 1e-9  # 0.7 · 10 must keep 7 patches, not 6.999... -> 6
+
+
+def invert(
+    ensemble: Ensemble,
+    targets_B: Tensor,
+    config: InversionConfig,
+    model: ModelConfig,
+    *,
+    flip: bool,
+    rng: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Inverted:
+    """Make images that the ensemble gives to the classes `targets_B`.
+
+    Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from x ~ N(0, 1), with T a random roll and
+    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]).
+
+    Returns:
+        B images; for `pri`, B · config.rebirths.
+    """
+    device = ensemble.weights.device
+    size = (len(targets_B), model.in_chans, model.img_size, model.img_size)
+    noise = torch.randn(size, generator=rng).to(device)
+    mean, std = normalisation(model.in_chans)
+    limits = ((0 - mean) / std).to(device), ((1 - mean) / std).to(device)
+    start = Trajectory(ensemble, noise, targets_B.to(device), config, limits, flip, rng)
+    modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
+    return modes[config.mode](start, config, on_step)
+
+
+def halting_steps(config: InversionConfig) -> list[int]:
+    """The steps of `sparse` at whose start patches are halted: fractions of T, at least one step apart."""
+    steps: list[int] = []
+    for fraction in config.stop_fractions:
+        step = max(round(fraction * config.steps), steps[-1] + 1 if steps else 1)
+        if step < config.steps:
+            steps.append(step)
+    return steps
+
+
+def alive_counts(num_patches: int, config: InversionConfig) -> list[int]:
+    """Patches alive before and after each stop of `sparse`: 196 -> 137 -> 95 -> 66 -> 46 in SMI's setting."""
+    counts = [num_patches]
+    for _ in halting_steps(config):
+        counts.append(max(1, int(counts[-1] * (1 - config.drop) + KEEP_EPSILON)))
+    return counts
+
+
+def _dense(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+    """Every patch to the end (F-ADI). Its dense patches are chosen afterwards, as many as `sparse` would keep."""
+    loss_B = _run_best(run, config.steps, on_step)
+    everything = run.positions_BK
+    top = run.importance().topk(alive_counts(everything.shape[1], config)[-1]).indices
+    high = torch.zeros_like(everything, dtype=torch.bool).scatter(1, top, True)
+    return Inverted(run.images(), everything, high, run.alive_mask(), run.targets_B, loss_B)
+
+
+def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+    """SMI: at each stop the least important alive patches are halted and dropped."""
+    everything = run.positions_BK
+    stops = halting_steps(config)
+    counts = alive_counts(everything.shape[1], config)[1:]
+    done = 0
+    for stop, count in zip(stops, counts, strict=True):
+        _run(run, stop - done, on_step)
+        run.keep(run.importance().topk(count).indices)
+        done = stop
+    loss_B = _run_best(run, config.steps - done, on_step)
+    alive = run.alive_mask()
+    return Inverted(run.images(), everything, alive, alive, run.targets_B, loss_B)
+
+
+def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+    """Patch rebirth (Heo & Choi 2025 [C]): every T/v steps the N/v most important patches leave as a finished image.
+
+    Detachment order grades the information density: patches of the earlier half of the images are `high` [M]. Patches
+    beyond v · ⌊N/v⌋ are in no image.
+    """
+    v, num_patches = config.rebirths, run.positions_BK.shape[1]
+    share = num_patches // v
+    given, alive, losses = [], [], []
+    for _ in range(v):
+        loss_B = _run(run, config.steps // v, on_step)
+        order = run.importance().argsort(1, descending=True)
+        finished = take(run.positions_BK, order[:, :share])
+        given.append(finished)
+        alive.append(torch.zeros_like(run.alive_mask()).scatter(1, finished, True))
+        losses.append(loss_B)
+        if order.shape[1] > share:
+            run.keep(order[:, share:])
+        else:
+            run.write(run.alive_BKE.detach())
+    early = torch.arange(v, device=run.targets_B.device) < (v + 1) // 2
+    high = early.repeat_interleave(len(run.targets_B))[:, None].expand(-1, share)
+    images = run.images().repeat(v, 1, 1, 1)
+    return Inverted(
+        images, torch.cat(given), high.contiguous(), torch.cat(alive), run.targets_B.repeat(v), torch.cat(losses)
+    )
+
+
+def _run(run: Trajectory, steps: int, on_step: OnStep | None) -> Tensor:
+    """Plain steps; the last one's losses (B,)."""
+    loss_B = torch.full_like(run.targets_B, torch.inf, dtype=torch.float32)
+    share = run.positions_BK.shape[1] / run.canvas_BNE.shape[1]
+    for _ in range(steps):
+        loss_B, _ = run.step()
+        if on_step:
+            on_step(loss_B.mean().item(), share)
+    return loss_B
+
+
+def _run_best(run: Trajectory, steps: int, on_step: OnStep | None) -> Tensor:
+    """Steps with a fixed alive set; settles on a copy of each image's best iterate and returns its loss."""
+    best_B = torch.full_like(run.targets_B, torch.inf, dtype=torch.float32)
+    best_BKE = run.alive_BKE.detach().clone()
+    share = run.positions_BK.shape[1] / run.canvas_BNE.shape[1]
+    for _ in range(steps):
+        loss_B, patches_BKE = run.step()
+        better = loss_B < best_B
+        best_B = torch.where(better, loss_B, best_B)
+        best_BKE = torch.where(better[:, None, None], patches_BKE, best_BKE)
+        if on_step:
+            on_step(loss_B.mean().item(), share)
+    run.settle(best_BKE)
+    return best_B

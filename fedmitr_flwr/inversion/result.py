@@ -1,0 +1,29 @@
+"""What inversion hands on."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """M synthetic images. What was optimised is what is returned: no mask is computed afresh.
+
+    Attributes:
+        images: (M, C, S, S), normalised.
+        given: (M, J) positions of the patches that belong to the image: all N, or, for `pri`, one rebirth's share.
+        high: (M, J), True = the patch at `given` has high information density.
+        alive: (M, N), True = the patch was optimised to the image's end; False = halted, or of a sibling image.
+        targets: (M,) the classes asked for.
+        loss: (M,) the inversion loss of each returned image.
+    """
+
+    images: Tensor
+    given: Tensor
+    high: Tensor
+    alive: Tensor
+    targets: Tensor
+    loss: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)

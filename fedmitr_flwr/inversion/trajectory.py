@@ -1,0 +1,97 @@
+"""One batch of images under optimisation, of which ever fewer patches are alive.
+
+Shapes: B images, N patches, K alive patches, E numbers in a patch, g patches along a side.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import InversionConfig
+from ..vit.ensemble import Ensemble
+from ..vit.tokens import all_positions, patchify, put, roll_and_flip, take, unpatchify
+from .objective import cross_entropy, total_variation
+
+OnStep = Callable[[float, float], None]  # (mean loss, alive share), once per step
+
+
+class Trajectory:
+    """Pixels (B, N, E) on a canvas; Adam sees the alive ones only, so halted pixels cannot move."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        noise_BCHW: Tensor,
+        targets_B: Tensor,
+        config: InversionConfig,
+        limits: tuple[Tensor, Tensor],
+        flip: bool,
+        rng: torch.Generator,
+    ) -> None:
+        """Start from `noise_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
+        self.ensemble, self.targets_B, self.config, self.flip, self.rng = ensemble, targets_B, config, flip, rng
+        self.grid, self.patch = ensemble.grid, ensemble.patch
+        pixels_each = self.patch**2
+        self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
+        self.canvas_BNE = patchify(noise_BCHW, self.patch).clamp(self.low_E, self.high_E)
+        self.positions_BK = all_positions(self.canvas_BNE)
+        self._optimise(self.canvas_BNE)
+
+    def _optimise(self, patches_BKE: Tensor) -> None:
+        self.alive_BKE = patches_BKE.detach().clone().requires_grad_()
+        self.adam = torch.optim.Adam([self.alive_BKE], lr=self.config.lr, betas=(0.5, 0.99))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One step of Adam. Returns the losses (B,) and the alive patches (B, K, E) before it: they belong together."""
+        before_BKE = self.alive_BKE.detach().clone()
+        patches, positions = roll_and_flip(
+            self.alive_BKE,
+            self.positions_BK,
+            grid=self.grid,
+            patch=self.patch,
+            roll=self.config.roll,
+            flip=self.flip,
+            rng=self.rng,
+        )
+        loss_B = cross_entropy(self.ensemble.scores(patches, positions).cls, self.targets_B)
+        if self.config.tv:
+            image = unpatchify(put(self.canvas_BNE, self.positions_BK, self.alive_BKE), self.patch)
+            loss_B = loss_B + self.config.tv * total_variation(image)
+        self.adam.zero_grad()
+        (self.alive_BKE.grad,) = torch.autograd.grad(loss_B.sum(), [self.alive_BKE])
+        self.adam.step()
+        with torch.no_grad():
+            self.alive_BKE.clamp_(self.low_E, self.high_E)
+        return loss_B.detach(), before_BKE
+
+    def importance(self) -> Tensor:
+        """Of each alive patch, on the image as it is: (B, K)."""
+        return self.ensemble.importance(self.alive_BKE.detach(), self.positions_BK, self.targets_B)
+
+    def keep(self, ids_keep_BJ: Tensor) -> None:
+        """Go on with the alive patches `ids_keep_BJ` only; the others stay on the canvas as they are."""
+        self.write(self.alive_BKE.detach())
+        moments = self.adam.state[self.alive_BKE]
+        self.positions_BK = take(self.positions_BK, ids_keep_BJ)
+        self._optimise(take(self.alive_BKE.detach(), ids_keep_BJ))
+        if moments:  # Adam's memory of the kept pixels goes on
+            kept = {name: take(moments[name], ids_keep_BJ) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[self.alive_BKE] = {"step": moments["step"].clone(), **kept}
+
+    def write(self, patches_BKE: Tensor) -> None:
+        """Put the alive patches onto the canvas."""
+        self.canvas_BNE = put(self.canvas_BNE, self.positions_BK, patches_BKE)
+
+    def settle(self, patches_BKE: Tensor) -> None:
+        """End with these alive patches, on the canvas and for `importance`."""
+        self.write(patches_BKE)
+        self._optimise(patches_BKE)
+
+    def images(self) -> Tensor:
+        return unpatchify(self.canvas_BNE, self.patch)
+
+    def alive_mask(self) -> Tensor:
+        """(B, N), True = alive."""
+        halted = torch.zeros(self.canvas_BNE.shape[:2], dtype=torch.bool, device=self.canvas_BNE.device)
+        return halted.scatter(1, self.positions_BK, True)

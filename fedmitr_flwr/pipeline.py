@@ -1,0 +1,264 @@
+"""The straight line, without Flower: partition, train, upload, fuse, evaluate, report.
+
+The Flower apps call the same functions, so both paths give the same bits.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import methods
+from .compute import resolve_device, threads
+from .config import Config
+from .data.images import DataSet, Images
+from .data.partition import Partition, holdout, split, table
+from .data.sources import load
+from .errors import RunError
+from .evaluation import Evaluation, evaluate
+from .fingerprint import fingerprint
+from .methods.contract import Fused, Job, Stopwatch
+from .report import result as report
+from .report.figures import save_images, save_partition
+from .report.run_folder import RunFolder
+from .rng import stream
+from .training.average import average
+from .training.local import train_local
+from .training.upload import Upload, Weights, size
+from .vit.build import build_vit, initial_weights, timm_arguments
+from .vit.ensemble import Ensemble
+
+log = logging.getLogger("fedmitr")
+
+# Settings that decide an upload. A run can be continued, or fused again, only if they stay as they were.
+UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.", "evaluate.where", "evaluate.holdout")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    weights: Weights | None  # of the global model; None where the method keeps several
+    result: dict[str, Any]
+
+
+def run(config: Config, name: str | None = None) -> RunFolder:
+    """The whole line in one process; `config.partition.clients` clients, one after the other."""
+    methods.load(config.method)
+    folder = continued(config) if config.resume_from else RunFolder.create(config, name or _free_name(config))
+    log.info("run folder: %s", folder.path)
+    initial = initial_weights(config.model, config.seed)
+    for client in folder.missing(config.partition.clients):
+        folder.save_upload(train_client(config, client, initial))
+    serve(folder)
+    if config.evaluate.where == "clients":
+        weights = _global_weights(folder)
+        conclude_on_clients(folder, [evaluate_client(config, k, weights) for k in range(config.partition.clients)])
+    return folder
+
+
+def train_client(
+    config: Config, client: int, initial: Weights, *, server_round: int = 1, prox_mu: float = 0.0
+) -> Upload:
+    """Train client `client` of `config.partition.clients` from `initial` on its own part of the data."""
+    data, parts = _world(config)
+    images = _own_images(config, data, parts, client)[0]
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial)
+    log.info("client %d: training on %d images", client, len(images))
+    with threads(config.local.threads):
+        rng = stream(config.seed, "local", server_round, client)
+        loss = train_local(vit, images, config, rng, resolve_device(config.device), prox_mu)
+    log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
+    dtype = getattr(torch, config.upload.dtype)
+    counts = torch.bincount(images.labels, minlength=config.model.num_classes)
+    return Upload(
+        client=client,
+        weights={name: _sent(tensor, dtype) for name, tensor in vit.state_dict().items()},
+        num_examples=len(images),
+        train_loss=loss,
+        fingerprint=fingerprint(),
+        class_counts=tuple(counts.tolist()) if config.upload.class_counts else None,
+    )
+
+
+def evaluate_client(config: Config, client: int, weights: Weights) -> Evaluation:
+    """The global model on the part that the client held out of training (evaluate.where = clients)."""
+    data, parts = _world(config)
+    held = _own_images(config, data, parts, client)[1]
+    vit = build_vit(config.model)
+    vit.load_state_dict(weights)
+    with threads(config.local.threads):
+        return _evaluate(vit, held, config, resolve_device(config.device))
+
+
+def serve(folder: RunFolder) -> Outcome:
+    """The server phase from the uploads on disk: fuse, evaluate, write every output file.
+
+    Raises:
+        RunError: fewer uploads than `flower.quorum` of the clients.
+    """
+    config = folder.config
+    uploads = folder.require_uploads(config.flower.quorum)
+    device, stopwatch = resolve_device(config.device), Stopwatch()
+    job = Job(uploads, config, device, folder.log_metrics, stopwatch)
+    with threads(config.threads):
+        fused: Fused = methods.load(config.method).fuse(job)
+        if fused.weights is not None:
+            folder.save_model(fused.weights, timm_arguments(config.model))
+        on_server = config.evaluate.where == "server"
+        with stopwatch.stage("evaluation"):
+            scores = _judge(fused, uploads, config, device) if on_server else {"student": None}
+    result = _report(folder, fused, uploads, scores, stopwatch)
+    return Outcome(fused.weights, result)
+
+
+def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Write the clients' accuracy of the global model, weighted by their numbers of images, into result.json."""
+    total = sum(each.num_examples for each in evaluations)
+    result = folder.read_result()
+    student = sum(each.accuracy * each.num_examples for each in evaluations) / total
+    result["accuracy"]["student"] = round(student, 2)
+    result["evaluated_on"] = {"where": "clients", "images": total}
+    folder.write_result(result)
+    return result
+
+
+def fuse(run_folder: RunFolder, method: str, overrides: Mapping[str, object]) -> RunFolder:
+    """The server phase again, by another method or other settings, on the uploads of an earlier run."""
+    methods.load(method)
+    before = run_folder.config
+    config = Config.from_flat({**overrides, "method": method}, base=before)
+    require_same_uploads(before, config, "to change it, make a new run")
+    run_folder.require_uploads(config.flower.quorum)
+    folder = run_folder.sub(method, config)
+    serve(folder)
+    return folder
+
+
+def continued(config: Config) -> RunFolder:
+    """The run folder `config.resume_from`, if `config` would give the same uploads and the run has not ended."""
+    folder = RunFolder.open(config.resume_from)
+    if folder.finished:
+        raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
+    require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
+    folder.config = config
+    return folder
+
+
+def require_same_uploads(before: Config, after: Config, fix: str) -> None:
+    """Raise RunError, naming the setting, where the two would give different uploads."""
+    old, new = before.to_flat(), after.to_flat()
+    for key in old:
+        if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key]:
+            raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
+
+
+def _free_name(config: Config) -> str:
+    return f"{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@lru_cache(maxsize=1)
+def _parts_of(config: Config) -> Partition:
+    data = load(config.data, config.model, with_test=False)
+    return split(data.train.labels, config.partition, config.model.num_classes, config.seed)
+
+
+def _world(config: Config) -> tuple[DataSet, Partition]:
+    """The data and who holds what; both are cached, since one process serves many clients."""
+    with_test = config.evaluate.where == "server"
+    return load(config.data, config.model, with_test=with_test), _parts_of(config)
+
+
+def _own_images(config: Config, data: DataSet, parts: Partition, client: int) -> tuple[Images, Images]:
+    """The client's images to train on, and those it holds out (none unless evaluate.where = clients)."""
+    indices = parts.indices[client]
+    held = indices[:0]
+    if config.evaluate.where == "clients":
+        indices, held = holdout(indices, config.evaluate.holdout, config.seed, client)
+    return data.train.subset(indices), data.train.subset(held)
+
+
+def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def _evaluate(predict: Callable[[Tensor], Tensor], images: Images, config: Config, device: torch.device) -> Evaluation:
+    model = config.model
+    if isinstance(predict, torch.nn.Module):
+        predict.to(device).eval()
+    return evaluate(predict, images, model.img_size, model.num_classes, config.evaluate.batch_size, device)
+
+
+def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torch.device) -> dict[str, Any]:
+    """Accuracy on the server's test images: the result, and the lines it is compared with."""
+    data, _ = _world(config)
+
+    def accuracy(predict: Callable[[Tensor], Tensor]) -> Evaluation:
+        return _evaluate(predict, data.test, config, device)
+
+    def vit_of(weights: Weights) -> torch.nn.Module:
+        vit: torch.nn.Module = build_vit(config.model)
+        vit.load_state_dict(weights)
+        return vit
+
+    student = accuracy(fused.predict)
+    return {
+        "student": student.accuracy,
+        "per_class": dict(zip(data.classes, student.per_class, strict=True)),
+        "fedavg": accuracy(vit_of(average(uploads))).accuracy,
+        "ensemble": accuracy(Ensemble.of(uploads, config.model, config.ensemble)).accuracy,
+        "local": _by_client(config, uploads, lambda upload: accuracy(vit_of(upload.weights)).accuracy),
+    }
+
+
+def _by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Upload], Any]) -> list[Any]:
+    """A value of each client, None for those without an upload (quorum < 1)."""
+    known = {upload.client: value(upload) for upload in uploads}
+    return [known.get(client) for client in range(config.partition.clients)]
+
+
+def _report(
+    folder: RunFolder, fused: Fused, uploads: Sequence[Upload], scores: Mapping[str, Any], stopwatch: Stopwatch
+) -> dict[str, Any]:
+    """Write pool, pictures and result.json."""
+    config = folder.config
+    classes = tuple(map(str, range(config.model.num_classes)))
+    facts: dict[str, Any] = {}
+    if config.evaluate.where == "server":
+        data, parts = _world(config)
+        classes = data.classes
+        log.info("images by client and class:\n%s", table(parts.counts, classes))
+        save_partition(parts.counts, classes, folder.partition_path)
+        facts = {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+    elif all(upload.class_counts for upload in uploads):
+        facts = {"counts": [list(upload.class_counts or ()) for upload in uploads]}
+    if fused.pool is not None:
+        pool = fused.pool
+        pool.save(folder.pool_path)
+        save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, folder.images_path)
+        facts["synthetic_images"] = len(pool)
+    result = report.build(
+        config=config,
+        device=str(resolve_device(config.device)),
+        bytes_up=_by_client(config, uploads, lambda upload: upload.num_bytes),
+        bytes_down=_by_client(config, uploads, lambda upload: size(upload.weights)),  # its start, in float32
+        seconds=stopwatch.seconds,
+        **scores,
+        **facts,
+    )
+    folder.write_result(result)
+    return result
+
+
+def _global_weights(folder: RunFolder) -> Weights:
+    if not folder.model_path.exists():
+        raise RunError(
+            f"method = {folder.config.method!r} makes no single model to evaluate; use evaluate.where = 'server'"
+        )
+    weights: Weights = load_file(folder.model_path)
+    return weights

@@ -1,0 +1,114 @@
+"""Run a timm ViT on some of its patches.
+
+Absent patches cost nothing: pixels are patches here, and a patch that is not given is neither embedded nor attended.
+Shapes: B images, N patches, K of them given, E = C·p·p numbers in a patch, P prefix tokens ([CLS], registers),
+D width, H heads, Y classes, g = √N patches along a side.
+"""
+
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class TokenLogits(NamedTuple):
+    cls: Tensor  # (B, Y)
+    patches: Tensor  # (B, K, Y): the shared head on every patch token
+
+
+def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
+    """(B, C, S, S) -> (B, N, E), patches row by row, each flattened as (C, p, p)."""
+    return F.unfold(images_BCHW, patch, stride=patch).transpose(1, 2)
+
+
+def unpatchify(patches_BNE: Tensor, patch: int) -> Tensor:
+    """(B, N, E) -> (B, C, S, S), the inverse of `patchify`."""
+    side = round(patches_BNE.shape[1] ** 0.5) * patch
+    return F.fold(patches_BNE.transpose(1, 2), side, patch, stride=patch)
+
+
+def take(values_BN: Tensor, ids_BK: Tensor) -> Tensor:
+    """Values of the chosen tokens: (B, N, ...) by (B, K) -> (B, K, ...)."""
+    index = ids_BK.reshape(*ids_BK.shape, *[1] * (values_BN.dim() - 2))
+    return values_BN.gather(1, index.expand(*ids_BK.shape, *values_BN.shape[2:]))
+
+
+def put(values_BN: Tensor, ids_BK: Tensor, chosen_BK: Tensor) -> Tensor:
+    """A copy of (B, N, ...) in which the tokens `ids_BK` have the values (B, K, ...)."""
+    index = ids_BK.reshape(*ids_BK.shape, *[1] * (values_BN.dim() - 2))
+    return values_BN.scatter(1, index.expand_as(chosen_BK), chosen_BK)
+
+
+def all_positions(patches_BNE: Tensor) -> Tensor:
+    """The positions (B, N) of whole images' patches, in order."""
+    batch, num_patches = patches_BNE.shape[:2]
+    return torch.arange(num_patches, device=patches_BNE.device).expand(batch, -1)
+
+
+def forward_tokens(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> TokenLogits:
+    """Logits of the class token and of every given patch.
+
+    With all patches given, `cls` equals `vit(images)` (tested). Patches may come in any order.
+    """
+    x = _embed(vit, patches_BKE, positions_BK)
+    for block in vit.blocks:
+        x = block(x)
+    x = vit.norm(x)
+    return TokenLogits(vit.forward_head(x), vit.head(vit.fc_norm(x[:, vit.num_prefix_tokens :])))
+
+
+def cls_attention(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Class logits (B, Y), and the last block's attention of [CLS] to each given patch, mean over heads (B, K).
+
+    SMI's importance [C]. timm's fused attention hides its matrix, so the one row that counts is computed again.
+    """
+    x = _embed(vit, patches_BKE, positions_BK)
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    attention = _cls_row(vit.blocks[-1], x)[:, vit.num_prefix_tokens :]
+    return vit.forward_head(vit.norm(vit.blocks[-1](x))), attention
+
+
+def roll_and_flip(
+    patches_BKE: Tensor, positions_BK: Tensor, *, grid: int, patch: int, roll: int, flip: bool, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Roll each image by up to `roll` whole patches along each axis, and mirror it with probability 1/2 if `flip`.
+
+    A roll by whole patches moves tokens, not pixels: only positions change, so no halted pixel can leak into an alive
+    token (docs/adr/0004). A mirrored image's patches are mirrored too.
+    """
+    batch, device = len(positions_BK), positions_BK.device
+    rows, columns = positions_BK // grid, positions_BK % grid
+    if flip:
+        mirrored = (torch.rand(batch, 1, generator=rng) < 0.5).to(device)
+        columns = torch.where(mirrored, grid - 1 - columns, columns)
+        pixels = patches_BKE.unflatten(2, (-1, patch))  # (B, K, C·p, p)
+        patches_BKE = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels).flatten(2)
+    if roll:
+        shift = torch.randint(-roll, roll + 1, (2, batch, 1), generator=rng).to(device)
+        rows, columns = (rows + shift[0]) % grid, (columns + shift[1]) % grid
+    return patches_BKE, rows * grid + columns
+
+
+def _embed(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> Tensor:
+    """(B, P + K, D): prefix tokens, and the given patches with the embeddings of their positions."""
+    projection = vit.patch_embed.proj
+    tokens = vit.patch_embed.norm(F.linear(patches_BKE, projection.weight.flatten(1), projection.bias))  # (B, K, D)
+    empty = tokens.new_zeros(1, vit.patch_embed.num_patches, tokens.shape[-1])
+    table = vit._pos_embed(empty)[0]  # (P + N, D): what timm gives to patches of zeros
+    prefix, places = table[: vit.num_prefix_tokens], table[vit.num_prefix_tokens :]
+    x = torch.cat([prefix.expand(len(tokens), -1, -1), tokens + places[positions_BK]], dim=1)
+    embedded: Tensor = vit.norm_pre(x)
+    return embedded
+
+
+def _cls_row(block: Block, x_BTD: Tensor) -> Tensor:
+    """Attention of the first token to all T tokens, mean over heads: (B, T)."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x_BTD)).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+    q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
+    row: Tensor = (q * attn.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
+    return row.softmax(dim=-1).mean(dim=1).squeeze(1)
