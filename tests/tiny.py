@@ -1,0 +1,110 @@
+"""Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.build import build_vit
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+_TINY: dict[str, object] = {
+    "method": "fedmitr",
+    "device": "cpu",
+    "threads": 1,
+    "data.source": "digits",
+    "data.train-limit": 60,
+    "data.test-limit": 30,
+    "partition.scheme": "iid",
+    "partition.min-size": 5,
+    "partition.clients": 2,
+    "model.name": "small",
+    "model.img-size": 8,
+    "model.patch-size": 2,  # 16 patches
+    "model.in-chans": 1,
+    "model.num-classes": 10,
+    "model.width": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.weights": "none",
+    "local.epochs": 1,
+    "local.batch-size": 16,
+    "local.optimizer": "adamw",
+    "local.lr": 1e-3,
+    "local.weight-decay": 0.05,
+    "local.schedule": "cosine",
+    "local.label-smoothing": 0.0,
+    "local.augment": True,
+    "local.token-loss": 0.5,
+    "local.grad-clip": 1.0,
+    "local.threads": 1,
+    "upload.dtype": "float32",
+    "upload.class-counts": False,
+    "ensemble.combine": "logits",
+    "ensemble.weights": "size",
+    "inversion.mode": "sparse",
+    "inversion.steps": 8,
+    "inversion.batch-size": 10,
+    "inversion.lr": 0.25,
+    "inversion.stops": "0.25,0.5",
+    "inversion.drop": 0.3,  # 16 -> 11 -> 7 alive patches
+    "inversion.rebirths": 4,
+    "inversion.tv": 1e-3,
+    "inversion.roll": 1,
+    "relabel.mode": "tokens",
+    "relabel.temperature": 1.0,
+    "distill.epochs": 1,
+    "distill.images-per-epoch": 10,
+    "distill.passes": 1,
+    "distill.batch-size": 8,
+    "distill.init": "average",
+    "distill.optimizer": "adamw",
+    "distill.lr": 1e-3,
+    "distill.weight-decay": 0.0,
+    "distill.schedule": "cosine",
+    "distill.temperature": 2.0,
+    "distill.high": 1.0,
+    "distill.token": 0.5,
+    "distill.low": 1.0,
+    "distill.kd": 1.0,
+    "distill.mix": "none",
+    "distill.teachers": "cached",
+    "distill.grad-clip": 1.0,
+    "evaluate.where": "server",
+    "flower.quorum": 1.0,
+}
+
+
+def settings(**changes: object) -> Config:
+    return Config.from_flat(_TINY | changes)
+
+
+def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:
+    """A network of which every parameter counts: fresh biases are 0, norms 1 and DeiT-3's layer scales 1e-6."""
+    vit = build_vit(config.model, seed)
+    rng = stream(seed, "noise")
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=rng)
+    return vit
+
+
+def an_upload(
+    config: Config, client: int, num_examples: int = 10, counts: tuple[int, ...] | None = None, seed: int | None = None
+) -> Upload:
+    vit = a_vit(config, client if seed is None else seed)
+    weights = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    return Upload(client, weights, num_examples, 0.5, "c" * 12, counts)
+
+
+def an_ensemble(config: Config, teachers: int = 2) -> Ensemble:
+    uploads = [an_upload(config, client, 10 + 5 * client) for client in range(teachers)]
+    return Ensemble.of(uploads, config.model, config.ensemble)
+
+
+def some_images(config: Config, count: int, seed: int = 0) -> Tensor:
+    """(count, C, S, S) of normal noise."""
+    model = config.model
+    return torch.randn(count, model.in_chans, model.img_size, model.img_size, generator=stream(seed, "images"))
