@@ -6,6 +6,7 @@ Flower how the run ended, and stops what it started, also after Ctrl-C.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -117,6 +117,7 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",  # "client 1: ..." and "client 2: ..." are no duplicates
         "PYTHONUNBUFFERED": "1",
         MARK: uuid.uuid4().hex,
         **({"HF_HUB_OFFLINE": "1"} if options.offline or not hub else {}),
@@ -135,7 +136,7 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str, str]]:
     """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment."""
     environment = environment_for(options, config, free_ports(2))
@@ -158,7 +159,7 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
         log.unlink()  # kept where the block raised
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_folder(environment: dict[str, str]) -> Iterator[None]:
     """A short folder of our own for Ray: its sockets' paths may have 107 characters, and its logs pile up."""
     if "RAY_TMPDIR" in environment:
@@ -195,7 +196,7 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
     ) as process:
         assert process.stdout is not None
         try:
-            run_id = _show(process.stdout)
+            run_id, folder = _show(process.stdout)
         except BaseException:
             process.terminate()  # or leaving the block would wait for the end of the run
             raise
@@ -209,19 +210,23 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
         text=True,
     )
     status, details = _status(listed.stdout)
-    print(f"flower_run: run {run_id}: {status}", flush=True)
+    print(f"flower_run: run {run_id}: {status}")
+    if folder:
+        print(f"flower_run: run folder: {folder}", flush=True)
     return 0 if status == "finished:completed" else _complain(details or "Flower gives no reason; see above", 1)
 
 
-def _show(stream: IO[bytes]) -> str:
-    """Pass Flower's output on as it comes, and pick the run's id out of it."""
-    run_id = ""
+def _show(stream: IO[bytes]) -> tuple[str, str]:
+    """Pass Flower's output on as it comes, and pick the run's id and folder out of it."""
+    run_id = folder = ""
     for line in stream:
         sys.stdout.buffer.write(line)
         sys.stdout.flush()
-        if not run_id and (found := re.search(rb"Successfully started run (\d+)", line)):
+        if found := re.search(rb"Successfully started run (\d+)", line):
             run_id = found[1].decode()
-    return run_id
+        if found := re.search(rb"run folder: (.+)", line):
+            folder = found[1].decode(errors="replace").strip()
+    return run_id, folder
 
 
 def _status(listed: str) -> tuple[str, str]:
@@ -236,34 +241,51 @@ def stop(process: subprocess.Popen[bytes], mark: str) -> None:
     """End the SuperLink and everything that it started: Flower's processes and Ray's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Some of Ray's processes overwrite their environment with a title; their session tells whose they are.
+    sessions = {_session(pid) for pid in _processes() if _is_marked(pid, mark)} | {process.pid}
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + STOP_SECONDS  # they notice by themselves that it is gone
-    while (left := processes_of(mark)) and time.monotonic() < deadline:
+    _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they are at work
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _in(sessions):
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, kind)
+        _wait_until_gone(sessions, STOP_SECONDS)
+
+
+def _wait_until_gone(sessions: set[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _in(sessions) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for pid in left:
-        print(f"flower_run: stopping process {pid}, which did not end with its run", file=sys.stderr)
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
-def processes_of(mark: str) -> list[int]:
-    """The processes that inherited the mark. Where there is no /proc, none are known."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # ended meanwhile, or another user's
-            continue
-    return found
+def _processes() -> list[int]:
+    """All that run now. Where there is no /proc, none are known."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _in(sessions: set[int]) -> list[int]:
+    return [pid for pid in _processes() if _session(pid) in sessions]
+
+
+def _session(pid: int) -> int:
+    """The session of a process; 0 for one that has ended."""
+    try:
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except (OSError, ValueError):
+        return 0
+    return 0 if state == "Z" else int(session)
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile, or another user's
+        return False
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def meet(grid: Grid, flower: FlowerConfig, known: int = 0, uploaded: Collection[
         if _complete(clients, flower, uploaded, late):
             return clients
         if late:
-            raise RunError(_too_few(clients, flower, uploaded))
+            raise RunError(_too_few(clients, flower, uploaded, len(silent)))
         time.sleep(0.5)
 
 
@@ -106,7 +106,8 @@ def _roster(cards: dict[int, _Card], known: int) -> Clients:
         if card.fingerprint != own:
             raise RunError(
                 f"client {card.client} (node {node}) runs other code ({card.fingerprint:012x}) than the server "
-                f"({own:012x}); restart the SuperLink and its SuperNodes from this checkout"
+                f"({own:012x}); restart the SuperLink and its SuperNodes from this checkout, and do not edit the code "
+                "while a run starts"
             )
         nodes[card.client] = node
     return Clients(dict(sorted(nodes.items())), number)
@@ -129,9 +130,14 @@ def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int],
     return bool(late and enough)
 
 
-def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int]) -> str:
+def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], silent: int) -> str:
     wanted = max(flower.min_nodes, clients.number)
     missing = sorted(set(range(wanted)) - set(clients.nodes) - set(uploaded))
+    if silent:
+        return (
+            f"{silent} nodes are there but did not say which client they are in flower.node-wait = "
+            f"{flower.node_wait:.0f} s; see the log above, or raise flower.node-wait"
+        )
     return (
         f"{len(clients.nodes)} of {wanted} nodes after flower.node-wait = {flower.node_wait:.0f} s, missing: "
         f"client{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}; {_START_MORE.format(wanted)}"

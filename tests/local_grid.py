@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -64,7 +65,7 @@ class LocalGrid(Grid):
         return (node - 1000) // 7
 
     def _context(self, client: int, count: int) -> Context:
-        config = {"partition-id": client, "num-partitions": count}
+        config: UserConfig = {"partition-id": client, "num-partitions": count}
         return Context(1, self.node(client), config, RecordDict(), {})
 
     def clients_asked(self, message_type: str) -> list[int]:

@@ -194,6 +194,15 @@ def test_no_node_at_all() -> None:
         meet(absent(LocalGrid(client_app, 2), 0, 1), quick())
 
 
+def test_a_node_that_is_silent_is_told_from_one_that_is_absent() -> None:
+    class Mute(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return [reply for reply in super().pull_messages(message_ids) if reply.metadata.src_node_id != self.node(1)]
+
+    with pytest.raises(RunError, match=r"1 nodes are there but did not say .*raise flower.node-wait"):
+        meet(Mute(client_app, 2), quick())
+
+
 def test_more_nodes_asked_for_than_there_are_clients() -> None:
     with pytest.raises(RunError, match=r"3 clients in all, flower.min-nodes = 8; .*num-supernodes=8"):
         meet(LocalGrid(client_app, 3), quick(min_nodes=8, node_wait=600.0))

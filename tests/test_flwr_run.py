@@ -1,0 +1,202 @@
+"""Whole runs by `flwr run` on Ray, through scripts/flower_run.py: the straight line's bits, an honest exit status."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_grid import TINY
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.report.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+MARK = "FEDMITR_TEST"
+
+
+class Run:
+    """The wrapper as a process of its own, its log, and the processes that it caused."""
+
+    def __init__(self, out: Path, home: Path, clients: int, settings: Mapping[str, Any]) -> None:
+        self.out, self.mark, self.lines = out, uuid.uuid4().hex, list[str]()
+        self.sessions: set[str] = set()
+        words = [
+            f"{key}={value}" for key, value in {**TINY, "out-dir": out, "flower.node-wait": 120.0, **settings}.items()
+        ]
+        command = [
+            sys.executable,
+            str(ROOT / "scripts/flower_run.py"),
+            *words,
+            f"--clients={clients}",
+            f"--flwr-home={home}",
+        ]
+        self.process = subprocess.Popen(
+            command,
+            cwd=out.parent,
+            env=os.environ | {MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            self.processes("")  # to learn the sessions while it runs
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def end(self, seconds: float = 300) -> int:
+        """Wait for the exit status; whatever the run started must be gone with it."""
+        status = self.process.wait(seconds)
+        self.reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        assert self.processes("") == []
+        return status
+
+    def processes(self, title: str) -> list[int]:
+        """Ids of our processes whose command line holds `title`. Ray's overwrite their environment with a title."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes():
+                    self.sessions.add(session)
+                if (
+                    state != "Z"
+                    and session in self.sessions
+                    and title in (path / "cmdline").read_text(errors="replace")
+                ):
+                    found.append(int(path.name))
+            except OSError:  # ended meanwhile
+                continue
+        return sorted(found)
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+        return value
+
+    def folder(self) -> RunFolder | None:
+        """The newest run folder, once it is there."""
+        found = [path for path in self.out.glob("*") if (path / "config.toml").exists()]
+        return RunFolder.open(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    runs: list[Run] = []
+
+    def begin(clients: int = 3, **settings: Any) -> Run:
+        runs.append(Run(tmp_path / "out", tmp_path / "home", clients, settings))
+        return runs[-1]
+
+    (tmp_path / "out").mkdir()
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            run.process.wait(60)
+
+
+def contents(folder: RunFolder) -> list[bytes]:
+    paths = [*folder.upload_paths().values(), folder.model_path, folder.pool_path]
+    return [path.read_bytes() for path in paths]
+
+
+def test_flwr_run_gives_the_bits_of_the_straight_line(start: Start, tmp_path: Path) -> None:
+    run = start(method="fedmitr")
+    assert run.end() == 0, run.log
+    flower = run.folder()
+    assert flower is not None
+    assert f"run folder: {flower.path}" in run.lines[-1]
+    assert "finished:completed" in run.lines[-2]
+    settings = TINY | {"method": "fedmitr", "partition.clients": 3, "out-dir": str(tmp_path / "line")}
+    straight = pipeline.run(Config.from_flat(settings), "line")
+    assert contents(flower) == contents(straight)
+    assert flower.read_result()["accuracy"] == straight.read_result()["accuracy"]
+
+
+def test_a_run_that_fails_has_a_failing_status_and_says_why(start: Start) -> None:
+    run = start(method="fedmitre", clients=2)
+    assert run.end() == 1
+    assert re.search("flower_run: error: .*fedmitre", run.lines[-1])
+    assert run.folder() is None
+
+
+def test_a_bad_word_fails_before_anything_starts(start: Start) -> None:
+    run = start(**{"local.epochz": 3})
+    assert run.end(20) == 2
+    assert run.log.startswith("flower_run: error: unknown config key 'local.epochz'")
+    assert len(run.lines) == 1
+
+
+def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> None:
+    slow = {"local.epochs": 600}
+    run = start(clients=4, **slow)
+    run.wait_for(run.folder)
+    actors = run.wait_for(lambda: run.processes("ray::ClientAppActor.run"))
+    time.sleep(0.5)
+    os.kill(actors[0], signal.SIGKILL)
+    assert run.end() == 1
+    folder = run.folder()
+    assert folder is not None
+    (missing,) = folder.missing(4)
+    assert re.search(f"flower_run: error: .*3 of 4 uploads .* missing: client {missing};", run.log)
+    before = {client: path.stat().st_mtime_ns for client, path in folder.upload_paths().items()}
+
+    again = start(clients=4, **slow, **{"resume-from": str(folder.path)})
+    assert again.end() == 0, again.log
+    assert f"asking 1 of 4 clients: [{missing}]" in again.log
+    assert set(re.findall(r"client (\d+): training", again.log)) == {str(missing)}
+    after = {client: path.stat().st_mtime_ns for client, path in folder.upload_paths().items()}
+    assert after.items() > before.items()
+    assert folder.finished
+
+
+def test_a_killed_server_resumes_without_the_clients(start: Start) -> None:
+    run = start(clients=2, method="fedmitr", **{"inversion.steps": 200_000})
+    folder = run.wait_for(run.folder)
+    run.wait_for(lambda: not folder.missing(2))
+    (server,) = run.processes("flwr-simulation")
+    time.sleep(1)
+    os.kill(server, signal.SIGKILL)
+    assert run.end() == 1
+    assert not folder.finished
+
+    again = start(clients=2, method="fedmitr", **{"resume-from": str(folder.path)})
+    assert again.end() == 0, again.log
+    assert ": training" not in again.log
+    assert folder.finished
+
+
+def test_an_interrupted_run_leaves_nothing_behind(start: Start) -> None:
+    run = start(clients=2, **{"local.epochs": 100_000})
+    run.wait_for(run.folder)
+    assert len(run.processes("ray::")) > 2
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(60) == 130
