@@ -20,7 +20,8 @@ log = logging.getLogger("flwr")
 logging.getLogger("fedmitr").parent = log  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
-_PATH = re.compile(r"""'[^']*[/\\][^']*'|"[^"]*[/\\][^"]*"|\S*[/\\]\S*""")
+# Quoted, or else up to the next punctuation mark: file names may hold spaces, and names of people.
+_PATH = re.compile(r"""'[^']*[/\\][^']*'|"[^"]*[/\\][^"]*"|[^\s'"]*[/\\][^;:]*""")
 
 Answer = Callable[[Message, Context], Message]
 Numbers = int | float | list[int] | list[float]

@@ -108,7 +108,7 @@ def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> No
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (DataError("/home/ann/x rays/a.png is cut short;\nget it again"), "<path> <path> is cut short; get it again"),
+        (DataError("in /home/x rays/ann lee.png it is cut short;\nget it again"), "in <path>; get it again"),
         (DataError("no column 'label' in '/secret folder/part 0.parquet'"), "no column 'label' in <path>"),
         (DataError(r"cannot read C:\Users\ann\x.png"), "cannot read <path>"),
         (RuntimeError("image of patient 17: /data/17.png"), "RuntimeError"),
