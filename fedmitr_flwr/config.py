@@ -156,7 +156,7 @@ class EnsembleConfig(Section):
     """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
 
     section = "ensemble"
-    combine: str = "logits"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
+    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
     weights: str = "size"  # uniform | size (images per client) | counts (images per client and class)
 
     def __post_init__(self) -> None:
@@ -168,14 +168,14 @@ class EnsembleConfig(Section):
 class InversionConfig(Section):
     section = "inversion"
     mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
-    steps: int = 100  # T
+    steps: int = 60  # T
     batch_size: int = 250  # images inverted at once
     lr: float = 0.25
-    stops: str = "0.0125,0.025,0.05,0.075"  # sparse: halting times, as fractions of T
+    stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
     drop: float = 0.3  # sparse: share of the alive patches halted at each stop
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
-    roll: int = 1  # random roll by up to this many whole patches; 0: none
+    roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
 
     def __post_init__(self) -> None:
         self._one_of("mode", "dense", "sparse", "pri")
@@ -215,9 +215,9 @@ class RelabelConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
     section = "distill"
-    epochs: int = 6  # E: each inverts new images, then passes over the whole pool
+    epochs: int = 4  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
-    passes: int = 10  # over the pool, per epoch
+    passes: int = 15  # over the pool, per epoch
     batch_size: int = 64
     init: str = "average"  # average (of the uploads) | initial (what the clients started from) | pretrained
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
@@ -226,12 +226,13 @@ class DistillConfig(Section):
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
     temperature: float = 2.0  # of the class-token distillation term
-    high: float = 1.0  # weight of the pseudo-label term (class token and high-density tokens)
+    high: float = 0.1  # weight of the pseudo-label term (class token and high-density tokens)
     token: float = 0.5  # within it, weight of the high-density patch tokens
     low: float = 1.0  # weight of the relabelled low-density tokens
     kd: float = 1.0  # weight of the class-token distillation
-    mix: str = "blend"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
-    teachers: str = "cached"  # cached (asked once per image) | again (asked on each augmented batch)
+    mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
+    keep: float = 0.5  # teachers = again: share of an image's patches that a batch shows, drawn anew each time
+    teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
     grad_clip: float = 1.0  # 0: none
 
     def __post_init__(self) -> None:
@@ -239,6 +240,7 @@ class DistillConfig(Section):
         self._one_of("optimizer", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("mix", "none", "blend", "tokens")
+        self._within(0.01, 1, "keep")
         self._one_of("teachers", "cached", "again")
         self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
         self._above(0, "lr", "temperature")

@@ -15,7 +15,7 @@ from ..vit.build import build_vit, initial_weights, load_pretrained
 from ..vit.ensemble import Ensemble
 from ..vit.tokens import TokenLogits, forward_tokens, patchify, roll_and_flip, take
 from .losses import Labels, Parts, distillation_loss
-from .mix import Mixed, mix
+from .mix import Mixed, mix, thin
 from .pool import Pool
 from .relabel import View
 
@@ -81,7 +81,7 @@ def _batches(pool: Pool, batch_size: int, rng: torch.Generator) -> list[tuple[Vi
 
 
 def _augmented(pool: Pool, view: View, chosen: Tensor, config: Config, rng: torch.Generator) -> Mixed:
-    """Patches and positions of the chosen images: mixed and, where the teachers see it too, rolled and flipped.
+    """Patches and positions of the chosen images: mixed and, where the teachers see it too, rolled, flipped, thinned.
 
     Cached answers are of the image as it was made; a rolled one may be of another class (a digit moved by a patch is).
     """
@@ -101,7 +101,7 @@ def _augmented(pool: Pool, view: View, chosen: Tensor, config: Config, rng: torc
         flip=config.data.flip,
         rng=rng,
     )
-    return mixed._replace(patches=patches, positions=positions)
+    return thin(mixed._replace(patches=patches, positions=positions), config.distill.keep, rng)
 
 
 def _labels(pool: Pool, view: View, chosen: Tensor, mixed: Mixed, config: Config, ensemble: Ensemble) -> list[Labels]:
@@ -111,17 +111,23 @@ def _labels(pool: Pool, view: View, chosen: Tensor, mixed: Mixed, config: Config
     if config.distill.teachers == "again":
         with torch.no_grad():
             answers = ensemble.scores(mixed.patches, mixed.positions)
-    labels = [_labels_of(pool, view, chosen, mixed.share, mixed.token_share, answers)]
+    labels = [_labels_of(pool, view, chosen, mixed.kept, mixed.share, mixed.token_share, answers)]
     if config.distill.mix != "none":
         partners = chosen[mixed.partner]
-        labels.append(_labels_of(pool, view, partners, 1 - mixed.share, 1 - mixed.token_share, answers))
+        labels.append(_labels_of(pool, view, partners, mixed.kept, 1 - mixed.share, 1 - mixed.token_share, answers))
     return labels
 
 
 def _labels_of(
-    pool: Pool, view: View, chosen: Tensor, share_B: Tensor, share_BJ: Tensor, answers: TokenLogits | None
+    pool: Pool,
+    view: View,
+    chosen: Tensor,
+    kept_BJ: Tensor,
+    share_B: Tensor,
+    share_BJ: Tensor,
+    answers: TokenLogits | None,
 ) -> Labels:
-    high = view.high[chosen].float()
+    high = take(view.high[chosen], kept_BJ).float()
     low = 1 - high if view.soft == "tokens" else torch.zeros_like(high)
     return Labels(
         targets=pool.targets[view.rows[chosen]],
@@ -130,5 +136,5 @@ def _labels_of(
         low=share_BJ * low,
         share=share_B,
         scores=view.scores[chosen] if answers is None else answers.cls,
-        token_scores=view.token_scores[chosen] if answers is None else answers.patches,
+        token_scores=take(view.token_scores[chosen], kept_BJ) if answers is None else answers.patches,
     )

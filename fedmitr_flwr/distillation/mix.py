@@ -1,12 +1,14 @@
 """Two synthetic images in one, at the level of tokens.
 
-Shapes: B images, J given patches, E numbers in a patch.
+Shapes: B images, J given patches, I of them kept, E numbers in a patch.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..vit.tokens import all_positions, take
 
 
 class Mixed(NamedTuple):
@@ -15,6 +17,7 @@ class Mixed(NamedTuple):
     partner: Tensor  # (B,) the row of the second image
     share: Tensor  # (B,) weight of the first image's labels; the partner's is 1 - share
     token_share: Tensor  # (B, J) the same for each token
+    kept: Tensor  # (B, J) which of the given patches these are: all, before `thin`
 
 
 def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generator) -> Mixed:
@@ -26,15 +29,16 @@ def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generato
     """
     batch, tokens = positions_BJ.shape
     device = positions_BJ.device
+    kept = all_positions(patches_BJE)
     if how == "none":
         ones = torch.ones(batch, tokens, device=device)
-        return Mixed(patches_BJE, positions_BJ, torch.arange(batch, device=device), ones[:, 0], ones)
+        return Mixed(patches_BJE, positions_BJ, torch.arange(batch, device=device), ones[:, 0], ones, kept)
     partner = torch.randperm(batch, generator=rng).to(device)
     share = torch.rand(batch, 1, generator=rng).to(device)
     others_BJE, places_BJ = patches_BJE[partner], positions_BJ[partner]
     if how == "blend" and torch.equal(positions_BJ, places_BJ):
         blended = torch.lerp(others_BJE, patches_BJE, share[..., None])
-        return Mixed(blended, positions_BJ, partner, share[:, 0], share.expand(-1, tokens))
+        return Mixed(blended, positions_BJ, partner, share[:, 0], share.expand(-1, tokens), kept)
     own = torch.rand(batch, tokens, generator=rng).to(device) < share
     return Mixed(
         torch.where(own[..., None], patches_BJE, others_BJE),
@@ -42,4 +46,26 @@ def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generato
         partner,
         own.float().mean(1),
         own.float(),
+        kept,
+    )
+
+
+def thin(mixed: Mixed, keep: float, rng: torch.Generator) -> Mixed:
+    """Keep a random share of each image's patches, as many of every image; class labels weigh what is kept.
+
+    The same tokens in ever new company: a cheap source of diversity, since teachers and student see fewer tokens.
+    """
+    batch, tokens = mixed.positions.shape
+    count = max(1, round(keep * tokens))
+    if count == tokens:
+        return mixed
+    chosen = torch.rand(batch, tokens, generator=rng).topk(count).indices.to(mixed.positions.device)
+    token_share = take(mixed.token_share, chosen)
+    return Mixed(
+        take(mixed.patches, chosen),
+        take(mixed.positions, chosen),
+        mixed.partner,
+        token_share.mean(1),
+        token_share,
+        take(mixed.kept, chosen),
     )

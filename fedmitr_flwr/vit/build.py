@@ -8,8 +8,9 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from ..config import ModelConfig
@@ -111,10 +112,13 @@ def _from_file(path: Path) -> Weights:
 
 def _require_cls_vit(vit: nn.Module, name: str) -> None:
     """Token dropping and [CLS] importance need a plain ViT whose class token is classified."""
-    if type(vit) is not VisionTransformer:
-        kind = type(vit).__name__
+    parts: list[tuple[object, type]] = [(vit, VisionTransformer)]
+    if type(vit) is VisionTransformer:
+        parts += [(vit.patch_embed, PatchEmbed), *((block, Block) for block in vit.blocks.children())]
+    kind = next((type(part).__name__ for part, wanted in parts if type(part) is not wanted), None)
+    if kind:
         raise ModelError(
-            f"model.name = {name!r} is a {kind}; use a plain ViT or DeiT (no distilled, hybrid or Swin one)"
+            f"model.name = {name!r} is or has a {kind}; use a plain ViT or DeiT (no distilled, hybrid or Swin one)"
         )
     if vit.global_pool != "token" or vit.cls_token is None or vit.pos_embed is None:
         raise ModelError(
