@@ -114,7 +114,7 @@ def _require_cls_vit(vit: nn.Module, name: str) -> None:
     """Token dropping and [CLS] importance need a plain ViT whose class token is classified."""
     parts: list[tuple[object, type]] = [(vit, VisionTransformer)]
     if type(vit) is VisionTransformer:
-        parts += [(vit.patch_embed, PatchEmbed), *((block, Block) for block in vit.blocks.children())]
+        parts += [(vit.patch_embed, PatchEmbed), *((block, Block) for block in vit.get_submodule("blocks").children())]
     kind = next((type(part).__name__ for part, wanted in parts if type(part) is not wanted), None)
     if kind:
         raise ModelError(
