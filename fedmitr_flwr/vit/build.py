@@ -110,7 +110,7 @@ def _from_file(path: Path) -> Weights:
         raise ModelError(f"model.weights: cannot read {path} as safetensors: {error}") from error
 
 
-def _require_cls_vit(vit: nn.Module, name: str) -> None:
+def _require_cls_vit(vit: Any, name: str) -> None:
     """Token dropping and [CLS] importance need a plain ViT whose class token is classified."""
     parts: list[tuple[object, type]] = [(vit, VisionTransformer)]
     if type(vit) is VisionTransformer:
