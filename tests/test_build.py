@@ -1,0 +1,211 @@
+"""How networks and their public start are made: plain timm models, equal for equal seeds, misfits refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from tiny import a_vit, settings, some_images
+
+from fedmitr_flwr.config import Config, ModelConfig
+from fedmitr_flwr.errors import ModelError
+from fedmitr_flwr.training.upload import Weights
+from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
+from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
+
+
+def config(**changes: object) -> Config:
+    return settings(**{f"model.{name.replace('_', '-')}": value for name, value in changes.items()})
+
+
+def model(**changes: object) -> ModelConfig:
+    return config(**changes).model
+
+
+def weights_file(folder: Path, **changes: object) -> tuple[Path, Weights]:
+    """A file with the weights of such a model."""
+    weights = {name: tensor.clone() for name, tensor in a_vit(config(**changes), seed=7).state_dict().items()}
+    path = folder / "weights.safetensors"
+    save_file(weights, path)
+    return path, weights
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "reason"),
+    [
+        ("vit_tinny_patch16_224", 16, "'vit_tinny_patch16_224' is not a timm model; did you mean vit_tiny_patch16_224"),
+        ("???", 16, r"is not a timm model; timm.list_models\('vit\*'\) lists them"),
+        ("resnet18", 16, "timm cannot build model.name = 'resnet18'"),
+        ("deit_tiny_distilled_patch16_224", 16, "a VisionTransformerDistilled; use a plain ViT"),
+        ("swin_tiny_patch4_window7_224", 4, "a SwinTransformer; use a plain ViT"),
+        ("vit_small_r26_s32_224", 1, "a HybridEmbed; use a plain ViT"),
+        ("vit_small_patch16_18x2_224", 16, "a ParallelThingsBlock; use a plain ViT"),
+        ("vit_base_patch16_xp_224", 16, "a ParallelScalingBlock; use a plain ViT"),
+        ("vit_base_patch16_siglip_224", 16, "pools by 'map'"),
+        ("vit_wee_patch16_reg1_gap_256", 16, "pools by 'avg'"),
+    ],
+)
+def test_what_is_no_plain_vit_is_refused_by_name(name: str, patch: int, reason: str) -> None:
+    size = 224 if name.startswith("swin") else 32
+    with pytest.raises(ModelError, match=reason) as refused:
+        build_vit(model(name=name, img_size=size, patch_size=patch, in_chans=3))
+    assert name in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"width": 24, "depth": 3, "heads": 3, "patch_size": 4, "in_chans": 3, "num_classes": 5},
+        {"name": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "in_chans": 3},
+    ],
+)
+def test_plain_timm_builds_the_same_network(shape: dict[str, object]) -> None:
+    wanted = model(**shape)
+    plain = timm.create_model(**json.loads(json.dumps(timm_arguments(wanted)))).eval()
+    plain.load_state_dict(initial_weights(wanted, seed=3))
+    ours = build_vit(wanted, seed=3)
+    images = some_images(config(**shape), 2)
+    with torch.no_grad():
+        assert torch.equal(plain(images), ours(images))
+    assert ours(images).shape == (2, wanted.num_classes)
+    assert ours.embed_dim == (192 if shape.get("name") else wanted.width)
+    assert len(ours.blocks) == (12 if shape.get("name") else wanted.depth)
+    assert ours.blocks[0].attn.num_heads == (3 if shape.get("name") else wanted.heads)
+    assert not ours.training
+
+
+@pytest.mark.parametrize("name", ["small", "deit_tiny_patch16_224"])
+def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
+    wanted = model(name=name, img_size=16, patch_size=8)
+    torch.manual_seed(1)
+    first = initial_weights(wanted, 0)
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    again, other = initial_weights(wanted, 0), initial_weights(wanted, 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(first) == list(again)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["patch_embed.proj.weight"], other["patch_embed.proj.weight"])
+    assert not torch.equal(first["pos_embed"], other["pos_embed"])
+
+
+def test_the_small_model_keeps_signals_and_gradients_alive() -> None:
+    weights = initial_weights(model(depth=4, width=64, heads=4), 0)
+    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight"):
+        fan_in = weights[name][0].numel()
+        assert weights[name].std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
+    assert (weights["blocks.0.attn.qkv.bias"] == 0).all()
+    assert weights["pos_embed"].std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_positions_of_a_file_are_resampled(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path, img_size=16, patch_size=4)
+    loaded = initial_weights(model(img_size=32, patch_size=4, weights=str(path)), 0)
+    wanted = resample_abs_pos_embed(there["pos_embed"], new_size=[8, 8], num_prefix_tokens=1)
+    assert loaded["pos_embed"].shape == (1, 65, 16)
+    assert torch.equal(loaded["pos_embed"], wanted)
+    assert torch.equal(loaded["pos_embed"][:, 0], there["pos_embed"][:, 0])
+    assert all(torch.equal(loaded[key], there[key]) for key in there if key != "pos_embed")
+
+
+def test_a_file_that_fits_is_loaded_whole(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path)
+    loaded = initial_weights(model(weights=str(path)), 0)
+    assert all(torch.equal(loaded[key], there[key]) for key in there)
+
+
+def test_a_head_of_other_classes_stays_as_drawn(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path, num_classes=7)
+    loaded = initial_weights(model(weights=str(path)), 3)
+    fresh = initial_weights(model(), 3)
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, fresh[key] if key.startswith("head.") else there[key]), key
+
+
+def test_a_file_without_a_head_keeps_the_drawn_one(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path)
+    save_file({key: tensor for key, tensor in there.items() if not key.startswith("head.")}, path)
+    loaded = initial_weights(model(weights=str(path)), 3)
+    assert torch.equal(loaded["head.weight"], initial_weights(model(), 3)["head.weight"])
+    assert torch.equal(loaded["cls_token"], there["cls_token"])
+
+
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path)
+    save_file({key: tensor.half() for key, tensor in there.items()}, path)
+    loaded = initial_weights(model(weights=str(path)), 0)
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    assert torch.equal(loaded["cls_token"], there["cls_token"].half().float())
+
+
+def test_colour_weights_serve_grey_images(tmp_path: Path) -> None:
+    path, there = weights_file(tmp_path, in_chans=3)
+    loaded = initial_weights(model(in_chans=1, weights=str(path)), 0)
+    kernel = "patch_embed.proj.weight"
+    assert torch.equal(loaded[kernel], adapt_input_conv(1, there[kernel]))
+    assert torch.allclose(loaded[kernel], there[kernel].sum(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ({"width": 24}, r"blocks\.0\.attn\.proj\.bias is \(24,\), not \(16,\) \(and \d+ more\)"),
+        ({"depth": 1}, r"blocks\.1\..* is missing \(and \d+ more\)"),
+        ({"depth": 3}, r"blocks\.2\..* is not in the model \(and \d+ more\)"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(tmp_path: Path, there: dict[str, object], reason: str) -> None:
+    path, _ = weights_file(tmp_path, **there)
+    with pytest.raises(ModelError, match=reason) as refused:
+        initial_weights(model(weights=str(path)), 0)
+    assert str(path) in str(refused.value)
+    assert "'small'" in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "weights.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.weights: cannot read .*weights\.safetensors"):
+        initial_weights(model(weights=str(path)), 0)
+
+
+def test_without_a_network_the_hub_is_an_error_with_a_fix() -> None:
+    wanted = model(name="deit_tiny_patch16_224", img_size=32, patch_size=16, in_chans=3, weights="timm")
+    with pytest.raises(ModelError, match=r"cannot fetch .*'deit_tiny_patch16_224'.*safetensors file") as refused:
+        initial_weights(wanted, 0)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_small_model_has_no_weights_on_the_hub() -> None:
+    with pytest.raises(ModelError, match=r"there are none for model\.name = 'small'"):
+        initial_weights(model(weights="timm"), 0)
+
+
+@torch.no_grad()
+def test_deit_tiny_gives_timms_logits(shared: Path) -> None:
+    path = shared / "weights" / "deit_tiny_patch16_224" / "model.safetensors"
+    if not path.is_file():
+        pytest.skip(f"needs {path.name} of deit_tiny_patch16_224 in ../shared/weights")
+    full = model(
+        name="deit_tiny_patch16_224", img_size=224, patch_size=16, in_chans=3, num_classes=1000, weights=str(path)
+    )
+    plain = timm.create_model("deit_tiny_patch16_224").eval()
+    plain.load_state_dict(load_file(path))
+    ours = build_vit(full, seed=1)
+    ours.load_state_dict(initial_weights(full, 0))
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    wanted = plain(images)
+    assert torch.equal(ours(images), wanted)
+    patches = patchify(images, 16)
+    torch.testing.assert_close(forward_tokens(ours, patches, all_positions(patches)).cls, wanted, rtol=1e-4, atol=1e-4)
+    alone = Ensemble([ours], torch.ones(1, 1000), "logits")
+    torch.testing.assert_close(alone(images), wanted, rtol=1e-4, atol=1e-4)
