@@ -1,4 +1,4 @@
-"""Every setting, its type, its default and its limits, in one place.
+"""The configuration of an experiment: every section of settings, read from text and written to it.
 
 A setting's key is its field's name with hyphens, behind its section's name and a dot: `local.batch-size`.
 The table `[tool.flwr.app.config]` of pyproject.toml holds the same keys and defaults (tested).
@@ -10,273 +10,37 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from .errors import ConfigError
+from .sections import (
+    DataConfig,
+    DistillConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    FlowerConfig,
+    InversionConfig,
+    LocalConfig,
+    ModelConfig,
+    PartitionConfig,
+    RelabelConfig,
+    Section,
+    UploadConfig,
+    check,
+)
 from .settings import parse_toml, read_flat, toml_value, typed
 
-
-def _check(key: str, value: object, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key} = {value!r} is not possible; use {wanted}")
-
-
-class Section:
-    """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
-
-    section = ""
-
-    def _key(self, name: str) -> str:
-        return f"{self.section}.{name}".lstrip(".").replace("_", "-")
-
-    def _one_of(self, name: str, *choices: str) -> None:
-        value = getattr(self, name)
-        _check(self._key(name), value, value in choices, " | ".join(choices))
-
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _check(self._key(name), value, value >= low, f"a number >= {low}")
-
-    def _above(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _check(self._key(name), value, value > low, f"a number > {low}")
-
-    def _within(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _check(self._key(name), value, low <= value <= high, f"a number from {low} to {high}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    section = "data"
-    source: str = "digits"  # digits | parquet | imagefolder | hub
-    path: str = ""  # the folder (parquet, imagefolder) or the data set's name (hub)
-    image_column: str = ""  # "" finds it
-    label_column: str = ""  # "" finds it
-    train_limit: int = 0  # this many training images, drawn once for all seeds; 0: all
-    test_limit: int = 0
-    flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
-
-    def __post_init__(self) -> None:
-        self._one_of("source", "digits", "parquet", "imagefolder", "hub")
-        self._at_least(0, "train_limit", "test_limit")
-        if self.source != "digits" and not self.path:
-            what = "a data set's name" if self.source == "hub" else "a folder"
-            raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionConfig(Section):
-    section = "partition"
-    scheme: str = "dirichlet"  # dirichlet | classes-per-client | iid
-    alpha: float = 0.3  # Dirichlet concentration; smaller is more skewed
-    classes_per_client: int = 2
-    min_size: int = 10  # images that every client gets at least
-    clients: int = 5  # without Flower; under Flower it is the number of nodes
-
-    def __post_init__(self) -> None:
-        self._one_of("scheme", "dirichlet", "classes-per-client", "iid")
-        self._above(0, "alpha")
-        self._at_least(1, "classes_per_client", "min_size")
-        self._at_least(2, "clients")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    section = "model"
-    name: str = "small"  # small, or any timm vision transformer with a [CLS] token
-    img_size: int = 8  # pixels; images are resized to it
-    patch_size: int = 2
-    in_chans: int = 1
-    num_classes: int = 10
-    width: int = 64  # of "small"
-    depth: int = 4  # of "small"
-    heads: int = 4  # of "small"
-    weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
-
-    def __post_init__(self) -> None:
-        self._at_least(1, "img_size", "patch_size", "in_chans", "width", "depth", "heads")
-        self._at_least(2, "num_classes")
-        _check(
-            "model.img-size",
-            self.img_size,
-            self.img_size % self.patch_size == 0,
-            f"a multiple of model.patch-size = {self.patch_size}",
-        )
-        _check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.img_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid**2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalConfig(Section):
-    """Training at the client."""
-
-    section = "local"
-    epochs: int = 30
-    batch_size: int = 32
-    optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # cosine | constant
-    label_smoothing: float = 0.0
-    augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
-    token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
-    grad_clip: float = 1.0  # 0: none
-    threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
-
-    def __post_init__(self) -> None:
-        self._one_of("optimizer", "adamw", "sgd")
-        self._one_of("schedule", "cosine", "constant")
-        self._at_least(1, "epochs", "batch_size", "threads")
-        self._above(0, "lr")
-        self._at_least(0, "weight_decay", "token_loss", "grad_clip")
-        self._within(0, 0.99, "label_smoothing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadConfig(Section):
-    section = "upload"
-    dtype: str = "float32"  # float32 | float16
-    class_counts: bool = False  # also upload how many images of each class; a privacy choice
-
-    def __post_init__(self) -> None:
-        self._one_of("dtype", "float32", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleConfig(Section):
-    """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
-
-    section = "ensemble"
-    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    weights: str = "size"  # uniform | size (images per client) | counts (images per client and class)
-
-    def __post_init__(self) -> None:
-        self._one_of("combine", "logits", "logp", "probs")
-        self._one_of("weights", "uniform", "size", "counts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InversionConfig(Section):
-    section = "inversion"
-    mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
-    steps: int = 60  # T
-    batch_size: int = 250  # images inverted at once
-    lr: float = 0.25
-    stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
-    drop: float = 0.3  # sparse: share of the alive patches halted at each stop
-    rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
-    tv: float = 1e-4  # weight of the total variation prior
-    roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
-
-    def __post_init__(self) -> None:
-        self._one_of("mode", "dense", "sparse", "pri")
-        self._at_least(1, "steps", "batch_size", "rebirths")
-        self._above(0, "lr")
-        self._at_least(0, "tv", "roll")
-        self._within(0, 0.99, "drop")
-        fractions = self.stop_fractions
-        _check(
-            "inversion.stops",
-            self.stops,
-            list(fractions) == sorted(set(fractions)) and all(0 < f < 1 for f in fractions),
-            "rising fractions of the steps between 0 and 1, such as '0.0125,0.025,0.05,0.075'",
-        )
-
-    @property
-    def stop_fractions(self) -> tuple[float, ...]:
-        try:
-            return tuple(float(part) for part in self.stops.split(",") if part.strip())
-        except ValueError as error:
-            raise ConfigError(
-                f"inversion.stops = {self.stops!r} is not a list of numbers separated by commas"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelabelConfig(Section):
-    section = "relabel"
-    mode: str = "tokens"  # none | drop | tokens (R1) | complement (R2)
-    temperature: float = 1.0  # of the ensemble's soft labels for low-density patches
-
-    def __post_init__(self) -> None:
-        self._one_of("mode", "none", "drop", "tokens", "complement")
-        self._above(0, "temperature")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(Section):
-    section = "distill"
-    epochs: int = 4  # E: each inverts new images, then passes over the whole pool
-    images_per_epoch: int = 250
-    passes: int = 15  # over the pool, per epoch
-    batch_size: int = 64
-    init: str = "average"  # average (of the uploads) | initial (what the clients started from) | pretrained
-    pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
-    optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # cosine | constant
-    temperature: float = 2.0  # of the class-token distillation term
-    high: float = 0.1  # weight of the pseudo-label term (class token and high-density tokens)
-    token: float = 0.5  # within it, weight of the high-density patch tokens
-    low: float = 1.0  # weight of the relabelled low-density tokens
-    kd: float = 1.0  # weight of the class-token distillation
-    mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
-    keep: float = 0.5  # teachers = again: share of an image's patches that a batch shows, drawn anew each time
-    teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
-    grad_clip: float = 1.0  # 0: none
-
-    def __post_init__(self) -> None:
-        self._one_of("init", "average", "initial", "pretrained")
-        self._one_of("optimizer", "adamw", "sgd")
-        self._one_of("schedule", "cosine", "constant")
-        self._one_of("mix", "none", "blend", "tokens")
-        self._within(0.01, 1, "keep")
-        self._one_of("teachers", "cached", "again")
-        self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
-        self._above(0, "lr", "temperature")
-        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Section):
-    section = "evaluate"
-    where: str = "server"  # server (its own test images) | clients (each on a held-out part of its own)
-    holdout: float = 0.1  # where = clients: the share of its images a client holds out
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        self._one_of("where", "server", "clients")
-        self._within(0.01, 0.9, "holdout")
-        self._at_least(1, "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowerConfig(Section):
-    """Settings that only the Flower path reads."""
-
-    section = "flower"
-    strategy: str = "oneshot"  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
-    rounds: int = 1  # of a strategy that Flower ships
-    min_nodes: int = 2
-    node_wait: float = 120.0  # seconds to wait for the nodes
-    upload_timeout: float = 3600.0  # seconds to wait for the uploads
-    quorum: float = 1.0  # share of the clients whose upload must be there
-
-    def __post_init__(self) -> None:
-        self._at_least(1, "rounds")
-        self._at_least(2, "min_nodes")
-        self._above(0, "node_wait", "upload_timeout")
-        self._within(0.01, 1, "quorum")
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "EnsembleConfig",
+    "EvaluateConfig",
+    "FlowerConfig",
+    "InversionConfig",
+    "LocalConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "RelabelConfig",
+    "UploadConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,14 +72,14 @@ class Config(Section):
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
             )
         if self.partition.scheme == "classes-per-client":
-            _check(
+            check(
                 "partition.classes-per-client",
                 self.partition.classes_per_client,
                 self.partition.classes_per_client <= self.model.num_classes,
                 f"at most model.num-classes = {self.model.num_classes}",
             )
         if self.inversion.mode == "pri":
-            _check(
+            check(
                 "inversion.rebirths",
                 self.inversion.rebirths,
                 self.inversion.rebirths <= min(self.model.num_patches, self.inversion.steps),

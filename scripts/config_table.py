@@ -1,4 +1,4 @@
-"""Write the table [tool.flwr.app.config] of pyproject.toml anew from fedmitr_flwr/config.py."""
+"""Write the table [tool.flwr.app.config] of pyproject.toml anew from the config classes of fedmitr_flwr."""
 
 import ast
 import re
@@ -30,7 +30,9 @@ def comments(source: str) -> dict[str, str]:
 
 
 def table() -> Iterator[str]:
-    said = comments((ROOT / "fedmitr_flwr/config.py").read_text(encoding="utf-8"))
+    said: dict[str, str] = {}
+    for name in ("config.py", "sections.py"):
+        said |= comments((ROOT / "fedmitr_flwr" / name).read_text(encoding="utf-8"))
     header = ""
     for key, value in Config().to_flat().items():
         section, _, name = key.rpartition(".")

@@ -135,7 +135,7 @@ def test_a_whole_number_is_a_fine_decimal_number() -> None:
     assert type(lr) is float
 
 
-# One value just outside each limit; a new check in config.py belongs here too.
+# One value just outside each limit; a new check in sections.py belongs here too.
 BEYOND = {
     "seed": -1,
     "threads": -1,
@@ -188,6 +188,7 @@ BEYOND = {
     "distill.weight-decay": -1,
     "distill.schedule": "step",
     "distill.mix": "mixup",
+    "distill.keep": 0,
     "distill.temperature": 0,
     "distill.high": -1,
     "distill.token": -1,
