@@ -18,8 +18,11 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError, RunError, UserError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.vit.build import initial_weights
 from server_app.app import app as server_app
 from server_app.builtin import STRATEGIES
+from server_app.records import order
+from server_app.strategy import OneShot
 
 Federate = Callable[..., RunFolder]
 _RUN_IDS = itertools.count(1)
@@ -283,6 +286,26 @@ def test_clients_are_not_asked_to_evaluate_otherwise(federate: Federate) -> None
 def test_clients_cannot_evaluate_an_ensemble(federate: Federate) -> None:
     changes = {"evaluate.where": "clients", "method": "ensemble"}
     federate(LocalGrid(client_app, 2), fails="no single model", **changes)
+
+
+def test_no_client_that_can_evaluate_is_a_failure(federate: Federate) -> None:
+    def unable(reply: Message, _: int) -> list[Message]:
+        return failed(reply) if reply.metadata.message_type == "evaluate" else [reply]
+
+    changes = {"evaluate.where": "clients", "evaluate.holdout": 0.3}
+    federate(LocalGrid(client_app, 2, tamper=unable), fails="no client evaluated the model", **changes)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_one_shot_is_one_round_whatever_is_asked(tmp_path: Path, by_position: bool) -> None:
+    config = Config.from_flat(TINY | {"partition.clients": 2, "out-dir": str(tmp_path)})
+    grid, initial = LocalGrid(client_app, 2), initial_weights(config.model, config.seed)
+    strategy = OneShot(RunFolder.create(config, "run"), {0: grid.node(0), 1: grid.node(1)}, initial)
+    rounds: dict[str, int] = {} if by_position else {"num_rounds": 3}
+    with task_identity():
+        arrays = ArrayRecord(dict(initial))
+        strategy.start(grid, arrays, *([3] if by_position else []), train_config=order(config), **rounds)
+    assert grid.clients_asked("train") == [0, 1]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
