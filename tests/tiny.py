@@ -70,6 +70,7 @@ _TINY: dict[str, object] = {
     "distill.low": 1.0,
     "distill.kd": 1.0,
     "distill.mix": "none",
+    "distill.keep": 1.0,
     "distill.teachers": "cached",
     "distill.grad-clip": 1.0,
     "evaluate.where": "server",

@@ -1,0 +1,175 @@
+"""The ensemble: answers combined as on paper, one teacher is itself, weights per class, importance by confidence."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import a_vit, an_ensemble, an_upload, settings, some_images
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
+from fedmitr_flwr.vit.tokens import all_positions, cls_attention, forward_tokens, patchify, take
+
+COMBINES = ("logits", "logp", "probs")
+
+
+def test_answers_are_combined_as_on_paper() -> None:
+    """Two teachers, two classes.
+
+    z₁ = (ln 3, 0) -> p₁ = (3/4, 1/4); z₂ = (0, ln 4) -> p₂ = (1/5, 4/5); w = 1/4 and 3/4 for both classes.
+        logits: (ln 3 / 4, 3 ln 4 / 4)
+        logp:   ((ln 3/4 + 3 ln 1/5) / 4, (ln 1/4 + 3 ln 4/5) / 4)
+        probs:  ln (3/16 + 3/20) = ln 27/80, ln (1/16 + 12/20) = ln 53/80
+    """
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(4)]])
+    weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]])
+    on_paper = {
+        "logits": [math.log(3) / 4, 3 * math.log(4) / 4],
+        "logp": [
+            (math.log(3 / 4) + 3 * math.log(1 / 5)) / 4,
+            (math.log(1 / 4) + 3 * math.log(4 / 5)) / 4,
+        ],
+        "probs": [math.log(27 / 80), math.log(53 / 80)],
+    }
+    for combine, wanted in on_paper.items():
+        assert combine_answers(logits, weights, combine).tolist() == pytest.approx(wanted), combine
+        many = combine_answers(logits[:, None, None].expand(2, 3, 4, 2), weights, combine)  # (K, B, M, Y)
+        assert many.shape == (3, 4, 2)
+        assert many[2, 3].tolist() == pytest.approx(wanted), combine
+
+
+def test_weights_are_per_class() -> None:
+    """Teacher 1 alone answers for class 0, teacher 2 alone for class 1: p = (3/4, 4/5), not normalised."""
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(4)]])
+    weights = torch.eye(2)
+    assert combine_answers(logits, weights, "logits").tolist() == pytest.approx([math.log(3), math.log(4)])
+    assert combine_answers(logits, weights, "logp").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
+    assert combine_answers(logits, weights, "probs").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_a_weight_of_zero_leaves_finite_gradients(combine: str) -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, -1.0]], requires_grad=True)
+    combine_answers(logits, torch.eye(2), combine).log_softmax(-1)[0].backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad.abs().sum() > 0
+
+
+@given(
+    st.lists(st.lists(st.floats(-20, 20), min_size=3, max_size=3), min_size=2, max_size=4),
+    st.sampled_from(["logits", "logp", "probs"]),
+)
+def test_the_order_of_the_teachers_does_not_matter(rows: list[list[float]], combine: str) -> None:
+    logits = torch.tensor(rows, dtype=torch.float64)
+    weights = torch.arange(1.0, len(rows) + 1, dtype=torch.float64)[:, None].expand(-1, 3)
+    weights = weights / weights.sum(0)
+    forwards = combine_answers(logits, weights, combine)
+    torch.testing.assert_close(combine_answers(logits.flip(0), weights.flip(0), combine), forwards)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("weights", ["uniform", "size", "counts"])
+@torch.no_grad()
+def test_one_teacher_is_the_model(combine: str, weights: str) -> None:
+    config = settings(**{"ensemble.combine": combine, "ensemble.weights": weights, "upload.class-counts": True})
+    upload = an_upload(config, 0, 10, (10, *[0] * 9))
+    ensemble = Ensemble.of([upload], config.model, config.ensemble)
+    vit = a_vit(config, 0)
+    images = some_images(config, 5)
+    torch.testing.assert_close(ensemble(images).softmax(-1), vit(images).softmax(-1))
+    patches, ids = patchify(images, 2), torch.tensor([[3, 1]]).expand(5, -1)
+    given, alone = ensemble.scores(take(patches, ids), ids), forward_tokens(vit, take(patches, ids), ids)
+    torch.testing.assert_close(given.cls.softmax(-1), alone.cls.softmax(-1))
+    torch.testing.assert_close(given.patches.softmax(-1), alone.patches.softmax(-1))
+
+
+@torch.no_grad()
+def test_teachers_are_asked_one_by_one_and_weighted_by_size() -> None:
+    config = settings()
+    images = some_images(config, 4)
+    ensemble = Ensemble.of([an_upload(config, 0, 10), an_upload(config, 1, 30)], config.model, config.ensemble)
+    wanted = 0.25 * a_vit(config, 0)(images) + 0.75 * a_vit(config, 1)(images)
+    torch.testing.assert_close(ensemble(images), wanted)
+
+
+def test_teachers_are_frozen_and_in_eval_mode() -> None:
+    ensemble = an_ensemble(settings())
+    assert not any(parameter.requires_grad for parameter in ensemble.parameters())
+    assert not any(module.training for module in ensemble.teachers.modules())
+    assert (ensemble.patch, ensemble.grid) == (2, 4)
+
+
+def weights_of(config: Config, how: str, sizes: list[int], counts: list[tuple[int, ...]] | None = None) -> list[object]:
+    table = counts or [None] * len(sizes)
+    uploads = [an_upload(config, k, size, row) for k, (size, row) in enumerate(zip(sizes, table, strict=True))]
+    return teacher_weights(uploads, 3, how).tolist()
+
+
+def test_teacher_weights_by_hand() -> None:
+    config = settings()
+    thirds = [pytest.approx([1 / 3] * 3)] * 3
+    assert weights_of(config, "uniform", [1, 2, 5]) == thirds
+    assert weights_of(config, "size", [10, 30]) == [[0.25] * 3, [0.75] * 3]
+    # class 1 belongs to the second client alone, and nobody has class 2: there the sizes count
+    counts = [(2, 0, 0), (6, 24, 0)]
+    assert weights_of(config, "counts", [2, 30], counts) == [
+        pytest.approx([0.25, 0.0, 0.0625]),
+        pytest.approx([0.75, 1.0, 0.9375]),
+    ]
+
+
+@pytest.mark.parametrize("how", ["uniform", "size", "counts"])
+def test_teacher_weights_sum_to_one_for_each_class(how: str) -> None:
+    counts = [(1, 2, 0), (4, 0, 0), (0, 7, 0)]
+    table = torch.tensor(weights_of(settings(), how, [3, 4, 7], counts))
+    assert table.shape == (3, 3)
+    torch.testing.assert_close(table.sum(0), torch.ones(3))
+
+
+def test_a_confident_teacher_decides_what_is_important() -> None:
+    config = settings()
+    sure, unsure = a_vit(config, 0), a_vit(config, 1)
+    with torch.no_grad():
+        for vit, bias in ((sure, 200.0), (unsure, -200.0)):
+            vit.head.weight.zero_()
+            vit.head.bias.zero_()
+            vit.head.bias[4] = bias
+    ensemble = Ensemble([unsure, sure], torch.full((2, 10), 0.5), "logits")
+    patches = patchify(some_images(config, 3), 2)
+    positions = all_positions(patches)
+    found = ensemble.importance(patches, positions, torch.tensor([4, 4, 4]))
+    assert torch.equal(found, cls_attention(sure, patches, positions)[1])
+    assert not torch.allclose(found, cls_attention(unsure, patches, positions)[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_importance_is_the_mean_attention_by_weight_times_confidence() -> None:
+    config = settings()
+    ensemble = an_ensemble(config, 3)
+    ensemble.weights = torch.rand(3, 10, generator=stream(1))
+    patches = patchify(some_images(config, 4), 2)
+    ids = torch.rand(4, 16, generator=stream(0)).argsort(1)[:, :5]
+    targets = torch.tensor([0, 3, 3, 9])
+    found = ensemble.importance(take(patches, ids), ids, targets)
+    for image, target in enumerate(targets.tolist()):
+        total, wanted = 0.0, torch.zeros(5)
+        for weights, teacher in zip(ensemble.weights, ensemble.teachers, strict=True):
+            one = slice(image, image + 1)
+            logits, attention = cls_attention(teacher, take(patches, ids)[one], ids[one])
+            confidence = (weights[target] * logits.softmax(-1)[0, target]).item()
+            total, wanted = total + confidence, wanted + confidence * attention[0]
+        torch.testing.assert_close(found[image], wanted / total)
+
+
+@torch.no_grad()
+def test_importance_is_finite_where_no_teacher_has_confidence() -> None:
+    config = settings()
+    ensemble = an_ensemble(config, 2)
+    for teacher in ensemble.teachers:
+        teacher.head.bias[4] = -1e4
+    patches = patchify(some_images(config, 2), 2)
+    found = ensemble.importance(patches, all_positions(patches), torch.tensor([4, 4]))
+    assert torch.isfinite(found).all()
