@@ -223,7 +223,7 @@ class DistillConfig(Section):
     low: float = 1.0  # weight of the relabelled low-density tokens
     kd: float = 1.0  # weight of the class-token distillation
     mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
-    keep: float = 0.5  # teachers = again: share of an image's patches that a batch shows, drawn anew each time
+    keep: float = 0.5  # teachers = again: a batch shows at most this share of an image's patches, drawn anew each time
     teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
     grad_clip: float = 1.0  # 0: none
 

@@ -101,7 +101,8 @@ def _augmented(pool: Pool, view: View, chosen: Tensor, config: Config, rng: torc
         flip=config.data.flip,
         rng=rng,
     )
-    return thin(mixed._replace(patches=patches, positions=positions), config.distill.keep, rng)
+    most = max(1, round(config.distill.keep * model.num_patches))
+    return thin(mixed._replace(patches=patches, positions=positions), most, rng)
 
 
 def _labels(pool: Pool, view: View, chosen: Tensor, mixed: Mixed, config: Config, ensemble: Ensemble) -> list[Labels]:

@@ -50,16 +50,15 @@ def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generato
     )
 
 
-def thin(mixed: Mixed, keep: float, rng: torch.Generator) -> Mixed:
-    """Keep a random share of each image's patches, as many of every image; class labels weigh what is kept.
+def thin(mixed: Mixed, most: int, rng: torch.Generator) -> Mixed:
+    """Keep at most `most` random patches of each image; class labels weigh what is kept.
 
     The same tokens in ever new company: a cheap source of diversity, since teachers and student see fewer tokens.
     """
     batch, tokens = mixed.positions.shape
-    count = max(1, round(keep * tokens))
-    if count == tokens:
+    if most >= tokens:
         return mixed
-    chosen = torch.rand(batch, tokens, generator=rng).topk(count).indices.to(mixed.positions.device)
+    chosen = torch.rand(batch, tokens, generator=rng).topk(most).indices.to(mixed.positions.device)
     token_share = take(mixed.token_share, chosen)
     return Mixed(
         take(mixed.patches, chosen),
