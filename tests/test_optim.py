@@ -1,0 +1,102 @@
+"""One optimisation step: the learning rate's path, what decays and what does not, clipping."""
+
+import math
+
+import pytest
+import torch
+from tiny import a_vit, settings
+from torch import nn
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.training.optim import Stepper
+
+
+def local(**changes: object) -> Config:
+    plain = {"optimizer": "sgd", "lr": 0.5, "weight-decay": 0.0, "schedule": "constant", "grad-clip": 0.0}
+    return settings(**{f"local.{name}": value for name, value in (plain | changes).items()})
+
+
+def a_parameter(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([values]))
+
+
+def test_sgd_with_momentum_by_hand() -> None:
+    """Gradient 1 at each step, lr 1/2, momentum 0.9: velocities 1, 1.9, 2.71 -> -0.5, -1.45, -2.805."""
+    parameter = a_parameter(0.0)
+    stepper = Stepper([parameter], local().local, total_steps=3)
+    path = []
+    for _ in range(3):
+        stepper.step(parameter.sum())
+        path.append(parameter.item())
+    assert path == pytest.approx([-0.5, -1.45, -2.805])
+
+
+def test_the_first_step_of_adamw_has_the_length_of_the_learning_rate() -> None:
+    parameter = a_parameter(1.0, 1.0)
+    stepper = Stepper([parameter], local(optimizer="adamw", lr=0.01).local, total_steps=1)
+    stepper.step((parameter * torch.tensor([[5.0, -1e-3]])).sum())
+    assert parameter[0].tolist() == pytest.approx([0.99, 1.01], abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> None:
+    parameter = a_parameter(1.0)
+    stepper = Stepper([parameter], local(optimizer=optimizer, schedule="cosine").local, total_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(stepper.schedule.get_last_lr()[0])
+        stepper.step(parameter.sum())
+    assert rates == pytest.approx([0.5 * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    assert rates[0] == 0.5
+    assert rates[4] == pytest.approx(0.25)
+    assert stepper.schedule.get_last_lr() == [0.0, 0.0]
+    at_the_end = parameter.item()
+    for _ in range(3):  # it stays at zero, and does not rise again
+        stepper.step(parameter.sum())
+    assert parameter.item() == at_the_end
+
+
+def test_constant_stays() -> None:
+    parameter = a_parameter(1.0)
+    stepper = Stepper([parameter], local().local, total_steps=2)
+    for _ in range(5):
+        stepper.step(parameter.sum())
+        assert stepper.schedule.get_last_lr() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str) -> None:
+    vit = a_vit(settings(), 0)
+    before = {name: tensor.detach().clone() for name, tensor in vit.named_parameters()}
+    config = local(optimizer=optimizer, lr=0.1, **{"weight-decay": 0.5})
+    Stepper(vit.parameters(), config.local, total_steps=1).step(sum(p.sum() * 0 for p in vit.parameters()))
+    spared = vit.no_weight_decay() | {name for name in before if name.endswith("bias") or "norm" in name}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= spared
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc1.weight"}.isdisjoint(spared)
+    for name, parameter in vit.named_parameters():
+        wanted = before[name] if name in spared else 0.95 * before[name]  # 1 - lr · decay
+        torch.testing.assert_close(parameter.data, wanted, msg=name)
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    vit = a_vit(settings(), 0)
+    groups = Stepper(vit.parameters(), local().local, total_steps=1).optimizer.param_groups
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(map(id, vit.parameters()))
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(1.0, [-0.3, -0.4]), (10.0, [-1.5, -2.0]), (0.0, [-1.5, -2.0])])
+def test_gradients_are_clipped_by_their_common_norm(limit: float, wanted: list[float]) -> None:
+    """Gradient (3, 4) of norm 5, over two parameters, lr 1/2."""
+    first, second = a_parameter(0.0), a_parameter(0.0)
+    stepper = Stepper([first, second], local(**{"grad-clip": limit}).local, total_steps=1)
+    stepper.step(3 * first.sum() + 4 * second.sum())
+    assert [first.item(), second.item()] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_gradients_of_earlier_steps_are_forgotten() -> None:
+    parameter = a_parameter(0.0)
+    stepper = Stepper([parameter], local().local, total_steps=2)
+    stepper.step(parameter.sum())
+    stepper.step(parameter.sum())
+    assert parameter.grad.item() == 1.0
