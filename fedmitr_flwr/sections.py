@@ -209,7 +209,7 @@ class DistillConfig(Section):
     section = "distill"
     epochs: int = 4  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
-    passes: int = 15  # over the pool, per epoch
+    passes: int = 20  # over the pool, per epoch
     batch_size: int = 64
     init: str = "average"  # average (of the uploads) | initial (what the clients started from) | pretrained
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
