@@ -1,0 +1,432 @@
+"""Inversion: what is returned is what was optimised, halted pixels rest, the alive set shrinks as the settings say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import a_vit, an_ensemble, settings, some_images
+from torch import Tensor
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
+from fedmitr_flwr.inversion.objective import cross_entropy, total_variation
+from fedmitr_flwr.inversion.result import Inverted
+from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.tokens import all_positions, patchify, take
+
+TARGETS = torch.tensor([3, 0, 9])
+SMI = "0.0125,0.025,0.05,0.075"
+
+
+def still(**changes: object) -> Config:
+    """Without roll and flip, the loss of an image is a function of the image alone."""
+    return settings(
+        **{"inversion.roll": 0} | {f"inversion.{name.replace('_', '-')}": value for name, value in changes.items()}
+    )
+
+
+def inverted(
+    config: Config,
+    targets: Tensor = TARGETS,
+    *,
+    rng: torch.Generator | None = None,
+    flip: bool = False,
+    ensemble: Ensemble | None = None,
+    on_step: OnStep | None = None,
+) -> Inverted:
+    return invert(
+        ensemble or an_ensemble(config),
+        targets,
+        config.inversion,
+        config.model,
+        flip=flip,
+        rng=rng or stream(0),
+        on_step=on_step,
+    )
+
+
+def loss_of(ensemble: Ensemble, images: Tensor, positions: Tensor, targets: Tensor, tv: float) -> Tensor:
+    """The inversion loss of images of which the patches at `positions` are seen."""
+    patches = take(patchify(images, ensemble.patch), positions)
+    return cross_entropy(ensemble.scores(patches, positions).cls, targets) + tv * total_variation(images)
+
+
+def positions_of(alive: Tensor) -> Tensor:
+    """(B, N) mask with equally many True in each row -> (B, K)."""
+    return alive.nonzero()[:, 1].reshape(len(alive), -1)
+
+
+class Halt(NamedTuple):
+    importance: Tensor  # (B, K) before
+    before: Tensor  # (B, K) positions
+    after: Tensor  # (B, J)
+    canvas: Tensor  # (B, N, E) when it was decided
+
+
+@pytest.fixture
+def halts(monkeypatch: pytest.MonkeyPatch) -> list[Halt]:
+    """What every call of Trajectory.keep did."""
+    seen: list[Halt] = []
+    keep = Trajectory.keep
+
+    def spy(run: Trajectory, ids: Tensor) -> None:
+        importance, before = run.importance(), run.positions_BK.clone()
+        keep(run, ids)
+        seen.append(Halt(importance, before, run.positions_BK.clone(), run.canvas_BNE.clone()))
+
+    monkeypatch.setattr(Trajectory, "keep", spy)
+    return seen
+
+
+@contextmanager
+def token_count(ensemble: Ensemble) -> Iterator[list[int]]:
+    """Tokens that enter the first block of the first teacher, one entry per forward."""
+    seen: list[int] = []
+    hook = (
+        ensemble.teachers[0]
+        .blocks[0]
+        .register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    )
+    yield seen
+    hook.remove()
+
+
+def test_smis_schedule() -> None:
+    config = settings(**{"inversion.steps": 4000, "inversion.stops": SMI, "inversion.drop": 0.3}).inversion
+    assert halting_steps(config) == [50, 100, 200, 300]
+    assert alive_counts(196, config) == [196, 137, 95, 66, 46]
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops", "wanted"),
+    [
+        (100, "", []),
+        (100, SMI, [1, 2, 5, 8]),  # 1.25, 2.5 (to even), 5, 7.5 (to even)
+        (10, SMI, [1, 2, 3, 4]),  # at least one step apart
+        (3, SMI, [1, 2]),  # and before the end
+        (1, SMI, []),
+        (10, "0.999", []),
+        (10, "0.3,0.94,0.99", [3, 9]),
+    ],
+)
+def test_halting_steps(steps: int, stops: str, wanted: list[int]) -> None:
+    config = settings(**{"inversion.mode": "sparse", "inversion.steps": steps, "inversion.stops": stops}).inversion
+    assert halting_steps(config) == wanted
+    assert len(alive_counts(16, config)) == len(wanted) + 1
+
+
+@pytest.mark.parametrize(
+    ("drop", "patches", "wanted"),
+    [
+        (0.3, 10, [10, 7, 4]),  # 0.7 · 10 is 6.999...; 4.9
+        (0.0, 10, [10, 10, 10]),
+        (0.99, 10, [10, 1, 1]),  # never none
+        (0.5, 16, [16, 8, 4]),
+        (0.9, 1, [1, 1, 1]),
+    ],
+)
+def test_alive_counts(drop: float, patches: int, wanted: list[int]) -> None:
+    config = settings(**{"inversion.steps": 10, "inversion.stops": "0.3,0.5", "inversion.drop": drop}).inversion
+    assert alive_counts(patches, config) == wanted
+
+
+@given(
+    st.integers(1, 60),
+    st.lists(st.floats(0.01, 0.99), max_size=5, unique=True).map(sorted),
+    st.floats(0, 0.99),
+    st.integers(1, 300),
+)
+def test_any_schedule_rises_and_any_count_falls(steps: int, stops: list[float], drop: float, patches: int) -> None:
+    changes = {"inversion.steps": steps, "inversion.stops": ",".join(map(str, stops)), "inversion.drop": drop}
+    config = settings(**changes).inversion
+    found, counts = halting_steps(config), alive_counts(patches, config)
+    assert found == sorted(set(found))
+    assert all(0 < step < steps for step in found)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] >= 1
+
+
+def test_each_stop_keeps_the_most_important_alive_patches(halts: list[Halt]) -> None:
+    result = inverted(still())
+    assert [halt.before.shape[1] for halt in halts] == [16, 11]
+    assert [halt.after.shape[1] for halt in halts] == [11, 7]
+    for halt in halts:
+        for importance, before, after in zip(*halt[:3], strict=True):
+            best = before[importance.argsort(descending=True)[: len(after)]]
+            assert set(after.tolist()) == set(best.tolist()) <= set(before.tolist())
+    assert torch.equal(halts[1].before, halts[0].after)
+    assert torch.equal(positions_of(result.alive), halts[1].after.sort(1).values)
+    assert result.alive.sum(1).tolist() == [7, 7, 7]
+    assert torch.equal(result.high, result.alive)
+    assert torch.equal(result.given, torch.arange(16).expand(3, -1))
+
+
+def test_halted_pixels_never_move_again(halts: list[Halt]) -> None:
+    result = inverted(still(lr=0.5), flip=False)
+    patches = patchify(result.images, 2)
+    for halt in halts:
+        for image in range(3):
+            gone = sorted(set(halt.before[image].tolist()) - set(halt.after[image].tolist()))
+            assert gone
+            assert torch.equal(patches[image, gone], halt.canvas[image, gone])
+            stays = positions_of(result.alive)[image]
+            assert (patches[image, stays] != halt.canvas[image, stays]).any(1).all()
+
+
+def test_adam_remembers_the_kept_pixels() -> None:
+    """Dropping patches that matter to nothing must not disturb the others: Adam's moments go on."""
+    config = still(tv=0.0)
+    ensemble = an_ensemble(config)
+    noise = some_images(config, 2)
+
+    def begin() -> Trajectory:
+        limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
+        return Trajectory(ensemble, noise, TARGETS[:2], config.inversion, limits, False, stream(0))
+
+    run = begin()
+    for _ in range(3):
+        run.step()
+    memory = {name: value.clone() for name, value in run.adam.state[run.alive_BKE].items()}
+    ids = torch.tensor([[5, 2, 11], [0, 1, 2]])
+    run.keep(ids)
+    kept = run.adam.state[run.alive_BKE]
+    assert kept["step"] == 3
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(kept[name], take(memory[name], ids))
+    run.step()
+    assert kept["step"] == 4
+    assert memory["step"] == 3
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "pri"])
+def test_only_the_settings_and_the_seed_decide(mode: str) -> None:
+    config = settings(**{"inversion.mode": mode})
+    torch.manual_seed(1)
+    first = inverted(config, flip=True, rng=stream(5))
+    torch.manual_seed(2)
+    again, other = (inverted(config, flip=True, rng=stream(seed)) for seed in (5, 6))
+    for name in ("images", "given", "high", "alive", "targets", "loss"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    assert not torch.equal(first.images, other.images)
+
+
+def test_sparse_without_stops_is_dense() -> None:
+    dense = inverted(settings(**{"inversion.mode": "dense", "inversion.stops": ""}))
+    for stops in ("", "0.999"):  # a stop that rounds to the end is none
+        sparse = inverted(settings(**{"inversion.mode": "sparse", "inversion.stops": stops}))
+        for name in ("images", "given", "high", "alive", "targets", "loss"):
+            assert torch.equal(getattr(dense, name), getattr(sparse, name)), name
+    assert dense.alive.all()
+
+
+def test_dense_calls_as_many_patches_high_as_sparse_keeps() -> None:
+    config = still(mode="dense")
+    ensemble = an_ensemble(config)
+    result = inverted(config, ensemble=ensemble)
+    assert result.alive.all()
+    assert result.high.sum(1).tolist() == [7, 7, 7]
+    patches = patchify(result.images, 2)
+    importance = ensemble.importance(patches, all_positions(patches), TARGETS)
+    for values, high in zip(importance, result.high, strict=True):
+        assert values[high].min() >= values[~high].max()
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "pri"])
+def test_an_image_does_not_depend_on_its_batch(mode: str) -> None:
+    config = still(mode=mode)
+    noise = stream(7)
+    state = noise.get_state()
+    alone = [inverted(config, TARGETS[i : i + 1], rng=noise) for i in range(3)]
+    noise.set_state(state)
+    # 64 normal numbers per image, drawn one after the other: the same in one call as in three.
+    together = inverted(config, rng=noise)
+    images = torch.stack([each.images for each in alone], 1).flatten(0, 1)
+    torch.testing.assert_close(together.images, images, rtol=1e-3, atol=1e-3)
+    losses = torch.stack([each.loss for each in alone], 1).flatten()
+    torch.testing.assert_close(together.loss, losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(together.alive, torch.stack([each.alive for each in alone], 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_the_returned_image_is_the_best_and_has_the_returned_loss(mode: str) -> None:
+    """With a learning rate at which Adam overshoots, so that the last image is not the best."""
+    config = still(mode=mode, lr=0.8, steps=20, tv=0.01)
+    ensemble = an_ensemble(config)
+    late = 0
+    for seed in range(6):
+        losses: list[float] = []
+        shares: list[float] = []
+
+        def on_step(loss: float, alive: float, losses: list[float] = losses, shares: list[float] = shares) -> None:
+            losses.append(loss)
+            shares.append(alive)
+
+        one = inverted(config, TARGETS[:1], rng=stream(seed), ensemble=ensemble, on_step=on_step)
+        assert len(losses) == 20
+        assert shares == ([1.0] * 20 if mode == "dense" else [1.0] * 5 + [11 / 16] * 5 + [7 / 16] * 10)
+        last_stage = losses if mode == "dense" else losses[10:]
+        again = loss_of(ensemble, one.images, positions_of(one.alive), one.targets, tv=0.01)
+        torch.testing.assert_close(one.loss, again, rtol=1e-4, atol=1e-4)
+        assert one.loss.item() == pytest.approx(min(last_stage), rel=1e-6)
+        late += min(last_stage) < last_stage[-1] - 1e-3
+    assert late >= 2, "the last image was always the best: this test sees nothing"
+
+
+def test_the_loss_falls() -> None:
+    config = still(mode="dense", steps=30, lr=0.1)
+    ensemble = an_ensemble(config)
+    seen: list[float] = []
+    result = inverted(config, ensemble=ensemble, on_step=lambda loss, _: seen.append(loss))
+    assert result.loss.mean() < 0.5 * seen[0]
+    probability = ensemble(result.images).softmax(1).gather(1, TARGETS[:, None])
+    assert (probability > 0.3).all()  # of 10 classes
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "pri"])
+def test_pixels_stay_what_a_camera_can_give(mode: str) -> None:
+    """0 and 1 on ImageNet's scale: (0 - mean) / std and (1 - mean) / std."""
+    changes = {"inversion.mode": mode, "model.in-chans": 3, "model.patch-size": 4, "inversion.lr": 5.0}
+    result = inverted(settings(**changes, **{"inversion.rebirths": 2}))
+    low = torch.tensor([-2.1179, -2.0357, -1.8044])
+    high = torch.tensor([2.2489, 2.4286, 2.6400])
+    per_channel = result.images.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(per_channel.amin(1), low, atol=1e-4, rtol=0)
+    torch.testing.assert_close(per_channel.amax(1), high, atol=1e-4, rtol=0)
+    grey = inverted(settings(**{"inversion.mode": mode, "inversion.lr": 5.0}))
+    assert (grey.images.min(), grey.images.max()) == (-1, 1)
+
+
+def test_total_variation_by_numpy() -> None:
+    images = some_images(settings(**{"model.in-chans": 3}), 4)
+    for image, found in zip(images.double().numpy(), total_variation(images).tolist(), strict=True):
+        differences = (
+            image[:, :, 1:] - image[:, :, :-1],
+            image[:, 1:, :] - image[:, :-1, :],
+            image[:, 1:, 1:] - image[:, :-1, :-1],
+            image[:, :-1, 1:] - image[:, 1:, :-1],
+        )
+        assert found == pytest.approx(sum(np.linalg.norm(each) for each in differences), rel=1e-5)
+
+
+def test_total_variation_of_four_pixels() -> None:
+    """Of [[0, 3], [4, 0]]: across (3, 4) -> 5, down (4, 3) -> 5, falling diagonal 0, rising diagonal 1."""
+    image = torch.tensor([[[[0.0, 3.0], [4.0, 0.0]]]])
+    assert total_variation(image).item() == pytest.approx(11.0, abs=1e-5)
+
+
+def test_a_constant_image_has_no_variation_and_no_gradient() -> None:
+    image = torch.full((1, 1, 4, 4), 0.3, requires_grad=True)
+    loss = total_variation(image)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+    assert (image.grad == 0).all()
+
+
+def test_the_prior_is_weighted() -> None:
+    flat = inverted(still(mode="dense", tv=1.0, steps=20))
+    rough = inverted(still(mode="dense", tv=0.0, steps=20))
+    assert total_variation(flat.images).mean() < 0.7 * total_variation(rough.images).mean()
+
+
+def test_cross_entropy_is_of_each_image() -> None:
+    scores = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    assert cross_entropy(scores, torch.tensor([0, 1])).exp().tolist() == pytest.approx([4.0, 2.0])
+
+
+@pytest.mark.parametrize(("rebirths", "share"), [(4, 4), (3, 5), (16, 1), (1, 16)])
+def test_rebirths_share_the_patches_of_their_trajectory(rebirths: int, share: int) -> None:
+    result = inverted(still(mode="pri", rebirths=rebirths, steps=16))
+    assert len(result) == 3 * rebirths
+    assert result.targets.tolist() == TARGETS.tolist() * rebirths
+    assert result.given.shape == result.high.shape == (3 * rebirths, share)
+    assert torch.isfinite(result.loss).all()
+    for image in range(3):
+        parts = result.given[image::3]  # the rebirths of one trajectory
+        assert len(set(parts.flatten().tolist())) == rebirths * share
+        for part, alive in zip(parts, result.alive[image::3], strict=True):
+            assert set(alive.nonzero().flatten().tolist()) == set(part.tolist())
+    wanted = [True] * (3 * ((rebirths + 1) // 2)) + [False] * (3 * (rebirths // 2))  # the earlier half is high
+    assert result.high.all(1).tolist() == wanted
+    assert result.high.any(1).tolist() == wanted
+
+
+def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(halts: list[Halt]) -> None:
+    result = inverted(still(mode="pri", rebirths=3))  # 3 of 5 patches; one is left over
+    assert [halt.before.shape[1] for halt in halts] == [16, 11, 6]
+    assert [halt.after.shape[1] for halt in halts] == [11, 6, 1]
+    patches = patchify(result.images, 2)
+    for rebirth, halt in enumerate(halts):
+        for image in range(3):
+            row = 3 * rebirth + image
+            best = halt.before[image][halt.importance[image].argsort(descending=True)[:5]]
+            assert result.given[row].tolist() == best.tolist()
+            assert torch.equal(patches[row, best], halt.canvas[image, best])
+
+
+def test_a_finished_rebirth_looks_as_it_was_optimised() -> None:
+    """The last of v = 1 rebirths is a dense run of as many steps: its pixels are those after the last step."""
+    config = still(mode="pri", rebirths=1)
+    ensemble = an_ensemble(config)
+    reborn = inverted(config, ensemble=ensemble)
+    limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
+    noise = torch.randn(3, 1, 8, 8, generator=stream(0))
+    run = Trajectory(ensemble, noise, TARGETS, config.inversion, limits, False, stream(0))
+    for _ in range(config.inversion.steps):
+        run.step()
+    assert torch.equal(patchify(reborn.images, 2), run.alive_BKE)
+
+
+def test_sparse_costs_what_its_schedule_says_and_less_than_dense() -> None:
+    ensemble = an_ensemble(settings())
+    with token_count(ensemble) as dense:
+        inverted(settings(**{"inversion.mode": "dense"}), ensemble=ensemble)
+    with token_count(ensemble) as sparse:
+        inverted(settings(), ensemble=ensemble)
+    # 8 steps, stops after 2 and 4; 3 images; [CLS] and the alive patches; one look at each stop, or at the end.
+    assert dense == [3 * 17] * 9
+    assert sparse == [3 * 17] * 3 + [3 * 12] * 3 + [3 * 8] * 4
+    assert sum(sparse) < 0.8 * sum(dense)
+
+
+def test_roll_and_flip_reach_the_teachers_and_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teachers see the alive patches at other places; the image's own stay where they are."""
+    config = settings(**{"inversion.roll": 1, "inversion.mode": "dense", "inversion.stops": ""})
+    seen: list[Tensor] = []
+    scores = Ensemble.scores
+
+    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> object:
+        seen.append(positions)
+        return scores(ensemble, patches, positions)
+
+    monkeypatch.setattr(Ensemble, "scores", spy)
+    result = inverted(config, flip=True)
+    assert len({tuple(row.tolist()) for positions in seen for row in positions}) > 6
+    assert torch.equal(result.given, torch.arange(16).expand(3, -1))
+
+
+def test_the_teachers_do_not_change() -> None:
+    config = settings()
+    ensemble = an_ensemble(config)
+    before = [parameter.clone() for parameter in ensemble.parameters()]
+    inverted(config, ensemble=ensemble)
+    assert all(torch.equal(old, new) for old, new in zip(before, ensemble.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in ensemble.parameters())
+
+
+def test_one_teacher_is_inverted_as_itself() -> None:
+    """K = 1: the same images whichever way answers are combined."""
+    config = still(mode="dense")
+    vit = a_vit(config, 0)
+    images = [
+        inverted(config, ensemble=Ensemble([vit], torch.ones(1, 10), combine)).images
+        for combine in ("logits", "logp", "probs")
+    ]
+    torch.testing.assert_close(images[0], images[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(images[0], images[2], rtol=1e-3, atol=1e-3)
