@@ -70,6 +70,7 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             shown = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("student", "fedavg", "ensemble"))
             print(f"seed {seed} {inversion:6} {relabel:10} {shown}", flush=True)
         result = uploads.read_result()
+    del result["config"]["out-dir"]  # a folder of this machine
     return rows, {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
 
 

@@ -1,0 +1,199 @@
+"""Rewrite the results in README.md from the files of benchmarks/results, so that no number is typed by hand.
+
+    python benchmarks/table.py            rewrites the block between <!-- results --> and <!-- /results -->
+    python benchmarks/table.py --check    exit status 1 if the block is not what the files say
+
+A file with `rows` is a study over seeds (benchmarks/digits.py); `<name>.result.json` is the result.json of one run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+Row = Mapping[str, Any]
+
+
+def spread(values: Iterable[float | None], digits: int = 1) -> str:
+    """`mean ± std (n)` of the known values; the sample standard deviation (n - 1), which one value does not have."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{deviation} ({len(known)})"
+
+
+def student(row: Row) -> float | None:
+    return _accuracy(row, "student")
+
+
+def fedavg(row: Row) -> float | None:
+    return _accuracy(row, "fedavg")
+
+
+def ensemble(row: Row) -> float | None:
+    return _accuracy(row, "ensemble")
+
+
+def local_mean(row: Row) -> float | None:
+    known = [value for value in row["accuracy"]["local"] if value is not None]
+    return mean(known) if known else None
+
+
+def gain(row: Row) -> float | None:
+    """Points over one-round FedAvg, of one seed."""
+    ours, theirs = student(row), fedavg(row)
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def reached(row: Row) -> float | None:
+    """Percent of the ensemble's accuracy, of one seed."""
+    ours, theirs = student(row), ensemble(row)
+    return None if ours is None or not theirs else 100 * ours / theirs
+
+
+def server_seconds(row: Row) -> float:
+    """All stages of the server phase, evaluation too."""
+    return float(sum(row["seconds"].values()))
+
+
+def _accuracy(row: Row, name: str) -> float | None:
+    value = row["accuracy"][name]
+    return None if value is None else float(value)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def study(name: str, content: Mapping[str, Any]) -> list[str]:
+    """One section: the uploads' own lines, which every cell shares, and one line per cell."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in content["rows"]:
+        cells.setdefault((row["inversion.mode"], row["relabel.mode"]), []).append(row)
+    seeds = {row["seed"]: row for row in content["rows"]}
+    for row in content["rows"]:
+        if any(line(row) != line(seeds[row["seed"]]) for line in (fedavg, ensemble, local_mean)):
+            raise ValueError(f"{name}: the cells of seed {row['seed']} are not of the same uploads")
+    config = content["config"]
+    default = (config["inversion.mode"], config["relabel.mode"])
+    lines = [
+        f"### {title(config)}",
+        "",
+        f"Seeds {', '.join(map(str, sorted(seeds)))}. Test accuracy in percent, last epoch; mean ± sample standard deviation "
+        "(n). All lines are of the same uploads.",
+        "",
+        *table(
+            ["Clients alone, mean", "One-round FedAvg", "Ensemble"],
+            [[spread(map(line, seeds.values())) for line in (local_mean, fedavg, ensemble)]],
+        ),
+        "",
+    ]
+    head = ["Inversion", "Relabelling", "Student", "Student - FedAvg", "Student / ensemble, %", "Server, s"]
+    body = [
+        [
+            cell[0],
+            cell[1] + " (default)" * (cell == default),
+            *(spread(map(line, rows)) for line in (student, gain, reached)),
+            spread(map(server_seconds, rows), 0),
+        ]
+        for cell, rows in cells.items()
+    ]
+    return [*lines, *table(head, body), "", *provenance(content, f"`{content['command']}`")]
+
+
+def single(name: str, content: Mapping[str, Any]) -> list[str]:
+    """One section for one run."""
+    config = content["config"]
+    settings = Path("configs") / f"{name}.toml"
+    clients = config["partition.clients"]
+    command = f"`python scripts/flower_run.py -c {settings.as_posix()} --clients {clients}`"
+    if not (ROOT / settings).is_file():
+        command = f"settings in the file's `config`, method `{content['method']}`"
+    head = ["Clients alone, mean", "One-round FedAvg", "Ensemble", "Student"]
+    head += ["Student - FedAvg", "Student / ensemble, %", "Server, s"]
+    lines = (local_mean, fedavg, ensemble, student, gain, reached)
+    body = [*(spread([line(content)]) for line in lines), spread([server_seconds(content)], 0)]
+    return [
+        f"### {title(config)}",
+        "",
+        f"One run, seed {content['seed']}, method `{content['method']}`. Test accuracy in percent, last epoch.",
+        "",
+        *table(head, [body]),
+        "",
+        *provenance(content, command),
+    ]
+
+
+def title(config: Mapping[str, Any]) -> str:
+    data = config["data.source"] if config["data.source"] == "digits" else Path(config["data.path"]).name
+    scheme = config["partition.scheme"]
+    limits = {"dirichlet": f"Dirichlet {config['partition.alpha']}", "iid": "IID"}
+    skew = limits.get(scheme, f"{config['partition.classes-per-client']} classes per client")
+    model = f"{config['model.name']} ViT" if config["model.name"] == "small" else config["model.name"]
+    return f"{data}, {skew}, {config['partition.clients']} clients, {model}, {config['model.img-size']} px"
+
+
+def provenance(content: Mapping[str, Any], command: str) -> list[str]:
+    machine, versions = content["machine"], content["versions"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    known = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    return [f"Command: {command}", "", f"Machine: {device}. {known}. Code {content['fingerprint']}."]
+
+
+def block(results: Path) -> str:
+    """The Markdown of all files, studies first."""
+    sections: list[list[str]] = []
+    paths = sorted(results.glob("*.json"), key=lambda path: (path.name.endswith(".result.json"), path.name))
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name = path.name.removesuffix(".json").removesuffix(".result")
+            sections.append(study(path.name, content) if "rows" in content else single(name, content))
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: no {error.args[0]!r}; is it a file of benchmarks/digits.py or a result.json?"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error}); make it again") from error
+    return "\n\n".join("\n".join(section) for section in sections) or "No results are committed yet."
+
+
+def renewed(text: str, inside: str) -> str:
+    """`text` with `inside` between the two marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no {BEGIN} with an {END} behind it; put the two lines where results belong")
+    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return 0; 1 where `--check` finds the block out of date; 2 for a file that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(argv)
+    try:
+        old = options.readme.read_text(encoding="utf-8")
+        new = renewed(old, block(options.results))
+    except (OSError, ValueError) as error:
+        print(f"table: error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if new != old:
+            print(f"{options.readme} is out of date; run: python benchmarks/table.py", file=sys.stderr)
+        return int(new != old)
+    options.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
