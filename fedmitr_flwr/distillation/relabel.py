@@ -67,10 +67,9 @@ def _looks(inverted: Inverted, mode: str) -> list[tuple[Tensor, Tensor, Tensor, 
         return [(rows, given, high, "tokens")]
     dense_rows, dense = _select(rows, given, high)
     views = [(dense_rows, dense, torch.ones_like(dense, dtype=torch.bool), "tokens")]
-    if mode == "complement":
+    if mode == "complement" and not high.all():
         other_rows, others = _select(rows, given, ~high)
-        if len(other_rows):
-            views.append((other_rows, others, torch.zeros_like(others, dtype=torch.bool), "cls"))
+        views.append((other_rows, others, torch.zeros_like(others, dtype=torch.bool), "cls"))
     return views
 
 
@@ -78,7 +77,7 @@ def _select(rows: Tensor, given_MJ: Tensor, wanted_MJ: Tensor) -> tuple[Tensor, 
     """The images with any wanted patch, and the positions of those patches, of which each such image has as many."""
     some = wanted_MJ.any(1)
     counts = wanted_MJ[some].sum(1)
-    assert counts.numel() == 0 or (counts == counts[0]).all(), "images of one inversion keep equally many patches"
+    assert (counts == counts[0]).all(), "images of one inversion keep equally many patches"
     return rows[some], given_MJ[some][wanted_MJ[some]].reshape(int(some.sum()), -1)
 
 
