@@ -1,0 +1,73 @@
+"""Accuracy, loss and recall by hand, whatever the batch size; where there is no image of a class there is no recall."""
+
+import math
+
+import pytest
+import torch
+from tiny import a_vit, settings
+from torch import Tensor
+
+from fedmitr_flwr.data.images import DataSet, Images, prepare
+from fedmitr_flwr.evaluation import Evaluation, evaluate
+
+CPU = torch.device("cpu")
+
+
+def by_brightness(images: Tensor) -> Tensor:
+    """Scores of three classes from the first pixel of normalised grey images: -1, 0 and 1 are classes 0, 1 and 2."""
+    first = images[:, 0, 0, 0].round()
+    return torch.stack([-first, -first.abs() + 0.5, first], dim=1) * 2
+
+
+def six() -> Images:
+    """Pixels for the classes 0 0 1 1 2 2; labels 0 1 1 1 0 0: right are the first, third and fourth."""
+    values = torch.tensor([0, 0, 128, 128, 255, 255], dtype=torch.uint8)
+    return Images(values[:, None, None, None].expand(-1, 1, 4, 4), torch.tensor([0, 1, 1, 1, 0, 0]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
+def test_by_hand(batch_size: int) -> None:
+    found = evaluate(by_brightness, six(), 4, 4 - 1, batch_size, CPU)
+    assert found.accuracy == 50.0
+    assert found.num_examples == 6
+    assert found.per_class[0] == pytest.approx(100 / 3)
+    assert found.per_class[1] == pytest.approx(200 / 3)
+    assert math.isnan(found.per_class[2])
+    # The scores are (2, -1, -2), (0, 1, 0) and (-2, -1, 2); minus the log of softmax at the label, by hand.
+    dark = math.log(math.exp(2) + math.exp(-1) + math.exp(-2))
+    grey = math.log(2 + math.e)
+    wanted = ((dark - 2) + (dark + 1) + 2 * (grey - 1) + 2 * (dark + 2)) / 6
+    assert found.loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_images_arrive_resized_and_normalised(tiny: DataSet) -> None:
+    seen: list[Tensor] = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.zeros(len(images), 3)
+
+    found = evaluate(predict, tiny.test, 12, 3, 20, CPU)
+    assert [tuple(batch.shape) for batch in seen] == [(20, 1, 12, 12), (10, 1, 12, 12)]
+    assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, 12))
+    assert found == Evaluation(pytest.approx(100 / 3), pytest.approx(math.log(3)), (100.0, 0.0, 0.0), 30)
+
+
+def test_scores_need_not_be_normalised(tiny: DataSet) -> None:
+    vit = a_vit(settings(**{"model.num-classes": 3}), 0)
+    plain = evaluate(vit, tiny.test, 8, 3, 7, CPU)
+    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, 8, 3, 7, CPU)
+    assert shifted.accuracy == plain.accuracy
+    assert shifted.loss == pytest.approx(plain.loss, rel=1e-5)
+
+
+def test_no_graph_is_built(tiny: DataSet) -> None:
+    vit = a_vit(settings(**{"model.num-classes": 3}), 0)
+    recorded: list[bool] = []
+
+    def predict(images: Tensor) -> Tensor:
+        recorded.append(vit(images).requires_grad)
+        return vit(images)
+
+    evaluate(predict, tiny.test, 8, 3, 30, CPU)
+    assert recorded == [False]
