@@ -15,6 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+REFERENCES = ("Clients alone, mean", "One-round FedAvg", "Ensemble")
+STUDENT = ("Student", "Student - FedAvg", "Student / ensemble, %", "Server, s")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 Row = Mapping[str, Any]
@@ -74,38 +76,39 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def study(name: str, content: Mapping[str, Any]) -> list[str]:
     """One section: the uploads' own lines, which every cell shares, and one line per cell."""
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in content["rows"]:
-        cells.setdefault((row["inversion.mode"], row["relabel.mode"]), []).append(row)
-    seeds = {row["seed"]: row for row in content["rows"]}
-    for row in content["rows"]:
-        if any(line(row) != line(seeds[row["seed"]]) for line in (fedavg, ensemble, local_mean)):
+    rows, config = content["rows"], content["config"]
+    seeds = {row["seed"]: row for row in rows}
+    references = (local_mean, fedavg, ensemble)
+    for row in rows:
+        if any(line(row) != line(seeds[row["seed"]]) for line in references):
             raise ValueError(f"{name}: the cells of seed {row['seed']} are not of the same uploads")
-    config = content["config"]
-    default = (config["inversion.mode"], config["relabel.mode"])
-    lines = [
+    return [
         f"### {title(config)}",
         "",
-        f"Seeds {', '.join(map(str, sorted(seeds)))}. Test accuracy in percent, last epoch; mean ± sample standard deviation "
-        "(n). All lines are of the same uploads.",
+        f"Seeds {', '.join(map(str, sorted(seeds)))}. Test accuracy in percent, last epoch; mean ± sample standard "
+        "deviation (n). All lines are of the same uploads.",
         "",
-        *table(
-            ["Clients alone, mean", "One-round FedAvg", "Ensemble"],
-            [[spread(map(line, seeds.values())) for line in (local_mean, fedavg, ensemble)]],
-        ),
+        *table(REFERENCES, [[spread(map(line, seeds.values())) for line in references]]),
         "",
+        *table(["Inversion", "Relabelling", *STUDENT], cells(rows, config)),
+        "",
+        *provenance(content, f"`{content['command']}`"),
     ]
-    head = ["Inversion", "Relabelling", "Student", "Student - FedAvg", "Student / ensemble, %", "Server, s"]
-    body = [
-        [
-            cell[0],
-            cell[1] + " (default)" * (cell == default),
-            *(spread(map(line, rows)) for line in (student, gain, reached)),
-            spread(map(server_seconds, rows), 0),
-        ]
-        for cell, rows in cells.items()
+
+
+def cells(rows: Iterable[Row], config: Mapping[str, Any]) -> list[list[str]]:
+    """One line for each pair of inversion and relabelling, over its seeds."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["inversion.mode"], row["relabel.mode"]), []).append(row)
+    default = (config["inversion.mode"], config["relabel.mode"])
+    return [
+        [cell[0], cell[1] + " (default)" * (cell == default), *student_columns(same)] for cell, same in found.items()
     ]
-    return [*lines, *table(head, body), "", *provenance(content, f"`{content['command']}`")]
+
+
+def student_columns(rows: Sequence[Row]) -> list[str]:
+    return [*(spread(map(line, rows)) for line in (student, gain, reached)), spread(map(server_seconds, rows), 0)]
 
 
 def single(name: str, content: Mapping[str, Any]) -> list[str]:
@@ -116,16 +119,13 @@ def single(name: str, content: Mapping[str, Any]) -> list[str]:
     command = f"`python scripts/flower_run.py -c {settings.as_posix()} --clients {clients}`"
     if not (ROOT / settings).is_file():
         command = f"settings in the file's `config`, method `{content['method']}`"
-    head = ["Clients alone, mean", "One-round FedAvg", "Ensemble", "Student"]
-    head += ["Student - FedAvg", "Student / ensemble, %", "Server, s"]
-    lines = (local_mean, fedavg, ensemble, student, gain, reached)
-    body = [*(spread([line(content)]) for line in lines), spread([server_seconds(content)], 0)]
+    body = [*(spread([line(content)]) for line in (local_mean, fedavg, ensemble)), *student_columns([content])]
     return [
         f"### {title(config)}",
         "",
         f"One run, seed {content['seed']}, method `{content['method']}`. Test accuracy in percent, last epoch.",
         "",
-        *table(head, [body]),
+        *table([*REFERENCES, *STUDENT], [body]),
         "",
         *provenance(content, command),
     ]

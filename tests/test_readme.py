@@ -1,0 +1,130 @@
+"""README.md against the program: its commands run, its bad input is refused in its words, its method works."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny import an_upload, settings
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.cli import main
+from fedmitr_flwr.methods.contract import Job
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(mark: str, language: str = r"\w+") -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks right behind the comment `<!-- mark -->`."""
+    return re.findall(rf"^<!-- {mark} -->\n```({language})\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def a_home(folder: Path) -> dict[str, str]:
+    """The environment of a user with an empty home, one thread, and this checkout as the program `fedmitr`."""
+    home, programs = folder / "home", folder / "bin"
+    home.mkdir()
+    programs.mkdir()
+    shim = programs / "fedmitr"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fedmitr_flwr "$@"\n', encoding="utf-8")
+    shim.chmod(0o755)
+    return {
+        **os.environ,
+        "HOME": str(home),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.slow
+def test_the_marked_commands_run(tmp_path: Path) -> None:
+    environment = a_home(tmp_path)
+    marked = blocks("run")
+    assert [language for language, _ in marked] == ["bash", "python"]
+    for language, text in marked:
+        command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    first = tmp_path / "home" / "fedmitr-runs" / "first"
+    there = {path.name for path in first.iterdir()}
+    told = set(re.findall(r"`([\w.]+/?)`", _section("### What a run leaves").partition("A run that failed")[0]))
+    assert there == {name.rstrip("/") for name in told} - {"refused"} - {"out"}
+    assert {path.name for path in (first / "fused").iterdir()} == {"fedavg-1", "fedmitr-1"}
+
+
+def _section(heading: str) -> str:
+    return re.split(r"^#+ ", README.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def _flower_run() -> ModuleType:
+    """scripts/ is no package; the wrapper's own SuperLink, with ports and FLWR_HOME of its own, is what we need."""
+    spec = importlib.util.spec_from_file_location("readme_flower_run", ROOT / "scripts" / "flower_run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_flower_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a SuperLink of our own, so that none is left behind. Its environment is what the README exports."""
+    wrapper = _flower_run()
+    ((_, text),) = blocks("run: flower", "bash")
+    for name, value in a_home(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wrapper.signal, "signal", lambda *_: None)  # `stop` would make this process deaf to Ctrl-C
+    options = wrapper._parse([f"--flwr-home={tmp_path / 'flwr'}", "--offline"])
+    with wrapper.super_link(options, wrapper.settings(options)) as environment:
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        log = done.stdout + done.stderr
+        found = re.search(r"Successfully started run (\d+)", log)
+        assert found, log
+        query = ["flwr", "list", "--run-id", found[1], "--format", "json"]
+        listed = subprocess.run(query, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert "finished:completed" in listed.stdout, log
+    (folder,) = (tmp_path / "home" / "fedmitr-runs").iterdir()
+    assert folder.name == f"fedavg-{found[1]}"
+    assert len(list((folder / "uploads").glob("client_*.safetensors"))) == 3
+
+
+def test_bad_input_is_refused_in_the_readme_s_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (block,) = re.findall(r"^```console\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^\$ fedmitr (.*)\n(.*)\n", block, re.MULTILINE)
+    assert len(examples) >= 6
+    for words, told in examples:
+        assert main(shlex.split(words)) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_the_example_of_a_method_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, text),) = blocks("method: median", "python")
+    (tmp_path / "median.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert "median" in methods.available()
+    config = settings()
+    uploads = [an_upload(config, client) for client in range(3)]
+    fused = methods.load("median").fuse(Job(uploads, config, torch.device("cpu"), lambda **_: None))
+    assert fused.weights is not None
+    for name, weight in fused.weights.items():  # of three values the median is neither the least nor the greatest
+        low, middle, high = torch.stack([upload.weights[name] for upload in uploads]).sort(0).values
+        assert torch.equal(weight, middle)
+        assert (low <= weight).all()
+        assert (weight <= high).all()
+    assert fused.predict(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_methods_of_a_test_are_gone_after_it() -> None:
+    sys.modules.pop("fedmitr_flwr.methods.median", None)
+    assert methods.available() == ["ensemble", "fedavg", "fedmitr"]
