@@ -143,10 +143,10 @@ def fuse(run_folder: RunFolder, method: str, overrides: Mapping[str, object]) ->
 def continued(config: Config) -> RunFolder:
     """The run folder `config.resume_from`, if `config` would give the same uploads and the run has not ended."""
     folder = RunFolder.open(config.resume_from)
-    if folder.finished:
+    if folder.finished and folder.read_result()["accuracy"]["student"] is not None:
         raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
     require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
-    folder.config = config
+    folder.continue_with(config)
     return folder
 
 

@@ -119,6 +119,8 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",  # "client 1: ..." and "client 2: ..." are no duplicates
         "PYTHONUNBUFFERED": "1",
+        # Threads that wait in a loop take the cores from those that work as soon as anything else runs here.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         MARK: uuid.uuid4().hex,
         **({"HF_HUB_OFFLINE": "1"} if options.offline or not hub else {}),
     }

@@ -8,7 +8,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.files import write_text
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -67,7 +66,6 @@ def resume(config: Config) -> RunFolder:
     stale = [upload.client for upload in folder.load_uploads() if upload.fingerprint != fingerprint()]
     if stale:
         log.warning("the uploads of clients %s were made by another version of the code", stale)
-    write_text(folder.path / "config.toml", folder.config.to_toml())
     return folder
 
 

@@ -74,7 +74,12 @@ class RunFolder:
         except OSError as error:
             fix = "set out-dir to a folder that you may write to"
             raise RunError(f"cannot make the run folder {self.path}: {error.strerror}; {fix}") from error
-        write_text(self.path / "config.toml", self.config.to_toml())
+        self.continue_with(self.config)
+
+    def continue_with(self, config: Config) -> None:
+        """Make `config` this run's own."""
+        self.config = config
+        write_text(self.path / "config.toml", config.to_toml())
 
     @property
     def root(self) -> Path:
