@@ -1,0 +1,325 @@
+"""Distillation: where the student starts, what each batch asks of it, and that it comes to agree with its teachers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from tiny import a_vit, an_upload, settings, some_images
+from torch import Tensor
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.distillation import distil as module
+from fedmitr_flwr.distillation.distil import count_batches, distil, start_student
+from fedmitr_flwr.distillation.losses import Labels, Parts
+from fedmitr_flwr.distillation.pool import Pool
+from fedmitr_flwr.distillation.relabel import relabel
+from fedmitr_flwr.errors import ModelError
+from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.inversion.result import Inverted
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.optim import Stepper
+from fedmitr_flwr.training.upload import Weights
+from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.tokens import TokenLogits, forward_tokens, patchify, take
+
+MODES = ("none", "drop", "tokens", "complement")
+
+
+def alone(config: Config, seed: int = 0) -> Ensemble:
+    """An ensemble of one teacher."""
+    return Ensemble.of([an_upload(config, 0, seed=seed)], config.model, config.ensemble)
+
+
+def inverted_pool(config: Config, ensemble: Ensemble, count: int = 10) -> Pool:
+    targets = torch.arange(count) % config.model.num_classes
+    images = invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(1))
+    return Pool.of(images, relabel(ensemble, images, config.relabel))
+
+
+def noise_pool(config: Config, ensemble: Ensemble, count: int) -> Pool:
+    """Images of noise, of which the first seven patches are of high density."""
+    every = torch.arange(16).expand(count, -1)
+    high = every < 7
+    images = some_images(config, count).clamp(-1, 1)
+    targets = torch.arange(count) % config.model.num_classes
+    made = Inverted(images, every, high, high, targets, torch.zeros(count))
+    return Pool.of(made, relabel(ensemble, made, config.relabel))
+
+
+def a_stepper(student: VisionTransformer, config: Config, pool: Pool) -> Stepper:
+    return Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
+
+
+def trained(config: Config, ensemble: Ensemble, pool: Pool, seed: int = 7, rng_seed: int = 0) -> VisionTransformer:
+    student = a_vit(config, seed)
+    distil(student, ensemble, pool, config, a_stepper(student, config, pool), stream(rng_seed))
+    return student
+
+
+def test_the_students_start(tmp_path: Path) -> None:
+    uploads = [an_upload(settings(), client, 10 + client) for client in range(2)]
+    there = {name: tensor.clone() for name, tensor in a_vit(settings(), 9).state_dict().items()}
+    save_file(there, tmp_path / "weights.safetensors")
+    wanted: dict[str, Weights] = {
+        "average": average(uploads),
+        "initial": initial_weights(settings(seed=4).model, 4),
+        "pretrained": there,
+    }
+    for init, weights in wanted.items():
+        path = str(tmp_path / "weights.safetensors")
+        config = settings(seed=4, **{"distill.init": init, "distill.pretrained": path})
+        student = start_student(uploads, config).state_dict()
+        assert all(torch.equal(student[name], tensor) for name, tensor in weights.items()), init
+
+
+def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
+    there = {name: tensor.clone() for name, tensor in a_vit(settings(), 9).state_dict().items()}
+    save_file(there, tmp_path / "weights.safetensors")
+    config = settings(**{"distill.init": "initial", "model.weights": str(tmp_path / "weights.safetensors")})
+    student = start_student([an_upload(config, 0)], config).state_dict()
+    assert all(torch.equal(student[name], tensor) for name, tensor in there.items())
+
+
+def test_pretrained_weights_that_are_not_there_are_refused() -> None:
+    config = settings(**{"distill.init": "pretrained", "distill.pretrained": "/no/where.safetensors"})
+    with pytest.raises(ModelError, match=r"distill\.init = 'pretrained': .*cannot read /no/where\.safetensors"):
+        start_student([an_upload(config, 0)], config)
+    with pytest.raises(ModelError, match=r"distill\.init = 'pretrained': .* none for model\.name = 'small'"):
+        start_student([], settings(**{"distill.init": "pretrained", "distill.pretrained": "timm"}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("inversion", ["sparse", "pri"])
+def test_batches_are_counted_as_they_run(mode: str, inversion: str) -> None:
+    """One epoch here; the learning rate's path over several epochs is counted in test_methods."""
+    changes = {"relabel.mode": mode, "inversion.mode": inversion, "distill.batch-size": 4, "distill.passes": 3}
+    config = settings(**changes)
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    student, seen = a_vit(config, 7), []
+    stepper = a_stepper(student, config, pool)
+    distil(student, ensemble, pool, config, stepper, stream(0), lambda images, parts: seen.append((images, parts)))
+    assert len(seen) == count_batches(pool.views, config)
+    assert sum(images for images, _ in seen) == 3 * sum(len(view) for view in pool.views)
+    assert stepper.schedule.get_last_lr() == [0.0, 0.0]  # the cosine ends with the last batch
+    assert all(isinstance(parts, Parts) for _, parts in seen)
+    assert not student.training
+
+
+def test_batches_over_growing_pools() -> None:
+    """Two views of 10 and 5 images per epoch, batches of 4: 3 + 2, then 5 + 3, then 8 + 4, twice each."""
+
+    class View:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __len__(self) -> int:
+            return self.size
+
+    config = settings(**{"distill.epochs": 3, "distill.passes": 2, "distill.batch-size": 4})
+    assert count_batches([View(10), View(5)], config) == 2 * (5 + 8 + 12)
+
+
+def test_every_image_is_seen_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(**{"distill.passes": 2, "distill.batch-size": 4})
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    sums = pool.images.sum((1, 2, 3)).tolist()
+    seen: list[int] = []
+
+    def spy(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> TokenLogits:
+        for total in patches.sum((1, 2)).tolist():
+            seen.append(min(range(10), key=lambda i: abs(sums[i] - total)))
+        return forward_tokens(vit, patches, positions)
+
+    monkeypatch.setattr(module, "forward_tokens", spy)
+    trained(config, ensemble, pool)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("teachers", ["cached", "again"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_student_that_is_its_teacher_stays(mode: str, teachers: str, keep: float) -> None:
+    """With soft labels only, the gradient is zero: whatever was mixed up on the way would move the weights."""
+    changes = {"relabel.mode": mode, "distill.teachers": teachers, "distill.keep": keep, "distill.high": 0.0}
+    changes |= {"distill.optimizer": "sgd", "distill.lr": 0.5, "distill.grad-clip": 0.0, "distill.weight-decay": 0.0}
+    config = settings(**changes, **{"data.flip": True, "relabel.temperature": 2.0})
+    if teachers == "again":
+        config = Config.from_flat({"distill.mix": "tokens"}, base=config)
+    ensemble = alone(config, seed=7)
+    student = trained(config, ensemble, inverted_pool(config, ensemble), seed=7)
+    for (name, ours), theirs in zip(student.named_parameters(), ensemble.teachers[0].parameters(), strict=True):
+        torch.testing.assert_close(ours.data, theirs.data, rtol=0, atol=1e-4, msg=name)
+
+
+def test_another_student_does_not_stay() -> None:
+    changes = {"distill.optimizer": "sgd", "distill.lr": 0.5, "distill.grad-clip": 0.0, "distill.high": 0.0}
+    config = settings(**changes)
+    ensemble = alone(config, seed=8)
+    student = trained(config, ensemble, inverted_pool(config, ensemble), seed=7)
+    assert (student.head.weight - a_vit(config, 7).head.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("teachers", ["cached", "again"])
+@torch.no_grad()
+def test_the_student_comes_to_agree_with_its_teachers(teachers: str) -> None:
+    changes = {"distill.passes": 15, "distill.batch-size": 32, "distill.lr": 3e-3, "distill.high": 0.0}
+    config = settings(**changes, **{"distill.teachers": teachers, "inversion.roll": 0})
+    ensemble = alone(config, seed=8)
+    pool = noise_pool(config, ensemble, 256)
+    fresh = some_images(config, 200, seed=5).clamp(-1, 1)
+    wanted = ensemble(fresh).argmax(1)
+    before = (a_vit(config, 7)(fresh).argmax(1) == wanted).float().mean()
+    with torch.enable_grad():
+        student = trained(config, ensemble, pool)
+    after = (student(fresh).argmax(1) == wanted).float().mean()
+    assert after > before + 0.2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_the_generator_decides(mode: str) -> None:
+    config = settings(**{"relabel.mode": mode, "distill.mix": "blend", "distill.teachers": "again"})
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    torch.manual_seed(1)
+    first = trained(config, ensemble, pool)
+    torch.manual_seed(2)
+    again, other = trained(config, ensemble, pool), trained(config, ensemble, pool, rng_seed=1)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+class Batch:
+    """What one batch showed to the student and asked of it."""
+
+    def __init__(self, patches: Tensor, positions: Tensor) -> None:
+        self.patches, self.positions = patches, positions
+        self.labels: list[Labels] = []
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    seen: list[Batch] = []
+    loss = module.distillation_loss
+
+    def see(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> TokenLogits:
+        seen.append(Batch(patches, positions))
+        return forward_tokens(vit, patches, positions)
+
+    def asked(student: TokenLogits, labels: list[Labels], *rest: object) -> Parts:
+        seen[-1].labels = labels
+        return loss(student, labels, *rest)
+
+    monkeypatch.setattr(module, "forward_tokens", see)
+    monkeypatch.setattr(module, "distillation_loss", asked)
+    return seen
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+@pytest.mark.parametrize("teachers", ["cached", "again"])
+@pytest.mark.parametrize("mix", ["none", "blend", "tokens"])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_token_has_a_whole_label(batches: list[Batch], mode: str, mix: str, teachers: str, keep: float) -> None:
+    """Over both images of a mixture the weights of a token's labels sum to 1, and so do those of [CLS]."""
+    changes = {"relabel.mode": mode, "distill.mix": mix, "distill.teachers": teachers, "distill.keep": keep}
+    config = settings(**changes)
+    ensemble = alone(config)
+    trained(config, ensemble, inverted_pool(config, ensemble))
+    assert batches
+    for batch in batches:
+        assert len(batch.labels) == (1 if mix == "none" else 2)
+        tokens = sum(each.high + each.low for each in batch.labels)
+        shape = batch.positions.shape
+        rest = not batch.labels[0].hard.any()  # the complement: no token has a label
+        assert tokens.shape == shape
+        assert torch.allclose(tokens, torch.zeros(shape) if rest else torch.ones(shape))
+        assert torch.allclose(sum(each.share for each in batch.labels), torch.ones(shape[:1]))
+        assert torch.allclose(sum(each.hard for each in batch.labels), torch.full(shape[:1], float(not rest)))
+        assert mode == "complement" or not rest
+        for each in batch.labels:
+            assert each.token_scores.shape[:2] == shape
+        if teachers == "again":
+            assert shape[1] <= max(1, round(keep * 16))
+
+
+@torch.no_grad()
+def test_teachers_asked_again_see_what_the_student_sees(batches: list[Batch]) -> None:
+    config = settings(**{"distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5, "data.flip": True})
+    ensemble = alone(config)
+    with torch.enable_grad():
+        trained(config, ensemble, inverted_pool(config, ensemble))
+    for batch in batches:
+        wanted = ensemble.scores(batch.patches, batch.positions)
+        for each in batch.labels:
+            torch.testing.assert_close(each.scores, wanted.cls)
+            torch.testing.assert_close(each.token_scores, wanted.patches)
+
+
+def test_cached_answers_are_of_the_image_as_it_was_made(batches: list[Batch]) -> None:
+    """Neither rolled nor flipped nor thinned, whatever the settings, since the answers would no longer fit."""
+    config = settings(**{"distill.teachers": "cached", "distill.keep": 0.3, "data.flip": True, "inversion.roll": 2})
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    trained(config, ensemble, pool)
+    (view,) = pool.views
+    whole = take(patchify(pool.images, 2), view.given)
+    for batch in batches:
+        for row in range(len(batch.patches)):
+            (image,) = [i for i in range(10) if torch.equal(whole[i], batch.patches[row])]
+            assert torch.equal(batch.positions[row], view.given[image])
+            asked = batch.labels[0]
+            assert torch.equal(asked.scores[row], view.scores[image])
+            assert torch.equal(asked.token_scores[row], view.token_scores[image])
+            assert asked.targets[row] == pool.targets[image]
+            assert torch.equal(asked.high[row], view.high[image].float())
+            assert torch.equal(asked.low[row], 1 - view.high[image].float())
+
+
+def test_a_mixtures_labels_belong_to_its_tokens(batches: list[Batch]) -> None:
+    """Of each token shown, the label that weighs comes from the image that the token comes from."""
+    config = settings(
+        **{"distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.6, "inversion.roll": 0}
+    )
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    trained(config, ensemble, pool)
+    (view,) = pool.views
+    whole = patchify(pool.images, 2)
+    checked = 0
+    for batch in batches:
+        one, other = batch.labels
+        for row in range(len(batch.patches)):
+            for token, position in enumerate(batch.positions[row].tolist()):
+                (image,) = [i for i in range(10) if torch.equal(whole[i, position], batch.patches[row, token])]
+                asked = one if one.high[row, token] + one.low[row, token] else other
+                assert asked.targets[row] == pool.targets[image]
+                assert asked.high[row, token] == view.high[image, position]
+                checked += 1
+    assert checked == 10 * 10
+
+
+def test_the_complement_teaches_the_class_token_by_the_low_weight(batches: list[Batch]) -> None:
+    """R2: an image of low-density patches has the ensemble's answer as its label, at the weight of `low`."""
+    config = settings(**{"relabel.mode": "complement", "distill.batch-size": 10})
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    student, parts = a_vit(config, 7), []
+    distil(student, ensemble, pool, config, a_stepper(student, config, pool), stream(0), lambda _, p: parts.append(p))
+    assert len(parts) == len(batches) == 2
+    for batch, part in zip(batches, parts, strict=True):
+        if batch.labels[0].hard.any():
+            assert batch.positions.shape[1] == 7
+            assert part.high > 0
+            assert part.low == 0
+            assert part.kd > 0
+        else:
+            assert batch.positions.shape[1] == 9
+            assert part.high == 0
+            assert part.low > 0
+            assert part.kd == 0

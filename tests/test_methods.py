@@ -1,0 +1,206 @@
+"""Methods: one file each, found by name, and what each of them gives back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import a_vit, an_upload, settings, some_images
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
+from fedmitr_flwr.methods.fedmitr import balanced_targets
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.optim import Stepper
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+CPU = torch.device("cpu")
+
+
+def fused(config: Config, metrics: list[dict[str, Any]] | None = None, stopwatch: Stopwatch | None = None) -> Fused:
+    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    log = [] if metrics is None else metrics
+    job = Job(uploads, config, CPU, lambda **values: log.append(values), stopwatch or Stopwatch())
+    return methods.load(config.method).fuse(job)
+
+
+def test_every_file_is_a_method() -> None:
+    assert methods.available() == ["ensemble", "fedavg", "fedmitr"]
+
+
+@pytest.mark.parametrize("name", ["fedmitra", "contract", "", "fedavg.fuse", "../fedavg"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        methods.load(name)
+    assert str(refused.value) == f"method = {name!r} is not one of: ensemble, fedavg, fedmitr"
+
+
+def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first_upload.py").write_text(
+        '"""The first client\'s model."""\n'
+        "from fedmitr_flwr.methods.contract import Fused, Job\n"
+        "from fedmitr_flwr.vit.build import build_vit\n"
+        "def fuse(job: Job) -> Fused:\n"
+        "    vit = build_vit(job.config.model)\n"
+        "    vit.load_state_dict(job.uploads[0].weights)\n"
+        "    return Fused(vit, job.uploads[0].weights)\n"
+    )
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert methods.available() == ["ensemble", "fedavg", "fedmitr", "first_upload"]
+    config = settings(method="first_upload")
+    made = fused(config)
+    images = some_images(config, 3)
+    with torch.no_grad():
+        assert torch.equal(made.predict(images), a_vit(config, 0)(images))
+
+
+@torch.no_grad()
+def test_fedavg_is_the_average() -> None:
+    config = settings(method="fedavg")
+    made = fused(config)
+    wanted = average([an_upload(config, client, 10 + 20 * client) for client in range(2)])
+    assert all(torch.equal(made.weights[name], tensor) for name, tensor in wanted.items())
+    mean = a_vit(config, 5)
+    mean.load_state_dict(wanted)
+    images = some_images(config, 3)
+    assert torch.equal(made.predict(images), mean(images))
+    assert made.pool is None
+
+
+@torch.no_grad()
+def test_ensemble_keeps_every_model() -> None:
+    config = settings(method="ensemble", **{"ensemble.combine": "probs"})
+    made = fused(config)
+    images = some_images(config, 3)
+    wanted = 0.25 * a_vit(config, 0)(images).softmax(1) + 0.75 * a_vit(config, 1)(images).softmax(1)
+    torch.testing.assert_close(made.predict(images).softmax(1), wanted)
+    assert made.weights is None
+    assert made.pool is None
+
+
+MODES = [(inversion, relabel) for inversion in ("dense", "sparse", "pri") for relabel in ("none", "drop", "tokens")]
+
+
+@pytest.mark.parametrize(("inversion", "relabel"), [*MODES, ("sparse", "complement"), ("pri", "complement")])
+def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> None:
+    changes = {"inversion.mode": inversion, "relabel.mode": relabel, "distill.epochs": 2, "distill.mix": "tokens"}
+    config = settings(**changes, **{"inversion.batch-size": 6, "distill.images-per-epoch": 12})
+    metrics: list[dict[str, Any]] = []
+    stopwatch = Stopwatch()
+    made = fused(config, metrics, stopwatch)
+    with torch.no_grad():
+        images = some_images(config, 3)
+        student = a_vit(config, 5)
+        student.load_state_dict(made.weights)
+        assert torch.equal(made.predict(images), student(images))
+        start = a_vit(config, 5)
+        start.load_state_dict(average([an_upload(config, client, 10 + 20 * client) for client in range(2)]))
+        assert not torch.equal(student(images), start(images))
+    assert all(torch.isfinite(tensor).all() for tensor in made.weights.values())
+    assert len(made.pool) == 24
+    assert torch.isfinite(made.pool.images).all()
+    # By pri, three targets make twelve images: one batch. Otherwise two of six.
+    inversions = [line for line in metrics if line["stage"] == "inversion"]
+    assert [(line["epoch"], line["batch"]) for line in inversions] == (
+        [(0, 0), (1, 0)] if inversion == "pri" else [(0, 0), (0, 1), (1, 0), (1, 1)]
+    )
+    assert [line["epoch"] for line in metrics if line["stage"] == "distillation"] == [0, 1]
+    assert all(math.isfinite(line["loss"]) for line in inversions)
+    assert set(metrics[-1]) == {"stage", "epoch", "high", "low", "kd"}
+    json.dumps(metrics, allow_nan=False)
+    assert set(stopwatch.seconds) == {"inversion", "relabelling", "distillation"}
+    assert all(seconds > 0 for seconds in stopwatch.seconds.values())
+
+
+@pytest.mark.parametrize("inversion", ["sparse", "pri"])
+def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over growing pools and views of different sizes: the steps are counted ahead exactly."""
+    rates: list[float] = []
+    step = Stepper.step
+
+    def spy(stepper: Stepper, loss: torch.Tensor) -> None:
+        step(stepper, loss)
+        rates.append(stepper.schedule.get_last_lr()[0])
+
+    monkeypatch.setattr(Stepper, "step", spy)
+    changes = {"inversion.mode": inversion, "relabel.mode": "complement", "distill.epochs": 3, "distill.passes": 2}
+    fused(settings(**changes, **{"distill.images-per-epoch": 13, "distill.batch-size": 8}))
+    assert rates[-1] == 0
+    assert all(rate > 0 for rate in rates[:-1])
+
+
+def test_every_epoch_and_batch_has_its_own_noise() -> None:
+    config = settings(**{"distill.epochs": 2, "inversion.batch-size": 5})
+    images = fused(config).pool.images
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 20
+
+
+def test_fedmitr_is_repeatable() -> None:
+    config = settings(**{"distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5, "data.flip": True})
+    torch.manual_seed(1)
+    first = fused(config)
+    torch.manual_seed(2)
+    again, other = fused(config), fused(settings(seed=1))
+    for name, tensor in first.weights.items():
+        assert torch.equal(tensor, again.weights[name]), name
+    assert torch.equal(first.pool.images, again.pool.images)
+    assert not torch.equal(first.pool.images, other.pool.images)
+
+
+def test_the_uploads_are_left_alone() -> None:
+    config = settings()
+    uploads = [an_upload(config, client) for client in range(2)]
+    before = [{name: tensor.clone() for name, tensor in upload.weights.items()} for upload in uploads]
+    methods.load("fedmitr").fuse(Job(uploads, config, CPU, lambda **_: None))
+    for upload, weights in zip(uploads, before, strict=True):
+        assert all(torch.equal(upload.weights[name], tensor) for name, tensor in weights.items())
+
+
+@torch.no_grad()
+def test_one_upload_is_inverted_and_distilled_alone() -> None:
+    """K = 1: the ensemble is the client's model, the average too, and with soft labels only the student stays it."""
+    soft = {"distill.high": 0.0, "distill.optimizer": "sgd", "distill.lr": 0.1, "distill.teachers": "again"}
+    config = settings(**soft)
+    upload = an_upload(config, 0)
+    with torch.enable_grad():
+        made = methods.load("fedmitr").fuse(Job([upload], config, CPU, lambda **_: None))
+    for name, tensor in upload.weights.items():
+        torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-4)
+    images = some_images(config, 3)
+    alone = Ensemble.of([upload], config.model, config.ensemble)
+    torch.testing.assert_close(made.predict(images), alone(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("images", "classes"), [(20, 10), (23, 10), (7, 10), (1, 2)])
+def test_targets_are_balanced(images: int, classes: int) -> None:
+    config = settings(**{"distill.images-per-epoch": images, "model.num-classes": classes})
+    drawn = [balanced_targets(config, stream(seed)) for seed in range(40)]
+    for targets in drawn:
+        counts = torch.bincount(targets, minlength=classes)
+        assert counts.sum() == images
+        assert counts.max() - counts.min() <= 1
+    assert torch.cat(drawn).unique().tolist() == list(range(classes))  # the remainder falls on every class
+    assert images == 1 or any(targets.tolist() != sorted(targets.tolist()) for targets in drawn)
+
+
+def test_rebirths_need_fewer_targets() -> None:
+    config = settings(**{"inversion.mode": "pri", "inversion.rebirths": 4, "distill.images-per-epoch": 10})
+    assert len(balanced_targets(config, stream(0))) == 3
+
+
+def test_the_stopwatch_adds_up_and_stops_on_errors() -> None:
+    watch = Stopwatch()
+    with watch.stage("a"):
+        pass
+    once = watch.seconds["a"]
+    with watch.stage("a"):
+        sum(range(1000))
+    with pytest.raises(ZeroDivisionError), watch.stage("b"):
+        1 / 0  # noqa: B018
+    assert watch.seconds["a"] > once
+    assert watch.seconds["b"] > 0
