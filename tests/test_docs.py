@@ -65,7 +65,7 @@ def slug(heading: str) -> str:
 def test_every_config_key_exists(path: Path) -> None:
     known = Config().to_flat()
     sections = {key.partition(".")[0] for key in known if "." in key}
-    text = re.sub(r"https?://\S+", "", path.read_text(encoding="utf-8"))
+    text = re.sub(r"https?://\S+|```(?:python|console)\n.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for key in _KEY.findall(text):
         section, _, leaf = key.partition(".")
         if section in sections and leaf not in ("py", "md", "toml", "safetensors", "json", "png", "jsonl", "parquet"):
