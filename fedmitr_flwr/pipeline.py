@@ -49,9 +49,9 @@ class Outcome:
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
     methods.load(config.method)
+    initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
     folder = continued(config) if config.resume_from else RunFolder.create(config, name or _free_name(config))
     log.info("run folder: %s", folder.path)
-    initial = initial_weights(config.model, config.seed)
     for client in folder.missing(config.partition.clients):
         folder.save_upload(train_client(config, client, initial))
     serve(folder)
@@ -236,7 +236,7 @@ def _report(
         save_partition(parts.counts, classes, folder.partition_path)
         facts = {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
     elif all(upload.class_counts for upload in uploads):
-        facts = {"counts": [list(upload.class_counts or ()) for upload in uploads]}
+        facts = {"counts": _by_client(config, uploads, lambda upload: upload.class_counts)}
     if fused.pool is not None:
         pool = fused.pool
         pool.save(folder.pool_path)
