@@ -1,0 +1,451 @@
+"""The straight line from settings to result: every file, equal bytes for equal seeds, resume, fuse, evaluation."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tiny import settings
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.images import prepare
+from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.errors import ConfigError, ModelError, RunError
+from fedmitr_flwr.evaluation import Evaluation
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.upload import size
+from fedmitr_flwr.vit.build import initial_weights
+
+
+def a_config(folder: Path, **changes: object) -> Config:
+    """Three clients."""
+    return settings(**{"out-dir": str(folder), "partition.clients": 3} | changes)
+
+
+def a_run(folder: Path, name: str = "run", **changes: object) -> RunFolder:
+    return pipeline.run(a_config(folder, **changes), name)
+
+
+def without_upload(folder: Path, client: int = 1, **changes: object) -> RunFolder:
+    """A run that was interrupted before this client's upload."""
+    run = a_run(folder, method="fedavg", **changes)
+    run.upload_paths()[client].unlink()
+    for path in (run.result_path, run.model_path):
+        path.unlink(missing_ok=True)
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The clients that were trained."""
+    clients: list[int] = []
+    train = pipeline.train_client
+
+    def spy(config: Config, client: int, *rest: Any, **more: Any) -> Any:
+        clients.append(client)
+        return train(config, client, *rest, **more)
+
+    monkeypatch.setattr(pipeline, "train_client", spy)
+    return clients
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A whole run by fedmitr; read only."""
+    return a_run(tmp_path_factory.mktemp("done"), **{"upload.class-counts": True})
+
+
+@pytest.fixture
+def averaged(tmp_path: Path) -> RunFolder:
+    return a_run(tmp_path, method="fedavg")
+
+
+def test_every_file_is_there(done: RunFolder) -> None:
+    names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
+    assert names == {
+        "config.toml",
+        "images.png",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "partition.png",
+        "pool.safetensors",
+        "result.json",
+        *(f"uploads/client_{client:03}.safetensors" for client in range(3)),
+    }
+    assert Config.from_file(done.path / "config.toml") == done.config
+
+
+def test_the_result_says_what_was_measured(done: RunFolder) -> None:
+    result = done.read_result()
+    accuracy = result["accuracy"]
+    for value in (accuracy["student"], accuracy["fedavg"], accuracy["ensemble"], *accuracy["local"]):
+        assert 0 <= value <= 100
+    assert len(accuracy["local"]) == 3
+    assert set(accuracy["per_class"]) == set("0123456789")
+    assert result["clients"] == 3
+    assert torch.tensor(result["counts"]).sum() == 60
+    assert [sum(row) for row in result["counts"]] == [20, 20, 20]
+    assert [list(upload.class_counts) for upload in done.load_uploads()] == result["counts"]
+    assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in done.load_uploads()]
+    assert set(result["seconds"]) == {"inversion", "relabelling", "distillation", "evaluation"}
+    assert result["synthetic_images"] == 10
+    assert result["fingerprint"] == fingerprint()
+    assert result["config"] == done.config.to_flat()
+    assert len(result["partition_sha256"]) == 64
+    assert result["machine"]["device"] == "cpu"
+
+
+def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
+    """Evaluated here once more, by plain timm, from the files alone."""
+    test = load(done.config.data, done.config.model).test
+    uploads = done.load_uploads()
+
+    def scores(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        vit = timm.create_model(**json.loads(done.model_arguments_path.read_text())).eval()
+        vit.load_state_dict(weights)
+        with torch.no_grad():
+            return vit(prepare(test.pixels, 8))
+
+    def percent(answers: torch.Tensor) -> float:
+        return pytest.approx(100 * (answers.argmax(1) == test.labels).float().mean().item(), abs=0.01)
+
+    accuracy = done.read_result()["accuracy"]
+    assert accuracy["student"] == percent(scores(load_file(done.model_path)))
+    assert accuracy["fedavg"] == percent(scores(average(uploads)))
+    assert accuracy["local"] == [percent(scores(upload.weights)) for upload in uploads]
+    assert accuracy["ensemble"] == percent(sum(scores(upload.weights) for upload in uploads) / 3)  # of equal size
+    right = scores(load_file(done.model_path)).argmax(1) == test.labels
+    for digit, recall in accuracy["per_class"].items():
+        mine = right[test.labels == int(digit)]
+        assert recall is None if not len(mine) else recall == pytest.approx(100 * mine.float().mean().item(), abs=0.01)
+
+
+def test_the_pool_and_the_metrics(done: RunFolder) -> None:
+    tensors, _ = load_tensors(done.pool_path)
+    assert tensors["images"].shape == (10, 1, 8, 8)
+    assert sorted(tensors["targets"].tolist()) == list(range(10))
+    assert tensors["alive"].sum(1).tolist() == [7] * 10
+    lines = [json.loads(line) for line in done.metrics_path.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["inversion", "distillation"]
+
+
+def test_uploads_are_what_train_client_gives(done: RunFolder) -> None:
+    initial = initial_weights(done.config.model, done.config.seed)
+    for upload in done.load_uploads():
+        again = pipeline.train_client(done.config, upload.client, initial)
+        assert all(torch.equal(again.weights[name], tensor) for name, tensor in upload.weights.items())
+        assert (again.num_examples, again.train_loss) == (upload.num_examples, upload.train_loss)
+        assert again.class_counts == upload.class_counts
+        assert again.fingerprint == fingerprint()
+    assert any(not torch.equal(again.weights[name], initial[name]) for name in initial)
+
+
+def test_class_counts_are_sent_by_choice_only(averaged: RunFolder) -> None:
+    assert [upload.class_counts for upload in averaged.load_uploads()] == [None] * 3
+
+
+def test_half_precision_uploads_weigh_half(tmp_path: Path, averaged: RunFolder) -> None:
+    half = a_run(tmp_path, "half", method="fedavg", **{"upload.dtype": "float16"})
+    whole = averaged.read_result()["bytes_up"]
+    assert half.read_result()["bytes_up"] == [number // 2 for number in whole]
+    assert half.read_result()["bytes_down"] == whole
+    for ours, theirs in zip(half.load_uploads(), averaged.load_uploads(), strict=True):
+        for name, tensor in theirs.weights.items():
+            assert torch.equal(ours.weights[name], tensor.half().float())
+
+
+@pytest.mark.parametrize("inversion", ["sparse", "pri"])
+def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path, inversion: str) -> None:
+    changes = {"inversion.mode": inversion, "distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5}
+    torch.manual_seed(1)
+    first = a_run(tmp_path, "first", **changes)
+    torch.manual_seed(2)
+    again, other = a_run(tmp_path, "again", **changes), a_run(tmp_path, "other", seed=1, **changes)
+    for name in ("model.safetensors", "pool.safetensors", *(f"uploads/client_00{k}.safetensors" for k in range(3))):
+        bytes_of = [(run.path / name).read_bytes() for run in (first, again, other)]
+        assert bytes_of[0] == bytes_of[1], name
+        assert bytes_of[0] != bytes_of[2], name
+    hashes = [run.read_result()["partition_sha256"] for run in (first, again, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    results = [run.read_result()["accuracy"] for run in (first, again)]
+    assert results[0] == results[1]
+
+
+def test_a_clients_randomness_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    """The draws of a client are its own: trained first, last or alone, it gives the same bits."""
+    config = a_config(tmp_path)
+    initial = initial_weights(config.model, 0)
+    alone = pipeline.train_client(config, 2, initial)
+    pipeline.train_client(config, 0, initial)
+    last = pipeline.train_client(config, 2, initial)
+    assert all(torch.equal(alone.weights[name], last.weights[name]) for name in initial)
+    second_round = pipeline.train_client(config, 2, initial, server_round=2)
+    held = pipeline.train_client(config, 2, initial, prox_mu=1.0)
+    for other in (second_round, held):
+        assert any(not torch.equal(alone.weights[name], other.weights[name]) for name in initial)
+
+
+def test_training_leaves_the_start_and_the_thread_count_alone(tmp_path: Path) -> None:
+    config = a_config(tmp_path, **{"local.threads": 2})
+    initial = initial_weights(config.model, 0)
+    before = {name: tensor.clone() for name, tensor in initial.items()}
+    pipeline.train_client(config, 0, initial)
+    assert all(torch.equal(initial[name], before[name]) for name in before)
+    assert torch.get_num_threads() == 1
+
+
+def test_fuse_uses_the_uploads_of_a_run(done: RunFolder, trained: list[int]) -> None:
+    folder = pipeline.fuse(done, "fedavg", {"evaluate.batch-size": 7})
+    assert folder.path == done.path / "fused" / "fedavg-1"
+    assert folder.config == Config.from_flat({"method": "fedavg", "evaluate.batch-size": 7}, base=done.config)
+    wanted = average(done.load_uploads())
+    made = load_file(folder.model_path)
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+    result = folder.read_result()
+    assert result["accuracy"]["student"] == done.read_result()["accuracy"]["fedavg"]
+    assert result["method"] == "fedavg"
+    assert trained == []
+    assert not (folder.path / "uploads").exists()
+    assert pipeline.fuse(folder, "ensemble", {}).path == done.path / "fused" / "ensemble-1"
+
+
+def test_fusing_as_the_run_did_gives_its_bytes(done: RunFolder) -> None:
+    folder = pipeline.fuse(done, "fedmitr", {})
+    for name in ("model.safetensors", "pool.safetensors"):
+        assert (folder.path / name).read_bytes() == (done.path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("model.width", 32),
+        ("partition.clients", 4),
+        ("partition.scheme", "dirichlet"),
+        ("local.epochs", 2),
+        ("data.train-limit", 50),
+        ("upload.dtype", "float16"),
+        ("evaluate.where", "clients"),
+    ],
+)
+def test_fuse_refuses_settings_that_would_change_the_uploads(done: RunFolder, key: str, value: object) -> None:
+    before = done.config.to_flat()[key]
+    with pytest.raises(RunError) as refused:
+        pipeline.fuse(done, "fedavg", {key: value})
+    assert str(refused.value) == (
+        f"{key} = {value!r}, but the uploads were made with {before!r}; to change it, make a new run"
+    )
+    with pytest.raises(RunError):
+        pipeline.require_same_uploads(done.config, Config.from_flat({key: value}, base=done.config), "fix")
+
+
+def test_fuse_takes_other_settings_of_the_server_phase(done: RunFolder) -> None:
+    changes = {"inversion.mode": "dense", "relabel.mode": "none", "ensemble.combine": "logp", "distill.epochs": 2}
+    result = pipeline.fuse(done, "fedmitr", changes).read_result()
+    assert result["synthetic_images"] == 20
+    assert changes.items() <= result["config"].items()
+
+
+def test_fuse_of_an_unknown_method_makes_no_folder(done: RunFolder) -> None:
+    before = sorted(done.path.rglob("*"))
+    with pytest.raises(ConfigError, match="'fedsgd' is not one of"):
+        pipeline.fuse(done, "fedsgd", {})
+    with pytest.raises(ConfigError, match=r"distill\.lrr"):
+        pipeline.fuse(done, "fedavg", {"distill.lrr": 1})
+    assert sorted(done.path.rglob("*")) == before
+
+
+def test_fuse_needs_the_uploads(tmp_path: Path) -> None:
+    run = without_upload(tmp_path)
+    with pytest.raises(RunError, match="missing: client 1"):
+        pipeline.fuse(run, "fedavg", {})
+    assert not (run.path / "fused").exists()
+
+
+def test_an_unknown_method_makes_no_folder(tmp_path: Path, trained: list[int]) -> None:
+    with pytest.raises(ConfigError, match="'fedsgd' is not one of"):
+        a_run(tmp_path, method="fedsgd")
+    assert list(tmp_path.iterdir()) == []
+    assert trained == []
+
+
+def test_resume_asks_only_the_missing_client(tmp_path: Path, trained: list[int]) -> None:
+    whole = a_run(tmp_path, "whole", method="fedavg")
+    run = without_upload(tmp_path)
+    trained.clear()
+    resumed = pipeline.run(a_config(tmp_path, method="fedavg", **{"resume-from": str(run.path)}))
+    assert resumed.path == run.path
+    assert trained == [1]
+    for name in ("model.safetensors", *(f"uploads/client_00{k}.safetensors" for k in range(3))):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    assert resumed.read_result()["accuracy"] == whole.read_result()["accuracy"]
+
+
+def test_resume_of_a_run_that_has_ended_is_refused(averaged: RunFolder, trained: list[int]) -> None:
+    with pytest.raises(RunError, match=r"resume-from = .* has ended \(result\.json\); use `fedmitr fuse`"):
+        pipeline.run(Config.from_flat({"resume-from": str(averaged.path)}, base=averaged.config))
+    assert trained == []
+
+
+def test_resume_with_other_uploads_is_refused_and_with_another_method_is_fine(
+    tmp_path: Path, trained: list[int]
+) -> None:
+    run = without_upload(tmp_path)
+    trained.clear()
+    back = {"resume-from": str(run.path)}
+    with pytest.raises(RunError, match=r"local\.lr = 0\.5, but the uploads were made with 0\.001; resume with the"):
+        pipeline.run(a_config(tmp_path, **back, **{"local.lr": 0.5}))
+    assert trained == []
+    resumed = pipeline.run(a_config(tmp_path, method="ensemble", **back))
+    assert trained == [1]
+    assert resumed.read_result()["method"] == "ensemble"
+    assert RunFolder.open(run.path).config == resumed.config
+
+
+def test_a_run_whose_clients_have_not_evaluated_goes_on(tmp_path: Path, trained: list[int]) -> None:
+    run = a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients"})
+    wanted = run.read_result()["accuracy"]["student"]
+    pipeline.serve(run)  # the state between the server's phase and the clients' evaluation
+    assert run.read_result()["accuracy"]["student"] is None
+    trained.clear()
+    resumed = pipeline.run(Config.from_flat({"resume-from": str(run.path)}, base=run.config))
+    assert trained == []
+    assert resumed.read_result()["accuracy"]["student"] == wanted
+
+
+def test_resume_from_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run folder"):
+        pipeline.run(a_config(tmp_path, **{"resume-from": str(tmp_path / "none")}))
+
+
+def test_with_a_quorum_a_gap_stays_a_gap(tmp_path: Path) -> None:
+    run = without_upload(tmp_path, client=1, **{"flower.quorum": 0.6})
+    outcome = pipeline.serve(run)
+    result = run.read_result()
+    assert result["accuracy"]["local"][1] is None
+    assert [value is None for value in result["accuracy"]["local"]] == [False, True, False]
+    assert [value is None for value in result["bytes_up"]] == [False, True, False]
+    assert [value is None for value in result["bytes_down"]] == [False, True, False]
+    uploads = run.load_uploads()
+    assert [upload.client for upload in uploads] == [0, 2]
+    assert all(torch.equal(outcome.weights[name], tensor) for name, tensor in average(uploads).items())
+
+
+def test_a_gap_in_the_counts_that_clients_sent_stays_a_gap(tmp_path: Path) -> None:
+    where = {"evaluate.where": "clients", "upload.class-counts": True, "flower.quorum": 0.6}
+    run = without_upload(tmp_path, client=1, **where)
+    pipeline.serve(run)
+    counts = run.read_result()["counts"]
+    assert counts[1] is None
+    assert [list(upload.class_counts) for upload in run.load_uploads()] == [counts[0], counts[2]]
+
+
+def test_below_the_quorum_nothing_is_fused(tmp_path: Path) -> None:
+    run = without_upload(tmp_path, **{"flower.quorum": 0.7})
+    with pytest.raises(RunError, match=r"2 of 3 uploads .* 3 are needed; missing: client 1"):
+        pipeline.serve(run)
+    assert not run.finished
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ensemble"])
+def test_one_upload_is_average_ensemble_and_local_at_once(tmp_path: Path, method: str) -> None:
+    run = without_upload(tmp_path, client=1, **{"flower.quorum": 0.3})
+    run.upload_paths()[2].unlink()
+    run.config = Config.from_flat({"method": method}, base=run.config)
+    accuracy = pipeline.serve(run).result["accuracy"]
+    assert accuracy["local"][1:] == [None, None]
+    assert accuracy["student"] == accuracy["fedavg"] == accuracy["ensemble"] == accuracy["local"][0]
+
+
+def test_a_method_without_one_model_writes_none(tmp_path: Path) -> None:
+    run = a_run(tmp_path, method="ensemble")
+    assert not run.model_path.exists()
+    assert not run.pool_path.exists()
+    assert run.read_result()["accuracy"]["student"] == run.read_result()["accuracy"]["ensemble"]
+
+
+def test_evaluation_on_the_clients(tmp_path: Path) -> None:
+    """No test images of the server: the mean over the clients' held-out parts, weighted by their numbers."""
+    where = {"evaluate.where": "clients", "evaluate.holdout": 0.3, "upload.class-counts": True}
+    config = a_config(tmp_path, method="fedavg", **where)
+    run = pipeline.run(config, "run")
+    result = run.read_result()
+    weights = load_file(run.model_path)
+    evaluations = [pipeline.evaluate_client(config, client, weights) for client in range(3)]
+    assert [each.num_examples for each in evaluations] == [6, 6, 6]
+    assert [upload.num_examples for upload in run.load_uploads()] == [14, 14, 14]
+    wanted = sum(each.accuracy * each.num_examples for each in evaluations) / 18
+    assert result["accuracy"]["student"] == pytest.approx(wanted, abs=0.01)
+    assert result["evaluated_on"] == {"where": "clients", "images": 18}
+    assert result["accuracy"]["fedavg"] is None
+    assert result["accuracy"]["local"] == []
+    assert result["partition_sha256"] is None  # the server does not know who holds what
+    assert [sum(row) for row in result["counts"]] == [14, 14, 14]
+    assert not run.partition_path.exists()
+
+
+def test_the_clients_are_weighted_by_their_images(averaged: RunFolder) -> None:
+    evaluations = [Evaluation(90.0, 0.1, (), 1), Evaluation(50.0, 0.1, (), 3)]
+    pipeline.conclude_on_clients(averaged, evaluations)
+    assert averaged.read_result()["accuracy"]["student"] == 60.0
+
+
+def test_the_server_does_not_read_data_when_the_clients_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = without_upload(tmp_path, **{"evaluate.where": "clients", "flower.quorum": 0.5})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the server read data")
+
+    monkeypatch.setattr(pipeline, "load", refuse)
+    monkeypatch.setattr(pipeline, "_parts_of", refuse)
+    assert pipeline.serve(run).result["accuracy"]["student"] is None
+
+
+def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"train": [], "held": []}
+    train, evaluate = pipeline.train_local, pipeline.evaluate
+
+    def spy_train(vit: Any, images: Any, *rest: Any) -> float:
+        seen["train"].append(images.pixels)
+        return train(vit, images, *rest)
+
+    def spy_evaluate(predict: Any, images: Any, *rest: Any) -> Any:
+        seen["held"].append(images.pixels)
+        return evaluate(predict, images, *rest)
+
+    monkeypatch.setattr(pipeline, "train_local", spy_train)
+    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
+    a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients", "evaluate.holdout": 0.5})
+    own, held = ({tuple(pixels.flatten().tolist()) for pixels in torch.cat(seen[k])} for k in ("train", "held"))
+    assert len(own) + len(held) == 60
+    assert not own & held
+
+
+def test_an_ensemble_has_no_model_to_send_to_the_clients(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"'ensemble' makes no single model to evaluate; use evaluate\.where = 'server'"):
+        a_run(tmp_path, method="ensemble", **{"evaluate.where": "clients"})
+
+
+def test_a_misfit_is_refused_before_any_training(tmp_path: Path, trained: list[int]) -> None:
+    with pytest.raises(ModelError, match="'vit_nothing'"):
+        a_run(tmp_path, **{"model.name": "vit_nothing"})
+    assert trained == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_free_by_default(tmp_path: Path) -> None:
+    run = pipeline.run(a_config(tmp_path, method="fedavg"))
+    assert run.path.parent == tmp_path
+    assert run.path.name.startswith("fedavg-")
+    assert math.isfinite(run.read_result()["accuracy"]["student"])
