@@ -125,7 +125,8 @@ def test_halting_steps(steps: int, stops: str, wanted: list[int]) -> None:
 @pytest.mark.parametrize(
     ("drop", "patches", "wanted"),
     [
-        (0.3, 10, [10, 7, 4]),  # 0.7 · 10 is 6.999...; 4.9
+        (0.3, 10, [10, 7, 4]),  # 4.9 is 4
+        (0.8, 10, [10, 2, 1]),  # 10 · (1 - 0.8) is 1.999... in floating point
         (0.0, 10, [10, 10, 10]),
         (0.99, 10, [10, 1, 1]),  # never none
         (0.5, 16, [16, 8, 4]),

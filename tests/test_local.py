@@ -38,7 +38,7 @@ def flat(weights: Weights) -> Tensor:
 def test_label_loss_by_hand() -> None:
     """Softmax gives (3/4, 1/4) for [CLS]; (1/2, 1/2) and (1/5, 4/5) for two patches; the label is 0.
 
-    CE = ln 4/3; patches (ln 2 + ln 5) / 2; with smoothing 0.2: -(0.9 ln 3/4 + 0.1 ln 1/4).
+    CE = ln 4/3; patches (ln 2 + ln 5) / 2; with smoothing 0.2: -(0.9 ln 3/4 + 0.1 ln 1/4), and so on.
     """
     logits = TokenLogits(
         torch.tensor([[math.log(3), 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, math.log(4)]]])
@@ -49,6 +49,8 @@ def test_label_loss_by_hand() -> None:
     assert label_loss(logits, labels, 0.0, 0.5).item() == pytest.approx(whole)
     smooth = -(0.9 * math.log(3 / 4) + 0.1 * math.log(1 / 4))
     assert label_loss(logits, labels, 0.2, 0.0).item() == pytest.approx(smooth)
+    smooth_tokens = (math.log(2) - (0.9 * math.log(1 / 5) + 0.1 * math.log(4 / 5))) / 2
+    assert label_loss(logits, labels, 0.2, 0.5).item() == pytest.approx(smooth + 0.5 * smooth_tokens)
 
 
 def test_label_loss_is_the_mean_over_images() -> None:

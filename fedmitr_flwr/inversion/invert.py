@@ -12,7 +12,7 @@ from ..vit.tokens import take
 from .result import Inverted
 from .trajectory import OnStep, Trajectory
 
-KEEP_EPSILON = 1e-9  # 0.7 · 10 must keep 7 patches, not 6.999... -> 6
+KEEP_EPSILON = 1e-9  # (1 - 0.8) · 10 must keep 2 patches, not 1.999... -> 1
 
 
 def invert(
