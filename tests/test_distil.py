@@ -13,7 +13,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation import distil as module
 from fedmitr_flwr.distillation.distil import count_batches, distil, start_student
 from fedmitr_flwr.distillation.losses import Labels, Parts
-from fedmitr_flwr.distillation.pool import Pool
+from fedmitr_flwr.distillation.pool import Pool, join
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.errors import ModelError
 from fedmitr_flwr.inversion.invert import invert
@@ -34,9 +34,9 @@ def alone(config: Config, seed: int = 0) -> Ensemble:
     return Ensemble.of([an_upload(config, 0, seed=seed)], config.model, config.ensemble)
 
 
-def inverted_pool(config: Config, ensemble: Ensemble, count: int = 10) -> Pool:
-    targets = torch.arange(count) % config.model.num_classes
-    images = invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(1))
+def inverted_pool(config: Config, ensemble: Ensemble, count: int = 10, first: int = 0) -> Pool:
+    targets = torch.arange(first, first + count) % config.model.num_classes
+    images = invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(first))
     return Pool.of(images, relabel(ensemble, images, config.relabel))
 
 
@@ -261,24 +261,29 @@ def test_teachers_asked_again_see_what_the_student_sees(batches: list[Batch]) ->
             torch.testing.assert_close(each.token_scores, wanted.patches)
 
 
-def test_cached_answers_are_of_the_image_as_it_was_made(batches: list[Batch]) -> None:
-    """Neither rolled nor flipped nor thinned, whatever the settings, since the answers would no longer fit."""
-    config = settings(**{"distill.teachers": "cached", "distill.keep": 0.3, "data.flip": True, "inversion.roll": 2})
+@pytest.mark.parametrize(("inversion", "mode"), [("sparse", "tokens"), ("sparse", "drop"), ("pri", "drop")])
+def test_cached_answers_are_of_the_image_as_it_was_made(batches: list[Batch], inversion: str, mode: str) -> None:
+    """Neither rolled nor flipped nor thinned, whatever the settings, since the answers would no longer fit.
+
+    Each image has its own answers, class and density, also in a pool of two in which some images are not looked at.
+    """
+    changes = {"inversion.mode": inversion, "relabel.mode": mode, "inversion.roll": 2, "data.flip": True}
+    config = settings(**changes, **{"distill.teachers": "cached", "distill.keep": 0.3})
     ensemble = alone(config)
-    pool = inverted_pool(config, ensemble)
+    pool = join([inverted_pool(config, ensemble, 5), inverted_pool(config, ensemble, 5, first=3)])
     trained(config, ensemble, pool)
     (view,) = pool.views
-    whole = take(patchify(pool.images, 2), view.given)
+    whole = take(patchify(pool.images, 2)[view.rows], view.given)
     for batch in batches:
         for row in range(len(batch.patches)):
-            (image,) = [i for i in range(10) if torch.equal(whole[i], batch.patches[row])]
-            assert torch.equal(batch.positions[row], view.given[image])
-            asked = batch.labels[0]
-            assert torch.equal(asked.scores[row], view.scores[image])
-            assert torch.equal(asked.token_scores[row], view.token_scores[image])
-            assert asked.targets[row] == pool.targets[image]
-            assert torch.equal(asked.high[row], view.high[image].float())
-            assert torch.equal(asked.low[row], 1 - view.high[image].float())
+            (look,) = [i for i in range(len(view)) if torch.equal(whole[i], batch.patches[row])]
+            assert torch.equal(batch.positions[row], view.given[look])
+            (asked,) = batch.labels
+            assert torch.equal(asked.scores[row], view.scores[look])
+            assert torch.equal(asked.token_scores[row], view.token_scores[look])
+            assert asked.targets[row] == pool.targets[view.rows[look]]
+            assert torch.equal(asked.high[row], view.high[look].float())
+            assert torch.equal(asked.low[row], 1 - view.high[look].float())
 
 
 def test_a_mixtures_labels_belong_to_its_tokens(batches: list[Batch]) -> None:

@@ -67,7 +67,7 @@ class Halt(NamedTuple):
     importance: Tensor  # (B, K) before
     before: Tensor  # (B, K) positions
     after: Tensor  # (B, J)
-    canvas: Tensor  # (B, N, E) when it was decided
+    patches: Tensor  # (B, K, E) of the alive patches when it was decided
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def halts(monkeypatch: pytest.MonkeyPatch) -> list[Halt]:
     keep = Trajectory.keep
 
     def spy(run: Trajectory, ids: Tensor) -> None:
-        importance, before = run.importance(), run.positions_BK.clone()
+        importance, before, patches = run.importance(), run.positions_BK.clone(), run.alive_BKE.detach().clone()
         keep(run, ids)
-        seen.append(Halt(importance, before, run.positions_BK.clone(), run.canvas_BNE.clone()))
+        seen.append(Halt(importance, before, run.positions_BK.clone(), patches))
 
     monkeypatch.setattr(Trajectory, "keep", spy)
     return seen
@@ -174,11 +174,12 @@ def test_halted_pixels_never_move_again(halts: list[Halt]) -> None:
     patches = patchify(result.images, 2)
     for halt in halts:
         for image in range(3):
-            gone = sorted(set(halt.before[image].tolist()) - set(halt.after[image].tolist()))
+            then = dict(zip(halt.before[image].tolist(), halt.patches[image], strict=True))  # by position
+            gone = set(then) - set(halt.after[image].tolist())
             assert gone
-            assert torch.equal(patches[image, gone], halt.canvas[image, gone])
-            stays = positions_of(result.alive)[image]
-            assert (patches[image, stays] != halt.canvas[image, stays]).any(1).all()
+            assert all(torch.equal(patches[image, position], then[position]) for position in gone)
+            stays = positions_of(result.alive)[image].tolist()
+            assert all((patches[image, position] != then[position]).any() for position in stays)
 
 
 def test_adam_remembers_the_kept_pixels() -> None:
@@ -366,9 +367,9 @@ def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(halts: li
     for rebirth, halt in enumerate(halts):
         for image in range(3):
             row = 3 * rebirth + image
-            best = halt.before[image][halt.importance[image].argsort(descending=True)[:5]]
-            assert result.given[row].tolist() == best.tolist()
-            assert torch.equal(patches[row, best], halt.canvas[image, best])
+            best = halt.importance[image].argsort(descending=True)[:5]
+            assert result.given[row].tolist() == halt.before[image][best].tolist()
+            assert torch.equal(patches[row, halt.before[image][best]], halt.patches[image, best])
 
 
 def test_a_finished_rebirth_looks_as_it_was_optimised() -> None:
@@ -394,6 +395,41 @@ def test_sparse_costs_what_its_schedule_says_and_less_than_dense() -> None:
     assert dense == [3 * 17] * 9
     assert sparse == [3 * 17] * 3 + [3 * 12] * 3 + [3 * 8] * 4
     assert sum(sparse) < 0.8 * sum(dense)
+
+
+def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, ...]] = set()
+    scores = Ensemble.scores
+
+    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> object:
+        seen.update(tuple(row[:4].tolist()) for row in positions)
+        return scores(ensemble, patches, positions)
+
+    monkeypatch.setattr(Ensemble, "scores", spy)
+    inverted(still(mode="dense"))
+    assert seen == {(0, 1, 2, 3)}
+    inverted(still(mode="dense"), flip=True)
+    assert seen == {(0, 1, 2, 3), (3, 2, 1, 0)}
+
+
+def test_the_start_is_noise_within_the_limits() -> None:
+    """After one step the best image is the one before it: normal noise, cut at what a camera can give."""
+    result = inverted(still(mode="dense", steps=1, stops=""))
+    noise = torch.randn(3, 1, 8, 8, generator=stream(0))
+    assert noise.abs().max() > 1
+    assert torch.equal(result.images, noise.clamp(-1, 1))
+
+
+def test_an_images_gradient_does_not_depend_on_its_batch() -> None:
+    config = still()
+    ensemble, noise = an_ensemble(config), some_images(config, 3)
+    gradients = []
+    for rows in (slice(0, 3), slice(1, 2)):
+        limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
+        run = Trajectory(ensemble, noise[rows], TARGETS[rows], config.inversion, limits, False, stream(0))
+        run.step()
+        gradients.append(run.alive_BKE.grad)
+    torch.testing.assert_close(gradients[0][1], gradients[1][0])
 
 
 def test_roll_and_flip_reach_the_teachers_and_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
