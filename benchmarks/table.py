@@ -144,7 +144,8 @@ def provenance(content: Mapping[str, Any], command: str) -> list[str]:
     machine, versions = content["machine"], content["versions"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     known = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    return [f"Command: {command}", "", f"Machine: {device}. {known}. Code {content['fingerprint']}."]
+    note = f" {content['note']}" if "note" in content else ""
+    return [f"Command: {command}", "", f"Machine: {device}. {known}. Code {content['fingerprint']}.{note}"]
 
 
 def block(results: Path) -> str:
