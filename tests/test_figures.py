@@ -1,5 +1,7 @@
 """The two pictures: what is faded, what is drawn, and that nothing overlaps or falls off."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -139,7 +141,14 @@ def test_equal_contents_make_equal_files(tmp_path: Path) -> None:
 
 
 def test_pyplot_is_never_used(tmp_path: Path) -> None:
-    import sys
-
-    save_partition(torch.zeros(2, 2, dtype=torch.int64), ["a", "b"], tmp_path / "p.png")
-    assert "matplotlib.pyplot" not in sys.modules
+    """In a process of its own, since other tests load libraries that do."""
+    code = f"""
+import sys, torch
+import subprocess
+import sys
+from pathlib import Path
+from fedmitr_flwr.report.figures import save_partition
+save_partition(torch.zeros(2, 2, dtype=torch.int64), ["a", "b"], Path({str(tmp_path / "p.png")!r}))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -199,4 +199,4 @@ def test_an_interrupted_run_leaves_nothing_behind(start: Start) -> None:
     run.wait_for(run.folder)
     assert len(run.processes("ray::")) > 2
     run.process.send_signal(signal.SIGINT)
-    assert run.end(60) == 130
+    assert run.end(180) == 130
