@@ -45,7 +45,8 @@ PATHS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, _interrupt)
     try:
         options = _parse(argv)
         config = settings(options)

@@ -59,8 +59,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A whole run by fedmitr; read only."""
-    return a_run(tmp_path_factory.mktemp("done"), **{"upload.class-counts": True})
+    """A whole run by fedmitr, in which all models are of different quality; read only."""
+    changes = {"local.epochs": 12, "local.lr": 1e-2, "partition.scheme": "classes-per-client"}
+    changes |= {"partition.classes-per-client": 5, "upload.class-counts": True, "distill.lr": 1e-2}
+    return a_run(tmp_path_factory.mktemp("done"), **changes)
 
 
 @pytest.fixture
@@ -93,7 +95,6 @@ def test_the_result_says_what_was_measured(done: RunFolder) -> None:
     assert set(accuracy["per_class"]) == set("0123456789")
     assert result["clients"] == 3
     assert torch.tensor(result["counts"]).sum() == 60
-    assert [sum(row) for row in result["counts"]] == [20, 20, 20]
     assert [list(upload.class_counts) for upload in done.load_uploads()] == result["counts"]
     assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in done.load_uploads()]
     assert set(result["seconds"]) == {"inversion", "relabelling", "distillation", "evaluation"}
@@ -122,7 +123,9 @@ def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
     assert accuracy["student"] == percent(scores(load_file(done.model_path)))
     assert accuracy["fedavg"] == percent(scores(average(uploads)))
     assert accuracy["local"] == [percent(scores(upload.weights)) for upload in uploads]
-    assert accuracy["ensemble"] == percent(sum(scores(upload.weights) for upload in uploads) / 3)  # of equal size
+    together = sum(scores(upload.weights) * upload.num_examples / 60 for upload in uploads)
+    assert accuracy["ensemble"] == percent(together)
+    assert len({accuracy["student"], accuracy["fedavg"], accuracy["ensemble"], *accuracy["local"]}) >= 5
     right = scores(load_file(done.model_path)).argmax(1) == test.labels
     for digit, recall in accuracy["per_class"].items():
         mine = right[test.labels == int(digit)]
@@ -192,6 +195,53 @@ def test_a_clients_randomness_does_not_depend_on_the_others(tmp_path: Path) -> N
     held = pipeline.train_client(config, 2, initial, prox_mu=1.0)
     for other in (second_round, held):
         assert any(not torch.equal(alone.weights[name], other.weights[name]) for name in initial)
+
+
+class Trained:
+    """What train_local was given."""
+
+    def __init__(self, vit: Any, rng: torch.Generator) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+        self.seed, self.threads = rng.initial_seed(), torch.get_num_threads()
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Trained]:
+    calls: list[Trained] = []
+
+    def spy(vit: Any, images: Any, config: Config, rng: torch.Generator, *rest: Any) -> float:
+        calls.append(Trained(vit, rng))
+        return 0.5
+
+    monkeypatch.setattr(pipeline, "train_local", spy)
+    return calls
+
+
+def test_clients_start_from_the_weights_given(tmp_path: Path, given: list[Trained]) -> None:
+    config = a_config(tmp_path)
+    start = initial_weights(config.model, 77)
+    upload = pipeline.train_client(config, 0, start)
+    assert all(torch.equal(given[0].weights[name], tensor) for name, tensor in start.items())
+    assert all(torch.equal(upload.weights[name], tensor) for name, tensor in start.items())
+
+
+def test_every_client_and_round_has_its_own_stream(tmp_path: Path, given: list[Trained]) -> None:
+    config = a_config(tmp_path)
+    start = initial_weights(config.model, 0)
+    for client in range(3):
+        for server_round in (1, 2):
+            pipeline.train_client(config, client, start, server_round=server_round)
+    pipeline.train_client(a_config(tmp_path, seed=1), 0, start)
+    assert len({call.seed for call in given}) == 7
+    pipeline.train_client(config.with_clients(2), 1, start)  # the draws do not depend on how many others there are
+    assert given[-1].seed == given[2].seed
+
+
+def test_clients_train_on_their_own_number_of_threads(tmp_path: Path, given: list[Trained]) -> None:
+    for count in (2, 1):
+        config = a_config(tmp_path, **{"local.threads": count})
+        pipeline.train_client(config, 0, initial_weights(config.model, 0))
+    assert [call.threads for call in given] == [2, 1]
 
 
 def test_training_leaves_the_start_and_the_thread_count_alone(tmp_path: Path) -> None:
@@ -410,6 +460,22 @@ def test_the_server_does_not_read_data_when_the_clients_evaluate(
     monkeypatch.setattr(pipeline, "load", refuse)
     monkeypatch.setattr(pipeline, "_parts_of", refuse)
     assert pipeline.serve(run).result["accuracy"]["student"] is None
+
+
+@pytest.mark.parametrize(("where", "asked"), [("clients", {False}), ("server", {False, True})])
+def test_without_an_evaluation_on_the_server_nobody_opens_the_test_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, asked: set[bool]
+) -> None:
+    seen: set[bool] = set()
+
+    def spy(data: Any, model: Any, *, with_test: bool = True) -> Any:
+        seen.add(with_test)
+        return load(data, model, with_test=with_test)
+
+    monkeypatch.setattr(pipeline, "load", spy)
+    pipeline._parts_of.cache_clear()
+    a_run(tmp_path, method="fedavg", **{"evaluate.where": where})
+    assert seen == asked
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
