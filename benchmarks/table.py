@@ -85,7 +85,7 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
     return [
         f"### {title(config)}",
         "",
-        f"Seeds {', '.join(map(str, sorted(seeds)))}. Test accuracy in percent, last epoch; mean ± sample standard "
+        f"Seeds {', '.join(map(str, sorted(seeds)))}. {measure(config)} in percent, last epoch; mean ± sample standard "
         "deviation (n). All lines are of the same uploads.",
         "",
         *table(REFERENCES, [[spread(map(line, seeds.values())) for line in references]]),
@@ -123,7 +123,7 @@ def single(name: str, content: Mapping[str, Any]) -> list[str]:
     return [
         f"### {title(config)}",
         "",
-        f"One run, seed {content['seed']}, method `{content['method']}`. Test accuracy in percent, last epoch.",
+        f"One run, seed {content['seed']}, method `{content['method']}`. {measure(config)} in percent, last epoch.",
         "",
         *table([*REFERENCES, *STUDENT], [body]),
         "",
@@ -138,6 +138,10 @@ def title(config: Mapping[str, Any]) -> str:
     skew = limits.get(scheme, f"{config['partition.classes-per-client']} classes per client")
     model = f"{config['model.name']} ViT" if config["model.name"] == "small" else config["model.name"]
     return f"{data}, {skew}, {config['partition.clients']} clients, {model}, {config['model.img-size']} px"
+
+
+def measure(config: Mapping[str, Any]) -> str:
+    return "Validation accuracy" if config.get("data.validation") else "Test accuracy"
 
 
 def provenance(content: Mapping[str, Any], command: str) -> list[str]:

@@ -71,6 +71,11 @@ class Config(Section):
             raise ConfigError(
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
             )
+        if self.data.validation and self.evaluate.where == "clients":
+            raise ConfigError(
+                f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
+                "images out at the clients; set data.validation = 0, or evaluate.where = 'server'"
+            )
         if self.partition.scheme == "classes-per-client":
             check(
                 "partition.classes-per-client",

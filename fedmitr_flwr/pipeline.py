@@ -234,7 +234,11 @@ def _report(
         classes = data.classes
         log.info("images by client and class:\n%s", table(parts.counts, classes))
         save_partition(parts.counts, classes, folder.partition_path)
-        facts = {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+        facts = {
+            "evaluated_on": report.on_server(config.data, len(data.test)),
+            "counts": parts.counts.tolist(),
+            "partition_sha256": parts.sha256,
+        }
     elif all(upload.class_counts for upload in uploads):
         facts = {"counts": _by_client(config, uploads, lambda upload: upload.class_counts)}
     if fused.pool is not None:

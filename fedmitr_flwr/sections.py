@@ -47,11 +47,13 @@ class DataConfig(Section):
     label_column: str = ""  # "" finds it
     train_limit: int = 0  # this many training images, drawn once for all seeds; 0: all
     test_limit: int = 0
+    validation: float = 0.0  # choose settings on this share of the training images instead of on the test images
     flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
 
     def __post_init__(self) -> None:
         self._one_of("source", "digits", "parquet", "imagefolder", "hub")
         self._at_least(0, "train_limit", "test_limit")
+        self._within(0, 0.9, "validation")
         if self.source != "digits" and not self.path:
             what = "a data set's name" if self.source == "hub" else "a folder"
             raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")

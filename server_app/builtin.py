@@ -141,10 +141,11 @@ class _Session:
 
     def _scores(self, flower_result: Result) -> dict[str, Any]:
         if self.last is not None:
-            classes = load(self.config.data, self.config.model).classes
+            data = load(self.config.data, self.config.model)
             return {
                 "student": self.last.accuracy,
-                "per_class": dict(zip(classes, self.last.per_class, strict=True)),
+                "per_class": dict(zip(data.classes, self.last.per_class, strict=True)),
+                "evaluated_on": report.on_server(self.config.data, len(data.test)),
             }
         rounds = flower_result.evaluate_metrics_clientapp
         for server_round, metrics in sorted(rounds.items()):

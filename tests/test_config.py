@@ -142,6 +142,7 @@ BEYOND = {
     "data.source": "mnist",
     "data.train-limit": -1,
     "data.test-limit": -1,
+    "data.validation": 0.95,
     "partition.scheme": "noniid",
     "partition.alpha": 0,
     "partition.classes-per-client": 0,
@@ -223,6 +224,11 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
         ({"data.source": "parquet"}, "data.path is empty; data.source = 'parquet' needs a folder"),
         ({"model.img-size": 9}, "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
         ({"ensemble.weights": "counts"}, "set upload.class-counts = true"),
+        (
+            {"data.validation": 0.2, "evaluate.where": "clients"},
+            "data.validation = 0.2 is for the server, but evaluate.where = 'clients' holds images out at the clients; "
+            "set data.validation = 0, or evaluate.where = 'server'",
+        ),
         (
             {"partition.scheme": "classes-per-client", "partition.classes-per-client": 11},
             "partition.classes-per-client = 11 is not possible; use at most model.num-classes = 10",

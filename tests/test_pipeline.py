@@ -104,6 +104,7 @@ def test_the_result_says_what_was_measured(done: RunFolder) -> None:
     assert result["config"] == done.config.to_flat()
     assert len(result["partition_sha256"]) == 64
     assert result["machine"]["device"] == "cpu"
+    assert result["evaluated_on"] == {"where": "server", "split": "test", "images": 200}
 
 
 def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
@@ -284,6 +285,7 @@ def test_fusing_as_the_run_did_gives_its_bytes(done: RunFolder) -> None:
         ("partition.scheme", "dirichlet"),
         ("local.epochs", 2),
         ("data.train-limit", 50),
+        ("data.validation", 0.2),
         ("upload.dtype", "float16"),
         ("evaluate.where", "clients"),
     ],
@@ -497,6 +499,33 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
     own, held = ({tuple(pixels.flatten().tolist()) for pixels in torch.cat(seen[k])} for k in ("train", "held"))
     assert len(own) + len(held) == 60
     assert not own & held
+
+
+def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"train": [], "judged": []}
+    train, evaluate = pipeline.train_local, pipeline.evaluate
+
+    def spy_train(vit: Any, images: Any, *rest: Any) -> float:
+        seen["train"].append(images.pixels)
+        return train(vit, images, *rest)
+
+    def spy_evaluate(predict: Any, images: Any, *rest: Any) -> Any:
+        seen["judged"].append(images.pixels)
+        return evaluate(predict, images, *rest)
+
+    monkeypatch.setattr(pipeline, "train_local", spy_train)
+    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
+    changes = {"data.validation": 0.02, "data.train-limit": 0, "data.test-limit": 0, "method": "fedavg"}
+    runs = [a_run(tmp_path, f"seed-{seed}", seed=seed, **changes) for seed in (0, 1)]
+    judged = seen["judged"][0]
+    assert all(torch.equal(judged, each) for each in seen["judged"])
+    assert sum(map(len, seen["train"])) == 2 * (1437 - len(judged))
+    trained, held = ({tuple(one.flatten().tolist()) for one in pixels} for pixels in (torch.cat(seen["train"]), judged))
+    assert not trained & held
+    for run in runs:
+        assert run.read_result()["evaluated_on"] == {"where": "server", "split": "validation", "images": len(judged)}
 
 
 def test_an_ensemble_has_no_model_to_send_to_the_clients(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report import result
-from fedmitr_flwr.report.result import accuracy_table, build
+from fedmitr_flwr.report.result import accuracy_table, build, on_server
 from fedmitr_flwr.report.run_folder import plain
 
 
@@ -89,6 +89,15 @@ def test_table() -> None:
         "\n"
         "recall % of the student by class\n"
         "cat  33.33   dog      -"
+    )
+
+
+def test_the_table_says_when_it_is_of_validation_images() -> None:
+    of = {share: on_server(DataConfig(validation=share), 287) for share in (0.0, 0.2)}
+    assert of[0.0] == {"where": "server", "split": "test", "images": 287}
+    assert accuracy_table(a_result(evaluated_on=of[0.0])) == accuracy_table(a_result())
+    assert accuracy_table(a_result(evaluated_on=of[0.2])) == (
+        accuracy_table(a_result()) + "\n\non 287 validation images; the test images were not read"
     )
 
 

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from fedmitr_flwr.config import DataConfig, ModelConfig
 from fedmitr_flwr.data import decode, flower_datasets, sources
+from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import DataError
 from fedmitr_flwr.rng import stream
@@ -123,6 +124,73 @@ def test_without_the_test_split_it_is_not_even_looked_for(tmp_path: Path) -> Non
     assert (len(data.train), len(data.test)) == (4, 0)
     assert data.test.pixels.shape[1:] == data.train.pixels.shape[1:]
     assert "test*.parquet" in refusal(parquet(tmp_path))
+
+
+# --- the validation split
+
+
+def with_labels(images: Images) -> list[list[int]]:
+    """Every image as its pixels and its label, in an order that depends on nothing else."""
+    return sorted(torch.cat([images.pixels.flatten(1).long(), images.labels[:, None]], dim=1).tolist())
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_share_of_each_class_of_the_training_images_is_set_aside(share: float) -> None:
+    everything = load(DataConfig(), model(10, 1))
+    data = load(DataConfig(validation=share), model(10, 1))
+    before = torch.bincount(everything.train.labels).tolist()
+    assert torch.bincount(data.test.labels).tolist() == [round(share * count) for count in before]
+    assert with_labels(everything.train) == sorted(with_labels(data.train) + with_labels(data.test))
+    assert data.classes == everything.classes
+
+
+def test_what_is_set_aside_is_random_and_a_larger_share_holds_a_smaller_one() -> None:
+    labels = load(DataConfig(), model(10, 1)).train.labels.numpy()
+    small, large = sources._aside(labels, 0.2), sources._aside(labels, 0.4)
+    assert small.sum() < large.sum()
+    assert not (small & ~large).any()
+    rows = np.flatnonzero(labels == 3)
+    drawn = torch.randperm(len(rows), generator=stream(0, "validation", 3))[: round(0.2 * len(rows))]
+    assert np.array_equal(np.flatnonzero(small & (labels == 3)), rows[drawn.sort().values.numpy()])
+
+
+def test_a_class_keeps_its_last_image() -> None:
+    aside = sources._aside(np.array([0, 1, 0, 0, 0]), 0.9)
+    assert aside.tolist().count(True) == 3  # round(0.9 · 4) would be all four of class 0
+    assert not aside[1]
+
+
+def test_the_limits_are_of_what_is_left_and_of_what_is_set_aside() -> None:
+    whole = load(DataConfig(validation=0.2), model(10, 1))
+    data = load(DataConfig(validation=0.2, train_limit=100, test_limit=7), model(10, 1))
+    kept = torch.randperm(len(whole.train), generator=stream(0, "limit", "train"))[:100].sort().values
+    assert torch.equal(data.train.pixels, whole.train.pixels[kept])
+    kept = torch.randperm(len(whole.test), generator=stream(0, "limit", "validation"))[:7].sort().values
+    assert torch.equal(data.test.pixels, whole.test.pixels[kept])
+
+
+def test_with_a_validation_split_the_test_images_are_not_read(tmp_path: Path) -> None:
+    images = pictures(10)
+    write(tmp_path / "train.parquet", {"image": column(images), "label": [0, 1] * 5})
+    (tmp_path / "test.parquet").write_bytes(b"nobody reads this")
+    data = load(parquet(tmp_path, validation=0.4), model())
+    assert sorted(data.test.labels.tolist()) == [0, 0, 1, 1]
+    rows = np.flatnonzero(sources._aside(np.array([0, 1] * 5), 0.4))
+    assert torch.equal(data.test.pixels, chw(images)[rows])
+    assert "test.parquet" in refusal(parquet(tmp_path))
+
+
+def test_shares_do_not_share_a_cache() -> None:
+    first, second = (load(DataConfig(validation=share), model(10, 1)) for share in (0.2, 0.3))
+    assert len(first.test) < len(second.test)
+    assert len(load(DataConfig(), model(10, 1)).test) == 360
+    assert load(DataConfig(validation=0.3), model(10, 1)).test is second.test
+    assert load(DataConfig(validation=0.3), model(10, 1), with_test=False).train is second.train
+
+
+def test_a_share_of_no_image_is_refused() -> None:
+    message = refusal(DataConfig(validation=0.001), model(10, 1))
+    assert message == ("digits, train split: data.validation = 0.001 sets no image of any class aside; raise it")
 
 
 # --- decoding

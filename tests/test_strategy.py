@@ -15,6 +15,7 @@ from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, RunError, UserError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -316,6 +317,12 @@ def test_every_strategy_of_flower_runs_with_the_same_client(federate: Federate, 
     assert 0 <= result["accuracy"]["student"] <= 100
     assert len(folder.metrics_path.read_text().splitlines()) == 2
     assert folder.model_path.exists()
+
+
+def test_flowers_strategies_can_be_judged_on_validation_images(federate: Federate) -> None:
+    folder = federate(LocalGrid(client_app, 2), **{"flower.strategy": "fedavg", "data.validation": 0.2})
+    images = len(load(folder.config.data, folder.config.model).test)
+    assert folder.read_result()["evaluated_on"] == {"where": "server", "split": "validation", "images": images}
 
 
 def test_one_round_of_flowers_fedavg_is_the_weighted_mean(federate: Federate) -> None:

@@ -90,6 +90,16 @@ def test_a_study_becomes_a_table(folder: Path) -> None:
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_table_says_whether_it_is_of_test_or_of_validation_images(folder: Path, share: float) -> None:
+    write(folder, "digits.json", a_study([row(0, 50.0)]) | facts(**{"data.validation": share}))
+    write(folder, "one.result.json", {"method": "fedmitr", **row(3, 60.0), **facts(**{"data.validation": share})})
+    assert run(folder) == 0
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    counted = {word: text.count(f"{word} accuracy in percent") for word in ("Test", "Validation")}
+    assert counted == ({"Test": 0, "Validation": 2} if share else {"Test": 2, "Validation": 0})
+
+
 def test_a_single_run_becomes_a_table_behind_the_studies(folder: Path) -> None:
     settings = {"data.source": "parquet", "data.path": "somewhere/fashion_mnist", "partition.alpha": 0.1}
     content = {"method": "fedmitr", **row(3, 60.0), **facts(**settings)}

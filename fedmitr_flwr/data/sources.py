@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -37,8 +38,11 @@ class _Shape(NamedTuple):
 def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> DataSet:
     """Load the images, each decoded once per process; the channels are the model's, the size is the source's own.
 
+    With `data.validation`, that share of each class of the train split is nobody's to train on: it is `test`, and the
+    source's own test split is not read.
+
     Args:
-        data: the source and the limits, which are drawn once for all seeds.
+        data: the source, the limits and the share to set aside, both drawn once for all seeds.
         model: its channels and number of classes; its image size is used only if the images differ in size.
         with_test: False leaves `test` empty and the test split untouched: a client does not need it.
 
@@ -52,6 +56,8 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     classes = names or tuple(str(label) for label in range(model.num_classes))
     if not with_test:
         return DataSet(train, train.subset(torch.empty(0, dtype=torch.int64)), classes)
+    if data.validation:
+        return DataSet(train, _load_split(data, shape, "validation")[0], classes)
     test, test_names = _load_split(data, shape, "test")
     for ours, theirs in zip(classes, test_names or classes, strict=True):
         if ours != theirs:
@@ -64,11 +70,15 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
 
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
 def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...] | None]:
-    split = _open(data, name)
-    _check_labels(split, shape.num_classes, f"{data.path or data.source}, {name} split")
-    rows = _kept(len(split.labels), data.train_limit if name == "train" else data.test_limit, name)
+    stored = "test" if name == "test" else "train"
+    split = _open(data, stored)
+    place = f"{data.path or data.source}, {stored} split"
+    _check_labels(split, shape.num_classes, place)
+    rows = _rows(split.labels, data, name)
+    if not len(rows):
+        raise DataError(f"{place}: data.validation = {data.validation} sets no image of any class aside; raise it")
     pixels = decode(split, rows, shape.in_chans, shape.img_size)
-    log.info("%s: %d of %d %s images", data.path or data.source, len(rows), len(split.labels), name)
+    log.info("%s: %d of %d images for %s", place, len(rows), len(split.labels), name)
     return Images(pixels, torch.from_numpy(split.labels[rows])), split.classes
 
 
@@ -85,6 +95,27 @@ def _open(data: DataConfig, name: str) -> Split:
 
 def _aliases(name: str) -> tuple[str, ...]:
     return TEST_NAMES if name == "test" else (name,)
+
+
+def _rows(labels: Rows, data: DataConfig, name: str) -> Rows:
+    """The rows that `name` (train, validation or test) has of its split, rising."""
+    rows = np.arange(len(labels), dtype=np.int64)
+    if data.validation and name != "test":
+        rows = rows[_aside(labels, data.validation) == (name == "validation")]
+    return rows[_kept(len(rows), data.train_limit if name == "train" else data.test_limit, name)]
+
+
+def _aside(labels: Rows, share: float) -> NDArray[np.bool_]:
+    """True: set aside for validation. Of each class the same share, but never its last image.
+
+    The same for every seed of an experiment, and a larger share holds the smaller ones.
+    """
+    aside = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels).tolist():
+        rows = np.flatnonzero(labels == label)
+        order = torch.randperm(len(rows), generator=stream(0, "validation", label)).numpy()
+        aside[rows[order[: min(round(share * len(rows)), len(rows) - 1)]]] = True
+    return aside
 
 
 def _kept(total: int, limit: int, name: str) -> Rows:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..fingerprint import fingerprint
 
 PACKAGES = ("torch", "timm", "numpy", "flwr")
@@ -75,6 +75,11 @@ def build(
     }
 
 
+def on_server(data: DataConfig, images: int) -> dict[str, object]:
+    """`evaluated_on`: which images the server's accuracies are of."""
+    return {"where": "server", "split": "validation" if data.validation else "test", "images": images}
+
+
 def _percent(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(float(value), 2)
 
@@ -128,6 +133,9 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
     if accuracy["per_class"]:
         lines += ["", "recall % of the student by class", *_columns(accuracy["per_class"])]
+    measured = result.get("evaluated_on", {})
+    if measured.get("split") == "validation":
+        lines += ["", f"on {measured['images']} validation images; the test images were not read"]
     return "\n".join(lines)
 
 
