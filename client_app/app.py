@@ -75,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
     }
     if upload.class_counts is not None:
         numbers["class-counts"] = list(upload.class_counts)
-    content = RecordDict({"arrays": ArrayRecord(upload.weights), "metrics": MetricRecord(numbers)})
+    content = RecordDict({"arrays": ArrayRecord(dict(upload.weights)), "metrics": MetricRecord(numbers)})
     return Message(content, reply_to=message)
 
 

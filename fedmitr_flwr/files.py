@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -48,19 +49,39 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         save_file(whole, temporary, {_HEADER: json.dumps(header or {}, sort_keys=True)})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a file written by `save_tensors`.
 
     Raises:
         RunError: the file is missing, cut short or not one of ours. It is named.
     """
+    with reading(path) as file:
+        # Cloned: what safetensors gives is a view of the mapped file, which may be written again, and not aligned.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, header_of(file, path)  # noqa: SIM118
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """An open safetensors file, of which only what is asked for is read.
+
+    Raises:
+        RunError: the file is missing, cut short or corrupt. It is named.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - no mapping
+            yield file
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} is corrupt: {error}") from error
+
+
+def header_of(file: Any, path: Path) -> dict[str, Any]:
+    """The header that `save_tensors` wrote into a file that is open now."""
+    try:
+        header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+        return header
     except KeyError as error:
         raise RunError(f"{path} was not written by fedmitr (no {error} in its header)") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except ValueError as error:
         raise RunError(f"{path} is corrupt: {error}") from error

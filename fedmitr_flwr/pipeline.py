@@ -201,7 +201,7 @@ def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torc
     def accuracy(predict: Callable[[Tensor], Tensor]) -> Evaluation:
         return _evaluate(predict, data.test, config, device)
 
-    def vit_of(weights: Weights) -> torch.nn.Module:
+    def vit_of(weights: Mapping[str, Tensor]) -> torch.nn.Module:
         vit: torch.nn.Module = build_vit(config.model)
         vit.load_state_dict(weights)
         return vit
@@ -246,11 +246,12 @@ def _report(
         pool.save(folder.pool_path)
         save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, folder.images_path)
         facts["synthetic_images"] = len(pool)
+    start = size(build_vit(config.model).state_dict())  # what each client got, in float32
     result = report.build(
         config=config,
         device=str(resolve_device(config.device)),
         bytes_up=_by_client(config, uploads, lambda upload: upload.num_bytes),
-        bytes_down=_by_client(config, uploads, lambda upload: size(upload.weights)),  # its start, in float32
+        bytes_down=_by_client(config, uploads, lambda _: start),
         seconds=stopwatch.seconds,
         **scores,
         **facts,

@@ -1,7 +1,9 @@
 """Training at the client: losses by hand, FedProx's term, augmentation, equal bits, a loss that falls; the average."""
 
 import copy
+import gc
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from fedmitr_flwr.data.images import DataSet, prepare
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
 from fedmitr_flwr.training.local import label_loss, proximal, shift_and_flip, train_local
-from fedmitr_flwr.training.upload import Upload, Weights
+from fedmitr_flwr.training.stored import StoredWeights
+from fedmitr_flwr.training.upload import Upload, Weights, load, save
 from fedmitr_flwr.vit.tokens import TokenLogits
 
 CPU = torch.device("cpu")
@@ -232,3 +235,42 @@ def test_the_average_leaves_the_uploads_alone() -> None:
         tensor.zero_()
     for each, weights in zip(uploads, before, strict=True):
         assert all(torch.equal(each.weights[name], weights[name]) for name in weights)
+
+
+def of_rows(client: int) -> Upload:
+    """Weights of shapes that no other tensor has."""
+    rng = stream(client)
+    weights = {name: torch.randn(rows, 61, generator=rng) for name, rows in (("a", 53), ("b", 59))}
+    return Upload(client, weights, 10 + client, 0.5, "c" * 12)
+
+
+def like(tensor: Tensor) -> int:
+    """How many tensors of this shape there are in the process."""
+    return sum(type(each) is Tensor and each.shape == tensor.shape for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("clients", [2, 12])
+def test_the_average_of_files_needs_the_memory_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    """Each tensor of each file is read once; two are alive at a time beside the sum and its newest part."""
+    wanted = average([of_rows(client) for client in range(clients)])
+    for client in range(clients):
+        save(of_rows(client), tmp_path / str(client))
+    uploads = [load(tmp_path / str(client)) for client in range(clients)]
+    read: list[tuple[str, str]] = []
+    alive: list[int] = []
+    get = StoredWeights.__getitem__
+
+    def spy(weights: StoredWeights, name: str) -> Tensor:
+        read.append((weights.path.name, name))
+        tensor = get(weights, name)
+        alive.append(like(tensor))
+        return tensor
+
+    monkeypatch.setattr(StoredWeights, "__getitem__", spy)
+    before = like(wanted["a"])
+    mean = average(uploads)
+    assert all(torch.equal(mean[name], tensor) for name, tensor in wanted.items())
+    assert sorted(read) == sorted((str(client), name) for client in range(clients) for name in ("a", "b"))
+    assert max(alive) <= before + 4

@@ -1,9 +1,12 @@
 """Uploads: what may enter the ensemble, and what comes back from disk."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmitr_flwr import files
 from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.files import load_tensors, save_tensors
+from fedmitr_flwr.training.stored import StoredWeights
 from fedmitr_flwr.training.upload import Upload, load, save, validate
 
 CODE = "0123456789ab"
@@ -211,6 +216,101 @@ def test_views_of_one_storage_and_parameters_are_written_too(tmp_path: Path) -> 
     assert got["a"].tolist() == [[0, 2], [1, 3]]
     assert got["b"].tolist() == [2, 3, 4, 5]
     assert not got["c"].requires_grad
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors that were read from files."""
+    names: list[str] = []
+
+    class Spy:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def get_tensor(self, name: str) -> Tensor:
+            names.append(name)
+            return self.file.get_tensor(name)
+
+    safe_open = files.safe_open
+
+    @contextmanager
+    def opened(*arguments: Any, **more: Any) -> Iterator[Spy]:
+        with safe_open(*arguments, **more) as file:
+            yield Spy(file)
+
+    monkeypatch.setattr(files, "safe_open", opened)
+    return names
+
+
+def test_weights_on_disk_are_read_one_by_one_when_asked_for(tmp_path: Path, read: list[str]) -> None:
+    sent = an_upload(dtype=torch.float16)
+    save(sent, tmp_path / "u")
+    got = load(tmp_path / "u")
+    assert got.num_bytes == sent.num_bytes
+    assert got.weights.keys() == REFERENCE.keys()
+    assert len(got.weights) == len(REFERENCE)
+    assert "head.bias" in got.weights
+    assert "head.bios" not in got.weights
+    assert isinstance(got.weights, StoredWeights)
+    assert got.weights.shapes == {key: tuple(tensor.shape) for key, tensor in REFERENCE.items()}
+    assert read == []
+    assert torch.equal(got.weights["head.bias"], sent.weights["head.bias"].float())
+    assert read == ["head.bias"]
+    with pytest.raises(KeyError):
+        got.weights["head.bios"]
+    everything = dict(got.weights)
+    assert sorted(read[1:]) == sorted(REFERENCE)
+    assert {key: tensor.dtype for key, tensor in everything.items()} == {
+        key: tensor.dtype for key, tensor in REFERENCE.items()
+    }
+
+
+def test_what_was_read_is_the_readers_own(tmp_path: Path) -> None:
+    save(an_upload(), tmp_path / "u")
+    before = (tmp_path / "u").read_bytes()
+    weights = load(tmp_path / "u").weights
+    kept = weights["head.weight"].clone()
+    weights["head.weight"].zero_()
+    assert torch.equal(weights["head.weight"], kept)
+    assert (tmp_path / "u").read_bytes() == before
+
+
+def test_a_module_takes_weights_from_disk(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(4, 3)
+    save(replace(an_upload(), weights=layer.state_dict()), tmp_path / "u")
+    other = torch.nn.Linear(4, 3)
+    other.load_state_dict(load(tmp_path / "u").weights)
+    assert torch.equal(other.weight, layer.weight)
+    assert torch.equal(other.bias, layer.bias)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def replaced(path: Path) -> None:
+    """By another client's whole file of the same size and age."""
+    before = path.stat()
+    save(an_upload(seed=1), path.with_name("other"))
+    os.utime(path.with_name("other"), ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.with_name("other").replace(path)
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("change", [cut, replaced, Path.unlink])
+def test_a_file_that_changes_while_it_is_used_is_named(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    path = tmp_path / "client_001.safetensors"
+    save(an_upload(), path)
+    weights = load(path).weights
+    weights["head.bias"]
+    change(path)
+    with pytest.raises(RunError, match=r"client_001\.safetensors was changed or moved while .* set resume-from"):
+        weights["head.bias"]
+    with pytest.raises(RunError, match=r"client_001\.safetensors"):
+        dict(weights)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

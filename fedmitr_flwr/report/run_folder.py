@@ -151,7 +151,7 @@ class RunFolder:
         return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
     def load_uploads(self) -> list[Upload]:
-        """In the clients' order, cast up to float32."""
+        """In the clients' order; their weights stay on disk until they are asked for."""
         uploads = []
         for client, path in self.upload_paths().items():
             upload = load(path)

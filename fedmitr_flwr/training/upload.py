@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RunError, UploadError
-from ..files import load_tensors, save_tensors
+from ..files import save_tensors
+from .stored import StoredWeights
 
 Weights = dict[str, Tensor]
 
@@ -22,17 +22,16 @@ class Upload:
     """One client's upload. `class_counts` (images per class) are there only by `upload.class-counts`."""
 
     client: int
-    weights: Weights = field(repr=False)
+    weights: Mapping[str, Tensor] = field(repr=False)  # of an upload on disk: read when asked for
     num_examples: int
     train_loss: float  # mean of the last local epoch
     fingerprint: str  # of the code that trained it, 12 hex characters
     class_counts: tuple[int, ...] | None = None
-    sent_bytes: int | None = None  # of weights that were cast after they arrived
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weights as they were sent."""
-        return size(self.weights) if self.sent_bytes is None else self.sent_bytes
+        """Size of the weights as they were sent; nothing is read."""
+        return self.weights.num_bytes if isinstance(self.weights, StoredWeights) else size(self.weights)
 
 
 def size(weights: Mapping[str, Tensor]) -> int:
@@ -74,7 +73,7 @@ def _wrong_origin(upload: Upload, fingerprint: str, clients: int) -> str | None:
     return None
 
 
-def _wrong_keys(weights: Weights, reference: Mapping[str, Tensor]) -> str | None:
+def _wrong_keys(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
     fix = "server and client must have the same [model] settings"
     if missing := [key for key in reference if key not in weights]:
         return f"its weights lack {_few(missing)}; {fix}"
@@ -83,7 +82,7 @@ def _wrong_keys(weights: Weights, reference: Mapping[str, Tensor]) -> str | None
     return None
 
 
-def _wrong_tensor(weights: Weights, reference: Mapping[str, Tensor]) -> str | None:
+def _wrong_tensor(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
     for key, wanted in reference.items():
         tensor = weights[key]
         if tensor.shape != wanted.shape:
@@ -137,28 +136,27 @@ def save(upload: Upload, path: Path) -> None:
 
 
 def load(path: Path) -> Upload:
-    """Inverse of `save`, with floating weights cast up to float32.
+    """Inverse of `save`, but the weights stay on disk until they are asked for, floating ones then as float32.
 
     Raises:
         RunError: the file is missing, corrupt or no upload.
     """
     try:
-        sent, header = load_tensors(path)
-        return _from_file(sent, header)
+        return _from_file(StoredWeights(path))
     except RunError as error:
         raise RunError(f"{error}; delete it and set resume-from to its run folder to ask that client again") from error
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
 
 
-def _from_file(sent: Weights, header: dict[str, Any]) -> Upload:
+def _from_file(weights: StoredWeights) -> Upload:
+    header = weights.header
     counts = header["class_counts"]
     return Upload(
         client=header["client"],
-        weights={key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in sent.items()},
+        weights=weights,
         num_examples=header["num_examples"],
         train_loss=header["train_loss"],
         fingerprint=header["fingerprint"],
         class_counts=None if counts is None else tuple(counts),
-        sent_bytes=size(sent),
     )
