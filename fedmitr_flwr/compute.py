@@ -34,3 +34,9 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left; torch's CPU allocator says so in the message only."""
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return no_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

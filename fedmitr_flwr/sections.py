@@ -152,8 +152,12 @@ class EnsembleConfig(Section):
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
     weights: str = "size"  # uniform | size (images per client) | counts (images per client and class)
+    teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
+    stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
     def __post_init__(self) -> None:
+        self._at_least(0, "teacher_chunk")
+        self._one_of("stack", "auto", "always", "never")
         self._one_of("combine", "logits", "logp", "probs")
         self._one_of("weights", "uniform", "size", "counts")
 
@@ -170,9 +174,14 @@ class InversionConfig(Section):
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
     roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
+    route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
+    precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
+    compile: bool = False  # torch.compile the teachers; needs a C++ compiler, and minutes for each new shape
 
     def __post_init__(self) -> None:
         self._one_of("mode", "dense", "sparse", "pri")
+        self._one_of("precision", "float32", "tf32", "bfloat16")
+        self._within(0, 1, "route")
         self._at_least(1, "steps", "batch_size", "rebirths")
         self._above(0, "lr")
         self._at_least(0, "tv", "roll")

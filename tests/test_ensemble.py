@@ -11,7 +11,7 @@ from tiny import a_vit, an_ensemble, an_upload, settings, some_images
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
-from fedmitr_flwr.vit.tokens import all_positions, cls_attention, forward_tokens, patchify, take
+from fedmitr_flwr.vit.tokens import all_positions, forward_cls, forward_tokens, patchify, take
 
 COMBINES = ("logits", "logp", "probs")
 
@@ -98,7 +98,7 @@ def test_teachers_are_asked_one_by_one_and_weighted_by_size() -> None:
 def test_teachers_are_frozen_and_in_eval_mode() -> None:
     ensemble = an_ensemble(settings())
     assert not any(parameter.requires_grad for parameter in ensemble.parameters())
-    assert not any(module.training for module in ensemble.teachers.modules())
+    assert not any(module.training for module in ensemble.teachers.residents.modules())
     assert (ensemble.patch, ensemble.grid) == (2, 4)
 
 
@@ -141,8 +141,8 @@ def test_a_confident_teacher_decides_what_is_important() -> None:
     patches = patchify(some_images(config, 3), 2)
     positions = all_positions(patches)
     found = ensemble.importance(patches, positions, torch.tensor([4, 4, 4]))
-    assert torch.equal(found, cls_attention(sure, patches, positions)[1])
-    assert not torch.allclose(found, cls_attention(unsure, patches, positions)[1], atol=1e-3)
+    assert torch.equal(found, forward_cls(sure, patches, positions)[1])
+    assert not torch.allclose(found, forward_cls(unsure, patches, positions)[1], atol=1e-3)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_importance_is_the_mean_attention_by_weight_times_confidence() -> None:
         total, wanted = 0.0, torch.zeros(5)
         for weights, teacher in zip(ensemble.weights, ensemble.teachers, strict=True):
             one = slice(image, image + 1)
-            logits, attention = cls_attention(teacher, take(patches, ids)[one], ids[one])
+            logits, attention = forward_cls(teacher, take(patches, ids)[one], ids[one])
             confidence = (weights[target] * logits.softmax(-1)[0, target]).item()
             total, wanted = total + confidence, wanted + confidence * attention[0]
         torch.testing.assert_close(found[image], wanted / total)

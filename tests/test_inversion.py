@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import a_vit, an_ensemble, settings, some_images
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
-from fedmitr_flwr.inversion.objective import cross_entropy, total_variation
+from fedmitr_flwr.inversion.objective import AliveVariation, total_variation
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.ensemble import Ensemble
-from fedmitr_flwr.vit.tokens import all_positions, patchify, take
+from fedmitr_flwr.vit.tokens import all_positions, forward_cls, patchify, put, take, unpatchify
 
 TARGETS = torch.tensor([3, 0, 9])
 SMI = "0.0125,0.025,0.05,0.075"
@@ -55,7 +56,8 @@ def inverted(
 def loss_of(ensemble: Ensemble, images: Tensor, positions: Tensor, targets: Tensor, tv: float) -> Tensor:
     """The inversion loss of images of which the patches at `positions` are seen."""
     patches = take(patchify(images, ensemble.patch), positions)
-    return cross_entropy(ensemble.scores(patches, positions).cls, targets) + tv * total_variation(images)
+    scores = ensemble.scores(patches, positions).cls
+    return F.cross_entropy(scores, targets, reduction="none") + tv * total_variation(images)
 
 
 def positions_of(alive: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def test_adam_remembers_the_kept_pixels() -> None:
 
     def begin() -> Trajectory:
         limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
-        return Trajectory(ensemble, noise, TARGETS[:2], config.inversion, limits, False, stream(0))
+        return Trajectory(ensemble, forward_cls, noise, TARGETS[:2], config.inversion, limits, False, stream(0))
 
     run = begin()
     for _ in range(3):
@@ -337,9 +339,30 @@ def test_the_prior_is_weighted() -> None:
     assert total_variation(flat.images).mean() < 0.7 * total_variation(rough.images).mean()
 
 
-def test_cross_entropy_is_of_each_image() -> None:
-    scores = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
-    assert cross_entropy(scores, torch.tensor([0, 1])).exp().tolist() == pytest.approx([4.0, 2.0])
+@pytest.mark.parametrize(
+    ("channels", "size", "patch", "alive"), [(3, 16, 4, 5), (1, 8, 2, 16), (2, 24, 8, 1), (1, 9, 3, 4)]
+)
+def test_variation_at_the_cost_of_the_alive_patches_is_that_of_the_whole_image(
+    channels: int, size: int, patch: int, alive: int
+) -> None:
+    images = torch.randn(3, channels, size, size, generator=stream(0)).double()
+    canvas = patchify(images, patch)
+    positions = torch.rand(canvas.shape[:2], generator=stream(1)).argsort(1)[:, :alive]
+    variation = AliveVariation(canvas, positions, patch)
+    for seed in (2, 3):  # asked again after the pixels moved: nothing of the first call is left
+        patches = torch.randn(3, alive, canvas.shape[2], generator=stream(seed)).double().requires_grad_()
+        wanted = total_variation(unpatchify(put(canvas, positions, patches), patch))
+        (slope,) = torch.autograd.grad(wanted.sum(), patches)
+        found, gradient = variation(patches)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradient, slope)
+
+
+def test_a_constant_image_has_no_slope() -> None:
+    canvas = torch.full((1, 4, 9), 0.5)
+    value, gradient = AliveVariation(canvas, torch.tensor([[0, 3]]), 3)(torch.full((1, 2, 9), 0.5))
+    assert value.item() < 0.01
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize(("rebirths", "share"), [(4, 4), (3, 5), (16, 1), (1, 16)])
@@ -379,7 +402,7 @@ def test_a_finished_rebirth_looks_as_it_was_optimised() -> None:
     reborn = inverted(config, ensemble=ensemble)
     limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
     noise = torch.randn(3, 1, 8, 8, generator=stream(0))
-    run = Trajectory(ensemble, noise, TARGETS, config.inversion, limits, False, stream(0))
+    run = Trajectory(ensemble, forward_cls, noise, TARGETS, config.inversion, limits, False, stream(0))
     for _ in range(config.inversion.steps):
         run.step()
     assert torch.equal(patchify(reborn.images, 2), run.alive_BKE)
@@ -399,13 +422,13 @@ def test_sparse_costs_what_its_schedule_says_and_less_than_dense() -> None:
 
 def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
-    scores = Ensemble.scores
+    target_loss = Ensemble.target_loss
 
-    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> object:
+    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor, *more: Any) -> object:
         seen.update(tuple(row[:4].tolist()) for row in positions)
-        return scores(ensemble, patches, positions)
+        return target_loss(ensemble, patches, positions, *more)
 
-    monkeypatch.setattr(Ensemble, "scores", spy)
+    monkeypatch.setattr(Ensemble, "target_loss", spy)
     inverted(still(mode="dense"))
     assert seen == {(0, 1, 2, 3)}
     inverted(still(mode="dense"), flip=True)
@@ -426,7 +449,7 @@ def test_an_images_gradient_does_not_depend_on_its_batch() -> None:
     gradients = []
     for rows in (slice(0, 3), slice(1, 2)):
         limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
-        run = Trajectory(ensemble, noise[rows], TARGETS[rows], config.inversion, limits, False, stream(0))
+        run = Trajectory(ensemble, forward_cls, noise[rows], TARGETS[rows], config.inversion, limits, False, stream(0))
         run.step()
         gradients.append(run.alive_BKE.grad)
     torch.testing.assert_close(gradients[0][1], gradients[1][0])
@@ -436,13 +459,13 @@ def test_roll_and_flip_reach_the_teachers_and_not_the_image(monkeypatch: pytest.
     """The teachers see the alive patches at other places; the image's own stay where they are."""
     config = settings(**{"inversion.roll": 1, "inversion.mode": "dense", "inversion.stops": ""})
     seen: list[Tensor] = []
-    scores = Ensemble.scores
+    target_loss = Ensemble.target_loss
 
-    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> object:
+    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor, *more: Any) -> object:
         seen.append(positions)
-        return scores(ensemble, patches, positions)
+        return target_loss(ensemble, patches, positions, *more)
 
-    monkeypatch.setattr(Ensemble, "scores", spy)
+    monkeypatch.setattr(Ensemble, "target_loss", spy)
     result = inverted(config, flip=True)
     assert len({tuple(row.tolist()) for positions in seen for row in positions}) > 6
     assert torch.equal(result.given, torch.arange(16).expand(3, -1))
@@ -467,3 +490,66 @@ def test_one_teacher_is_inverted_as_itself() -> None:
     ]
     torch.testing.assert_close(images[0], images[1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(images[0], images[2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_rebirth_more_or_less_costs_all_steps() -> None:
+    """8 steps in 3 rebirths: after 2, 5 and 8."""
+    seen: list[float] = []
+    inverted(still(mode="pri", rebirths=3), on_step=lambda _loss, alive: seen.append(alive))
+    assert seen == [1.0] * 2 + [11 / 16] * 3 + [6 / 16] * 3
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "pri"])
+def test_a_batch_too_large_for_the_memory_is_made_in_halves(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = still(mode=mode)
+    targets = torch.arange(5)
+    whole = inverted(config, targets)
+    step = Trajectory.step
+    sizes: list[int] = []
+
+    def small_memory(run: Trajectory) -> object:
+        sizes.append(len(run.targets_B))
+        if len(run.targets_B) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(run)
+
+    monkeypatch.setattr(Trajectory, "step", small_memory)
+    with caplog.at_level("WARNING", "fedmitr"):
+        parts = inverted(config, targets)
+    assert "out of memory with 5 images at once" in caplog.messages[0]
+    assert [size for size, after in zip(sizes, [*sizes[1:], 0], strict=True) if size != after] == [5, 2, 3, 1, 2]
+    # The same images; those of `pri` come half by half.
+    order = parts.targets.argsort(stable=True), whole.targets.argsort(stable=True)
+    torch.testing.assert_close(parts.images[order[0]], whole.images[order[1]], rtol=1e-3, atol=1e-3)
+    assert torch.equal(parts.alive[order[0]], whole.alive[order[1]])
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def broken(_run: Trajectory) -> None:
+        calls.append(1)
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Trajectory, "step", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        inverted(still())
+    assert calls == [1]
+    monkeypatch.setattr(Trajectory, "step", lambda _run: [].__getitem__(torch.empty(2**62)))
+    with pytest.raises(RuntimeError, match=r"allocate|size"):
+        inverted(still(), TARGETS[:1])  # one image cannot be halved
+
+
+def test_bfloat16_is_close_and_pixels_stay_float32() -> None:
+    config = still(mode="dense", steps=1)
+    ensemble = an_ensemble(config)
+    exact, rounded = (
+        inverted(still(mode="dense", steps=1, precision=precision), ensemble=ensemble)
+        for precision in ("float32", "bfloat16")
+    )
+    assert rounded.images.dtype == rounded.loss.dtype == torch.float32
+    torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.05)
+    assert not torch.equal(rounded.loss, exact.loss)
+    assert torch.equal(inverted(still(mode="dense", steps=1, precision="tf32"), ensemble=ensemble).loss, exact.loss)

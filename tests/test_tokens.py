@@ -13,7 +13,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.tokens import (
     all_positions,
-    cls_attention,
+    forward_cls,
     forward_tokens,
     patchify,
     put,
@@ -145,11 +145,11 @@ def test_absent_pixels_have_no_gradient() -> None:
 
 
 @torch.no_grad()
-def test_cls_attention_is_timms_own_softmax_matrix(model: tuple[Config, VisionTransformer]) -> None:
+def test_forward_cls_is_timms_own_softmax_matrix(model: tuple[Config, VisionTransformer]) -> None:
     config, vit = model
     images = images_for(config)
     patches = patchify(images, config.model.patch_size)
-    logits, attention = cls_attention(vit, patches, all_positions(patches))
+    logits, attention = forward_cls(vit, patches, all_positions(patches))
     last, seen = vit.blocks[-1].attn, []
     hook = last.attn_drop.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     fused, last.fused_attn = last.fused_attn, False  # without fusion the matrix passes through the dropout
@@ -162,10 +162,10 @@ def test_cls_attention_is_timms_own_softmax_matrix(model: tuple[Config, VisionTr
 
 
 @torch.no_grad()
-def test_cls_attention_of_some_patches_is_that_of_the_masked_forward(model: tuple[Config, VisionTransformer]) -> None:
+def test_forward_cls_of_some_patches_is_that_of_the_masked_forward(model: tuple[Config, VisionTransformer]) -> None:
     config, vit = model
     images, ids = images_for(config), a_choice(config)
-    logits, attention = cls_attention(vit, take(patchify(images, config.model.patch_size), ids), ids)
+    logits, attention = forward_cls(vit, take(patchify(images, config.model.patch_size), ids), ids)
     cls, _, matrix = masked_forward(vit, images, ids)
     torch.testing.assert_close(logits, cls)
     torch.testing.assert_close(attention, take(matrix[:, 0, vit.num_prefix_tokens :], ids))

@@ -1,16 +1,21 @@
 """Turn classes into images: `dense`, `sparse` (SMI) or `pri` (patch rebirth)."""
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..compute import is_out_of_memory
 from ..config import InversionConfig, ModelConfig
 from ..data.images import normalisation
 from ..vit.ensemble import Ensemble
+from ..vit.precision import class_question, tf32
 from ..vit.tokens import take
-from .result import Inverted
+from .result import Inverted, joined
 from .trajectory import OnStep, Trajectory
+
+log = logging.getLogger("fedmitr")
 
 KEEP_EPSILON = 1e-9  # (1 - 0.8) · 10 must keep 2 patches, not 1.999... -> 1
 
@@ -28,19 +33,47 @@ def invert(
     """Make images that the ensemble gives to the classes `targets_B`.
 
     Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from x ~ N(0, 1), with T a random roll and
-    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]).
+    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). A batch that does not fit into memory is made
+    in two halves, and so on.
 
     Returns:
         B images; for `pri`, B · config.rebirths.
     """
     device = ensemble.weights.device
     size = (len(targets_B), model.in_chans, model.img_size, model.img_size)
-    noise = torch.randn(size, generator=rng).to(device)
+    noise = torch.randn(size, generator=rng)
     mean, std = normalisation(model.in_chans)
-    limits = ((0 - mean) / std).to(device), ((1 - mean) / std).to(device)
-    start = Trajectory(ensemble, noise, targets_B.to(device), config, limits, flip, rng)
     modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
-    return modes[config.mode](start, config, on_step)
+    question = class_question(config, device)
+
+    def attempt(noise: Tensor, targets: Tensor) -> Inverted:
+        limits = ((0 - mean) / std).to(device), ((1 - mean) / std).to(device)
+        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, limits, flip, rng)
+        return modes[config.mode](start, config, on_step)
+
+    with tf32(config.precision == "tf32"):
+        return _in_halves(attempt, noise, targets_B, rng)
+
+
+def _in_halves(
+    attempt: Callable[[Tensor, Tensor], Inverted], noise: Tensor, targets: Tensor, rng: torch.Generator
+) -> Inverted:
+    """`attempt` on the whole batch, or, where that is too much for the memory, on each half of it."""
+    state = rng.get_state()
+    try:
+        return attempt(noise, targets)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(targets) == 1:
+            raise
+    # Outside of `except`: while an error is handled, its traceback keeps the tensors alive.
+    log.warning(
+        "inversion: out of memory with %d images at once; going on with half as many (inversion.batch-size)",
+        len(targets),
+    )
+    rng.set_state(state)
+    half = len(targets) // 2
+    parts = [(noise[:half], targets[:half]), (noise[half:], targets[half:])]
+    return joined([_in_halves(attempt, *part, rng) for part in parts])
 
 
 def halting_steps(config: InversionConfig) -> list[int]:
@@ -86,7 +119,7 @@ def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) ->
 
 
 def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
-    """Patch rebirth (Heo & Choi 2025 [C]): every T/v steps the N/v most important patches leave as a finished image.
+    """Patch rebirth (Heo & Choi 2025 [C]): v times, T/v steps, then the N/v best patches leave as a finished image.
 
     Detachment order grades the information density: patches of the earlier half of the images are `high` [M]. Patches
     beyond v · ⌊N/v⌋ are in no image.
@@ -94,8 +127,10 @@ def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) 
     v, num_patches = config.rebirths, run.positions_BK.shape[1]
     share = num_patches // v
     given, alive, losses = [], [], []
-    for _ in range(v):
-        loss_B = _run(run, config.steps // v, on_step)
+    done = 0
+    for rebirth in range(1, v + 1):
+        loss_B = _run(run, rebirth * config.steps // v - done, on_step)
+        done = rebirth * config.steps // v
         order = run.importance().argsort(1, descending=True)
         finished = take(run.positions_BK, order[:, :share])
         given.append(finished)

@@ -1,7 +1,9 @@
 """What inversion hands on."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,9 @@ class Inverted:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def joined(parts: Sequence[Inverted]) -> Inverted:
+    """The images of all parts, one after the other."""
+    names = [field.name for field in fields(Inverted)]
+    return Inverted(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

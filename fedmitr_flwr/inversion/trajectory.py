@@ -10,18 +10,21 @@ from torch import Tensor
 
 from ..config import InversionConfig
 from ..vit.ensemble import Ensemble
+from ..vit.routing import route
+from ..vit.teachers import Question
 from ..vit.tokens import all_positions, patchify, put, roll_and_flip, take, unpatchify
-from .objective import cross_entropy, total_variation
+from .objective import AliveVariation
 
 OnStep = Callable[[float, float], None]  # (mean loss, alive share), once per step
 
 
 class Trajectory:
-    """Pixels (B, N, E) on a canvas; Adam sees the alive ones only, so halted pixels cannot move."""
+    """Pixels (B, N, E) on a canvas; teachers, prior and Adam see the alive ones only, so halted pixels cannot move."""
 
     def __init__(
         self,
         ensemble: Ensemble,
+        question: Question,
         noise_BCHW: Tensor,
         targets_B: Tensor,
         config: InversionConfig,
@@ -30,7 +33,9 @@ class Trajectory:
         rng: torch.Generator,
     ) -> None:
         """Start from `noise_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
-        self.ensemble, self.targets_B, self.config, self.flip, self.rng = ensemble, targets_B, config, flip, rng
+        self.ensemble, self.question, self.targets_B = ensemble, question, targets_B
+        self.config, self.flip, self.rng = config, flip, rng
+        self.routing = route(ensemble.weights, targets_B, config.route)
         self.grid, self.patch = ensemble.grid, ensemble.patch
         pixels_each = self.patch**2
         self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
@@ -39,8 +44,10 @@ class Trajectory:
         self._optimise(self.canvas_BNE)
 
     def _optimise(self, patches_BKE: Tensor) -> None:
-        self.alive_BKE = patches_BKE.detach().clone().requires_grad_()
-        self.adam = torch.optim.Adam([self.alive_BKE], lr=self.config.lr, betas=(0.5, 0.99))
+        # Adam's fused step reads pixels and gradients in the order of memory: both must be contiguous.
+        self.alive_BKE = patches_BKE.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        self.adam = torch.optim.Adam([self.alive_BKE], lr=self.config.lr, betas=(0.5, 0.99), fused=True)
+        self.variation = AliveVariation(self.canvas_BNE, self.positions_BK, self.patch) if self.config.tv else None
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One step of Adam. Returns the losses (B,) and the alive patches (B, K, E) before it: they belong together."""
@@ -54,20 +61,22 @@ class Trajectory:
             flip=self.flip,
             rng=self.rng,
         )
-        loss_B = cross_entropy(self.ensemble.scores(patches, positions).cls, self.targets_B)
-        if self.config.tv:
-            image = unpatchify(put(self.canvas_BNE, self.positions_BK, self.alive_BKE), self.patch)
-            loss_B = loss_B + self.config.tv * total_variation(image)
-        self.adam.zero_grad()
-        (self.alive_BKE.grad,) = torch.autograd.grad(loss_B.sum(), [self.alive_BKE])
+        loss_B, gradient = self.ensemble.target_loss(patches, positions, self.targets_B, self.routing, self.question)
+        (gradient_BKE,) = torch.autograd.grad(patches, self.alive_BKE, gradient)
+        if self.variation:
+            variation_B, slope_BKE = self.variation(before_BKE)
+            loss_B = loss_B + self.config.tv * variation_B
+            gradient_BKE = gradient_BKE + self.config.tv * slope_BKE
+        self.alive_BKE.grad = gradient_BKE.contiguous()
         self.adam.step()
         with torch.no_grad():
             self.alive_BKE.clamp_(self.low_E, self.high_E)
-        return loss_B.detach(), before_BKE
+        return loss_B, before_BKE
 
     def importance(self) -> Tensor:
         """Of each alive patch, on the image as it is: (B, K)."""
-        return self.ensemble.importance(self.alive_BKE.detach(), self.positions_BK, self.targets_B)
+        alive_BKE = self.alive_BKE.detach()
+        return self.ensemble.importance(alive_BKE, self.positions_BK, self.targets_B, self.routing, self.question)
 
     def keep(self, ids_keep_BJ: Tensor) -> None:
         """Go on with the alive patches `ids_keep_BJ` only; the others stay on the canvas as they are."""
@@ -86,7 +95,7 @@ class Trajectory:
     def settle(self, patches_BKE: Tensor) -> None:
         """End with these alive patches, on the canvas and for `importance`."""
         self.write(patches_BKE)
-        self._optimise(patches_BKE)
+        self.alive_BKE = patches_BKE
 
     def images(self) -> Tensor:
         return unpatchify(self.canvas_BNE, self.patch)

@@ -1,80 +1,158 @@
 """The one definition of "the ensemble": teachers, their weights, and how their answers are combined.
 
-Shapes: K teachers, B images, M given patches, Y classes.
+Shapes: K teachers, B images, M given patches, E numbers in a patch, Y classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import EnsembleConfig, ModelConfig
 from ..training.upload import Upload
-from .build import build_vit
-from .tokens import TokenLogits, all_positions, cls_attention, forward_tokens, patchify
+from .routing import Routing, everyone
+from .teachers import Question, Teachers
+from .tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
 
 
 class Ensemble(nn.Module):
     """Frozen teachers. `softmax` of its scores is the ensemble's distribution, whichever way answers are combined."""
 
-    def __init__(self, teachers: Sequence[VisionTransformer], weights_KY: Tensor, combine: str) -> None:
+    def __init__(
+        self,
+        teachers: Teachers | Sequence[VisionTransformer],
+        weights_KY: Tensor,
+        combine: str,
+        stack: str = "never",
+    ) -> None:
         super().__init__()
-        self.patch: int = teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
-        self.grid: int = teachers[0].patch_embed.grid_size[0]  # patches along an image's side
-        self.teachers = nn.ModuleList(teachers).requires_grad_(False).eval()
+        self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
+        self.patch: int = self.teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
+        self.grid: int = self.teachers[0].patch_embed.grid_size[0]  # patches along an image's side
         self.weights: Tensor
         self.register_buffer("weights", weights_KY)
-        self.combine = combine
+        self.combine, self.stack = combine, stack
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig) -> "Ensemble":
-        teachers = []
-        for upload in uploads:
-            teacher = build_vit(model)
-            teacher.load_state_dict(upload.weights)
-            teachers.append(teacher)
-        return cls(teachers, teacher_weights(uploads, model.num_classes, config.weights), config.combine)
+        teachers = Teachers.of(uploads, model, config.teacher_chunk)
+        return cls(teachers, teacher_weights(uploads, model.num_classes, config.weights), config.combine, config.stack)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
         patches = patchify(images_BCHW, self.patch)
-        return self.scores(patches, all_positions(patches)).cls
+        positions, routing = all_positions(patches), everyone(self.weights)
+        answers = [logits for logits, _ in self._ask(forward_cls, patches, positions, routing)]
+        return combine_answers(torch.stack(answers), self.weights, self.combine)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
-        """Scores of the class token (B, Y) and of each given patch (B, M, Y)."""
-        answers = [forward_tokens(teacher, patches_BME, positions_BM) for teacher in self.teachers]
-        return TokenLogits(
-            combine_answers(torch.stack([answer.cls for answer in answers]), self.weights, self.combine),
-            combine_answers(torch.stack([answer.patches for answer in answers]), self.weights, self.combine),
-        )
+        """Scores of the class token (B, Y) and of each given patch (B, M, Y); one teacher's answers at a time."""
+        total: TokenLogits | None = None
+        routing = everyone(self.weights)
+        for answer, weights_Y in zip(
+            self._ask(forward_tokens, patches_BME, positions_BM, routing), self.weights, strict=True
+        ):
+            parts = TokenLogits(*(_part(logits, weights_Y, self.combine) for logits in answer))
+            total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
+        assert total is not None, "an ensemble has teachers"
+        return total
+
+    def _sum(self, total: Tensor, part: Tensor) -> Tensor:
+        return torch.logaddexp(total, part) if self.combine == "probs" else total + part
+
+    def target_loss(
+        self,
+        patches_BME: Tensor,
+        positions_BM: Tensor,
+        targets_B: Tensor,
+        routing: Routing,
+        question: Question = forward_cls,
+    ) -> tuple[Tensor, Tensor]:
+        """-log of the ensemble's probability of the targets (B,), and its gradient by the patches (B, M, E).
+
+        Teachers that do not all fit into memory are run twice: for their answers, and, once it is known how the loss
+        depends on each answer, one by one for the gradient. No more than one such graph exists at a time.
+        """
+        leaf_BME = patches_BME.detach().requires_grad_()
+        together = not self.teachers.streamed
+        with torch.set_grad_enabled(together):
+            asked = [answer[0] for answer in self._ask(question, leaf_BME, positions_BM, routing)]
+        logits = [answer.detach().requires_grad_() for answer in asked]
+        scores_BY = combine_answers(self._spread(logits, routing, len(targets_B)), routing.weights, self.combine)
+        loss_B = F.cross_entropy(scores_BY, targets_B, reduction="none")
+        slopes = torch.autograd.grad(loss_B.sum(), logits)
+        if together:
+            (gradient_BME,) = torch.autograd.grad(asked, leaf_BME, slopes)
+            return loss_B.detach(), gradient_BME
+        gradient_BME = torch.zeros_like(leaf_BME)
+        for answer, slope in zip(self._ask(question, leaf_BME, positions_BM, routing), slopes, strict=True):
+            gradient_BME += torch.autograd.grad(answer[0], leaf_BME, slope)[0]
+        return loss_B.detach(), gradient_BME
 
     @torch.no_grad()
-    def importance(self, patches_BME: Tensor, positions_BM: Tensor, targets_B: Tensor) -> Tensor:
+    def importance(
+        self,
+        patches_BME: Tensor,
+        positions_BM: Tensor,
+        targets_B: Tensor,
+        routing: Routing | None = None,
+        question: Question = forward_cls,
+    ) -> Tensor:
         """Importance (B, M) of each given patch: [CLS] attention, mean over teachers by confidence on the target [M].
 
         A teacher that never saw the class attends to noise; its confidence on the target keeps it out.
         """
-        total: Tensor | float = 0.0
-        confidence: Tensor | float = 0.0
-        for teacher, weights_Y in zip(self.teachers, self.weights, strict=True):
-            logits, attention_BM = cls_attention(teacher, patches_BME, positions_BM)
-            sure_B = weights_Y[targets_B] * logits.softmax(-1).gather(1, targets_B[:, None]).squeeze(1)
-            total, confidence = total + sure_B[:, None] * attention_BM, confidence + sure_B[:, None]
-        return total / torch.as_tensor(confidence).clamp_min(1e-30)
+        routing = routing or everyone(self.weights)
+        total_BM = torch.zeros(positions_BM.shape, device=positions_BM.device)
+        confidence_B = total_BM.new_zeros(len(targets_B))
+        answers = self._ask(question, patches_BME, positions_BM, routing)
+        for (k, rows), answer in zip(routing.rows.items(), answers, strict=True):
+            weighted_RY = routing.weights[k].expand(len(targets_B), -1)[rows] * answer[0].softmax(-1)
+            sure_R = weighted_RY.gather(1, targets_B[rows, None]).squeeze(1)
+            total_BM[rows] += sure_R[:, None] * answer[1]
+            confidence_B[rows] += sure_R
+        return total_BM / confidence_B.clamp_min(1e-30)[:, None]
+
+    def _ask(
+        self, question: Question, patches_BME: Tensor, positions_BM: Tensor, routing: Routing
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The answer of each teacher that is asked anything, for the images that it is asked about."""
+        stack = self.stack == "always" or (self.stack == "auto" and patches_BME.is_cuda)
+        if stack and routing.share == 1 and not self.teachers.streamed:
+            yield from zip(*self.teachers.ask_stacked(question, patches_BME, positions_BM), strict=True)
+        else:
+            for k, rows in routing.rows.items():
+                yield question(self.teachers[k], patches_BME[rows], positions_BM[rows])
+
+    def _spread(self, logits: list[Tensor], routing: Routing, batch: int) -> Tensor:
+        """(K, B, Y): zeros, which have weight 0, where a teacher was not asked."""
+        spread_KBY = logits[0].new_zeros(len(self.teachers), batch, logits[0].shape[1])
+        for (k, rows), answer in zip(routing.rows.items(), logits, strict=True):
+            spread_KBY[k, rows] = answer
+        return spread_KBY
 
 
-def combine_answers(logits_K: Tensor, weights_KY: Tensor, combine: str) -> Tensor:
-    """Combine teachers' logits (K, ..., Y) into scores (..., Y) with weights (K, Y) that sum to 1 over K.
+def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str) -> Tensor:
+    """Combine teachers' logits (K, ..., Y) into scores (..., Y) with weights that sum to 1 over K.
 
     `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture.
+    The weights are (K, Y), or (K, B or 1, Y) where each image has its own.
     """
-    weights = weights_KY.reshape(len(weights_KY), *[1] * (logits_K.dim() - 2), -1)
+    middle = logits_K.dim() - weights_K.dim()
+    weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
+    parts = _part(logits_K, weights, combine)
+    return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
+
+
+def _part(logits: Tensor, weights: Tensor, combine: str) -> Tensor:
+    """What a teacher adds to the scores: a term of a sum, or, for `probs`, of a log-sum-exp."""
     if combine == "logits":
-        return (weights * logits_K).sum(0)
+        return weights * logits
     if combine == "logp":
-        return (weights * logits_K.log_softmax(-1)).sum(0)
-    return (logits_K.log_softmax(-1) + weights.log()).logsumexp(0)
+        return weights * logits.log_softmax(-1)
+    return logits.log_softmax(-1) + weights.log()
 
 
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:

@@ -59,16 +59,21 @@ def forward_tokens(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Te
     return TokenLogits(vit.forward_head(x), vit.head(vit.fc_norm(x[:, vit.num_prefix_tokens :])))
 
 
-def cls_attention(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Class logits (B, Y), and the last block's attention of [CLS] to each given patch, mean over heads (B, K).
+class ClassAnswer(NamedTuple):
+    logits: Tensor  # (B, Y)
+    attention: Tensor  # (B, K): of [CLS] to each given patch in the last block, mean over heads: SMI's importance [C]
 
-    SMI's importance [C]. timm's fused attention hides its matrix, so the one row that counts is computed again.
+
+def forward_cls(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> ClassAnswer:
+    """The class logits of `forward_tokens` and the last block's attention, without what only patch logits need.
+
+    In the last block [CLS] alone asks: patches give keys and values, but get neither attention nor an MLP.
     """
     x = _embed(vit, patches_BKE, positions_BK)
     for block in vit.blocks[:-1]:
         x = block(x)
-    attention = _cls_row(vit.blocks[-1], x)[:, vit.num_prefix_tokens :]
-    return vit.forward_head(vit.norm(vit.blocks[-1](x))), attention
+    cls_B1D, attention_BT = _cls_block(vit.blocks[-1], x)
+    return ClassAnswer(vit.forward_head(vit.norm(cls_B1D)), attention_BT[:, vit.num_prefix_tokens :])
 
 
 def roll_and_flip(
@@ -104,11 +109,20 @@ def _embed(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) ->
     return embedded
 
 
-def _cls_row(block: Block, x_BTD: Tensor) -> Tensor:
-    """Attention of the first token to all T tokens, mean over heads: (B, T)."""
+def _cls_block(block: Block, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """A timm `Block` for the first token only: (B, 1, D), and its attention to all T tokens, mean over heads (B, T)."""
     attn = block.attn
-    qkv = attn.qkv(block.norm1(x_BTD)).unflatten(2, (3, attn.num_heads, attn.head_dim))
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
-    q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
-    row: Tensor = (q * attn.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
-    return row.softmax(dim=-1).mean(dim=1).squeeze(1)
+    normed = block.norm1(x_BTD)
+    width, heads = attn.attn_dim, (attn.num_heads, attn.head_dim)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(normed[:, :1], weight[:width], bias_q).unflatten(2, heads).transpose(1, 2)  # (B, H, 1, D/H)
+    keys_values = F.linear(normed, weight[width:], bias_kv).unflatten(2, (2, *heads))
+    k, v = keys_values.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    row = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, H, 1, T)
+    mixed = attn.norm((row @ v).transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        mixed = mixed * attn.gate(normed[:, :1]).sigmoid()
+    x = x_BTD[:, :1] + block.ls1(attn.proj(mixed))
+    return x + block.ls2(block.mlp(block.norm2(x))), row.mean(dim=1).squeeze(1)

@@ -1,0 +1,44 @@
+"""How inversion runs the teachers: in which precision, and compiled or not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..config import InversionConfig
+from .teachers import Question
+from .tokens import ClassAnswer, forward_cls
+
+
+def class_question(config: InversionConfig, device: torch.device) -> Question:
+    """`forward_cls` as `config.precision` and `config.compile` want it; answers and gradients are float32 always."""
+    question = _compiled() if config.compile else forward_cls
+    if config.precision != "bfloat16":
+        return question
+
+    def in_bfloat16(vit: torch.nn.Module, patches_BKE: Tensor, positions_BK: Tensor) -> ClassAnswer:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, attention = question(vit, patches_BKE, positions_BK)
+        return ClassAnswer(logits.float(), attention.float())
+
+    return in_bfloat16
+
+
+@cache
+def _compiled() -> Question:
+    """One static shape at a time: each stage of an inversion has its own, and none has a varying one."""
+    compiled: Question = torch.compile(forward_cls, dynamic=False)
+    return compiled
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Say explicitly whether CUDA may round the inputs of float32 products to 10 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
