@@ -123,6 +123,9 @@ class LocalConfig(Section):
     label_smoothing: float = 0.0
     augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
     token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
+    prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
+    average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
+    pull: float = 0.0  # adds pull/2 times the squared distance from the weights given to the loss, as FedProx
     grad_clip: float = 1.0  # 0: none
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
@@ -131,7 +134,8 @@ class LocalConfig(Section):
         self._one_of("schedule", "cosine", "constant")
         self._at_least(1, "epochs", "batch_size", "threads")
         self._above(0, "lr")
-        self._at_least(0, "weight_decay", "token_loss", "grad_clip")
+        self._at_least(0, "weight_decay", "token_loss", "grad_clip", "prior_adjust", "pull")
+        self._within(0, 1, "average")
         self._within(0, 0.99, "label_smoothing")
 
 
@@ -174,6 +178,8 @@ class InversionConfig(Section):
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
     roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
+    smooth_start: int = 1  # start from noise without high frequencies: every so many pixels, interpolated; 1: white noise
+    disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
     precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
     compile: bool = False  # torch.compile the teachers; needs a C++ compiler, and minutes for each new shape
@@ -182,9 +188,9 @@ class InversionConfig(Section):
         self._one_of("mode", "dense", "sparse", "pri")
         self._one_of("precision", "float32", "tf32", "bfloat16")
         self._within(0, 1, "route")
-        self._at_least(1, "steps", "batch_size", "rebirths")
+        self._at_least(1, "steps", "batch_size", "rebirths", "smooth_start")
         self._above(0, "lr")
-        self._at_least(0, "tv", "roll")
+        self._at_least(0, "tv", "roll", "disagree")
         self._within(0, 0.99, "drop")
         fractions = self.stop_fractions
         check(

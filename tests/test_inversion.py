@@ -1,5 +1,6 @@
 """Inversion: what is returned is what was optimised, halted pixels rest, the alive set shrinks as the settings say."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import a_vit, an_ensemble, settings, some_images
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
-from fedmitr_flwr.inversion.objective import AliveVariation, total_variation
+from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert, smooth
+from fedmitr_flwr.inversion.objective import AliveVariation, agreement, cross_entropy, total_variation
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
 from fedmitr_flwr.rng import stream
@@ -57,7 +57,7 @@ def loss_of(ensemble: Ensemble, images: Tensor, positions: Tensor, targets: Tens
     """The inversion loss of images of which the patches at `positions` are seen."""
     patches = take(patchify(images, ensemble.patch), positions)
     scores = ensemble.scores(patches, positions).cls
-    return F.cross_entropy(scores, targets, reduction="none") + tv * total_variation(images)
+    return cross_entropy(scores, targets) + tv * total_variation(images)
 
 
 def positions_of(alive: Tensor) -> Tensor:
@@ -422,13 +422,13 @@ def test_sparse_costs_what_its_schedule_says_and_less_than_dense() -> None:
 
 def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
-    target_loss = Ensemble.target_loss
+    slope = Ensemble.slope
 
-    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor, *more: Any) -> object:
+    def spy(ensemble: Ensemble, loss: Any, patches: Tensor, positions: Tensor, *more: Any) -> object:
         seen.update(tuple(row[:4].tolist()) for row in positions)
-        return target_loss(ensemble, patches, positions, *more)
+        return slope(ensemble, loss, patches, positions, *more)
 
-    monkeypatch.setattr(Ensemble, "target_loss", spy)
+    monkeypatch.setattr(Ensemble, "slope", spy)
     inverted(still(mode="dense"))
     assert seen == {(0, 1, 2, 3)}
     inverted(still(mode="dense"), flip=True)
@@ -459,13 +459,13 @@ def test_roll_and_flip_reach_the_teachers_and_not_the_image(monkeypatch: pytest.
     """The teachers see the alive patches at other places; the image's own stay where they are."""
     config = settings(**{"inversion.roll": 1, "inversion.mode": "dense", "inversion.stops": ""})
     seen: list[Tensor] = []
-    target_loss = Ensemble.target_loss
+    slope = Ensemble.slope
 
-    def spy(ensemble: Ensemble, patches: Tensor, positions: Tensor, *more: Any) -> object:
+    def spy(ensemble: Ensemble, loss: Any, patches: Tensor, positions: Tensor, *more: Any) -> object:
         seen.append(positions)
-        return target_loss(ensemble, patches, positions, *more)
+        return slope(ensemble, loss, patches, positions, *more)
 
-    monkeypatch.setattr(Ensemble, "target_loss", spy)
+    monkeypatch.setattr(Ensemble, "slope", spy)
     result = inverted(config, flip=True)
     assert len({tuple(row.tolist()) for positions in seen for row in positions}) > 6
     assert torch.equal(result.given, torch.arange(16).expand(3, -1))
@@ -553,3 +553,39 @@ def test_bfloat16_is_close_and_pixels_stay_float32() -> None:
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.05)
     assert not torch.equal(rounded.loss, exact.loss)
     assert torch.equal(inverted(still(mode="dense", steps=1, precision="tf32"), ensemble=ensemble).loss, exact.loss)
+
+
+def test_agreement_by_hand() -> None:
+    """Equal distributions agree wholly, ln 2; certain and contrary ones not at all; others by Jensen and Shannon."""
+    one = torch.tensor([[0.0, 0.0], [100.0, 0.0], [math.log(3), 0.0]])
+    other = torch.tensor([[5.0, 5.0], [0.0, 100.0], [0.0, 0.0]])
+    p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    m = (p + q) / 2
+    divergence = ((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum()) / 2
+    assert agreement(one, other).tolist() == pytest.approx([math.log(2), 0.0, math.log(2) - divergence], abs=1e-6)
+
+
+def test_images_on_which_the_student_differs_are_sought() -> None:
+    config = still(mode="dense", steps=25, lr=0.1)
+    ensemble, student = an_ensemble(config), a_vit(config, 7)
+
+    def found(disagree: float) -> float:
+        changed = still(mode="dense", steps=25, lr=0.1, disagree=disagree)
+        images = invert(
+            ensemble, TARGETS, changed.inversion, config.model, flip=False, rng=stream(0), student=student
+        ).images
+        with torch.no_grad():
+            return agreement(ensemble(images), student(images)).mean().item()
+
+    assert found(3.0) < found(0.0) - 0.05
+
+
+def test_a_smooth_start_has_no_high_frequencies() -> None:
+    noise = torch.randn(50, 3, 32, 32, generator=stream(0))
+    assert smooth(noise, 1) is noise
+    result = smooth(noise, 4)
+    assert result.shape == noise.shape
+    torch.testing.assert_close(result.std((1, 2, 3)), torch.ones(50))
+    power = torch.fft.fft2(result).abs().square().mean((0, 1))
+    low = power[:5, :5].sum() + power[-4:, :5].sum() + power[:5, -4:].sum() + power[-4:, -4:].sum()
+    assert low / power.sum() > 0.9  # up to 1/8 of a cycle per pixel; of white noise: 81 / 1024

@@ -5,10 +5,11 @@ import torch
 from tiny import an_upload, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.inversion.objective import cross_entropy
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
-from fedmitr_flwr.vit.routing import everyone, route
+from fedmitr_flwr.vit.routing import Routing, everyone, route
 from fedmitr_flwr.vit.tokens import forward_tokens, patchify, take
 
 COMBINES = ("logits", "logp", "probs")
@@ -31,13 +32,18 @@ def some_patches() -> tuple[Tensor, Tensor]:
     return take(patches, ids), ids
 
 
+def target_loss(ensemble: Ensemble, patches: Tensor, ids: Tensor, targets: Tensor, routing: Routing) -> list[Tensor]:
+    """Cross-entropy (B,) and its gradient by the patches."""
+    return list(ensemble.slope(lambda scores, _: cross_entropy(scores, targets), patches, ids, routing))
+
+
 def answers(ensemble: Ensemble) -> list[Tensor]:
     """Everything that is asked of an ensemble."""
     patches, ids = some_patches()
     with torch.no_grad():
         images = ensemble(some_images(settings(), 4))
         scores = ensemble.scores(patches, ids)
-    loss = ensemble.target_loss(patches, ids, TARGETS, everyone(ensemble.weights))
+    loss = target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights))
     return [images, *scores, *loss, ensemble.importance(patches, ids, TARGETS)]
 
 
@@ -74,7 +80,7 @@ def test_the_loss_and_its_gradient_are_autograds() -> None:
     mixture = (logits.softmax(-1) * ensemble.weights[:, None]).sum(0)
     wanted = -mixture.gather(1, TARGETS[:, None]).squeeze(1).log()
     wanted.sum().backward()
-    loss, gradient = ensemble.target_loss(patches, ids, TARGETS, everyone(ensemble.weights))
+    loss, gradient = target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights))
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(gradient, leaf.grad)
     assert not patches.requires_grad
@@ -108,13 +114,13 @@ def test_a_threshold_of_0_is_the_full_ensemble() -> None:
     patches, ids = some_patches()
     routing = route(ensemble.weights, TARGETS, 0.0)
     assert routing.share == 1
-    full = ensemble.target_loss(patches, ids, TARGETS, everyone(ensemble.weights))
-    for found, wanted in zip(ensemble.target_loss(patches, ids, TARGETS, routing), full, strict=True):
+    full = target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights))
+    for found, wanted in zip(target_loss(ensemble, patches, ids, TARGETS, routing), full, strict=True):
         assert torch.equal(found, wanted)
     # and a threshold below every teacher's share asks everyone too, if by another way
     barely = route(ensemble.weights, TARGETS, 1e-6)
     assert barely.share == 1
-    for found, wanted in zip(ensemble.target_loss(patches, ids, TARGETS, barely), full, strict=True):
+    for found, wanted in zip(target_loss(ensemble, patches, ids, TARGETS, barely), full, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -125,12 +131,12 @@ def test_a_routed_image_sees_the_ensemble_of_its_teachers_alone(combine: str, ch
     ensemble.weights = torch.tensor([[0.6, *[1 / 3] * 9], [0.3, *[1 / 3] * 9], [0.1, *[1 / 3] * 9]])
     patches, ids = some_patches()
     targets = torch.tensor([0, 1, 0, 2])  # class 0: without teacher 2
-    loss, gradient = ensemble.target_loss(patches, ids, targets, route(ensemble.weights, targets, 0.5))
+    loss, gradient = target_loss(ensemble, patches, ids, targets, route(ensemble.weights, targets, 0.5))
     importance = ensemble.importance(patches, ids, targets, route(ensemble.weights, targets, 0.5))
     pair = an_ensemble(combine, teachers=2)
     pair.weights = torch.tensor([[2 / 3, *[0.5] * 9], [1 / 3, *[0.5] * 9]])
     for rows, alone in (([0, 2], pair), ([1, 3], ensemble)):
-        wanted = alone.target_loss(patches[rows], ids[rows], targets[rows], everyone(alone.weights))
+        wanted = target_loss(alone, patches[rows], ids[rows], targets[rows], everyone(alone.weights))
         torch.testing.assert_close(loss[rows], wanted[0])
         torch.testing.assert_close(gradient[rows], wanted[1], rtol=1e-4, atol=1e-7)
         wanted_importance = alone.importance(patches[rows], ids[rows], targets[rows])
@@ -145,7 +151,7 @@ def test_a_teacher_that_nobody_asks_is_not_read(monkeypatch: pytest.MonkeyPatch)
         type(ensemble.teachers), "__getitem__", lambda teachers, k: read.append(k) or teachers.residents[0]
     )
     targets = torch.tensor([0, 2, 3, 5])
-    ensemble.target_loss(*some_patches(), targets, route(ensemble.weights, targets, 0.5))
+    target_loss(ensemble, *some_patches(), targets, route(ensemble.weights, targets, 0.5))
     assert read == [0, 2, 0, 2]  # for the answers, then for the gradient
 
 

@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..compute import is_out_of_memory
 from ..config import InversionConfig, ModelConfig
@@ -29,11 +31,13 @@ def invert(
     flip: bool,
     rng: torch.Generator,
     on_step: OnStep | None = None,
+    student: VisionTransformer | None = None,
 ) -> Inverted:
     """Make images that the ensemble gives to the classes `targets_B`.
 
     Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from x ~ N(0, 1), with T a random roll and
-    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). A batch that does not fit into memory is made
+    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). With a `student` and `config.disagree` > 0,
+    images on which it differs from the ensemble are sought (ADI [C]). A batch that does not fit into memory is made
     in two halves, and so on.
 
     Returns:
@@ -41,18 +45,29 @@ def invert(
     """
     device = ensemble.weights.device
     size = (len(targets_B), model.in_chans, model.img_size, model.img_size)
-    noise = torch.randn(size, generator=rng)
+    noise = smooth(torch.randn(size, generator=rng), config.smooth_start)
     mean, std = normalisation(model.in_chans)
     modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
     question = class_question(config, device)
 
     def attempt(noise: Tensor, targets: Tensor) -> Inverted:
         limits = ((0 - mean) / std).to(device), ((1 - mean) / std).to(device)
-        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, limits, flip, rng)
+        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, limits, flip, rng, student)
         return modes[config.mode](start, config, on_step)
 
     with tf32(config.precision == "tf32"):
         return _in_halves(attempt, noise, targets_B, rng)
+
+
+def smooth(noise_BCHW: Tensor, factor: int) -> Tensor:
+    """Noise without its high frequencies: every factor-th pixel, interpolated, at the same variance. 1: as it is [M]."""
+    if factor == 1:
+        return noise_BCHW
+    size = noise_BCHW.shape[-1]
+    coarse = noise_BCHW[..., ::factor, ::factor]
+    fine = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    scaled: Tensor = fine / fine.std((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    return scaled
 
 
 def _in_halves(

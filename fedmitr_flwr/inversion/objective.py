@@ -1,7 +1,9 @@
-"""The prior of the inversion loss, image by image, so that an image does not depend on the batch it is made in.
+"""The inversion loss, image by image, so that an image does not depend on the batch it is made in.
 
-Shapes: B images, N patches, K of them alive, C channels, p pixels along a patch's side, E = C·p·p, W = p + 2.
+Shapes: B images, Y classes, N patches, K of them alive, C channels, p pixels along a patch's side, E = C·p·p, W = p + 2.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,6 +14,22 @@ from ..vit.tokens import take, unpatchify
 # To half of a pixel's 8 neighbours, (rows, columns); the others lie opposite.
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 TINY = 1e-12  # keeps the gradient of ‖0‖ finite: a constant image has none
+
+
+def cross_entropy(scores_BY: Tensor, targets_B: Tensor) -> Tensor:
+    """-log of the ensemble's probability of the target: (B,)."""
+    return F.cross_entropy(scores_BY, targets_B, reduction="none")
+
+
+def agreement(scores_BY: Tensor, student_BY: Tensor) -> Tensor:
+    """ln 2 minus the Jensen-Shannon divergence of the ensemble's and the student's distribution: (B,), 0 at the worst.
+
+    The competition term of Adaptive DeepInversion (Yin et al. 2020, eq. 9) [C]: images on which they differ teach most.
+    """
+    ensemble, student = scores_BY.log_softmax(-1), student_BY.log_softmax(-1)
+    middle = torch.logaddexp(ensemble, student) - math.log(2)
+    divergence = (ensemble.exp() * (ensemble - middle) + student.exp() * (student - middle)).sum(-1) / 2
+    return math.log(2) - divergence
 
 
 def total_variation(images_BCHW: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ Shapes: B images, N patches, K alive patches, E numbers in a patch, g patches al
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import InversionConfig
 from ..vit.ensemble import Ensemble
 from ..vit.routing import route
 from ..vit.teachers import Question
-from ..vit.tokens import all_positions, patchify, put, roll_and_flip, take, unpatchify
-from .objective import AliveVariation
+from ..vit.tokens import all_positions, forward_cls, patchify, put, roll_and_flip, take, unpatchify
+from .objective import AliveVariation, agreement, cross_entropy
 
 OnStep = Callable[[float, float], None]  # (mean loss, alive share), once per step
 
@@ -31,8 +32,10 @@ class Trajectory:
         limits: tuple[Tensor, Tensor],
         flip: bool,
         rng: torch.Generator,
+        student: VisionTransformer | None = None,
     ) -> None:
         """Start from `noise_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
+        self.student = student
         self.ensemble, self.question, self.targets_B = ensemble, question, targets_B
         self.config, self.flip, self.rng = config, flip, rng
         self.routing = route(ensemble.weights, targets_B, config.route)
@@ -61,7 +64,15 @@ class Trajectory:
             flip=self.flip,
             rng=self.rng,
         )
-        loss_B, gradient = self.ensemble.target_loss(patches, positions, self.targets_B, self.routing, self.question)
+
+        def loss(scores_BY: Tensor, patches_BKE: Tensor) -> Tensor:
+            wanted = cross_entropy(scores_BY, self.targets_B)
+            if self.student is None or not self.config.disagree:
+                return wanted
+            student_BY = forward_cls(self.student, patches_BKE, positions).logits
+            return wanted + self.config.disagree * agreement(scores_BY, student_BY)
+
+        loss_B, gradient = self.ensemble.slope(loss, patches, positions, self.routing, self.question)
         (gradient_BKE,) = torch.autograd.grad(patches, self.alive_BKE, gradient)
         if self.variation:
             variation_B, slope_BKE = self.variation(before_BKE)

@@ -3,18 +3,19 @@
 Shapes: K teachers, B images, M given patches, E numbers in a patch, Y classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import EnsembleConfig, ModelConfig
 from ..training.upload import Upload
 from .routing import Routing, everyone
 from .teachers import Question, Teachers
 from .tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
 
 class Ensemble(nn.Module):
@@ -62,15 +63,15 @@ class Ensemble(nn.Module):
     def _sum(self, total: Tensor, part: Tensor) -> Tensor:
         return torch.logaddexp(total, part) if self.combine == "probs" else total + part
 
-    def target_loss(
+    def slope(
         self,
+        loss: Loss,
         patches_BME: Tensor,
         positions_BM: Tensor,
-        targets_B: Tensor,
         routing: Routing,
         question: Question = forward_cls,
     ) -> tuple[Tensor, Tensor]:
-        """-log of the ensemble's probability of the targets (B,), and its gradient by the patches (B, M, E).
+        """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
         Teachers that do not all fit into memory are run twice: for their answers, and, once it is known how the loss
         depends on each answer, one by one for the gradient. No more than one such graph exists at a time.
@@ -80,15 +81,15 @@ class Ensemble(nn.Module):
         with torch.set_grad_enabled(together):
             asked = [answer[0] for answer in self._ask(question, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
-        scores_BY = combine_answers(self._spread(logits, routing, len(targets_B)), routing.weights, self.combine)
-        loss_B = F.cross_entropy(scores_BY, targets_B, reduction="none")
-        slopes = torch.autograd.grad(loss_B.sum(), logits)
+        scores_BY = combine_answers(self._spread(logits, routing, len(leaf_BME)), routing.weights, self.combine)
+        loss_B = loss(scores_BY, leaf_BME)
+        *slopes, direct = torch.autograd.grad(loss_B.sum(), [*logits, leaf_BME], allow_unused=True)
+        gradient_BME = torch.zeros_like(leaf_BME) if direct is None else direct
         if together:
-            (gradient_BME,) = torch.autograd.grad(asked, leaf_BME, slopes)
-            return loss_B.detach(), gradient_BME
-        gradient_BME = torch.zeros_like(leaf_BME)
-        for answer, slope in zip(self._ask(question, leaf_BME, positions_BM, routing), slopes, strict=True):
-            gradient_BME += torch.autograd.grad(answer[0], leaf_BME, slope)[0]
+            gradient_BME += torch.autograd.grad(asked, leaf_BME, slopes)[0]
+        else:
+            for answer, slope in zip(self._ask(question, leaf_BME, positions_BM, routing), slopes, strict=True):
+                gradient_BME += torch.autograd.grad(answer[0], leaf_BME, slope)[0]
         return loss_B.detach(), gradient_BME
 
     @torch.no_grad()
