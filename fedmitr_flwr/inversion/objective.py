@@ -1,6 +1,6 @@
 """The inversion loss, image by image, so that an image does not depend on the batch it is made in.
 
-Shapes: B images, Y classes, N patches, K of them alive, C channels, p pixels along a patch's side, E = C·p·p, W = p + 2.
+Shapes: B images, Y classes, N patches, K of them alive, C channels, p pixels along a patch, E = C·p·p, W = p + 2.
 """
 
 import math
@@ -22,7 +22,7 @@ def cross_entropy(scores_BY: Tensor, targets_B: Tensor) -> Tensor:
 
 
 def agreement(scores_BY: Tensor, student_BY: Tensor) -> Tensor:
-    """ln 2 minus the Jensen-Shannon divergence of the ensemble's and the student's distribution: (B,), 0 at the worst.
+    """How far ensemble and student agree: ln 2 minus the Jensen-Shannon divergence of their distributions, (B,).
 
     The competition term of Adaptive DeepInversion (Yin et al. 2020, eq. 9) [C]: images on which they differ teach most.
     """
