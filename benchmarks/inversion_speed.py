@@ -1,0 +1,178 @@
+r"""Finished images per second of each inversion mode, against `dense` and against what arithmetic allows.
+
+    python benchmarks/inversion_speed.py --model deit_tiny_patch16_224 --img-size 224 --weights FILE \
+        --teachers 1,3 --batch 8 --steps 80 --modes dense,sparse,pri4,pri7 --repeats 3 --json OUT
+
+Work is equal: every mode gets the same T, batch, loss, targets and first noise. Each repeat draws (balanced) targets
+and noise anew and runs all arms that share an ensemble one after the other, beginning with another arm each time, so
+that a drift of the machine meets all. Ratios are of medians. An image counts as finished only if its final loss is
+finite; the rows keep the mean, least and greatest of these losses. Not in the seconds: loading the teachers, and the
+short runs before, which also check that the steps taken are those that are counted.
+
+FLOPs and bounds (speed/flops.py) are of the optimisation steps only, with a last block that works for [CLS] alone: what
+importance costs shows in "Ratio / bound". MFU is of the FLOP/s of a large matrix product in the same precision, timed
+here. Peak memory (speed/gauges.py) is the kernel's mark of the process's highest resident size, set back before each
+run, or CUDA's allocator's. Arms share one process, so it holds torch and the teachers too. The teachers are upload
+files in a temporary folder (speed/uploads.py).
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed.arms import Bench, arms_of, config_of
+from speed.flops import Shape
+from speed.gauges import peak_flops
+from speed.rows import Arm, Row, Run, markdown
+from speed.uploads import DESCRIPTION, owned_classes, write_uploads
+
+from fedmitr_flwr.compute import resolve_device, threads
+from fedmitr_flwr.errors import ConfigError, UserError
+from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.report.result import machine, versions
+from fedmitr_flwr.training.upload import load
+from fedmitr_flwr.vit.build import build_vit
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: values of `kind`, separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse names it where a value is wrong
+    return parse
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; use a number >= 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--device", default="cpu", help="auto | cpu | cuda")
+    add("--threads", type=int, default=0, help="CPU threads; 0: one per core")
+    add("--model", default="deit_tiny_patch16_224", help="any plain timm ViT")
+    add("--img-size", type=positive, default=224)
+    add("--patch-size", type=positive, default=16)
+    add("--num-classes", type=int, default=10)
+    add("--weights", default="none", help="none (random) | path of a safetensors file")
+    add("--teachers", type=list_of(positive), default=[1], metavar="K,...")
+    add("--batch", type=positive, default=8, help="targets inverted at once")
+    add("--steps", type=positive, default=80, help="T")
+    add("--modes", type=list_of(str), default=["dense", "sparse", "pri4", "pri7"], metavar="MODE,...")
+    add("--stops", default="0.0125,0.025,0.05,0.075", help="of sparse")
+    add("--drop", type=float, default=0.3, help="of sparse")
+    add("--route", type=list_of(float), default=[0.0], metavar="THRESHOLD,...", help="0: all teachers for all images")
+    add("--precision", type=list_of(str), default=["float32"], metavar="float32|tf32|bfloat16,...")
+    add("--teacher-chunk", type=list_of(int), default=[0], metavar="COUNT,...", help="0: all teachers at once")
+    add("--compile", action="store_true")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of the project")
+    add("--repeats", type=positive, default=3)
+    add("--warmup", type=int, default=1, help="short runs of each arm before the first measured one")
+    add("--peak-size", type=int, default=0, help="rows of the matrices that tell peak FLOP/s; 0: by device")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, required=True)
+    return made
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured: FLOP/s of the machine, and the rows."""
+    device = resolve_device(options.device)
+    precisions = {"float32", *options.precision} | ({"bfloat16"} if device.type == "cuda" else set())
+    peaks = {name: peak_flops(device, name, options.peak_size) for name in sorted(precisions)}
+    print("peak " + ", ".join(f"{flops / 1e9:.0f} GFLOP/s ({name})" for name, flops in peaks.items()), flush=True)
+    rows: list[Row] = []
+    for count, chunk in product(options.teachers, options.teacher_chunk):
+        arms = arms_of(count, chunk, options)
+        config = config_of(arms[0], options)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write_uploads(Path(folder), count, config.model, options.seed)
+            ensemble = Ensemble.of([load(path) for path in paths], config.model, config.ensemble).to(device)
+            bench = Bench(arms, ensemble, options)
+            bench.run(lambda repeat, arm, run: told(f"repeat {repeat + 1} of {options.repeats}", arm, run))
+        rows += bench.rows(Shape.of(build_vit(config.model)), peaks)
+    return {"peak_flops": peaks, "rows": rows}
+
+
+def told(when: str, arm: Arm, run: Run) -> None:
+    """One line of progress."""
+    loss = f"mean loss {sum(run.losses) / len(run.losses):.3f}" if run.losses else "no finite loss"
+    print(f"{when}: {arm}: {run.cost.seconds:.2f} s, {len(run.losses)} images, {loss}", flush=True)
+
+
+def command(options: argparse.Namespace) -> str:
+    """What was called, without defaults; of whole paths only the last two parts, for folders are the machine's."""
+    words = ["python", "benchmarks/inversion_speed.py"]
+    defaults = vars(parser().parse_args(["--json", ""]))
+    for name, value in vars(options).items():
+        if value == defaults[name]:
+            continue
+        if name == "set":
+            words += [word for text in value for word in ("--set", text)]
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words.append(",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value))
+        elif value is not True:
+            path = Path(str(value))
+            words.append("/".join(path.parts[-2:]) if path.is_absolute() else str(value))
+    return shlex.join(words)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse before anything is measured.
+
+    Raises:
+        ConfigError: an impossible arm, or nothing to compare with.
+    """
+    if "dense" not in options.modes:
+        raise ConfigError("--modes has no dense, to which all are compared; add it")
+    for chunk in options.teacher_chunk:
+        for arm in arms_of(1, chunk, options):
+            config_of(arm, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return 0; 2 where the options are not possible."""
+    options = parser().parse_args(argv)
+    try:
+        check(options)
+        with threads(options.threads):
+            found = measured(options)
+            facts = machine(str(resolve_device(options.device))) | {"threads": torch.get_num_threads()}
+            facts["float32_matmul"] = torch.get_float32_matmul_precision()
+    except UserError as error:
+        print(f"inversion_speed: error: {error}", file=sys.stderr)
+        return 2
+    content = {
+        "command": command(options),
+        "machine": facts,
+        "versions": versions(),
+        "fingerprint": fingerprint(),
+        "model": options.model,
+        "teachers": DESCRIPTION,
+        "classes": {str(count): owned_classes(count, options.num_classes) for count in options.teachers},
+        **found,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    owners = [f"{count} teachers own {text}" for count, text in content["classes"].items()]
+    print("", DESCRIPTION, "Classes: " + ". ".join(owners) + ".", "", markdown(found["rows"]), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/inversion_speed.py."""

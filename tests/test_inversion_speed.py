@@ -1,0 +1,342 @@
+"""The speed benchmark: FLOPs against torch's own counter, bounds of the papers' schedules, and what a run writes."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.upload import load
+from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
+
+import inversion_speed
+from speed import arms, flops, gauges, rows, uploads
+
+SMI = "0.0125,0.025,0.05,0.075"
+DEIT_TINY = flops.Shape(depth=12, width=192, attention=192, mlp=2 * 192 * 768, patch=768, prefix=1, classes=1000)
+
+
+def a_vit(img_size: int = 16, reg_tokens: int = 0) -> VisionTransformer:
+    """Heads and MLP of odd sizes; attention whose two products can be counted."""
+    vit = VisionTransformer(
+        img_size=img_size,
+        patch_size=4,
+        embed_dim=24,
+        depth=3,
+        num_heads=2,
+        mlp_ratio=3,
+        num_classes=7,
+        reg_tokens=reg_tokens,
+    )
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    return vit.requires_grad_(False).eval()
+
+
+def big(mode: str, *, steps: int = 4000, stops: str = SMI, rebirths: int = 1) -> Config:
+    """224 pixels in patches of 16."""
+    flat = {"model.img-size": 224, "model.patch-size": 16, "inversion.mode": mode, "inversion.steps": steps}
+    return Config.from_flat(flat | {"inversion.stops": stops, "inversion.drop": 0.3, "inversion.rebirths": rebirths})
+
+
+def test_deit_tiny_is_as_the_paper_says() -> None:
+    """1.25 G multiply-accumulates for one image of 224 pixels (timm's table: 1.26)."""
+    assert flops.Shape.of(timm.create_model("deit_tiny_patch16_224")) == DEIT_TINY
+    assert DEIT_TINY.forward_flops(196, cls_only=False) / 2 == pytest.approx(1.25e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("img_size", "reg_tokens"), [(16, 0), (8, 0), (16, 3)])
+def test_flops_are_those_that_torch_counts(img_size: int, reg_tokens: int) -> None:
+    vit = a_vit(img_size, reg_tokens)
+    shape, alive = flops.Shape.of(vit), (img_size // 4) ** 2
+    images = torch.randn(2, 3, img_size, img_size, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        logits = vit(images)
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(logits.sum(), images)
+    assert forward.get_total_flops() == 2 * shape.forward_flops(alive, cls_only=False)
+    assert forward.get_total_flops() + backward.get_total_flops() == 2 * shape.step_flops(alive, cls_only=False)
+
+
+def test_a_last_block_for_cls_alone_costs_what_torch_counts() -> None:
+    """The difference between the two counts is that between the two blocks."""
+    vit, shape = a_vit(), flops.Shape.of(a_vit())
+    block, tokens = vit.blocks[-1], 17
+    weight, heads = block.attn.qkv.weight, (2, 12)
+
+    def for_cls(x: torch.Tensor) -> torch.Tensor:
+        q = F.linear(x[:, :1], weight[:24]).unflatten(2, heads).transpose(1, 2)
+        k, v = F.linear(x, weight[24:]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return block.mlp(block.attn.proj(mixed.transpose(1, 2).flatten(2)))
+
+    counted = []
+    for layer in (block, for_cls):
+        x = torch.randn(1, tokens, 24, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            out = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(out.sum(), x)
+        counted.append((forward.get_total_flops(), backward.get_total_flops()))
+    (whole, whole_back), (cls, cls_back) = counted
+    assert shape.forward_flops(16, cls_only=False) - shape.forward_flops(16) == whole - cls
+    assert shape.step_flops(16, cls_only=False) - shape.step_flops(16) == whole + whole_back - cls - cls_back
+
+
+@pytest.mark.parametrize("mode", ["dense", "pri"])
+def test_the_engine_does_what_is_counted(mode: str) -> None:
+    """Two teachers, three images: what more steps cost, torch's counter against ours. Importance drops out."""
+    tiny = {"model.name": "small", "model.img-size": 16, "model.patch-size": 4, "model.in-chans": 3}
+    tiny |= {"model.num-classes": 7, "inversion.mode": mode, "inversion.rebirths": 3}
+    ensemble, shape = Ensemble([a_vit(), a_vit()], torch.full((2, 7), 0.5), "probs"), flops.Shape.of(a_vit())
+    counted, planned = [], []
+    for steps in (3, 8):
+        config = Config.from_flat(tiny | {"inversion.steps": steps})
+        with FlopCounterMode(display=False) as counter:
+            invert(ensemble, torch.arange(3), config.inversion, config.model, flip=True, rng=stream(0))
+        counted.append(counter.get_total_flops())
+        planned.append(2 * 3 * shape.run_flops(flops.stages(config)))
+    assert counted[1] - counted[0] == planned[1] - planned[0]
+
+
+def test_stages_by_hand() -> None:
+    assert flops.stages(big("dense")) == [(4000, 196)]
+    assert flops.stages(big("sparse")) == [(50, 196), (50, 137), (100, 95), (100, 66), (3700, 46)]
+    assert flops.stages(big("sparse", stops="")) == [(4000, 196)]
+    assert flops.stages(big("pri", steps=80, rebirths=4)) == [(20, 196), (20, 147), (20, 98), (20, 49)]
+    sevenths = [(steps, 196 - 28 * i) for i, steps in enumerate([11, 11, 12, 11, 12, 11, 12])]  # 11.4, 22.9, 34.3, ...
+    assert flops.stages(big("pri", steps=80, rebirths=7)) == sevenths
+    assert [flops.images_each(big(mode, rebirths=4)) for mode in ("dense", "sparse", "pri")] == [1, 1, 4]
+
+
+def deit_tiny_step(alive: int) -> int:
+    """By hand: 2 FLOPs for 2 times the linear and 3 times the attention MACs of 12 blocks, 192 wide, n tokens.
+
+    11 blocks: n (4 · 192² + 2 · 192 · 768) and 2 · 192 n²; the last: keys and values of n tokens, the rest of one.
+    """
+    n = 1 + alive
+    linear = 147_456 * alive + 11 * 442_368 * n + (73_728 * n + 368_640) + 192_000
+    return 2 * (2 * linear + 3 * (11 * 384 * n**2 + 384 * n))
+
+
+@pytest.mark.parametrize(
+    ("mode", "rebirths", "about"),
+    [("dense", 1, 1), ("pri", 1, 1), ("sparse", 1, 4.41), ("pri", 4, 6.71), ("pri", 7, 12.93)],
+)
+def test_bounds_of_long_runs(mode: str, rebirths: int, about: float) -> None:
+    """Tokens alone give 3.86, 6.40 and 12.26; attention, which grows with their square, adds to it."""
+    config = big(mode, rebirths=rebirths)
+    found = flops.bound(DEIT_TINY, config, big("dense"))
+    ours = sum(steps * deit_tiny_step(alive) for steps, alive in flops.stages(config))
+    assert found == pytest.approx(rebirths * 4000 * deit_tiny_step(196) / ours)
+    assert found == pytest.approx(about, abs=0.01)
+
+
+def test_a_network_without_attention_is_bounded_by_its_tokens() -> None:
+    """Linear layers alone: v images for the cost of the mean share of tokens. v = 4: 4 / (10 / 16) = 6.4."""
+    shape = flops.Shape(depth=1, width=8, attention=0, mlp=0, patch=8, prefix=0, classes=0)
+    assert flops.bound(shape, big("pri", rebirths=4), big("dense")) == pytest.approx(6.4)
+
+
+ARM = rows.Arm("dense", 3, 0.0, "float32", 0, False)
+PRI = rows.Arm("pri2", 3, 0.0, "float32", 0, False)
+
+
+def runs(seconds: Sequence[float], *losses: float) -> list[rows.Run]:
+    return [rows.Run(gauges.Cost(each, 90.0, 100.0 + each), losses) for each in seconds]
+
+
+def two_rows() -> list[dict[str, Any]]:
+    plan, half = rows.Plan(10, 2, 6e9, 3.0), rows.Plan(8, 4, 4e9, 3.0)
+    dense = rows.row(ARM, runs([3, 1, 2], 0.5, 1.5), plan, 1e10)
+    pri = rows.row(PRI, runs([4, 4, 4], 1.0, 2.0, 3.0), half, 1e10)  # one of four images without a finite loss
+    return rows.with_ratios({ARM: dense, PRI: pri}, {ARM: 1.0, PRI: 1.5})
+
+
+def test_rows_by_hand() -> None:
+    dense, pri = two_rows()
+    assert (dense["seconds"], dense["seconds_median"], dense["seconds_spread"]) == ([3, 1, 2], 2, [1, 3])
+    assert (dense["seconds_per_step"], dense["images"], dense["images_per_second"]) == (0.2, 2, 1.0)
+    assert (dense["mfu"], dense["start_mib"], dense["peak_mib"]) == (pytest.approx(0.3), 90, 103)
+    assert dense["loss"] == {"mean": 1.0, "min": 0.5, "max": 1.5, "count": 6}
+    assert (dense["ratio_to_dense"], dense["bound_fraction"]) == (1, 1)
+    assert (pri["images"], pri["images_planned"], pri["seconds_per_step"]) == (3, 4, 0.5)
+    assert (pri["ratio_to_dense"], pri["ratio_bound"], pri["bound_fraction"]) == (0.75, 1.5, 0.5)
+
+
+def test_arms_are_compared_with_their_own_dense() -> None:
+    slow = [rows.Arm(mode, 5, 0.0, "float32", 0, False) for mode in ("dense", "pri2")]
+    seconds = {ARM: 1.0, PRI: 2.0, slow[0]: 8.0, slow[1]: 4.0}
+    found = {arm: rows.row(arm, runs([each], 1.0), rows.Plan(1, 1, 1.0, 1.0), 1.0) for arm, each in seconds.items()}
+    compared = rows.with_ratios(found, dict.fromkeys(found, 1.0))
+    assert [row["ratio_to_dense"] for row in compared] == [1, 0.5, 1, 2]
+
+
+def test_a_run_without_finished_images_says_so() -> None:
+    row = rows.row(ARM, [rows.Run(gauges.Cost(1.0, None, None), ())], rows.Plan(1, 1, 1.0, 1.0), 1.0)
+    assert (row["images"], row["images_per_second"], row["loss"], row["peak_mib"]) == (0, 0, None, None)
+    assert "| - |" in rows.markdown(rows.with_ratios({PRI: row, ARM: two_rows()[0]}, {ARM: 1.0, PRI: 1.0}))
+
+
+def test_the_table() -> None:
+    head, rule, dense, pri = rows.markdown(two_rows()).splitlines()
+    assert head.count("|") == rule.count("|") == dense.count("|")
+    assert dense == "| 3 | 0 | float32 | 0 | dense | 2 | 1, 3 | 0.2 | 2 | 1 | 1 | 1 | 1 | 0.3 | 103 | 1 |"
+    assert pri == "| 3 | 0 | float32 | 0 | pri2 | 4 | 4, 4 | 0.5 | 3 | 0.75 | 0.75 | 1.5 | 0.5 | 0.1 | 104 | 2 |"
+
+
+@pytest.mark.parametrize(("teachers", "classes"), [(1, 10), (3, 10), (10, 10), (32, 10), (5, 2), (7, 100)])
+def test_each_class_has_an_owner_and_each_teacher_its_classes(teachers: int, classes: int) -> None:
+    counts = torch.tensor(uploads.class_counts(teachers, classes))
+    assert counts.shape == (teachers, classes)
+    assert (counts.sum(0) > 0).all()
+    assert ((counts > 0).sum(1) == min(classes, max(2, -(-classes // teachers)))).all()
+
+
+def test_owners_by_hand() -> None:
+    assert uploads.owned_classes(3, 10) == "0 1 2 3; 3 4 5 6; 6 7 8 9"
+    counts = uploads.class_counts(3, 10)
+    assert uploads.asked(counts, 0.0) == [3] * 10
+    assert uploads.asked(counts, 0.5) == [1, 1, 1, 2, 1, 1, 2, 1, 1, 1]
+
+
+def test_targets_are_balanced_and_drawn_anew() -> None:
+    drawn = [uploads.draw_targets(25, 10, stream(0, repeat)) for repeat in range(2)]
+    for targets in drawn:
+        assert sorted(targets.bincount(minlength=10).tolist()) == [2] * 5 + [3] * 5
+    assert not torch.equal(*drawn)
+
+
+def test_teachers_lie_on_disk_near_the_start_with_heads_of_their_own(tmp_path: Path) -> None:
+    model = big("dense").model
+    start = initial_weights(model, 0)
+    first, second = (load(path) for path in uploads.write_uploads(tmp_path, 2, model, 0))
+    assert (first.class_counts, first.num_examples) == ((100,) * 5 + (0,) * 5, 500)
+    for name in ("blocks.0.attn.qkv.weight", "pos_embed"):
+        moved = (first.weights[name] - start[name]).square().mean().sqrt() / start[name].square().mean().sqrt()
+        assert moved == pytest.approx(0.01, rel=0.1)
+        assert not torch.equal(first.weights[name], second.weights[name])
+    heads = torch.stack([first.weights["head.weight"], second.weights["head.weight"]])
+    assert heads.std() == pytest.approx(model.width**-0.5, rel=0.1)
+    assert torch.corrcoef(heads.flatten(1))[0, 1].abs() < 0.2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's mark is Linux's")
+def test_the_peak_is_that_of_the_work_alone() -> None:
+    device = torch.device("cpu")
+    _, large = gauges.measure(lambda: torch.ones(2**24).sum(), device)  # 64 MiB, freed at the end
+    _, small = gauges.measure(lambda: torch.ones(2**10).sum(), device)
+    assert large.peak_mib - large.start_mib == pytest.approx(64, abs=8)
+    assert small.peak_mib - small.start_mib < 8
+
+
+def test_no_machine_does_more_than_its_seconds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five products of 10 by 10, one in 1, 2, ... 5 seconds: 2 · 10³ FLOPs in the shortest."""
+    clock = iter([0, 5, 5, 9, 9, 12, 12, 14, 14, 15])
+    monkeypatch.setattr(gauges, "synchronised", lambda _device: next(clock))
+    assert gauges.peak_flops(torch.device("cpu"), "float32", 10) == 2000
+
+
+TINY = [
+    *("--model", "small", "--img-size", "16", "--patch-size", "4", "--set", "model.width=16"),
+    *("--batch", "3", "--steps", "7", "--stops", "0.2,0.5", "--modes", "dense,sparse,pri3", "--threads", "1"),
+    *("--teachers", "2", "--repeats", "2", "--peak-size", "64"),
+]
+
+
+def options(*more: str) -> Namespace:
+    return inversion_speed.parser().parse_args([*TINY, "--json", "out.json", *more])
+
+
+def test_a_short_run_shows_every_stage_of_the_long_one() -> None:
+    asked = options("--steps", "80", "--stops", "0.1,0.9,0.95")
+    arm = {mode: rows.Arm(mode, 1, 0.0, "float32", 0, False) for mode in ("dense", "sparse", "pri7")}
+    assert arms.short_steps(arm["dense"], asked) == 1
+    assert arms.short_steps(arm["pri7"], asked) == 7 + 3
+    steps = arms.short_steps(arm["sparse"], asked)
+    assert steps < 20
+    long, short = (flops.stages(arms.config_of(arm["sparse"], asked, length)) for length in (80, steps))
+    assert [stage.alive for stage in short] == [stage.alive for stage in long]
+
+
+def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inversion_speed.main([*TINY, "--json", str(tmp_path / "new" / "out.json")]) == 0
+    content = json.loads((tmp_path / "new" / "out.json").read_text(encoding="utf-8"))
+    dense, sparse, pri = found = content["rows"]
+    assert [row["mode"] for row in found] == ["dense", "sparse", "pri3"]
+    assert [row["images"] for row in found] == [row["images_planned"] for row in found] == [3, 3, 9]
+    assert [row["loss"]["count"] for row in found] == [6, 6, 18]
+    for row in found:
+        assert (row["teachers"], row["patches"], row["batch"], row["steps"]) == (2, 16, 3, 7)
+        assert len(row["seconds"]) == 2
+        assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds_median"])
+        assert row["ratio_to_dense"] == pytest.approx(row["images_per_second"] / dense["images_per_second"])
+        assert row["bound_fraction"] == pytest.approx(row["ratio_to_dense"] / row["ratio_bound"])
+        assert row["ratio_bound"] == pytest.approx(row["images"] / row["flops"] * dense["flops"] / dense["images"])
+        peak = content["peak_flops"]["float32"]
+        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds_median"] / peak)
+    assert dense["ratio_to_dense"] == dense["ratio_bound"] == 1
+    assert 1 < sparse["ratio_bound"] < pri["ratio_bound"]
+    assert content["command"].startswith(
+        "python benchmarks/inversion_speed.py --threads 1 --model small --img-size 16 "
+    )
+    assert str(tmp_path) not in json.dumps(content)
+    told = capsys.readouterr().out
+    assert told.count("repeat ") == 6
+    assert rows.markdown(found) in told
+
+
+def test_steps_that_are_not_counted_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = flops.stages
+    monkeypatch.setattr(arms, "stages", lambda config: [*stages(config), flops.Stage(1, 5)])
+    with pytest.raises(RuntimeError, match=r"dense K=2 float32: steps by alive patches are \{16: 1\}"):
+        inversion_speed.main([*TINY, "--modes", "dense", "--json", str(tmp_path / "out.json")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--modes", "sparse"], "--modes has no dense"),
+        (["--modes", "dense,prix"], "'prix' is not possible; use dense | sparse | pri<number>"),
+        (["--modes", "dense,half"], "inversion.mode = 'half' is not possible"),
+        (["--modes", "dense,pri8"], "at most the number of patches (16) and of steps (7)"),
+        (["--img-size", "15"], "model.img-size = 15 is not possible"),
+        (["--precision", "float32,half"], "inversion.precision = 'half' is not possible"),
+        (["--teacher-chunk", "0,-1"], "ensemble.teacher-chunk = -1 is not possible"),
+        (["--route", "2"], "inversion.route = 2.0 is not possible"),
+        (["--set", "inversion.tw=1"], "unknown config key 'inversion.tw'"),
+    ],
+)
+def test_what_is_not_possible_is_told_in_a_line(
+    more: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inversion_speed.main([*TINY, *more, "--json", str(tmp_path / "out.json")]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+def test_the_command_names_no_folder_of_the_machine() -> None:
+    asked = options("--weights", "/home/me/nets/vit/model.safetensors", "--route", "0,0.5", "--compile")
+    told = inversion_speed.command(asked)
+    assert "--weights vit/model.safetensors --teachers 2 --batch 3" in told
+    assert "--route 0,0.5" in told
+    assert "--compile --set model.width=16 --repeats 2" in told
+    assert "home" not in told
+    again = inversion_speed.parser().parse_args(told.split()[2:])
+    assert vars(again) == vars(asked) | {"weights": "vit/model.safetensors"}
