@@ -60,7 +60,7 @@ def invert(
 
 
 def smooth(noise_BCHW: Tensor, factor: int) -> Tensor:
-    """Noise without its high frequencies: every `factor`-th pixel, interpolated, scaled to variance 1; 1: as it is [M]."""
+    """Noise without high frequencies: every `factor`-th pixel, interpolated, scaled to variance 1; 1: as it is [M]."""
     if factor == 1:
         return noise_BCHW
     size = noise_BCHW.shape[-1]
