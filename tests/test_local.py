@@ -1,4 +1,4 @@
-"""Training at the client: losses by hand, FedProx's term, augmentation, equal bits, a loss that falls; the average."""
+"""Training at the client: losses by hand, priors, FedProx's term, averaged epochs, augmentation; the average."""
 
 import copy
 import gc
@@ -11,13 +11,19 @@ import torch
 from tiny import a_vit, an_upload, settings
 from torch import Tensor
 
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data import sources
 from fedmitr_flwr.data.images import DataSet, prepare
+from fedmitr_flwr.data.partition import holdout, split
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.local import label_loss, proximal, shift_and_flip, train_local
+from fedmitr_flwr.training.local import shift_and_flip, train_local
+from fedmitr_flwr.training.losses import label_loss, prior_shift, proximal
 from fedmitr_flwr.training.stored import StoredWeights
+from fedmitr_flwr.training.swa import averaged_epochs
 from fedmitr_flwr.training.upload import Upload, Weights, load, save
+from fedmitr_flwr.vit.build import build_vit, initial_weights
 from fedmitr_flwr.vit.tokens import TokenLogits
 
 CPU = torch.device("cpu")
@@ -66,6 +72,82 @@ def test_label_loss_is_the_mean_over_images() -> None:
     assert label_loss(TokenLogits(cls, patches), labels, 0.1, 0.5).item() == pytest.approx(np.mean(each), rel=1e-5)
 
 
+def test_prior_adjusted_loss_by_hand() -> None:
+    """The client has 3 images of class 0 and 1 of class 1: logits gain ln 3/4 and ln 1/4, or half of that.
+
+    [CLS] answers (1/2, 1/2) and so (3/4, 1/4) with the prior; the patch (1/4, 3/4) and so (1/2, 1/2).
+    """
+    logits = TokenLogits(torch.zeros(1, 2), torch.tensor([[[0.0, math.log(3)]]]))
+    shift = prior_shift(torch.tensor([0, 1, 0, 0]), 2, 1.0)
+    for label, probability in ((0, 3 / 4), (1, 1 / 4)):
+        labels = torch.tensor([label])
+        assert label_loss(logits, labels, 0.0, 0.0, shift).item() == pytest.approx(-math.log(probability))
+        whole = -math.log(probability) + 0.5 * math.log(2)
+        assert label_loss(logits, labels, 0.0, 0.5, shift).item() == pytest.approx(whole)
+    half = prior_shift(torch.tensor([0, 1, 0, 0]), 2, 0.5)  # (3/4)^½ : (1/4)^½ = √3 : 1
+    assert label_loss(logits, torch.tensor([1]), 0.0, 0.0, half).item() == pytest.approx(math.log(1 + math.sqrt(3)))
+    smooth = 0.8 * math.log(4 / 3) + 0.2 * (3 / 4 * math.log(4 / 3) + 1 / 4 * math.log(4))
+    assert label_loss(logits, torch.tensor([0]), 0.2, 0.0, shift).item() == pytest.approx(smooth)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_uniform_prior_changes_nothing(smoothing: float) -> None:
+    cls, patches = torch.randn(6, 3, generator=stream(0)), torch.randn(6, 5, 3, generator=stream(1))
+    labels = torch.tensor([0, 2, 1, 1, 2, 0])
+    logits = TokenLogits(cls, patches)
+    plain = label_loss(logits, labels, smoothing, 0.5)
+    torch.testing.assert_close(label_loss(logits, labels, smoothing, 0.5, prior_shift(labels, 3, 1.0)), plain)
+    skewed = label_loss(logits, labels, smoothing, 0.5, prior_shift(torch.tensor([0, 0, 1, 2]), 3, 1.0))
+    assert not torch.allclose(skewed, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_prior_is_not_learned_again(smoothing: float) -> None:
+    """Equal logits have no gradient over the images of a client that has all classes: the prior explains its labels."""
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    slopes = []
+    for shift in (None, prior_shift(labels, 3, 1.0)):
+        bias = torch.zeros(3, requires_grad=True)
+        label_loss(TokenLogits(bias.expand(10, 3), bias.expand(10, 4, 3)), labels, smoothing, 0.5, shift).backward()
+        slopes.append(bias.grad)
+    plain, adjusted = slopes
+    assert plain is not None
+    assert plain.abs().max() > 0.3
+    torch.testing.assert_close(adjusted, torch.zeros(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_absent_classes_weigh_less_than_one_image_together_and_are_not_lifted(smoothing: float) -> None:
+    """8 images of class 2 of 4: each of the others counts as 1/4 image, (1/4) / 8 = 1/32."""
+    labels = torch.full((8,), 2)
+    shift = prior_shift(labels, 4, 1.0)
+    torch.testing.assert_close(shift.exp(), torch.tensor([1 / 32, 1 / 32, 1.0, 1 / 32]))
+    cls = torch.zeros(8, 4, requires_grad=True)
+    label_loss(TokenLogits(cls, torch.zeros(8, 1, 4)), labels, smoothing, 0.0, shift).backward()
+    assert cls.grad is not None
+    push = 8 * cls.grad.sum(0)  # in images
+    assert (push[[0, 1, 3]] > 0).all()
+    assert push[[0, 1, 3]].sum() < 1
+    assert push.sum().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_training_takes_the_prior_of_the_images_it_gets(tiny: DataSet) -> None:
+    """From logits of 0, one step of SGD moves the head's bias by lr · (frequency - share by the prior)."""
+    plain = {"local.optimizer": "sgd", "local.lr": 0.1, "local.schedule": "constant", "local.grad-clip": 0.0}
+    plain |= {"local.batch-size": 60, "local.token-loss": 0.5, "model.num-classes": 4}
+    labels = tiny.train.labels
+    own = tiny.train.subset(torch.cat([(labels == 0).nonzero()[:15, 0], (labels == 1).nonzero()[:5, 0]]))
+    shares = {0.0: torch.full((4,), 0.25), 1.0: torch.tensor([15, 5, 0.25, 0.25]) / 20.5}
+    for strength, share in shares.items():
+        config = settings(**plain, **{"local.prior-adjust": strength})
+        vit = a_vit(config, 0)
+        torch.nn.init.zeros_(vit.head.weight)
+        torch.nn.init.zeros_(vit.head.bias)
+        train_local(vit, own, config, stream(0), CPU)
+        wanted = 0.1 * 1.5 * (torch.tensor([0.75, 0.25, 0.0, 0.0]) - share)  # class token, and half of the patches
+        torch.testing.assert_close(vit.head.bias.detach(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_the_proximal_term_is_half_mu_times_the_squared_distance() -> None:
     config = settings()
     vit, start = a_vit(config, 0), [weight.detach().clone() for weight in a_vit(config, 1).parameters()]
@@ -73,7 +155,7 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance() -> None:
         np.square(w.detach().double().numpy() - s.double().numpy()).sum()
         for w, s in zip(vit.parameters(), start, strict=True)
     ]
-    term = proximal(vit, start, mu=0.3)
+    term = proximal(vit.parameters(), start, mu=0.3)
     assert term.item() == pytest.approx(0.15 * sum(distance), rel=1e-5)
     term.backward()
     for weight, old in zip(vit.parameters(), start, strict=True):
@@ -97,6 +179,82 @@ def test_a_huge_mu_holds_the_weights(tiny: DataSet) -> None:
     start = flat(a_vit(config, 0).state_dict())
     free, held = (flat(trained(tiny, config, stream(1), mu)[0]) - start for mu in (0.0, 100.0))
     assert 0 < held.norm() < 0.2 * free.norm()
+
+
+def test_pull_is_the_proximal_term_and_adds_to_mu(tiny: DataSet) -> None:
+    def weights(pull: float, mu: float) -> Tensor:
+        return flat(trained(tiny, for_bars(**{"local.epochs": 2, "local.pull": pull}), stream(1), mu)[0])
+
+    prox = weights(0.0, 0.5)
+    assert torch.equal(weights(0.5, 0.0), prox)
+    assert torch.equal(weights(0.25, 0.25), prox)
+    assert not torch.equal(weights(0.0, 0.0), prox)
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "count"),
+    [(0, 30, 0), (0.01, 30, 0), (0.1, 30, 3), (0.5, 1, 1), (0.5, 3, 2), (0.5, 5, 3), (0.7, 10, 7), (1, 4, 4)],
+)
+def test_the_share_of_the_epochs_is_rounded(share: float, epochs: int, count: int) -> None:
+    assert averaged_epochs(share, epochs) == count
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.0, [4]), (0.25, [4]), (0.5, [3, 4]), (1.0, [1, 2, 3, 4])])
+def test_the_average_over_epochs_is_that_of_the_weights_at_their_ends(
+    tiny: DataSet, share: float, ends: list[int]
+) -> None:
+    """With a constant learning rate, training for fewer epochs ends where the longer one was at that time."""
+    constant = {"local.schedule": "constant", "local.batch-size": 30}
+    snapshots = [trained(tiny, for_bars(**constant, **{"local.epochs": end}), stream(0)) for end in ends]
+    found, loss = trained(tiny, for_bars(**constant, **{"local.epochs": 4, "local.average": share}), stream(0))
+    for name, tensor in found.items():
+        mean = np.mean([weights[name].double().numpy() for weights, _ in snapshots], axis=0)
+        torch.testing.assert_close(tensor, torch.from_numpy(mean).float(), rtol=1e-6, atol=1e-8)
+        assert len(ends) > 1 or torch.equal(tensor, snapshots[0][0][name])  # bit for bit
+    assert loss == snapshots[-1][1]
+
+
+def test_the_average_of_one_epoch_is_the_last_iterate(tiny: DataSet) -> None:
+    found = [flat(trained(tiny, for_bars(**{"local.average": share}), stream(0))[0]) for share in (0.0, 0.5, 1.0)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_buffers_are_not_averaged(tiny: DataSet) -> None:
+    """A counter of forward passes and a running mean of it: 3 epochs of 2 batches."""
+    config = for_bars(**{"local.epochs": 3, "local.batch-size": 30, "local.average": 1.0})
+    vit = a_vit(config, 0)
+    vit.register_buffer("passes", torch.tensor(0))
+    vit.register_buffer("running", torch.tensor(0.0))
+
+    def count(*_: object) -> None:
+        vit.passes += 1
+        vit.running += 0.5 * (vit.passes - vit.running)
+
+    vit.blocks[0].register_forward_pre_hook(count)
+    train_local(vit, tiny.train, config, stream(0), CPU)
+    assert vit.passes.item() == 6
+    assert vit.running.item() == sum(0.5 ** (7 - number) * number for number in range(1, 7))
+
+
+def test_all_switches_together_with_half_precision_and_evaluating_clients(tmp_path: Path) -> None:
+    """The prior is that of the images left for training, and the upload is the mean, in float16."""
+    on = {"local.prior-adjust": 1.0, "local.average": 0.5, "local.pull": 0.1, "local.epochs": 4}
+    on |= {"partition.scheme": "dirichlet", "evaluate.where": "clients", "upload.dtype": "float16"}
+    config = settings(**on, **{"method": "fedavg", "out-dir": str(tmp_path)})
+    folder = pipeline.run(config, "all")
+    assert 0 <= folder.read_result()["accuracy"]["student"] <= 100
+    initial = initial_weights(config.model, config.seed)
+    train = sources.load(config.data, config.model, with_test=False).train
+    parts = split(train.labels, config.partition, 10, config.seed)
+    for found in folder.load_uploads():
+        left, held = holdout(parts.indices[found.client], config.evaluate.holdout, config.seed, found.client)
+        assert len(held) > 0
+        vit = build_vit(config.model)
+        vit.load_state_dict(initial)
+        train_local(vit, train.subset(left), config, stream(config.seed, "local", 1, found.client), CPU)
+        for name, tensor in vit.state_dict().items():
+            assert torch.equal(found.weights[name], tensor.half().float())
 
 
 def test_equal_generators_give_equal_bits_and_others_do_not(tiny: DataSet) -> None:

@@ -3,12 +3,13 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config import Config
 from ..data.images import Images, prepare
-from ..vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
+from ..vit.tokens import all_positions, forward_tokens, patchify
+from .losses import label_loss, prior_shift, proximal
 from .optim import Stepper
+from .swa import WeightMean, averaged_epochs
 
 
 def train_local(
@@ -19,17 +20,23 @@ def train_local(
     device: torch.device,
     prox_mu: float = 0.0,
 ) -> float:
-    """Train `vit` in place and return the last epoch's mean loss.
+    """Train `vit` in place and return the last epoch's mean loss, without the proximal term.
 
-    `prox_mu` is FedProx's μ: the loss gains μ/2 ‖w - w⁰‖² (Li et al. 2020, eq. 2), with w⁰ the weights given.
+    `prox_mu` is FedProx's μ, to which `local.pull` is added; w⁰ are the weights given. The class prior of
+    `local.prior-adjust` is that of `images`. With `local.average` the weights left in `vit` are a mean over epoch ends.
     """
     local = config.local
     vit.to(device).train()
-    start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
+    mu = prox_mu + local.pull
+    start = [weight.detach().clone() for weight in vit.parameters()] if mu else []
+    shift = None
+    if local.prior_adjust:
+        shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
     batches = -(-len(images) // local.batch_size)
     stepper = Stepper(vit.parameters(), local, total_steps=local.epochs * batches)
+    mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     epoch_loss = 0.0
-    for _ in range(local.epochs):
+    for epoch in range(local.epochs):
         losses = []
         for batch in torch.randperm(len(images), generator=rng).split(local.batch_size):
             pixels = prepare(images.pixels[batch], config.model.img_size).to(device)
@@ -38,32 +45,15 @@ def train_local(
                 pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
             patches = patchify(pixels, config.model.patch_size)
             logits = forward_tokens(vit, patches, all_positions(patches))
-            loss = label_loss(logits, labels, local.label_smoothing, local.token_loss)
-            stepper.step(loss + proximal(vit, start, prox_mu) if prox_mu else loss)
+            loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
+            stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
             losses.append(loss.item() * len(batch))
         epoch_loss = sum(losses) / len(images)
+        if epoch >= first:
+            mean.add(vit)
+    mean.write(vit)
     vit.eval()
     return epoch_loss
-
-
-def label_loss(logits: TokenLogits, labels_B: Tensor, smoothing: float, token_weight: float) -> Tensor:
-    """Cross-entropy of the class token, plus `token_weight` times the mean over patch tokens of theirs.
-
-    LV-ViT's objective (Jiang et al. 2021) with the image's label on every token [C]; without it the patch logits, which
-    relabelling asks for, would mean nothing.
-    """
-    loss = F.cross_entropy(logits.cls, labels_B, label_smoothing=smoothing)
-    if token_weight:
-        tokens_BYK = logits.patches.transpose(1, 2)
-        targets_BK = labels_B[:, None].expand(-1, tokens_BYK.shape[2])
-        loss = loss + token_weight * F.cross_entropy(tokens_BYK, targets_BK, label_smoothing=smoothing)
-    return loss
-
-
-def proximal(vit: VisionTransformer, start: list[Tensor], mu: float) -> Tensor:
-    """FedProx's term μ/2 ‖w - w⁰‖²."""
-    squares = [(weight - old).square().sum() for weight, old in zip(vit.parameters(), start, strict=True)]
-    return mu / 2 * torch.stack(squares).sum()
 
 
 def shift_and_flip(images_BCHW: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
