@@ -1,22 +1,37 @@
 """Weights that stay on disk until they are asked for: the server holds what it works on, not all that was sent."""
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import RunError
 from ..files import header_of, reading
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+_DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+
+
+class _Place(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # in bytes from the beginning of the file
+
 
 class StoredWeights(Mapping[str, Tensor]):
     """The tensors of one file by `files.save_tensors`, each read anew when it is asked for; floating ones as float32.
 
+    Plain reads and not a mapped file: a file that is cut short meanwhile is an error and not a crash, and what was read
+    is the reader's own.
+
     Attributes:
         path: the file.
         header: what was saved beside the tensors.
-        shapes: of the tensors, by name.
         num_bytes: of all tensors as they lie in the file, before the cast.
     """
 
@@ -27,13 +42,22 @@ class StoredWeights(Mapping[str, Tensor]):
             RunError: the file is missing, cut short or not one of ours. It is named.
         """
         self.path = path
-        with reading(path) as file:
-            self._state = _state(path)
-            self.header: dict[str, Any] = header_of(file, path)
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            with path.open("rb") as raw:
-                header_bytes = int.from_bytes(raw.read(8), "little")
-            self.num_bytes = path.stat().st_size - 8 - header_bytes  # the format has no gaps between tensors
+        with reading(path) as checked:  # safetensors compares the header with the file's length
+            self.header: dict[str, Any] = header_of(checked, path)
+            with path.open("rb") as file:
+                self._state = _state(file)
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(length))
+        del entries["__metadata__"]
+        self._places = {
+            name: _Place(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+        self.num_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -42,31 +66,33 @@ class StoredWeights(Mapping[str, Tensor]):
             KeyError: there is none of this name.
             RunError: the file is not what it was when this object was made.
         """
-        if name not in self.shapes:
-            raise KeyError(name)
-        if _state(self.path) != self._state:
-            raise RunError(
-                f"{self.path} was changed or moved while the run used it; set resume-from to its run folder to go on"
-            )
-        with reading(self.path) as file:
-            # Cloned: what safetensors gives is a view of the mapped file, whose pages would count as memory.
-            tensor: Tensor = file.get_tensor(name).clone()
+        place = self._places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        room = tensor.view(-1).view(torch.uint8).numpy()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(place.start)
+                whole = _state(file) == self._state and file.readinto(room.data) == room.nbytes
+        except OSError as error:
+            raise RunError(f"cannot read {self.path}: {error.strerror}; {_FIX}") from error
+        if not whole:
+            raise RunError(f"{self.path} was changed while the run used it; {_FIX}")
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # Mapping's own would read the tensor
+        return name in self._places  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self._places)
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Another file of the same name has another one, and so has a file that was written to; None: there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
+_FIX = "set resume-from to its run folder to go on"
+
+
+def _state(file: BinaryIO) -> tuple[int, int, int]:
+    """Another file has another one, and so has the same file once it was written to."""
+    found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,5 +1,6 @@
 """What one client sends, once: its weights and a few numbers; checked before use, kept bit by bit on disk."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,16 @@ class Upload:
 def size(weights: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def digest(upload: Upload) -> str:
+    """A hash of everything in an upload that the server phase uses, in hexadecimal; one tensor is read at a time."""
+    told = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
+    for name in sorted(upload.weights):
+        tensor = upload.weights[name].detach().cpu().contiguous()
+        told.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
 def validate(upload: Upload, reference: Mapping[str, Tensor], num_classes: int, fingerprint: str, clients: int) -> None:
