@@ -52,7 +52,7 @@ class Config(Section):
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of the server phase; 0: one per core
     out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
-    resume_from: str = ""  # a run folder whose missing uploads shall be asked for
+    resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -42,7 +42,7 @@ UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.",
 
 @dataclass(frozen=True)
 class Outcome:
-    weights: Weights | None  # of the global model; None where the method keeps several
+    weights: Mapping[str, Tensor] | None  # of the global model; None where the method keeps several
     result: dict[str, Any]
 
 
@@ -99,13 +99,15 @@ def evaluate_client(config: Config, client: int, weights: Weights) -> Evaluation
 def serve(folder: RunFolder) -> Outcome:
     """The server phase from the uploads on disk: fuse, evaluate, write every output file.
 
+    One that was killed goes on with the checkpoints that it left in the folder.
+
     Raises:
         RunError: fewer uploads than `flower.quorum` of the clients.
     """
     config = folder.config
     uploads = folder.require_uploads(config.flower.quorum)
     device, stopwatch = resolve_device(config.device), Stopwatch()
-    job = Job(uploads, config, device, folder.log_metrics, stopwatch)
+    job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
     with threads(config.threads):
         fused: Fused = methods.load(config.method).fuse(job)
         if fused.weights is not None:
@@ -114,6 +116,8 @@ def serve(folder: RunFolder) -> Outcome:
         with stopwatch.stage("evaluation"):
             scores = _judge(fused, uploads, config, device) if on_server else {"student": None}
     result = _report(folder, fused, uploads, scores, stopwatch)
+    if on_server:
+        folder.clear_work()
     return Outcome(fused.weights, result)
 
 
@@ -125,6 +129,7 @@ def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) ->
     result["accuracy"]["student"] = round(student, 2)
     result["evaluated_on"] = {"where": "clients", "images": total}
     folder.write_result(result)
+    folder.clear_work()
     return result
 
 
@@ -137,6 +142,7 @@ def fuse(run_folder: RunFolder, method: str, overrides: Mapping[str, object]) ->
     run_folder.require_uploads(config.flower.quorum)
     folder = run_folder.sub(method, config)
     serve(folder)
+    folder.clear_work()  # also where the clients evaluate: they are not asked here
     return folder
 
 

@@ -124,6 +124,19 @@ def test_batches_over_growing_pools() -> None:
     assert count_batches([View(10), View(5)], config) == 2 * (5 + 8 + 12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pool_comes_back_from_its_tensors(mode: str, tmp_path: Path) -> None:
+    config = settings(**{"relabel.mode": mode})
+    pool = inverted_pool(config, alone(config))
+    again = Pool.of_tensors(pool.tensors(), pool.soft)
+    assert again.tensors().keys() == pool.tensors().keys()
+    pool.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert again.soft == [view.soft for view in pool.views]
+    assert len(again) == 10
+
+
 def test_every_image_is_seen_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(**{"distill.passes": 2, "distill.batch-size": 4})
     ensemble = alone(config)

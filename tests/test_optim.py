@@ -100,3 +100,32 @@ def test_gradients_of_earlier_steps_are_forgotten() -> None:
     stepper.step(parameter.sum())
     stepper.step(parameter.sum())
     assert parameter.grad.item() == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("done", [0, 1, 3, 6])
+def test_a_restored_stepper_goes_on_in_the_same_bits(optimizer: str, schedule: str, done: int) -> None:
+    config = local(optimizer=optimizer, schedule=schedule, lr=0.1, **{"weight-decay": 0.1, "grad-clip": 1.0}).local
+
+    def start() -> list[nn.Parameter]:
+        return [a_parameter(1.0, -2.0), nn.Parameter(torch.tensor([3.0])), a_parameter(0.5)]
+
+    def go(stepper: Stepper, steps: range) -> None:
+        for step in steps:
+            stepper.step(sum(((parameter - step) ** 2).sum() for parameter in stepper.parameters))
+
+    whole = Stepper(start(), config, total_steps=6)
+    go(whole, range(6))
+    first = Stepper(start(), config, total_steps=6)
+    go(first, range(done))
+    state = {name: value.clone() for name, value in first.state().items()}
+    assert state["steps"] == done
+    second = Stepper([nn.Parameter(each.detach().clone()) for each in first.parameters], config, total_steps=6)
+    second.restore(first.state())
+    assert second.schedule.get_last_lr() == first.schedule.get_last_lr()
+    go(second, range(done, 6))
+    for ours, theirs in zip(second.parameters, whole.parameters, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(value, state[name]) for name, value in first.state().items())  # the first one's are its own
+    assert second.schedule.get_last_lr() == whole.schedule.get_last_lr()

@@ -1,6 +1,6 @@
 """The synthetic images made so far, with their labels and the teachers' cached answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from ..files import save_tensors
 from ..inversion.result import Inverted
 from .relabel import View
+
+_OF_POOL = ("images", "alive", "targets", "loss")
+_OF_VIEW = ("rows", "given", "high", "hard", "scores", "token_scores")
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,39 @@ class Pool:
     def of(cls, inverted: Inverted, views: tuple[View, ...]) -> "Pool":
         return cls(inverted.images, inverted.alive, inverted.targets, inverted.loss, views)
 
-    def save(self, path: Path) -> None:
-        """Write `images`, `alive`, `targets`, `loss`, and of each view `view0.given`, `.high`, `.scores`, ..."""
-        tensors = {name: getattr(self, name) for name in ("images", "alive", "targets", "loss")}
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], soft: Sequence[str]) -> "Pool":
+        """Inverse of `tensors` and `soft`."""
+        views = [
+            View(**{name: tensors[f"view{number}.{name}"] for name in _OF_VIEW}, soft=kind)
+            for number, kind in enumerate(soft)
+        ]
+        return cls(**{name: tensors[name] for name in _OF_POOL}, views=tuple(views))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`images`, `alive`, `targets`, `loss`, and of each view `view0.given`, `.high`, `.scores`, ..."""
+        named = {name: getattr(self, name) for name in _OF_POOL}
         for number, view in enumerate(self.views):
-            for name in ("rows", "given", "high", "hard", "scores", "token_scores"):
-                tensors[f"view{number}.{name}"] = getattr(view, name)
-        save_tensors(path, tensors, {"soft": [view.soft for view in self.views]})
+            named |= {f"view{number}.{name}": getattr(view, name) for name in _OF_VIEW}
+        return named
+
+    @property
+    def soft(self) -> list[str]:
+        """What carries the soft labels in each view."""
+        return [view.soft for view in self.views]
+
+    def save(self, path: Path) -> None:
+        """Write all `tensors`, with `soft` in the header."""
+        save_tensors(path, self.tensors(), {"soft": self.soft})
 
 
 def join(pools: Sequence[Pool]) -> Pool:
     """One pool of all images; views of the same number are joined."""
-    parts = {
-        name: torch.cat([getattr(pool, name) for pool in pools]) for name in ("images", "alive", "targets", "loss")
-    }
+    parts = {name: torch.cat([getattr(pool, name) for pool in pools]) for name in _OF_POOL}
     offsets = torch.tensor([0] + [len(pool) for pool in pools]).cumsum(0)[:-1].tolist()
     views = []
     for same in zip(*(pool.views for pool in pools), strict=True):
         shifted = [replace(view, rows=view.rows + offset) for view, offset in zip(same, offsets, strict=True)]
-        names = ("rows", "given", "high", "hard", "scores", "token_scores")
-        views.append(
-            View(**{name: torch.cat([getattr(view, name) for view in shifted]) for name in names}, soft=same[0].soft)
-        )
+        joined = {name: torch.cat([getattr(view, name) for view in shifted]) for name in _OF_VIEW}
+        views.append(View(**joined, soft=same[0].soft))
     return Pool(**parts, views=tuple(views))

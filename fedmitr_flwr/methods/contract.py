@@ -1,16 +1,19 @@
 """What a method gets, and what it gives back."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoints import Checkpoints
 from ..config import Config
 from ..distillation.pool import Pool
-from ..training.upload import Upload, Weights
+from ..training.upload import Upload
 
 
 @dataclass
@@ -25,7 +28,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.add({name: time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what was measured elsewhere, such as by an earlier start of the run."""
+        for name, spent in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,12 @@ class Job:
     device: torch.device
     log: Callable[..., None]  # one line of metrics.jsonl
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    work: Path | None = None  # the folder for checkpoints; None: nothing is kept
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Where a method keeps what it has finished, so that a later start need not do it again."""
+        return Checkpoints(self.work, self.config, self.uploads, self.device)
 
 
 @dataclass(frozen=True)
@@ -50,5 +64,5 @@ class Fused:
     """
 
     predict: nn.Module
-    weights: Weights | None
+    weights: Mapping[str, Tensor] | None
     pool: Pool | None = None

@@ -4,8 +4,11 @@ A reconstruction: the paper's equations were not available. docs/fedmitr.md says
 come from a cited method [C], and which are ours [M].
 """
 
+import logging
+
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from ..config import Config
 from ..distillation.distil import count_batches, distil, start_student
@@ -17,7 +20,13 @@ from ..progress import Progress
 from ..rng import stream
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
-from .contract import Fused, Job
+from .contract import Fused, Job, Stopwatch
+
+log = logging.getLogger("fedmitr")
+
+# Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
+IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-epoch")
+STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
 
 def fuse(job: Job) -> Fused:
@@ -27,44 +36,94 @@ def fuse(job: Job) -> Fused:
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
     stepper: Stepper | None = None
+    done = 0
     for epoch in range(config.distill.epochs):
-        pools += make_images(ensemble, epoch, job)
-        pool = join(pools)
+        pools = [join(pools + make_images(ensemble, student, epoch, job))]
         if stepper is None:
-            stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
-        with job.stopwatch.stage("distillation"):
-            _distil(student, ensemble, pool, stepper, epoch, job)
+            stepper = Stepper(student.parameters(), config.distill, count_batches(pools[0].views, config))
+            done = _restore(student, stepper, job)
+        if epoch >= done:
+            with job.stopwatch.stage("distillation"):
+                _distil(student, ensemble, pools[0], stepper, epoch, job)
+            _keep(student, stepper, epoch + 1, job)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    return Fused(student, weights, pool)
+    return Fused(student, weights, pools[0])
 
 
-def make_images(ensemble: Ensemble, epoch: int, job: Job) -> list[Pool]:
-    """Invert and relabel one epoch's images, batch by batch."""
+def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, job: Job) -> list[Pool]:
+    """Invert and relabel one epoch's images, batch by batch; batches that an earlier start has made are taken back."""
     config = job.config
+    chunks = dict(enumerate(_targets(epoch, config)))
+    pools = {number: pool for number in chunks if (pool := _kept_batch(epoch, number, job)) is not None}
+    missing = {number: chunk for number, chunk in chunks.items() if number not in pools}
+    if missing:
+        label = f"inversion {epoch + 1}/{config.distill.epochs}"
+        total = config.inversion.steps * sum(map(len, missing.values()))
+        with Progress(label, total, unit="img·step") as progress:
+            for number, chunk in missing.items():
+                pools[number] = _make_batch(ensemble, student, chunk, (epoch, number), progress, job)
+    return [pools[number] for number in chunks]
+
+
+def _targets(epoch: int, config: Config) -> tuple[Tensor, ...]:
+    """Of each batch of an epoch."""
     targets = balanced_targets(config, stream(config.seed, "targets", epoch))
-    pools = []
-    label = f"inversion {epoch + 1}/{config.distill.epochs}"
-    with Progress(label, total=len(targets) * config.inversion.steps, unit="img·step") as progress:
-        for number, chunk in enumerate(targets.split(config.inversion.batch_size)):
+    chunks: tuple[Tensor, ...] = targets.split(config.inversion.batch_size)
+    return chunks
 
-            def on_step(loss: float, alive: float, images: int = len(chunk)) -> None:
-                progress.update(images, loss=loss, alive=alive)
 
-            with job.stopwatch.stage("inversion"):
-                inverted = invert(
-                    ensemble,
-                    chunk,
-                    config.inversion,
-                    config.model,
-                    flip=config.data.flip,
-                    rng=stream(config.seed, "inversion", epoch, number),
-                    on_step=on_step,
-                )
-            with job.stopwatch.stage("relabelling"):
-                pools.append(Pool.of(inverted, relabel(ensemble, inverted, config.relabel)))
-            alive = inverted.alive.float().mean().item()
-            job.log(stage="inversion", epoch=epoch, batch=number, loss=inverted.loss.mean().item(), alive=alive)
-    return pools
+def _make_batch(
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    targets: Tensor,
+    place: tuple[int, int],
+    progress: Progress,
+    job: Job,
+) -> Pool:
+    """One batch; its `place` is (epoch, number)."""
+    config, watch = job.config, Stopwatch()
+
+    def on_step(loss: float, alive: float) -> None:
+        progress.update(len(targets), loss=loss, alive=alive)
+
+    with watch.stage("inversion"):
+        inverted = invert(
+            ensemble,
+            targets,
+            config.inversion,
+            config.model,
+            flip=config.data.flip,
+            rng=stream(config.seed, "inversion", *place),
+            on_step=on_step,
+            student=student if config.inversion.disagree else None,
+        )
+    with watch.stage("relabelling"):
+        pool = Pool.of(inverted, relabel(ensemble, inverted, config.relabel))
+    job.stopwatch.add(watch.seconds)
+    epoch, number = place
+    alive = inverted.alive.float().mean().item()
+    job.log(stage="inversion", epoch=epoch, batch=number, loss=inverted.loss.mean().item(), alive=alive)
+    facts = {"soft": pool.soft, "seconds": watch.seconds}
+    job.checkpoints.save(_name(*place), _image_settings(config), pool.tensors(), **facts)
+    return pool
+
+
+def _kept_batch(epoch: int, number: int, job: Job) -> Pool | None:
+    kept = job.checkpoints.load(_name(epoch, number), _image_settings(job.config))
+    if kept is None:
+        return None
+    tensors, facts = kept
+    job.stopwatch.add(facts["seconds"])
+    log.info("inversion %d/%d: batch %d is of an earlier start", epoch + 1, job.config.distill.epochs, number + 1)
+    return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, facts["soft"])
+
+
+def _name(epoch: int, number: int) -> str:
+    return f"images-{epoch}-{number}"
+
+
+def _image_settings(config: Config) -> tuple[str, ...]:
+    return STUDENT_SETTINGS if config.inversion.disagree else IMAGE_SETTINGS
 
 
 def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
@@ -80,7 +139,7 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     return ((every + offset) % classes)[torch.randperm(count, generator=rng)]
 
 
-def _distil(student: torch.nn.Module, ensemble: Ensemble, pool: Pool, stepper: Stepper, epoch: int, job: Job) -> None:
+def _distil(student: nn.Module, ensemble: Ensemble, pool: Pool, stepper: Stepper, epoch: int, job: Job) -> None:
     config = job.config
     label = f"distillation {epoch + 1}/{config.distill.epochs}"
     images = config.distill.passes * sum(len(view) for view in pool.views)
@@ -95,3 +154,37 @@ def _distil(student: torch.nn.Module, ensemble: Ensemble, pool: Pool, stepper: S
 
         distil(student, ensemble, pool, config, stepper, stream(config.seed, "distillation", epoch), on_batch)
     job.log(stage="distillation", epoch=epoch, **{name: sum(values) / len(values) for name, values in means.items()})
+
+
+def _keep(student: nn.Module, stepper: Stepper, epochs: int, job: Job) -> None:
+    tensors = {f"student/{name}": tensor for name, tensor in student.state_dict().items()}
+    tensors |= {f"stepper/{name}": tensor for name, tensor in stepper.state().items()}
+    seconds = {"distillation": job.stopwatch.seconds["distillation"]}
+    job.checkpoints.save("student", STUDENT_SETTINGS, tensors, epochs=epochs, seconds=seconds)
+
+
+def _restore(student: nn.Module, stepper: Stepper, job: Job) -> int:
+    """Put the student where an earlier start left it; returns how many epochs of distillation are behind it.
+
+    Images that seek disagreement with the student need the one of their own epoch: if a batch of an earlier epoch is
+    lost, the student starts again as well.
+    """
+    kept = job.checkpoints.load("student", STUDENT_SETTINGS)
+    if kept is None:
+        return 0
+    tensors, facts = kept
+    epochs: int = facts["epochs"]
+    if job.config.inversion.disagree:
+        numbers = {epoch: range(len(_targets(epoch, job.config))) for epoch in range(epochs)}
+        earlier = [_name(epoch, number) for epoch in numbers for number in numbers[epoch]]
+        if not all(job.checkpoints.has(name, _image_settings(job.config)) for name in earlier):
+            return 0
+    student.load_state_dict(_under("student/", tensors))
+    stepper.restore(_under("stepper/", tensors))
+    job.stopwatch.add(facts["seconds"])
+    log.info("distillation: %d of %d epochs are of an earlier start", epochs, job.config.distill.epochs)
+    return epochs
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,8 +1,10 @@
 """The folder of one run: what is written where, and what can be read back to continue or to fuse again."""
 
 import json
+import logging
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +15,8 @@ from ..config import Config
 from ..errors import RunError
 from ..files import save_tensors, write_text
 from ..training.upload import Upload, load, save
+
+log = logging.getLogger("fedmitr")
 
 HOME = Path("~/fedmitr-runs")
 _UPLOAD = re.compile(r"client_(\d+)\.safetensors")
@@ -116,6 +120,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def work_path(self) -> Path:
+        """Checkpoints of a server phase that has not ended."""
+        return self.path / "work"
+
+    @property
     def images_path(self) -> Path:
         return self.path / "images.png"
 
@@ -199,6 +208,15 @@ class RunFolder:
     def write_result(self, result: Mapping[str, object]) -> Path:
         write_text(self.result_path, _json(result))
         return self.result_path
+
+    def clear_work(self) -> None:
+        """Remove the checkpoints of a run that has ended."""
+        try:
+            shutil.rmtree(self.work_path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("cannot remove %s: %s; the run has ended and does not need it", self.work_path, error)
 
     def read_result(self) -> dict[str, Any]:
         """Raise RunError if the run has not ended or the file is damaged."""

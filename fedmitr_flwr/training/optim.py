@@ -1,7 +1,7 @@
 """One optimisation step, shared by local training and distillation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -40,9 +40,8 @@ class Stepper:
             if config.optimizer == "adamw"
             else torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _factor(step, total_steps, config.schedule)
-        )
+        self.factor = lambda step: _factor(step, total_steps, config.schedule)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
         self.grad_clip = config.grad_clip
 
     def step(self, loss: Tensor) -> None:
@@ -52,6 +51,24 @@ class Stepper:
             nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.step()
         self.schedule.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on beside the parameters: how many were made, and moments."""
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"{number}.{name}": value for number, of_one in state.items() for name, value in of_one.items()}
+        return {"steps": torch.tensor(self.schedule.last_epoch), **moments}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another stepper, of the same settings and parameters, gave this `state`."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            number, _, name = key.partition(".")
+            if name:
+                moments.setdefault(int(number), {})[name] = value.clone()
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        steps = int(state["steps"])
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor, last_epoch=steps - 1)
 
 
 def _factor(step: int, total: int, schedule: str) -> float:

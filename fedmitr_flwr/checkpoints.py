@@ -1,0 +1,101 @@
+"""Finished pieces of a server phase, kept on disk until the run has ended: one that was killed goes on behind them.
+
+A piece is taken back only under the key under which it was kept, a hash of everything that decides its bits: settings,
+uploads, code, versions, device and threads. Under any other key it is made afresh.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .errors import RunError
+from .files import header_of, load_tensors, reading, save_tensors
+from .fingerprint import fingerprint
+from .report.result import versions
+from .training.upload import Upload, digest
+
+log = logging.getLogger("fedmitr")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The pieces of one run. Without a folder nothing is kept and nothing is found."""
+
+    folder: Path | None
+    config: Config
+    uploads: Sequence[Upload]
+    device: torch.device
+
+    def has(self, name: str, settings: tuple[str, ...]) -> bool:
+        """Whether `load` would give something."""
+        if self.folder is None or not self._path(name).exists():
+            return False
+        try:
+            with reading(self._path(name)) as file:
+                key = header_of(file, self._path(name))["key"]
+        except RunError as error:
+            log.warning("%s; it is made afresh", error)
+            return False
+        if key != self._key(name, settings):
+            log.info("%s is of other settings, uploads, code or threads; it is made afresh", self._path(name))
+            return False
+        return True
+
+    def load(self, name: str, settings: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Take back what an earlier start has kept.
+
+        Args:
+            name: of the piece, and of its file.
+            settings: beginnings of the keys of all settings that decide it, such as ("seed", "model.").
+
+        Returns:
+            Tensors (on the CPU) and facts, as they were saved; None: there are none under the same key.
+        """
+        if not self.has(name, settings):
+            return None
+        tensors, header = load_tensors(self._path(name))
+        return tensors, header["facts"]
+
+    def save(self, name: str, settings: tuple[str, ...], tensors: Mapping[str, Tensor], **facts: object) -> None:
+        """Keep a piece, whole or not at all, in place of an earlier one of its name. `facts` is what JSON can hold.
+
+        Raises:
+            RunError: it cannot be written (disk full, ...).
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        save_tensors(self._path(name), tensors, {"key": self._key(name, settings), "facts": facts})
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+    def _key(self, name: str, settings: tuple[str, ...]) -> str:
+        deciding = {key: value for key, value in self.config.to_flat().items() if key.startswith(settings)}
+        told = json.dumps([name, deciding, self._circumstances], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    @cached_property
+    def _circumstances(self) -> dict[str, object]:
+        """What decides every piece."""
+        return {
+            "method": self.config.method,
+            "uploads": [digest(upload) for upload in self.uploads],
+            "code": fingerprint(),
+            "versions": versions(),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+        }

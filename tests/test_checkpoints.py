@@ -1,0 +1,52 @@
+"""Checkpoints: what is kept comes back under the same key, and under no other."""
+
+from pathlib import Path
+
+import torch
+from tiny import an_upload, settings
+
+from fedmitr_flwr.checkpoints import Checkpoints
+from fedmitr_flwr.compute import threads
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.methods import fedmitr
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    config = settings()
+    nowhere = Checkpoints(None, config, [an_upload(config, 0)], torch.device("cpu"))
+    nowhere.save("piece", ("seed",), {"x": torch.ones(1)})
+    assert nowhere.load("piece", ("seed",)) is None
+
+
+def test_pieces_come_back_under_their_own_name_and_method_only(tmp_path: Path) -> None:
+    config = settings()
+    uploads = [an_upload(config, 0)]
+    kept = Checkpoints(tmp_path / "work", config, uploads, torch.device("cpu"))
+    assert kept.load("piece", ("seed",)) is None
+    kept.save("piece", ("seed",), {"x": torch.tensor([1.5])}, words=["a"], number=0.1)
+    tensors, facts = kept.load("piece", ("seed",))
+    assert tensors["x"].tolist() == [1.5]
+    assert facts == {"words": ["a"], "number": 0.1}
+    assert kept.load("piece", ("seed", "model.")) is None
+    (tmp_path / "work" / "piece.safetensors").rename(tmp_path / "work" / "other.safetensors")
+    assert kept.load("other", ("seed",)) is None
+    kept.save("piece", ("seed",), {})
+    with threads(torch.get_num_threads() + 1):
+        assert Checkpoints(kept.folder, config, uploads, kept.device).load("piece", ("seed",)) is None
+    for changes, device in (({"method": "fedavg"}, "cpu"), ({"seed": 1}, "cpu"), ({}, "cuda")):
+        assert (
+            Checkpoints(kept.folder, settings(**changes), uploads, torch.device(device)).load("piece", ("seed",))
+            is None
+        )
+    same = Checkpoints(kept.folder, settings(**{"model.width": 32}), uploads, torch.device("cpu"))
+    assert same.load("piece", ("seed",)) == ({}, {})
+
+
+def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
+    """A new setting belongs into one of these lists."""
+    elsewhere = ("device", "threads", "method")  # in every key already
+    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.")
+    in_uploads = ("data.", "partition.", "local.", "upload.")
+    for key in Config().to_flat():
+        assert key.startswith((*fedmitr.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
+    assert set(fedmitr.IMAGE_SETTINGS) < set(fedmitr.STUDENT_SETTINGS)

@@ -1,0 +1,444 @@
+"""A server phase that was killed goes on behind its last finished piece, and ends in the bytes of one that was not."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import settings
+
+from fedmitr_flwr import checkpoints, pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.methods import contract, fedmitr
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.training.upload import load, save
+
+EPOCHS, BATCHES = 3, 3  # of 5, 5 and 2 images
+SHAPE = {
+    "inversion.steps": 5,
+    "distill.epochs": EPOCHS,
+    "distill.images-per-epoch": 12,
+    "distill.passes": 2,
+    "inversion.batch-size": 5,
+}
+KINDS: dict[str, dict[str, object]] = {
+    "sparse": {},
+    "pri": {"inversion.mode": "pri", "distill.images-per-epoch": 48, "relabel.mode": "complement"},
+    "disagree": {"inversion.disagree": 5.0},  # each epoch's images depend on the student that they find
+    "again": {"distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5, "distill.optimizer": "sgd"},
+}
+OUTPUTS = ("model.safetensors", "pool.safetensors")
+
+
+class KilledError(Exception):
+    """Stands for a power cut."""
+
+
+def power_cut(*_: object) -> None:
+    raise KilledError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that has its uploads; read only."""
+    where = {"out-dir": str(tmp_path_factory.mktemp("trained")), "partition.clients": 3, "method": "fedavg"}
+    return pipeline.run(settings(**SHAPE | where), "run")
+
+
+@pytest.fixture
+def start(trained: RunFolder, tmp_path: Path) -> Callable[..., RunFolder]:
+    """A run folder with these uploads and nothing else."""
+
+    def make(name: str = "run", **changes: object) -> RunFolder:
+        config = Config.from_flat({"method": "fedmitr", "out-dir": str(tmp_path), **changes}, base=trained.config)
+        folder = RunFolder.create(config, name)
+        shutil.copytree(trained.uploads_path, folder.uploads_path, dirs_exist_ok=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn when all is done, and take longer than the rest."""
+    for name in ("save_images", "save_partition"):
+        monkeypatch.setattr(pipeline, name, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, list[bytes]]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    start: Callable[..., RunFolder], work: "Work", known: dict[str, list[bytes]]
+) -> Callable[..., list[bytes]]:
+    """The bytes of a server phase with these settings that nobody kills."""
+
+    def serve(**changes: object) -> list[bytes]:
+        if repr(changes) not in known:
+            known[repr(changes)] = served(start("whole", **changes))
+            work.reset()
+        return known[repr(changes)]
+
+    return serve
+
+
+class Work:
+    """What was done, and after how much of it the power goes."""
+
+    def __init__(self) -> None:
+        self.batches, self.epochs, self.left = 0, 0, 10**6
+
+    def reset(self, left: int = 10**6) -> None:
+        self.batches, self.epochs, self.left = 0, 0, left
+
+    def spend(self) -> None:
+        if not self.left:
+            raise KilledError
+        self.left -= 1
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Counts inversions and distillations; the one after the last that is `left` is killed in its middle."""
+    done = Work()
+    invert, distil = fedmitr.invert, fedmitr.distil
+
+    def spy_invert(*given: Any, on_step: Any, **more: Any) -> Any:
+        steps = 0
+
+        def step(*values: float) -> None:
+            nonlocal steps
+            on_step(*values)
+            steps += 1
+            if steps == 3:
+                done.spend()
+
+        inverted = invert(*given, on_step=step, **more)
+        done.batches += 1
+        return inverted
+
+    def spy_distil(*given: Any) -> None:
+        *rest, on_batch = given
+        batches = 0
+
+        def batch(*values: Any) -> None:
+            nonlocal batches
+            on_batch(*values)
+            batches += 1
+            if batches == 2:
+                done.spend()
+
+        distil(*rest, batch)
+        done.epochs += 1
+
+    monkeypatch.setattr(fedmitr, "invert", spy_invert)
+    monkeypatch.setattr(fedmitr, "distil", spy_distil)
+    return done
+
+
+def served(folder: RunFolder) -> list[bytes]:
+    """Serve to the end, as a new process would; the bytes of what it wrote."""
+    again = RunFolder.open(folder.path)
+    pipeline.serve(again)
+    assert not again.work_path.exists()
+    return [(again.path / name).read_bytes() for name in OUTPUTS]
+
+
+def killed(folder: RunFolder, work: Work, after: int) -> None:
+    """Start, and die in the middle of the piece after so many new ones."""
+    work.reset(after)
+    with pytest.raises(KilledError):
+        pipeline.serve(RunFolder.open(folder.path))
+    assert not folder.finished
+    work.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("after", "batches", "epochs"),
+    [
+        (0, EPOCHS * BATCHES, EPOCHS),  # in the first batch
+        (1, EPOCHS * BATCHES - 1, EPOCHS),  # in the second
+        (BATCHES, EPOCHS * BATCHES - BATCHES, EPOCHS),  # in the first distillation
+        (BATCHES + 3, EPOCHS * BATCHES - BATCHES - 2, EPOCHS - 1),  # in the last batch of the second epoch
+        (EPOCHS * (BATCHES + 1) - 1, 0, 1),  # in the last distillation
+    ],
+)
+def test_a_killed_phase_makes_what_is_missing_and_ends_in_the_same_bytes(
+    start: Callable[..., RunFolder],
+    undisturbed: Callable[..., list[bytes]],
+    work: Work,
+    kind: str,
+    after: int,
+    batches: int,
+    epochs: int,
+) -> None:
+    folder = start("killed", **KINDS[kind])
+    killed(folder, work, after)
+    made = served(folder)
+    assert (work.batches, work.epochs) == (batches, epochs)
+    assert made == undisturbed(**KINDS[kind])
+
+
+def test_a_phase_that_dies_after_every_piece_gets_there(
+    start: Callable[..., RunFolder], undisturbed: Callable[..., list[bytes]], work: Work
+) -> None:
+    wanted = undisturbed()
+    folder = start("killed")
+    for _ in range(EPOCHS * (BATCHES + 1) - 1):
+        killed(folder, work, after=1)
+    assert served(folder) == wanted
+    assert (work.batches, work.epochs) == (0, 1)
+
+
+def test_a_phase_killed_in_its_evaluation_only_evaluates(
+    start: Callable[..., RunFolder],
+    undisturbed: Callable[..., list[bytes]],
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = undisturbed()
+    folder = start("killed")
+    work.reset()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_judge", power_cut)
+        with pytest.raises(KilledError):
+            pipeline.serve(folder)
+    assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
+    work.reset()
+    assert served(folder) == wanted
+    assert (work.batches, work.epochs) == (0, 0)
+
+
+def test_the_log_tells_what_was_taken_back(
+    start: Callable[..., RunFolder], work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = start()
+    killed(folder, work, after=BATCHES + 2)
+    with caplog.at_level(logging.INFO, "fedmitr"):
+        served(folder)
+    told = [record.message for record in caplog.records if "earlier start" in record.message]
+    assert told == [
+        "inversion 1/3: batch 1 is of an earlier start",
+        "inversion 1/3: batch 2 is of an earlier start",
+        "inversion 1/3: batch 3 is of an earlier start",
+        "distillation: 1 of 3 epochs are of an earlier start",
+        "inversion 2/3: batch 1 is of an earlier start",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "batches", "epochs"),
+    [
+        ({"inversion.lr": 0.2}, EPOCHS * BATCHES, EPOCHS),
+        ({"ensemble.combine": "probs"}, EPOCHS * BATCHES, EPOCHS),
+        ({"relabel.mode": "none"}, EPOCHS * BATCHES, EPOCHS),
+        ({"distill.images-per-epoch": 11}, EPOCHS * BATCHES, EPOCHS),
+        ({"distill.lr": 2e-3}, EPOCHS * BATCHES - BATCHES - 1, EPOCHS),  # it decides the student, but no image
+        ({"distill.epochs": 2}, 2 * BATCHES - BATCHES - 1, 2),
+        ({"inversion.disagree": 5.0}, EPOCHS * BATCHES, EPOCHS),
+        ({"evaluate.batch-size": 7}, EPOCHS * BATCHES - BATCHES - 1, EPOCHS - 1),
+    ],
+)
+def test_only_pieces_of_the_same_settings_are_taken_back(
+    start: Callable[..., RunFolder],
+    undisturbed: Callable[..., list[bytes]],
+    work: Work,
+    change: dict[str, object],
+    batches: int,
+    epochs: int,
+) -> None:
+    wanted = undisturbed(**change)
+    folder = start("killed")
+    killed(folder, work, after=BATCHES + 2)
+    folder.continue_with(Config.from_flat(change, base=folder.config))
+    assert served(folder) == wanted
+    assert (work.batches, work.epochs) == (batches, epochs)
+
+
+@pytest.mark.parametrize(("name", "other"), [("fingerprint", "f" * 12), ("versions", {"torch": "1.0"})])
+def test_pieces_of_other_code_or_versions_are_made_afresh(
+    start: Callable[..., RunFolder],
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    other: object,
+) -> None:
+    folder = start()
+    killed(folder, work, after=BATCHES + 2)
+    monkeypatch.setattr(checkpoints, name, lambda: other)
+    with caplog.at_level(logging.INFO, "fedmitr"):
+        served(folder)
+    assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
+    assert "images-0-0.safetensors is of other settings, uploads, code or threads; it is made afresh" in caplog.text
+
+
+def test_pieces_of_other_uploads_are_made_afresh(start: Callable[..., RunFolder], work: Work) -> None:
+    """One weight of one client is another one in the last bit."""
+    folder = start()
+    killed(folder, work, after=BATCHES + 2)
+    path = folder.upload_paths()[1]
+    upload = load(path)
+    weights = dict(upload.weights)
+    weights["head.bias"].view(torch.int32)[3] ^= 1
+    path.unlink()
+    save(replace(upload, weights=weights), path)
+    served(folder)
+    assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
+
+
+@pytest.mark.parametrize(("name", "batches", "epochs"), [("images-0-1", 6, 2), ("student", 5, 3)])
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_damaged_piece_is_made_afresh_and_the_log_says_so(
+    start: Callable[..., RunFolder],
+    undisturbed: Callable[..., list[bytes]],
+    work: Work,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    batches: int,
+    epochs: int,
+    keep: int,
+) -> None:
+    wanted = undisturbed()
+    folder = start("killed")
+    killed(folder, work, after=BATCHES + 2)
+    path = folder.work_path / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert served(folder) == wanted
+    assert (work.batches, work.epochs) == (batches, epochs)
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith(f"{path} is corrupt: ")
+    assert warning.endswith("; it is made afresh")
+
+
+def test_images_that_depend_on_a_student_are_made_again_by_the_one_of_their_epoch(
+    start: Callable[..., RunFolder], undisturbed: Callable[..., list[bytes]], work: Work
+) -> None:
+    """A batch of the second epoch is lost after it was distilled: the student of that time is needed again."""
+    wanted = undisturbed(**KINDS["disagree"])
+    assert wanted != undisturbed()
+    folder = start("killed", **KINDS["disagree"])
+    killed(folder, work, after=2 * (BATCHES + 1))
+    (folder.work_path / "images-1-1.safetensors").unlink()
+    assert served(folder) == wanted
+    assert (work.batches, work.epochs) == (BATCHES + 1, EPOCHS)
+
+
+def test_a_piece_that_is_written_when_the_power_goes_does_not_count(
+    start: Callable[..., RunFolder],
+    undisturbed: Callable[..., list[bytes]],
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = undisturbed()
+    folder = start("killed")
+    work.reset()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", power_cut)
+        with pytest.raises(KilledError):
+            pipeline.serve(folder)
+    assert list(folder.work_path.iterdir()) == []
+    work.reset()
+    assert served(folder) == wanted
+    assert work.batches == EPOCHS * BATCHES
+
+
+def test_a_full_disk_is_one_line(start: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = start()
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*work/images-0-0\.safetensors: .*No space left"):
+        pipeline.serve(folder)
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(start: Callable[..., RunFolder]) -> None:
+    folder = start()
+    folder.work_path.write_text("x")
+    with pytest.raises(RunError, match=r"cannot make the folder .*work: "):
+        pipeline.serve(folder)
+
+
+def test_the_seconds_are_those_of_the_work_that_is_in_the_result(
+    start: Callable[..., RunFolder], work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes one second per look, so that every stage takes one second."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr(contract.time, "perf_counter", lambda: float(next(looks)))
+    folder = start()
+    killed(folder, work, after=1)
+    killed(folder, work, after=BATCHES + 1)
+    served(folder)
+    assert folder.read_result()["seconds"] == {
+        "inversion": EPOCHS * BATCHES,
+        "relabelling": EPOCHS * BATCHES,
+        "distillation": EPOCHS,
+        "evaluation": 1,
+    }
+
+
+def test_a_fusion_has_its_own_work_and_can_be_resumed(start: Callable[..., RunFolder], work: Work) -> None:
+    root = start()
+    work.reset(2)
+    with pytest.raises(KilledError):
+        pipeline.fuse(root, "fedmitr", {"relabel.mode": "none"})
+    folder = RunFolder.open(root.path / "fused" / "fedmitr-1")
+    assert len(list(folder.work_path.iterdir())) == 2
+    assert not root.work_path.exists()
+    work.reset()
+    other = pipeline.fuse(root, "fedmitr", {"relabel.mode": "none"})
+    assert other.path == root.path / "fused" / "fedmitr-2"
+    assert not other.work_path.exists()
+    assert work.batches == EPOCHS * BATCHES
+    work.reset()
+    resumed = pipeline.run(Config.from_flat({"resume-from": str(folder.path)}, base=folder.config))
+    assert resumed.path == folder.path
+    assert work.batches == EPOCHS * BATCHES - 2
+    assert not folder.work_path.exists()
+    for name in OUTPUTS:
+        assert (folder.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+def test_checkpoints_stay_until_the_clients_have_evaluated(
+    tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(**SHAPE, **{"out-dir": str(tmp_path), "partition.clients": 2, "evaluate.where": "clients"})
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "evaluate_client", power_cut)
+        with pytest.raises(KilledError):
+            pipeline.run(config, "run")
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.finished
+    assert folder.work_path.exists()
+    before = folder.model_path.read_bytes()
+    work.reset()
+    pipeline.run(Config.from_flat({"resume-from": str(folder.path)}, base=config))
+    assert (work.batches, work.epochs) == (0, 0)
+    assert folder.model_path.read_bytes() == before
+    assert folder.read_result()["accuracy"]["student"] is not None
+    assert not folder.work_path.exists()
+
+
+def test_a_folder_that_cannot_be_removed_does_not_fail_a_run_that_has_ended(
+    start: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    folder = start()
+    pipeline.serve(folder)
+    assert folder.finished
+    assert "cannot remove" in caplog.text
