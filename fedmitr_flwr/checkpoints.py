@@ -41,7 +41,7 @@ class Checkpoints:
             return False
         try:
             with reading(self._path(name)) as file:
-                key = header_of(file, self._path(name))["key"]
+                key = header_of(file, self._path(name)).get("key")
         except RunError as error:
             log.warning("%s; it is made afresh", error)
             return False
