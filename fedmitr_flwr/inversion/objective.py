@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..vit.tokens import take, unpatchify
+from ..vit.tokens import unpatchify
 
 # To half of a pixel's 8 neighbours, (rows, columns); the others lie opposite.
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -126,10 +126,13 @@ class AliveVariation:
 
 def _windows(images_BCHW: Tensor, positions_BK: Tensor, patch: int) -> Tensor:
     """The chosen patches with a border of one pixel, 0 outside the image: (B, K, C, W, W)."""
-    channels, width = images_BCHW.shape[1], patch + 2
-    windows_BNX = F.unfold(images_BCHW, width, padding=1, stride=patch).transpose(1, 2)
-    windows: Tensor = take(windows_BNX, positions_BK).unflatten(2, (channels, width, width))
-    return windows
+    batch, channels, side, _ = images_BCHW.shape
+    grid, width, line = side // patch, patch + 2, side + 2
+    corner_BK1 = ((positions_BK // grid * line + positions_BK % grid) * patch)[..., None]
+    inner = torch.arange(width, device=positions_BK.device)
+    pixels = (corner_BK1 + (inner[:, None] * line + inner).flatten()).flatten(1)  # (B, K·W·W)
+    seen = F.pad(images_BCHW, (1, 1, 1, 1)).flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1))
+    return seen.view(batch, channels, -1, width, width).transpose(1, 2)
 
 
 def _dot(left_BX: Tensor, right_BX: Tensor) -> Tensor:
