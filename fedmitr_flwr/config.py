@@ -71,6 +71,11 @@ class Config(Section):
             raise ConfigError(
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
             )
+        if self.inversion.route and self.ensemble.weights not in ("counts", "estimated"):
+            raise ConfigError(
+                f"inversion.route = {self.inversion.route} needs weights that tell classes apart, not "
+                f"ensemble.weights = {self.ensemble.weights!r}; use 'estimated' or 'counts', or set inversion.route = 0"
+            )
         if self.data.validation and self.evaluate.where == "clients":
             raise ConfigError(
                 f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "

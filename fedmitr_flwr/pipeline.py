@@ -23,6 +23,7 @@ from .data.sources import load
 from .errors import RunError
 from .evaluation import Evaluation, evaluate
 from .fingerprint import fingerprint
+from .inversion.scout import scouted_ensemble
 from .methods.contract import Fused, Job, Stopwatch
 from .report import result as report
 from .report.figures import save_images, save_partition
@@ -32,7 +33,6 @@ from .training.average import average
 from .training.local import train_local
 from .training.upload import Upload, Weights, size
 from .vit.build import build_vit, initial_weights, timm_arguments
-from .vit.ensemble import Ensemble
 
 log = logging.getLogger("fedmitr")
 
@@ -217,7 +217,7 @@ def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torc
         "student": student.accuracy,
         "per_class": dict(zip(data.classes, student.per_class, strict=True)),
         "fedavg": accuracy(vit_of(average(uploads))).accuracy,
-        "ensemble": accuracy(Ensemble.of(uploads, config.model, config.ensemble)).accuracy,
+        "ensemble": accuracy(fused.ensemble or scouted_ensemble(uploads, config, device)).accuracy,
         "local": _by_client(config, uploads, lambda upload: accuracy(vit_of(upload.weights)).accuracy),
     }
 

@@ -155,7 +155,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    weights: str = "size"  # uniform | size (images per client) | counts (images per client and class)
+    weights: str = "size"  # uniform | size (images per client) | counts (also per class) | estimated (from the pool)
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
@@ -163,7 +163,7 @@ class EnsembleConfig(Section):
         self._at_least(0, "teacher_chunk")
         self._one_of("stack", "auto", "always", "never")
         self._one_of("combine", "logits", "logp", "probs")
-        self._one_of("weights", "uniform", "size", "counts")
+        self._one_of("weights", "uniform", "size", "counts", "estimated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class InversionConfig(Section):
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
     roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
-    smooth_start: int = 1  # start from noise without high frequencies: every so many pixels, interpolated; 1: white noise
+    smooth_start: int = 1  # start from noise of every so many pixels, interpolated; 1: white noise
     disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
     precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)

@@ -14,6 +14,7 @@ from ..checkpoints import Checkpoints
 from ..config import Config
 from ..distillation.pool import Pool
 from ..training.upload import Upload
+from ..vit.ensemble import Ensemble
 
 
 @dataclass
@@ -61,8 +62,10 @@ class Fused:
         predict: images (B, C, S, S) -> scores (B, Y).
         weights: of the one ViT that it is; None where it keeps several models.
         pool: the synthetic images it was distilled from, if any.
+        ensemble: all teachers, weighted as the method did in the end, if it asked them.
     """
 
     predict: nn.Module
     weights: Mapping[str, Tensor] | None
     pool: Pool | None = None
+    ensemble: Ensemble | None = None

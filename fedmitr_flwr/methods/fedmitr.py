@@ -16,10 +16,12 @@ from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
 from ..distillation.relabel import relabel
 from ..inversion.invert import invert
+from ..inversion.scout import reweigh, scouted_ensemble
 from ..progress import Progress
 from ..rng import stream
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
+from ..vit.routing import route
 from .contract import Fused, Job, Stopwatch
 
 log = logging.getLogger("fedmitr")
@@ -32,13 +34,16 @@ STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 def fuse(job: Job) -> Fused:
     """Generate, relabel, distil; E times, on a pool that grows."""
     config = job.config
-    ensemble = Ensemble.of(job.uploads, config.model, config.ensemble).to(job.device)
+    with job.stopwatch.stage("inversion"):
+        ensemble = scouted_ensemble(job.uploads, config, job.device)
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
     stepper: Stepper | None = None
     done = 0
     for epoch in range(config.distill.epochs):
         pools = [join(pools + make_images(ensemble, student, epoch, job))]
+        if config.ensemble.weights == "estimated":
+            reweigh(ensemble, job.uploads, pools[0].images, pools[0].targets)
         if stepper is None:
             stepper = Stepper(student.parameters(), config.distill, count_batches(pools[0].views, config))
             done = _restore(student, stepper, job)
@@ -47,7 +52,7 @@ def fuse(job: Job) -> Fused:
                 _distil(student, ensemble, pools[0], stepper, epoch, job)
             _keep(student, stepper, epoch + 1, job)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    return Fused(student, weights, pools[0])
+    return Fused(student, weights, pools[0], ensemble)
 
 
 def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, job: Job) -> list[Pool]:
@@ -102,7 +107,9 @@ def _make_batch(
     job.stopwatch.add(watch.seconds)
     epoch, number = place
     alive = inverted.alive.float().mean().item()
-    job.log(stage="inversion", epoch=epoch, batch=number, loss=inverted.loss.mean().item(), alive=alive)
+    asked = route(ensemble.weights, targets.to(job.device), config.inversion.route).share
+    loss = inverted.loss.mean().item()
+    job.log(stage="inversion", epoch=epoch, batch=number, loss=loss, alive=alive, teachers_asked=asked)
     facts = {"soft": pool.soft, "seconds": watch.seconds}
     job.checkpoints.save(_name(*place), _image_settings(config), pool.tensors(), **facts)
     return pool
@@ -127,7 +134,7 @@ def _image_settings(config: Config) -> tuple[str, ...]:
 
 
 def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
-    """One epoch's classes, all equally often but for a remainder, in random order [M].
+    """One epoch's classes, all equally often but for a remainder, in random order, or, with routing, in theirs [M].
 
     `pri` makes several images of each target, so it gets as many fewer.
     """
@@ -136,7 +143,9 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     classes = config.model.num_classes
     every = torch.arange(count) % classes
     offset = torch.randint(classes, (1,), generator=rng)  # the remainder is not always of the first classes
-    return ((every + offset) % classes)[torch.randperm(count, generator=rng)]
+    targets = ((every + offset) % classes)[torch.randperm(count, generator=rng)]
+    # Where images go to the teachers of their class, batches of few classes leave most teachers out altogether.
+    return targets.sort().values if config.inversion.route else targets
 
 
 def _distil(student: nn.Module, ensemble: Ensemble, pool: Pool, stepper: Stepper, epoch: int, job: Job) -> None:
