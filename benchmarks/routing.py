@@ -1,0 +1,88 @@
+"""Class routing: how many teachers an inversion asks, and what the student loses or gains by it.
+
+Digits, Dirichlet 0.1, 10 clients. For each seed the clients train once; every arm fuses the same uploads. Thresholds
+were chosen by the share of teachers that they ask on seeds 100 and 101, not by accuracy; all else is the defaults.
+
+    python benchmarks/routing.py --seeds 0,1,2 --json benchmarks/results/routing/digits_dirichlet0.1_k10.json
+"""
+
+import argparse
+import json
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.report.run_folder import RunFolder
+
+ARMS = (("counts", 0.0), ("counts", 0.1), ("estimated", 0.0), ("estimated", 0.3))  # ensemble.weights, inversion.route
+UPLOADS = {"partition.alpha": 0.1, "partition.clients": 10, "upload.class-counts": True, "threads": 1}
+
+
+def row(folder: RunFolder) -> dict[str, Any]:
+    """What the table needs of one run: its result, and the teachers that the inversion of its pool asked."""
+    result = folder.read_result()
+    lines = map(json.loads, folder.metrics_path.read_text(encoding="utf-8").splitlines())
+    asked = [line["teachers_asked"] for line in lines if line["stage"] == "inversion"]
+    settings = {key: result["config"][key] for key in ("ensemble.weights", "inversion.route")}
+    kept = {key: result[key] for key in ("seed", "accuracy", "seconds", "partition_sha256")}
+    return settings | {"teachers_asked": mean(asked)} | kept
+
+
+def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All arms of one seed, on the same uploads; and what the runs say of code, machine and settings."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Config.from_flat({"seed": seed, "method": "fedavg", "out-dir": scratch} | UPLOADS)
+        uploads = pipeline.run(config, f"seed-{seed}")
+        for weights, threshold in ARMS:
+            settings = {"ensemble.weights": weights, "inversion.route": threshold}
+            rows.append(row(pipeline.fuse(uploads, "fedmitr", settings)))
+            accuracy = rows[-1]["accuracy"]
+            shown = (
+                f"asked {rows[-1]['teachers_asked']:.3f} student {accuracy['student']} ensemble {accuracy['ensemble']}"
+            )
+            print(f"seed {seed} {weights:9} route {threshold:g}: {shown}", flush=True)
+        result = uploads.read_result()
+    del result["config"]["out-dir"]  # a folder of this machine
+    return rows, {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line per arm, mean ± sample standard deviation over the seeds."""
+    lines = ["| Weights | Threshold | Teachers asked | Student | Ensemble | Inversion, s |", "|" + " --- |" * 6]
+    for weights, threshold in ARMS:
+        same = [row for row in rows if (row["ensemble.weights"], row["inversion.route"]) == (weights, threshold)]
+        columns = (
+            [100 * row["teachers_asked"] for row in same],
+            [row["accuracy"]["student"] for row in same],
+            [row["accuracy"]["ensemble"] for row in same],
+            [row["seconds"]["inversion"] for row in same],
+        )
+        spread = [f"{mean(each):.1f}" + (f" ± {stdev(each):.1f}" if len(each) > 1 else "") for each in columns]
+        spread[0] += " %"
+        lines.append(f"| {weights} | {threshold:g} | {' | '.join(spread)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at once; each runs on one thread")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
+    rows = [cell for cells, _ in parts for cell in cells]
+    command = f"python benchmarks/routing.py --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
