@@ -229,6 +229,7 @@ class DistillConfig(Section):
     passes: int = 20  # over the pool, per epoch
     batch_size: int = 64
     init: str = "average"  # average (of the uploads) | initial (what the clients started from) | pretrained
+    extrapolate: float = 1.0  # init = average: so far from the clients' start towards it, or past it; 0: chosen
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
     optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
     lr: float = 1e-3
@@ -243,6 +244,7 @@ class DistillConfig(Section):
     keep: float = 0.5  # teachers = again: a batch shows at most this share of an image's patches, drawn anew each time
     teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
     grad_clip: float = 1.0  # 0: none
+    ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
         self._one_of("init", "average", "initial", "pretrained")
@@ -253,7 +255,13 @@ class DistillConfig(Section):
         self._one_of("teachers", "cached", "again")
         self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
         self._above(0, "lr", "temperature")
-        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip")
+        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
+        self._within(0, 1, "ema")
+
+    @property
+    def chooses_start(self) -> bool:
+        """Whether the student's start is chosen once there are images (`start.choose_start`)."""
+        return self.init == "average" and self.extrapolate == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, object]] = {
     "pri": {"inversion.mode": "pri", "distill.images-per-epoch": 48, "relabel.mode": "complement"},
     "disagree": {"inversion.disagree": 5.0},  # each epoch's images depend on the student that they find
     "again": {"distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5, "distill.optimizer": "sgd"},
+    "ema": {"distill.ema": 0.8, "distill.extrapolate": 0.0},  # a start chosen on the first images
 }
 OUTPUTS = ("model.safetensors", "pool.safetensors")
 
@@ -125,8 +126,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         done.batches += 1
         return inverted
 
-    def spy_distil(*given: Any) -> None:
-        *rest, on_batch = given
+    def spy_distil(*given: Any, on_batch: Any, **more: Any) -> None:
         batches = 0
 
         def batch(*values: Any) -> None:
@@ -136,7 +136,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
             if batches == 2:
                 done.spend()
 
-        distil(*rest, batch)
+        distil(*given, on_batch=batch, **more)
         done.epochs += 1
 
     monkeypatch.setattr(fedmitr, "invert", spy_invert)

@@ -63,6 +63,7 @@ _TINY: dict[str, object] = {
     "distill.passes": 1,
     "distill.batch-size": 8,
     "distill.init": "average",
+    "distill.extrapolate": 1.0,
     "distill.optimizer": "adamw",
     "distill.lr": 1e-3,
     "distill.weight-decay": 0.0,
@@ -76,6 +77,7 @@ _TINY: dict[str, object] = {
     "distill.keep": 1.0,
     "distill.teachers": "cached",
     "distill.grad-clip": 1.0,
+    "distill.ema": 0.0,
     "evaluate.where": "server",
     "flower.quorum": 1.0,
 }

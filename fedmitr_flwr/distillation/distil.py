@@ -7,34 +7,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Config
-from ..errors import ModelError
-from ..training.average import average
 from ..training.optim import Stepper
-from ..training.upload import Upload
-from ..vit.build import build_vit, initial_weights, load_pretrained
 from ..vit.ensemble import Ensemble
 from ..vit.tokens import TokenLogits, forward_tokens, patchify, roll_and_flip, take
+from .ema import Ema
 from .losses import Labels, Parts, distillation_loss
 from .mix import Mixed, mix, thin
 from .pool import Pool
 from .relabel import View
 
 OnBatch = Callable[[int, Parts], None]  # (images, loss parts), once per batch
-
-
-def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
-    """The student before distillation: the clients' average, what they started from, or pretrained weights."""
-    student = build_vit(config.model, config.seed)
-    if config.distill.init == "average":
-        student.load_state_dict(average(uploads))
-    elif config.distill.init == "initial":
-        student.load_state_dict(initial_weights(config.model, config.seed))
-    else:
-        try:
-            load_pretrained(student, config.model, config.distill.pretrained)
-        except ModelError as error:
-            raise ModelError(f"distill.init = 'pretrained': {error}") from error
-    return student
 
 
 def count_batches(views: Sequence[View], config: Config) -> int:
@@ -55,8 +37,12 @@ def distil(
     stepper: Stepper,
     rng: torch.Generator,
     on_batch: OnBatch | None = None,
+    ema: Ema | None = None,
 ) -> None:
-    """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`."""
+    """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`.
+
+    `ema` takes in the weights after each step; the student itself keeps the last ones.
+    """
     student.train()
     for _ in range(config.distill.passes):
         for view, chosen in _batches(pool, config.distill.batch_size, rng):
@@ -67,6 +53,8 @@ def distil(
             if view.soft == "cls":  # R2: the class token carries the soft labels of low density
                 parts = Parts(parts.high, parts.kd, torch.zeros_like(parts.kd))
             stepper.step(parts.total(config.distill))
+            if ema:
+                ema.update(student)
             if on_batch:
                 on_batch(len(chosen), parts)
     student.eval()

@@ -11,10 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..config import Config
-from ..distillation.distil import count_batches, distil, start_student
+from ..distillation.distil import count_batches, distil
+from ..distillation.ema import Ema
 from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
 from ..distillation.relabel import relabel
+from ..distillation.start import choose_start, start_student
 from ..inversion.invert import invert
 from ..inversion.scout import reweigh, scouted_ensemble
 from ..progress import Progress
@@ -39,6 +41,7 @@ def fuse(job: Job) -> Fused:
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
     stepper: Stepper | None = None
+    ema = Ema(config.distill.ema)
     done = 0
     for epoch in range(config.distill.epochs):
         pools = [join(pools + make_images(ensemble, student, epoch, job))]
@@ -46,11 +49,15 @@ def fuse(job: Job) -> Fused:
             reweigh(ensemble, job.uploads, pools[0].images, pools[0].targets)
         if stepper is None:
             stepper = Stepper(student.parameters(), config.distill, count_batches(pools[0].views, config))
-            done = _restore(student, stepper, job)
+            done = _restore(student, stepper, ema, job)
+            if not done and config.distill.chooses_start:
+                with job.stopwatch.stage("distillation"):
+                    job.log(stage="start", extrapolate=choose_start(student, pools[0], config))
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
-                _distil(student, ensemble, pools[0], stepper, epoch, job)
-            _keep(student, stepper, epoch + 1, job)
+                _distil(student, ensemble, pools[0], stepper, ema, epoch, job)
+            _keep(student, stepper, ema, epoch + 1, job)
+    ema.write(student)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     return Fused(student, weights, pools[0], ensemble)
 
@@ -148,7 +155,9 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     return targets.sort().values if config.inversion.route else targets
 
 
-def _distil(student: nn.Module, ensemble: Ensemble, pool: Pool, stepper: Stepper, epoch: int, job: Job) -> None:
+def _distil(
+    student: VisionTransformer, ensemble: Ensemble, pool: Pool, stepper: Stepper, ema: Ema, epoch: int, job: Job
+) -> None:
     config = job.config
     label = f"distillation {epoch + 1}/{config.distill.epochs}"
     images = config.distill.passes * sum(len(view) for view in pool.views)
@@ -161,18 +170,20 @@ def _distil(student: nn.Module, ensemble: Ensemble, pool: Pool, stepper: Stepper
                 means[name].append(value)
             progress.update(count, loss=parts.total(config.distill).item(), alive=pool.alive.float().mean().item())
 
-        distil(student, ensemble, pool, config, stepper, stream(config.seed, "distillation", epoch), on_batch)
+        rng = stream(config.seed, "distillation", epoch)
+        distil(student, ensemble, pool, config, stepper, rng, on_batch=on_batch, ema=ema)
     job.log(stage="distillation", epoch=epoch, **{name: sum(values) / len(values) for name, values in means.items()})
 
 
-def _keep(student: nn.Module, stepper: Stepper, epochs: int, job: Job) -> None:
+def _keep(student: nn.Module, stepper: Stepper, ema: Ema, epochs: int, job: Job) -> None:
     tensors = {f"student/{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"stepper/{name}": tensor for name, tensor in stepper.state().items()}
+    tensors |= {f"ema/{name}": tensor for name, tensor in ema.state().items()}
     seconds = {"distillation": job.stopwatch.seconds["distillation"]}
     job.checkpoints.save("student", STUDENT_SETTINGS, tensors, epochs=epochs, seconds=seconds)
 
 
-def _restore(student: nn.Module, stepper: Stepper, job: Job) -> int:
+def _restore(student: nn.Module, stepper: Stepper, ema: Ema, job: Job) -> int:
     """Put the student where an earlier start left it; returns how many epochs of distillation are behind it.
 
     Images that seek disagreement with the student need the one of their own epoch: if a batch of an earlier epoch is
@@ -190,6 +201,7 @@ def _restore(student: nn.Module, stepper: Stepper, job: Job) -> int:
             return 0
     student.load_state_dict(_under("student/", tensors))
     stepper.restore(_under("stepper/", tensors))
+    ema.restore(_under("ema/", tensors), student)
     job.stopwatch.add(facts["seconds"])
     log.info("distillation: %d of %d epochs are of an earlier start", epochs, job.config.distill.epochs)
     return epochs

@@ -1,0 +1,78 @@
+"""Where the student starts."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from ..config import Config
+from ..errors import ModelError
+from ..training.average import average
+from ..training.upload import Upload, Weights
+from ..vit.build import build_vit, initial_weights, load_pretrained
+from ..vit.tokens import forward_tokens, patchify, take
+from .losses import soft_divergence
+from .pool import Pool
+
+log = logging.getLogger("fedmitr")
+
+FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # that `choose_start` tries
+
+
+def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
+    """The student before distillation: the clients' average, what they started from, or pretrained weights.
+
+    The average is moved by `distill.extrapolate`; where that is to be chosen (0), it stays until `choose_start`.
+    """
+    student, distill = build_vit(config.model, config.seed), config.distill
+    if distill.init == "average":
+        mean = average(uploads)
+        student.load_state_dict(mean)
+        if distill.extrapolate not in (0, 1):
+            _place(student, initial_weights(config.model, config.seed), mean, distill.extrapolate)
+    elif distill.init == "initial":
+        student.load_state_dict(initial_weights(config.model, config.seed))
+    else:
+        try:
+            load_pretrained(student, config.model, distill.pretrained)
+        except ModelError as error:
+            raise ModelError(f"distill.init = 'pretrained': {error}") from error
+    return student
+
+
+def choose_start(student: VisionTransformer, pool: Pool, config: Config) -> float:
+    """Move `student`, which is the clients' average, by the factor that agrees best with the ensemble on the pool [M].
+
+    Returns:
+        The factor of `FACTORS` whose model has the lowest `divergence`.
+    """
+    start = initial_weights(config.model, config.seed)
+    mean = {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
+    found: dict[float, float] = {}
+    for factor in FACTORS:
+        _place(student, start, mean, factor)
+        found[factor] = divergence(student, pool)
+    best = min(found, key=found.__getitem__)
+    _place(student, start, mean, best)
+    told = ", ".join(f"{factor:g}: {value:.3f}" for factor, value in found.items())
+    log.info("the student starts at %g times the average's way; divergence from the ensemble by factor: %s", best, told)
+    return best
+
+
+@torch.no_grad()
+def divergence(student: VisionTransformer, pool: Pool, batch_size: int = 256) -> float:
+    """The mean of KL(ensemble ‖ student) over the images of the pool's first view, by its cached answers."""
+    view = pool.views[0]
+    total = 0.0
+    for chosen in torch.arange(len(view), device=pool.images.device).split(batch_size):
+        given = view.given[chosen]
+        patches = take(patchify(pool.images[view.rows[chosen]], student.patch_embed.patch_size[0]), given)
+        answer = forward_tokens(student, patches, given).cls
+        total += soft_divergence(view.scores[chosen], answer, 1.0).sum().item()
+    return total / len(view)
+
+
+def _place(student: VisionTransformer, start: Weights, mean: Weights, factor: float) -> None:
+    """w⁰ + factor · (w̄ - w⁰), in float64; 1 is w̄ to the bit. The form of a server's step as in FedExP [C]."""
+    student.load_state_dict({name: torch.lerp(start[name].double(), mean[name].double(), factor) for name in mean})
