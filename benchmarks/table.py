@@ -1,9 +1,12 @@
-"""Rewrite the results in README.md from the files of benchmarks/results, so that no number is typed by hand.
+"""Rewrite the results in README.md and docs/performance.md from committed files, so that no number is typed by hand.
 
-    python benchmarks/table.py            rewrites the block between <!-- results --> and <!-- /results -->
-    python benchmarks/table.py --check    exit status 1 if the block is not what the files say
+    python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->,
+                                          and between <!-- speed --> and <!-- /speed -->
+    python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
-A file with `rows` is a study over seeds (benchmarks/digits.py); `<name>.result.json` is the result.json of one run.
+The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py),
+`<name>.result.json` is the result.json of one run. The speeds are benchmarks/results/speed/*.json, files of
+benchmarks/inversion_speed.py.
 """
 
 import argparse
@@ -14,10 +17,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from markup import origin, table
+from speed.document import block as speed_block
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ("Clients alone, mean", "One-round FedAvg", "Ensemble")
 STUDENT = ("Student", "Student - FedAvg", "Student / ensemble, %", "Server, s")
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 Row = Mapping[str, Any]
 
@@ -68,10 +73,6 @@ def server_seconds(row: Row) -> float:
 def _accuracy(row: Row, name: str) -> float | None:
     value = row["accuracy"][name]
     return None if value is None else float(value)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def study(name: str, content: Mapping[str, Any]) -> list[str]:
@@ -145,11 +146,7 @@ def measure(config: Mapping[str, Any]) -> str:
 
 
 def provenance(content: Mapping[str, Any], command: str) -> list[str]:
-    machine, versions = content["machine"], content["versions"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-    known = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    note = f" {content['note']}" if "note" in content else ""
-    return [f"Command: {command}", "", f"Machine: {device}. {known}. Code {content['fingerprint']}.{note}"]
+    return [f"Command: {command}", "", origin(content)]
 
 
 def block(results: Path) -> str:
@@ -170,34 +167,40 @@ def block(results: Path) -> str:
     return "\n\n".join("\n".join(section) for section in sections) or "No results are committed yet."
 
 
-def renewed(text: str, inside: str) -> str:
-    """`text` with `inside` between the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the README has no {BEGIN} with an {END} behind it; put the two lines where results belong")
-    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
+def renewed(document: Path, name: str, inside: str) -> tuple[str, str]:
+    """A document's text as it is, and with `inside` between its two marks called `name`."""
+    text = document.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{document} has no {begin} with an {end} behind it; put the two lines where tables belong")
+    return text, f"{before}{begin}\n\n{inside}\n\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0; 1 where `--check` finds the block out of date; 2 for a file that cannot be used."""
+    """Return 0; 1 where `--check` finds a block out of date; 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(argv)
     try:
-        old = options.readme.read_text(encoding="utf-8")
-        new = renewed(old, block(options.results))
+        texts = {
+            options.readme: renewed(options.readme, "results", block(options.results)),
+            options.performance: renewed(options.performance, "speed", speed_block(options.results / "speed")),
+        }
     except (OSError, ValueError) as error:
         print(f"table: error: {error}", file=sys.stderr)
         return 2
-    if options.check:
-        if new != old:
-            print(f"{options.readme} is out of date; run: python benchmarks/table.py", file=sys.stderr)
-        return int(new != old)
-    options.readme.write_text(new, encoding="utf-8")
-    return 0
+    stale = {document: new for document, (old, new) in texts.items() if new != old}
+    for document, new in stale.items():
+        if options.check:
+            print(f"{document} is out of date; run: python benchmarks/table.py", file=sys.stderr)
+        else:
+            document.write_text(new, encoding="utf-8")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,20 @@
-"""The README's tables: means and deviations by hand, refused files, and a README that is up to date."""
+"""Tables of README.md and docs/performance.md: figures by hand, refused files, and documents that are up to date."""
 
-import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
+
+import table as results_table
+
 from fedmitr_flwr.config import Config
 
 ROOT = Path(__file__).parents[1]
-
-
-def _load() -> ModuleType:
-    """benchmarks/ is no package; the script is loaded as it is run."""
-    spec = importlib.util.spec_from_file_location("benchmarks_table", ROOT / "benchmarks" / "table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-results_table = _load()
 
 
 def facts(**settings: object) -> dict[str, Any]:
@@ -53,14 +42,16 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
-    (tmp_path / "results").mkdir()
+    for name, mark in (("README.md", "results"), ("performance.md", "speed")):
+        text = f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n"
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "results" / "speed").mkdir(parents=True)
     return tmp_path
 
 
 def run(folder: Path, *words: str) -> int:
-    status: int = results_table.main([f"--readme={folder / 'README.md'}", f"--results={folder / 'results'}", *words])
-    return status
+    documents = [f"--readme={folder / 'README.md'}", f"--performance={folder / 'performance.md'}"]
+    return results_table.main([*documents, f"--results={folder / 'results'}", *words])
 
 
 def write(folder: Path, name: str, content: object) -> None:
@@ -152,11 +143,98 @@ def test_a_bad_file_is_named(folder: Path, text: str, told: str, capsys: pytest.
     assert told in capsys.readouterr().err
 
 
-def test_a_readme_without_the_marks_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "README.md").write_text("<!-- /results --> <!-- results -->", encoding="utf-8")
+@pytest.mark.parametrize(("document", "mark"), [("README.md", "results"), ("performance.md", "speed")])
+def test_a_document_without_the_marks_is_refused(
+    folder: Path, document: str, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / document).write_text(f"<!-- /{mark} --> <!-- {mark} -->", encoding="utf-8")
     assert run(folder) == 2
-    assert "<!-- results -->" in capsys.readouterr().err
+    assert f"{document} has no <!-- {mark} -->" in capsys.readouterr().err
+    assert "old" in "".join((folder / name).read_text(encoding="utf-8") for name in ("README.md", "performance.md"))
 
 
-def test_the_readme_is_up_to_date() -> None:
+def speed_row(mode: str = "dense", **other: Any) -> dict[str, Any]:
+    """100 steps of dense inversion: 8 images in 20 seconds, at half of the peak."""
+    settings = {"mode": mode, "teachers": 2, "route": 0.0, "precision": "float32", "teacher_chunk": 0, "compile": False}
+    size = {"img_size": 96, "patches": 36, "batch": 8, "steps": 100, "images": 8, "teachers_each": 2.0}
+    seconds = {"seconds": [20.0, 19.04, 21.06], "seconds_median": 20.0, "seconds_spread": [19.04, 21.06]}
+    ratios = {"images_per_second": 0.4, "ratio_to_dense": 1.0, "ratio_bound": 1.0, "bound_fraction": 1.0, "mfu": 0.5}
+    costs = {"start_mib": 800.4, "peak_mib": 1100.6, "loss": {"mean": 0.16828, "min": 0.1, "max": 0.2, "count": 24}}
+    return settings | size | seconds | ratios | costs | other
+
+
+def speeds(*rows: dict[str, Any]) -> dict[str, Any]:
+    content = {"command": "python benchmarks/inversion_speed.py --teachers 2", "model": "deit", "rows": rows}
+    return facts() | content | {"peak_flops": {"float32": 367.6e9}}
+
+
+def performance(folder: Path) -> str:
+    assert run(folder) == 0
+    return (folder / "performance.md").read_text(encoding="utf-8")
+
+
+def test_speeds_become_a_table(folder: Path) -> None:
+    ratios = {"ratio_to_dense": 12.264, "ratio_bound": 13.062, "bound_fraction": 0.9389, "images_per_second": 4.9056}
+    pri = {"seconds_median": 11.4155, "seconds_spread": [11.0, 1234.5], "images": 56, "mfu": 0.4694}
+    unknown = {"loss": None, "peak_mib": None, "start_mib": None}
+    write(folder, "speed/b.json", speeds(speed_row(), speed_row("pri7", **ratios, **pri, **unknown)))
+    write(folder, "speed/a.json", speeds(speed_row(img_size=224, patches=196, seconds=[20.0])))
+    text = performance(folder)
+    assert text.startswith(
+        "before\n<!-- speed -->\n\n### deit, 224 px, 196 patches, 8 targets, T = 100, K = 2\n\nOne run."
+    )
+    assert text.endswith("<!-- /speed -->\nafter\n")
+    assert "### deit, 96 px, 36 patches, 8 targets, T = 100, K = 2\n\nMedians of 3 runs." in text
+    assert (
+        "| K | Mode | Images | Seconds (min, max) | Images/s | × dense | Bound | Of the bound | MFU | Peak MiB" in text
+    )
+    assert "| 2 | dense | 8 | 20 (19, 21.1) | 0.4 | 1 | 1 | 100 % | 50 % | 1101 (800) | 0.168 |" in text
+    assert "| 2 | pri7 | 56 | 11.4 (11, 1234) | 4.91 | 12.3 | 13.1 | 94 % | 47 % | - | - |" in text
+    assert "A large product of matrices: 368 GFLOP/s (float32)." in text
+    assert "Command: `python benchmarks/inversion_speed.py --teachers 2`" in text
+    assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert readme == "before\n<!-- results -->\n\nNo results are committed yet.\n\n<!-- /results -->\nafter\n"
+
+
+def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Path) -> None:
+    one = speed_row(teachers=1, teachers_each=1.0)
+    write(folder, "speed/a.json", speeds(one, speed_row()))
+    text = performance(folder)
+    assert ", K = 1, 2\n" in text
+    assert "| Loss |\n" in text
+    write(folder, "speed/a.json", speeds(one, speed_row(), speed_row(route=0.5, teachers_each=1.25, compile=True)))
+    text = performance(folder)
+    assert "| Loss | Route | Teachers asked | Compiled |\n" in text
+    assert "| 0.168 | 0 | 1 | False |\n" in text
+    assert "| 0.168 | 0.5 | 1.25 | True |\n" in text
+
+
+@pytest.mark.parametrize("text", ["{", "{}", json.dumps(speeds()), json.dumps(speeds({}))])
+def test_a_bad_file_of_speeds_is_named(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "results" / "speed" / "bad.json").write_text(text, encoding="utf-8")
+    assert run(folder) == 2
+    assert "bad.json: not a file of benchmarks/inversion_speed.py" in capsys.readouterr().err
+
+
+def test_check_sees_either_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder) == 0
+    write(folder, "speed/a.json", speeds(speed_row()))
+    assert run(folder, "--check") == 1
+    told = capsys.readouterr().err
+    assert "performance.md is out of date; run: python benchmarks/table.py" in told
+    assert "README.md" not in told
+    assert "No measurements are committed yet." in (folder / "performance.md").read_text(encoding="utf-8")
+    assert run(folder) == run(folder, "--check") == 0
+
+
+def test_the_documents_are_up_to_date() -> None:
     assert results_table.main(["--check"]) == 0
+
+
+def test_no_committed_command_names_a_folder_of_a_machine() -> None:
+    found = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
+    assert found
+    for path in found:
+        command = json.loads(path.read_text(encoding="utf-8"))["command"]
+        assert not re.search(r"(?:^|[\s='\"])[/~]|[A-Za-z]:\\", command), f"{path.name}: {command}"

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from markup import figure, table
+
 from .gauges import Cost
 
 Row = dict[str, Any]
@@ -109,19 +111,14 @@ def with_ratios(rows: Mapping[Arm, Row], bounds: Mapping[Arm, float]) -> list[Ro
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    body = [[_cell(row[key]) for key in COLUMNS.values()] for row in rows]
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(table(list(COLUMNS), [[_cell(row[key]) for key in COLUMNS.values()] for row in rows]))
 
 
 def _cell(value: Any) -> str:
-    """Three digits are more than a busy machine can tell."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):  # losses
         return _cell(value["mean"])
     if isinstance(value, list):
         return ", ".join(map(_cell, value))
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value)
+    return figure(value) if isinstance(value, float) else str(value)
