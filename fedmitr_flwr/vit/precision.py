@@ -11,6 +11,8 @@ from ..config import InversionConfig
 from .teachers import Question
 from .tokens import ClassAnswer, forward_cls
 
+VERSIONS = 64  # of the compiled network: stages · 2, for dense and sparse batches of several sizes
+
 
 def class_question(config: InversionConfig, device: torch.device) -> Question:
     """`forward_cls` as `config.precision` and `config.compile` want it; answers and gradients are float32 always."""
@@ -28,7 +30,12 @@ def class_question(config: InversionConfig, device: torch.device) -> Question:
 
 @cache
 def _compiled() -> Question:
-    """One static shape at a time: each stage of an inversion has its own, and none has a varying one."""
+    """One static shape at a time: each stage of an inversion has its own, and none has a varying one.
+
+    Teachers of one architecture share the compiled code. Each stage needs two versions, with and without gradient; past
+    torch's own limit of versions it would go on uncompiled without a word.
+    """
+    torch._dynamo.config.recompile_limit = max(VERSIONS, torch._dynamo.config.recompile_limit)
     compiled: Question = torch.compile(forward_cls, dynamic=False)
     return compiled
 
