@@ -1,17 +1,45 @@
 """The student's start: by setting, moved along the clients' way, and chosen on the first images."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import a_vit, an_upload, settings
+from torch.distributions import Categorical, kl_divergence
 
-from fedmitr_flwr.distillation.start import start_student
+from fedmitr_flwr import methods
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.distillation.pool import Pool
+from fedmitr_flwr.distillation.relabel import relabel
+from fedmitr_flwr.distillation.start import FACTORS, choose_start, divergence, start_student
 from fedmitr_flwr.errors import ModelError
+from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.upload import Weights
+from fedmitr_flwr.training.upload import Upload, Weights
 from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+
+def two_uploads() -> list[Upload]:
+    return [an_upload(settings(), client, 10 + client) for client in range(2)]
+
+
+def placed(factor: float) -> Weights:
+    """w⁰ + factor · (w̄ - w⁰), as it is written."""
+    start, mean = initial_weights(settings().model, settings().seed), average(two_uploads())
+    return {name: (start[name] + factor * (mean[name].double() - start[name])).float() for name in mean}
+
+
+def a_pool(config: Config, teachers: list[Upload], count: int = 20) -> Pool:
+    ensemble = Ensemble.of(teachers, config.model, config.ensemble)
+    images = invert(ensemble, torch.arange(count) % 10, config.inversion, config.model, flip=False, rng=stream(0))
+    return Pool.of(images, relabel(ensemble, images, config.relabel))
 
 
 def test_the_students_start(tmp_path: Path) -> None:
@@ -44,3 +72,92 @@ def test_pretrained_weights_that_are_not_there_are_refused() -> None:
         start_student([an_upload(config, 0)], config)
     with pytest.raises(ModelError, match=r"distill\.init = 'pretrained': .* none for model\.name = 'small'"):
         start_student([], settings(**{"distill.init": "pretrained", "distill.pretrained": "timm"}))
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.5, 2.0, 3.0])
+def test_the_average_is_moved_along_the_clients_way(factor: float) -> None:
+    student = start_student(two_uploads(), settings(**{"distill.extrapolate": factor})).state_dict()
+    for name, wanted in placed(factor).items():
+        torch.testing.assert_close(student[name], wanted, rtol=0, atol=1e-6, msg=name)
+
+
+def test_twice_the_way_is_the_start_mirrored_at_the_average() -> None:
+    student = start_student(two_uploads(), settings(**{"distill.extrapolate": 2.0})).state_dict()
+    start = initial_weights(settings().model, settings().seed)
+    for name, mean in average(two_uploads()).items():
+        torch.testing.assert_close((student[name] + start[name]) / 2, mean, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_the_plain_average_and_what_is_to_be_chosen_from_are_the_average_to_the_bit(factor: float) -> None:
+    config = settings(**{"distill.extrapolate": factor})
+    student = start_student(two_uploads(), config).state_dict()
+    assert all(torch.equal(student[name], tensor) for name, tensor in average(two_uploads()).items())
+    assert config.distill.chooses_start == (factor == 0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_another_start_is_not_moved(factor: float) -> None:
+    config = settings(**{"distill.init": "initial", "distill.extrapolate": factor})
+    student = start_student(two_uploads(), config).state_dict()
+    wanted = initial_weights(config.model, config.seed)
+    assert all(torch.equal(student[name], tensor) for name, tensor in wanted.items())
+    assert not config.distill.chooses_start
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"relabel.mode": "complement"}, {"inversion.mode": "pri", "relabel.mode": "drop"}]
+)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_the_factor_at_which_the_teacher_stands_is_chosen(
+    factor: float, changes: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(**changes, **{"distill.extrapolate": 0.0})
+    pool = a_pool(config, [replace(two_uploads()[0], weights=placed(factor))])
+    student = start_student(two_uploads(), config)
+    before = divergence(student, pool)
+    with caplog.at_level(logging.INFO, "fedmitr"):
+        assert choose_start(student, pool, config) == factor
+    assert divergence(student, pool) == pytest.approx(0, abs=1e-6)
+    assert factor == 1 or before > 1e-3
+    for name, wanted in placed(factor).items():
+        torch.testing.assert_close(student.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
+    assert f"starts at {factor:g} times" in caplog.text
+
+
+def test_a_chosen_average_has_its_bits() -> None:
+    config = settings(**{"distill.extrapolate": 0.0})
+    student = start_student(two_uploads(), config)
+    assert choose_start(student, a_pool(config, [replace(two_uploads()[0], weights=placed(1.0))]), config) == 1
+    assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in average(two_uploads()).items())
+
+
+@torch.no_grad()
+def test_divergence_is_from_the_ensemble_to_the_student_on_whole_images() -> None:
+    """By torch's own divergence, with the views as they are and the ensemble asked again."""
+    config = settings(**{"inversion.mode": "dense", "ensemble.combine": "probs"})
+    with torch.enable_grad():
+        pool = a_pool(config, two_uploads())
+    ensemble = Ensemble.of(two_uploads(), config.model, config.ensemble)
+    student = a_vit(config, 9)
+    wanted = kl_divergence(Categorical(logits=ensemble(pool.images)), Categorical(logits=student(pool.images))).mean()
+    for batch_size in (7, 20, 256):
+        assert divergence(student, pool, batch_size) == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def fused(metrics: list[dict[str, Any]], **changes: object) -> Fused:
+    job = Job(two_uploads(), settings(**changes), torch.device("cpu"), lambda **values: metrics.append(values))
+    return methods.load("fedmitr").fuse(job)
+
+
+def test_fedmitr_chooses_on_its_first_images_and_goes_on_as_if_it_had_been_told() -> None:
+    metrics: list[dict[str, Any]] = []
+    chosen = fused(metrics, **{"distill.extrapolate": 0.0, "distill.epochs": 2})
+    (factor,) = [line["extrapolate"] for line in metrics if line["stage"] == "start"]
+    assert factor in FACTORS
+    metrics.clear()
+    for other in FACTORS:
+        told = fused(metrics, **{"distill.extrapolate": other, "distill.epochs": 2})
+        same = [torch.equal(told.weights[name], tensor) for name, tensor in chosen.weights.items()]
+        assert all(same) if other == factor else not all(same)
+    assert not [line for line in metrics if line["stage"] == "start"]
