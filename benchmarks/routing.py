@@ -12,8 +12,10 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from speed.routes import arms
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
@@ -52,23 +54,6 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per arm, mean ± sample standard deviation over the seeds."""
-    lines = ["| Weights | Threshold | Teachers asked | Student | Ensemble | Inversion, s |", "|" + " --- |" * 6]
-    for weights, threshold in ARMS:
-        same = [row for row in rows if (row["ensemble.weights"], row["inversion.route"]) == (weights, threshold)]
-        columns = (
-            [100 * row["teachers_asked"] for row in same],
-            [row["accuracy"]["student"] for row in same],
-            [row["accuracy"]["ensemble"] for row in same],
-            [row["seconds"]["inversion"] for row in same],
-        )
-        spread = [f"{mean(each):.1f}" + (f" ± {stdev(each):.1f}" if len(each) > 1 else "") for each in columns]
-        spread[0] += " %"
-        lines.append(f"| {weights} | {threshold:g} | {' | '.join(spread)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
@@ -81,7 +66,7 @@ def main() -> None:
     command = f"python benchmarks/routing.py --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+    print("\n".join(arms(rows)))
 
 
 if __name__ == "__main__":

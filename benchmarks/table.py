@@ -1,12 +1,12 @@
 """Rewrite the results in README.md and docs/performance.md from committed files, so that no number is typed by hand.
 
     python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->,
-                                          and between <!-- speed --> and <!-- /speed -->
+                                          and so on for speed and routing
     python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
 The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py),
-`<name>.result.json` is the result.json of one run. The speeds are benchmarks/results/speed/*.json, files of
-benchmarks/inversion_speed.py.
+`<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
+benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from markup import origin, table
-from speed.document import block as speed_block
+from speed import document, routes
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ("Clients alone, mean", "One-round FedAvg", "Ensemble")
@@ -167,15 +167,21 @@ def block(results: Path) -> str:
     return "\n\n".join("\n".join(section) for section in sections) or "No results are committed yet."
 
 
-def renewed(document: Path, name: str, inside: str) -> tuple[str, str]:
-    """A document's text as it is, and with `inside` between its two marks called `name`."""
-    text = document.read_text(encoding="utf-8")
+def renewed(path: Path, blocks: Mapping[str, str]) -> tuple[str, str]:
+    """A document's text as it is, and with each block between the two marks of its name."""
+    old = new = path.read_text(encoding="utf-8")
+    for name, inside in blocks.items():
+        new = _replaced(path, new, name, inside)
+    return old, new
+
+
+def _replaced(path: Path, text: str, name: str, inside: str) -> str:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
-        raise ValueError(f"{document} has no {begin} with an {end} behind it; put the two lines where tables belong")
-    return text, f"{before}{begin}\n\n{inside}\n\n{end}{after}"
+        raise ValueError(f"{path} has no {begin} with an {end} behind it; put the two lines where tables belong")
+    return f"{before}{begin}\n\n{inside}\n\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,18 +194,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         texts = {
-            options.readme: renewed(options.readme, "results", block(options.results)),
-            options.performance: renewed(options.performance, "speed", speed_block(options.results / "speed")),
+            options.readme: renewed(options.readme, {"results": block(options.results)}),
+            options.performance: renewed(
+                options.performance,
+                {
+                    "speed": document.block(options.results / "speed"),
+                    "routing": routes.block(options.results / "routing"),
+                },
+            ),
         }
     except (OSError, ValueError) as error:
         print(f"table: error: {error}", file=sys.stderr)
         return 2
-    stale = {document: new for document, (old, new) in texts.items() if new != old}
-    for document, new in stale.items():
+    stale = {path: new for path, (old, new) in texts.items() if new != old}
+    for path, new in stale.items():
         if options.check:
-            print(f"{document} is out of date; run: python benchmarks/table.py", file=sys.stderr)
+            print(f"{path} is out of date; run: python benchmarks/table.py", file=sys.stderr)
         else:
-            document.write_text(new, encoding="utf-8")
+            path.write_text(new, encoding="utf-8")
     return int(options.check and bool(stale))
 
 

@@ -42,10 +42,12 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, mark in (("README.md", "results"), ("performance.md", "speed")):
-        text = f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n"
+    marks = {"README.md": ["results"], "performance.md": ["speed", "routing"]}
+    for name, blocks in marks.items():
+        text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "results" / "speed").mkdir(parents=True)
+    for results in ("speed", "routing"):
+        (tmp_path / "results" / results).mkdir(parents=True)
     return tmp_path
 
 
@@ -143,11 +145,14 @@ def test_a_bad_file_is_named(folder: Path, text: str, told: str, capsys: pytest.
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("document", "mark"), [("README.md", "results"), ("performance.md", "speed")])
+@pytest.mark.parametrize(
+    ("document", "mark"), [("README.md", "results"), ("performance.md", "speed"), ("performance.md", "routing")]
+)
 def test_a_document_without_the_marks_is_refused(
     folder: Path, document: str, mark: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / document).write_text(f"<!-- /{mark} --> <!-- {mark} -->", encoding="utf-8")
+    text = (folder / document).read_text(encoding="utf-8")
+    (folder / document).write_text(text.replace(f"<!-- /{mark} -->", ""), encoding="utf-8")
     assert run(folder) == 2
     assert f"{document} has no <!-- {mark} -->" in capsys.readouterr().err
     assert "old" in "".join((folder / name).read_text(encoding="utf-8") for name in ("README.md", "performance.md"))
@@ -183,7 +188,7 @@ def test_speeds_become_a_table(folder: Path) -> None:
     assert text.startswith(
         "before\n<!-- speed -->\n\n### deit, 224 px, 196 patches, 8 targets, T = 100, K = 2\n\nOne run."
     )
-    assert text.endswith("<!-- /speed -->\nafter\n")
+    assert "<!-- /speed -->\nafter\n" in text
     assert "### deit, 96 px, 36 patches, 8 targets, T = 100, K = 2\n\nMedians of 3 runs." in text
     assert (
         "| K | Mode | Images | Seconds (min, max) | Images/s | × dense | Bound | Of the bound | MFU | Peak MiB" in text
@@ -208,6 +213,34 @@ def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Path) 
     assert "| Loss | Route | Teachers asked | Compiled |\n" in text
     assert "| 0.168 | 0 | 1 | False |\n" in text
     assert "| 0.168 | 0.5 | 1.25 | True |\n" in text
+
+
+def routed(seed: int, weights: str, threshold: float, asked: float, student: float) -> dict[str, Any]:
+    arm = {"seed": seed, "ensemble.weights": weights, "inversion.route": threshold, "teachers_asked": asked}
+    return arm | {"accuracy": {"student": student, "ensemble": 60.0}, "seconds": {"inversion": 100 * asked}}
+
+
+def test_routes_become_a_table(folder: Path) -> None:
+    rows = [routed(seed, "counts", 0.1, 0.25, 40.0 + 2 * seed) for seed in (0, 1)] + [
+        routed(0, "counts", 0.0, 1.0, 41.0)
+    ]
+    content = {
+        "command": "python benchmarks/routing.py --seeds 0,1",
+        **facts(**{"partition.clients": 10}),
+        "rows": rows,
+    }
+    write(folder, "routing/a.json", content)
+    text = performance(folder)
+    assert "digits, Dirichlet 0.3, 10 clients, seeds 0, 1; mean ± sample standard deviation." in text
+    assert "| counts | 0.1 | 25.0 ± 0.0 | 41.0 ± 1.4 | 60.0 ± 0.0 | 25.0 ± 0.0 |" in text
+    assert "| counts | 0 | 100.0 | 41.0 | 60.0 | 100.0 |" in text
+    assert text.endswith("Code 0123456789ab.\n\n<!-- /routing -->\nafter\n")
+
+
+def test_a_bad_file_of_routes_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, "routing/bad.json", {"rows": []})
+    assert run(folder) == 2
+    assert "bad.json: not a file of benchmarks/routing.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "{}", json.dumps(speeds()), json.dumps(speeds({}))])

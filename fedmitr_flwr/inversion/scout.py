@@ -25,15 +25,20 @@ def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.de
     """All teachers, weighted by `config.ensemble.weights`; `estimated` weights are as scouting found them."""
     ensemble = Ensemble.of(uploads, config.model, config.ensemble).to(device)
     if config.ensemble.weights == "estimated":
-        targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
-        settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-        rng = stream(config.seed, "scouting")
-        images = [
-            invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
-            for chunk in targets.split(config.inversion.batch_size)
-        ]
-        reweigh(ensemble, uploads, torch.cat(images), targets.to(device))
+        scout(ensemble, uploads, config)
     return ensemble
+
+
+def scout(ensemble: Ensemble, uploads: Sequence[Upload], config: Config) -> None:
+    """Make the first images, and estimate the weights from them."""
+    targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
+    settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
+    rng = stream(config.seed, "scouting")
+    images = [
+        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
+        for chunk in targets.split(config.inversion.batch_size)
+    ]
+    reweigh(ensemble, uploads, torch.cat(images), targets.to(ensemble.weights.device))
 
 
 def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:

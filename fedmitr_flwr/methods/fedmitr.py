@@ -18,7 +18,7 @@ from ..distillation.pool import Pool, join
 from ..distillation.relabel import relabel
 from ..distillation.start import choose_start, start_student
 from ..inversion.invert import invert
-from ..inversion.scout import reweigh, scouted_ensemble
+from ..inversion.scout import reweigh, scout
 from ..progress import Progress
 from ..rng import stream
 from ..training.optim import Stepper
@@ -36,8 +36,10 @@ STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 def fuse(job: Job) -> Fused:
     """Generate, relabel, distil; E times, on a pool that grows."""
     config = job.config
-    with job.stopwatch.stage("inversion"):
-        ensemble = scouted_ensemble(job.uploads, config, job.device)
+    ensemble = Ensemble.of(job.uploads, config.model, config.ensemble).to(job.device)
+    if config.ensemble.weights == "estimated":
+        with job.stopwatch.stage("inversion"):
+            scout(ensemble, job.uploads, config)
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
     stepper: Stepper | None = None

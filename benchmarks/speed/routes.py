@@ -1,0 +1,58 @@
+"""The routing tables of docs/performance.md, from files that benchmarks/routing.py has written."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from markup import origin, table
+
+HEAD = ("Weights", "Threshold", "Teachers asked, %", "Student", "Ensemble", "Inversion, s")
+
+Row = Mapping[str, Any]
+
+
+def block(results: Path) -> str:
+    """The Markdown of all files of a folder, in the order of their names."""
+    sections = []
+    for path in sorted(results.glob("*.json")):
+        try:
+            sections.append("\n".join(section(json.loads(path.read_text(encoding="utf-8")))))
+        except (LookupError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a file of benchmarks/routing.py ({error!r}); make it again") from error
+    return "\n\n".join(sections) or "No measurements are committed yet."
+
+
+def section(content: Mapping[str, Any]) -> list[str]:
+    """One file: its arms, and where they come from."""
+    rows, config = content["rows"], content["config"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    return [
+        f"{config['data.source']}, Dirichlet {config['partition.alpha']}, {config['partition.clients']} clients, seeds "
+        f"{seeds}; mean ± sample standard deviation. All lines of a seed are of the same uploads.",
+        "",
+        *arms(rows),
+        "",
+        f"Command: `{content['command']}`",
+        "",
+        origin(content),
+    ]
+
+
+def arms(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table with one line per arm, over its seeds."""
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["ensemble.weights"], row["inversion.route"]), []).append(row)
+    return table(HEAD, [[weights, f"{threshold:g}", *figures(same)] for (weights, threshold), same in found.items()])
+
+
+def figures(rows: Sequence[Row]) -> list[str]:
+    columns = (
+        [100 * row["teachers_asked"] for row in rows],
+        [row["accuracy"]["student"] for row in rows],
+        [row["accuracy"]["ensemble"] for row in rows],
+        [row["seconds"]["inversion"] for row in rows],
+    )
+    return [f"{mean(each):.1f}" + (f" ± {stdev(each):.1f}" if len(each) > 1 else "") for each in columns]
