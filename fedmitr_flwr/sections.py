@@ -114,7 +114,7 @@ class LocalConfig(Section):
     """Training at the client."""
 
     section = "local"
-    epochs: int = 30
+    epochs: int = 100
     batch_size: int = 32
     optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
     lr: float = 1e-3
@@ -155,7 +155,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    weights: str = "size"  # uniform | size (images per client) | counts (also per class) | estimated (from the pool)
+    weights: str = "estimated"  # uniform | size (images per client) | counts (also per class) | estimated (from the pool)
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 

@@ -236,7 +236,7 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
         ({"model.img-size": 9}, "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
         ({"ensemble.weights": "counts"}, "set upload.class-counts = true"),
         (
-            {"inversion.route": 0.5},
+            {"inversion.route": 0.5, "ensemble.weights": "size"},
             "inversion.route = 0.5 needs weights that tell classes apart, not ensemble.weights = 'size'; "
             "use 'estimated' or 'counts', or set inversion.route = 0",
         ),
