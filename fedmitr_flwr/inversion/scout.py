@@ -16,7 +16,7 @@ from ..vit.competence import estimate
 from ..vit.ensemble import Ensemble
 from .invert import invert
 
-# 100 images of 20 steps told as much of the teachers as 250 of 60 (docs/log.md).
+# 100 images of 20 steps told nearly as much of the teachers as 250 of 60 (docs/adr/0009).
 IMAGES_PER_CLASS = 10
 STEPS = 20
 
