@@ -21,8 +21,8 @@ from markup import origin, table
 from speed import document, routes
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCES = ("Clients alone, mean", "One-round FedAvg", "Ensemble")
-STUDENT = ("Student", "Student - FedAvg", "Student / ensemble, %", "Server, s")
+UPLOADS = ("Clients alone, mean", "One-round FedAvg")
+STUDENT = ("Ensemble", "Student", "Student - FedAvg", "Student / ensemble, %", "Server, s")
 
 Row = Mapping[str, Any]
 
@@ -76,10 +76,13 @@ def _accuracy(row: Row, name: str) -> float | None:
 
 
 def study(name: str, content: Mapping[str, Any]) -> list[str]:
-    """One section: the uploads' own lines, which every cell shares, and one line per cell."""
+    """One section: the uploads' own lines, which every cell shares, and one line per cell.
+
+    The ensemble is a cell's own: its weights may be estimated from the cell's images.
+    """
     rows, config = content["rows"], content["config"]
     seeds = {row["seed"]: row for row in rows}
-    references = (local_mean, fedavg, ensemble)
+    references = (local_mean, fedavg)
     for row in rows:
         if any(line(row) != line(seeds[row["seed"]]) for line in references):
             raise ValueError(f"{name}: the cells of seed {row['seed']} are not of the same uploads")
@@ -89,7 +92,7 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
         f"Seeds {', '.join(map(str, sorted(seeds)))}. {measure(config)} in percent, last epoch; mean ± sample standard "
         "deviation (n). All lines are of the same uploads.",
         "",
-        *table(REFERENCES, [[spread(map(line, seeds.values())) for line in references]]),
+        *table(UPLOADS, [[spread(map(line, seeds.values())) for line in references]]),
         "",
         *table(["Inversion", "Relabelling", *STUDENT], cells(rows, config)),
         "",
@@ -109,7 +112,8 @@ def cells(rows: Iterable[Row], config: Mapping[str, Any]) -> list[list[str]]:
 
 
 def student_columns(rows: Sequence[Row]) -> list[str]:
-    return [*(spread(map(line, rows)) for line in (student, gain, reached)), spread(map(server_seconds, rows), 0)]
+    lines = (ensemble, student, gain, reached)
+    return [*(spread(map(line, rows)) for line in lines), spread(map(server_seconds, rows), 0)]
 
 
 def single(name: str, content: Mapping[str, Any]) -> list[str]:
@@ -120,13 +124,13 @@ def single(name: str, content: Mapping[str, Any]) -> list[str]:
     command = f"`python scripts/flower_run.py -c {settings.as_posix()} --clients {clients}`"
     if not (ROOT / settings).is_file():
         command = f"settings in the file's `config`, method `{content['method']}`"
-    body = [*(spread([line(content)]) for line in (local_mean, fedavg, ensemble)), *student_columns([content])]
+    body = [*(spread([line(content)]) for line in (local_mean, fedavg)), *student_columns([content])]
     return [
         f"### {title(config)}",
         "",
         f"One run, seed {content['seed']}, method `{content['method']}`. {measure(config)} in percent, last epoch.",
         "",
-        *table([*REFERENCES, *STUDENT], [body]),
+        *table([*UPLOADS, *STUDENT], [body]),
         "",
         *provenance(content, command),
     ]

@@ -155,7 +155,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    weights: str = "estimated"  # uniform | size (images per client) | counts (also per class) | estimated (from the pool)
+    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
