@@ -1,6 +1,8 @@
 """Markdown that the benchmarks have in common."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +23,14 @@ def origin(content: Mapping[str, Any]) -> str:
     known = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     note = f" {content['note']}" if "note" in content else ""
     return f"Machine: {device}. {known}. Code {content['fingerprint']}.{note}"
+
+
+def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], maker: str) -> str:
+    """The Markdown of all files of a folder, in the order of their names; `maker` is the script that wrote them."""
+    texts = []
+    for path in sorted(results.glob("*.json")):
+        try:
+            texts.append("\n".join(section(json.loads(path.read_text(encoding="utf-8")))))
+        except (LookupError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a file of benchmarks/{maker} ({error!r}); make it again") from error
+    return "\n\n".join(texts) or "No measurements are committed yet."

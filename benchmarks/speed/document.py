@@ -1,11 +1,10 @@
 """The tables of docs/performance.md, from files that benchmarks/inversion_speed.py has written."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markup import figure, origin, table
+from markup import figure, origin, sections, table
 
 COLUMNS = ("K", "Mode", "Images", "Seconds (min, max)", "Images/s", "× dense", "Bound", "Of the bound", "MFU")
 COSTS = ("Peak MiB (before)", "Loss")
@@ -21,16 +20,8 @@ Row = Mapping[str, Any]
 
 
 def block(results: Path) -> str:
-    """The Markdown of all files of a folder, in the order of their names."""
-    sections = []
-    for path in sorted(results.glob("*.json")):
-        try:
-            sections.append("\n".join(section(json.loads(path.read_text(encoding="utf-8")))))
-        except (LookupError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path}: not a file of benchmarks/inversion_speed.py ({error!r}); make it again"
-            ) from error
-    return "\n\n".join(sections) or "No measurements are committed yet."
+    """The Markdown of all files of a folder."""
+    return sections(results, section, "inversion_speed.py")
 
 
 def section(content: Mapping[str, Any]) -> list[str]:

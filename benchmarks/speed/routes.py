@@ -1,12 +1,11 @@
 """The routing tables of docs/performance.md, from files that benchmarks/routing.py has written."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from markup import origin, table
+from markup import origin, sections, table
 
 HEAD = ("Weights", "Threshold", "Teachers asked, %", "Student", "Ensemble", "Inversion, s")
 
@@ -14,14 +13,8 @@ Row = Mapping[str, Any]
 
 
 def block(results: Path) -> str:
-    """The Markdown of all files of a folder, in the order of their names."""
-    sections = []
-    for path in sorted(results.glob("*.json")):
-        try:
-            sections.append("\n".join(section(json.loads(path.read_text(encoding="utf-8")))))
-        except (LookupError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a file of benchmarks/routing.py ({error!r}); make it again") from error
-    return "\n\n".join(sections) or "No measurements are committed yet."
+    """The Markdown of all files of a folder."""
+    return sections(results, section, "routing.py")
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
