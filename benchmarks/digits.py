@@ -6,17 +6,13 @@ the same uploads. All other settings are the defaults. The last epoch is reporte
     python benchmarks/digits.py --seeds 0,1,2 --json benchmarks/results/digits_dirichlet0.3.json
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
+from study import facts, run
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -69,24 +65,8 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             accuracy = rows[-1]["accuracy"]
             shown = " ".join(f"{name} {accuracy[name]:.2f}" for name in ("student", "fedavg", "ensemble"))
             print(f"seed {seed} {inversion:6} {relabel:10} {shown}", flush=True)
-        result = uploads.read_result()
-    del result["config"]["out-dir"]  # a folder of this machine
-    return rows, {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at once; each runs on one thread")
-    parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
-    rows = [cell for cells, _ in parts for cell in cells]
-    command = f"python benchmarks/digits.py --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
+        return rows, facts(uploads)
 
 
 if __name__ == "__main__":
-    main()
+    run("digits.py", __doc__, one_seed)

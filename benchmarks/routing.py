@@ -6,16 +6,13 @@ were chosen by the share of teachers that they ask on seeds 100 and 101, not by 
     python benchmarks/routing.py --seeds 0,1,2 --json benchmarks/results/routing/digits_dirichlet0.1_k10.json
 """
 
-import argparse
 import json
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from speed.routes import arms
+from study import facts, run
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
@@ -49,25 +46,8 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 f"asked {rows[-1]['teachers_asked']:.3f} student {accuracy['student']} ensemble {accuracy['ensemble']}"
             )
             print(f"seed {seed} {weights:9} route {threshold:g}: {shown}", flush=True)
-        result = uploads.read_result()
-    del result["config"]["out-dir"]  # a folder of this machine
-    return rows, {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at once; each runs on one thread")
-    parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
-    rows = [cell for cells, _ in parts for cell in cells]
-    command = f"python benchmarks/routing.py --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
-    print("\n".join(arms(rows)))
+        return rows, facts(uploads)
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(arms(run("routing.py", __doc__, one_seed))))

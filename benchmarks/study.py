@@ -1,0 +1,37 @@
+"""What the studies over seeds have in common: their options, seeds side by side, and the file they write."""
+
+import argparse
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fedmitr_flwr.report.run_folder import RunFolder
+
+Rows = list[dict[str, Any]]
+Part = tuple[Rows, dict[str, Any]]  # one seed's rows, and the facts of its uploads
+
+
+def facts(uploads: RunFolder) -> dict[str, Any]:
+    """What the result of a run says of code, machine and settings, without the folder it was made in."""
+    result = uploads.read_result()
+    del result["config"]["out-dir"]
+    return {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
+
+
+def run(script: str, about: str | None, one_seed: Callable[[int], Part]) -> Rows:
+    """Run `one_seed` for each seed of the command line, write the file, and give back all rows."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at once; each runs on one thread")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
+    rows = [cell for cells, _ in parts for cell in cells]
+    command = f"python benchmarks/{script} --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
+    return rows
