@@ -247,5 +247,5 @@ def test_everything_else_is_the_inner_grids() -> None:
     assert grid.run is run
     assert list(grid.get_node_ids()) == local.get_node_ids()
     assert [info.node_id for info in grid.get_nodes()] == local.get_node_ids()
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(RuntimeError, match="deprecated in Flower"):
         grid.create_message(RecordDict({"m": MetricRecord()}), "train", 1, "")
