@@ -79,7 +79,7 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise RuntimeError("Grid.create_message is deprecated in Flower; make a Message")
+        raise RuntimeError(f"Grid.create_message is deprecated in Flower; make a Message of {args} {kwargs}")
 
     def get_node_ids(self) -> list[int]:
         return list(self.contexts)
