@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from .errors import ConfigError
+from .limits import Section, check
 from .sections import (
+    OWN,
     DataConfig,
     DistillConfig,
     EnsembleConfig,
@@ -21,9 +23,7 @@ from .sections import (
     ModelConfig,
     PartitionConfig,
     RelabelConfig,
-    Section,
     UploadConfig,
-    check,
 )
 from .settings import parse_toml, read_flat, toml_value, typed
 
@@ -81,6 +81,7 @@ class Config(Section):
                 f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
                 "images out at the clients; set data.validation = 0, or evaluate.where = 'server'"
             )
+        self._check_own()
         if self.partition.scheme == "classes-per-client":
             check(
                 "partition.classes-per-client",
@@ -95,6 +96,20 @@ class Config(Section):
                 self.inversion.rebirths <= min(self.model.num_patches, self.inversion.steps),
                 f"at most the number of patches ({self.model.num_patches}) and of steps ({self.inversion.steps})",
             )
+
+    def _check_own(self) -> None:
+        """What only makes sense with images of one data set, or only with each client's own."""
+        own, names = self.partition.scheme == OWN, self.data.class_names
+        if names and not own:
+            raise ConfigError(f"data.classes = {self.data.classes!r} is for partition.scheme = 'own'; leave it empty")
+        if names and len(names) != self.model.num_classes:
+            raise ConfigError(
+                f"data.classes = {self.data.classes!r} has {len(names)} names, but model.num-classes = "
+                f"{self.model.num_classes}; make them equal"
+            )
+        for key, value in (("data.train-limit", self.data.train_limit), ("data.validation", self.data.validation)):
+            if own and value:
+                raise ConfigError(f"{key} = {value} is of one data set, but partition.scheme = 'own'; set {key} = 0")
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object], base: "Config | None" = None) -> Self:

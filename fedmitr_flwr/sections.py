@@ -3,39 +3,9 @@
 from dataclasses import dataclass
 
 from .errors import ConfigError
+from .limits import Section, check
 
-
-def check(key: str, value: object, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key} = {value!r} is not possible; use {wanted}")
-
-
-class Section:
-    """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
-
-    section = ""
-
-    def _key(self, name: str) -> str:
-        return f"{self.section}.{name}".lstrip(".").replace("_", "-")
-
-    def _one_of(self, name: str, *choices: str) -> None:
-        value = getattr(self, name)
-        check(self._key(name), value, value in choices, " | ".join(choices))
-
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            check(self._key(name), value, value >= low, f"a number >= {low}")
-
-    def _above(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            check(self._key(name), value, value > low, f"a number > {low}")
-
-    def _within(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            check(self._key(name), value, low <= value <= high, f"a number from {low} to {high}")
+OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +19,35 @@ class DataConfig(Section):
     test_limit: int = 0
     validation: float = 0.0  # choose settings on this share of the training images instead of on the test images
     flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
+    classes: str = ""  # partition.scheme = own: names of the classes, in order, as "cat | dog"; "": the server's data's
+    unknown_classes: str = "refuse"  # partition.scheme = own: a client's images of other classes: refuse | skip
 
     def __post_init__(self) -> None:
         self._one_of("source", "digits", "parquet", "imagefolder", "hub")
+        self._one_of("unknown_classes", "refuse", "skip")
+        self._names("classes")
         self._at_least(0, "train_limit", "test_limit")
         self._within(0, 0.9, "validation")
         if self.source != "digits" and not self.path:
             what = "a data set's name" if self.source == "hub" else "a folder"
             raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._names("classes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig(Section):
     section = "partition"
-    scheme: str = "dirichlet"  # dirichlet | classes-per-client | iid
+    scheme: str = "dirichlet"  # dirichlet | classes-per-client | iid | own (each client's own folder; see deploy/)
     alpha: float = 0.3  # Dirichlet concentration; smaller is more skewed
     classes_per_client: int = 2
     min_size: int = 10  # images that every client gets at least
     clients: int = 5  # without Flower; under Flower it is the number of nodes
 
     def __post_init__(self) -> None:
-        self._one_of("scheme", "dirichlet", "classes-per-client", "iid")
+        self._one_of("scheme", "dirichlet", "classes-per-client", "iid", OWN)
         self._above(0, "alpha")
         self._at_least(1, "classes_per_client", "min_size")
         self._at_least(2, "clients")
@@ -288,9 +266,20 @@ class FlowerConfig(Section):
     node_wait: float = 120.0  # seconds to wait for the nodes
     upload_timeout: float = 3600.0  # seconds to wait for the uploads
     quorum: float = 1.0  # share of the clients whose upload must be there
+    clients: str = ""  # where nodes have a client-name: all names, as "hospital-a | factory"; the order numbers them
 
     def __post_init__(self) -> None:
+        self._names("clients")
         self._at_least(1, "rounds")
         self._at_least(2, "min_nodes")
         self._above(0, "node_wait", "upload_timeout")
         self._within(0.01, 1, "quorum")
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        return self._names("clients")
+
+    def label(self, client: int) -> str:
+        """A client's number, and its name where it has one."""
+        names = self.client_names
+        return f"{client} ({names[client]})" if client < len(names) else str(client)

@@ -143,6 +143,8 @@ BEYOND = {
     "data.train-limit": -1,
     "data.test-limit": -1,
     "data.validation": 0.95,
+    "data.classes": "cat | dog |",
+    "data.unknown-classes": "keep",
     "partition.scheme": "noniid",
     "partition.alpha": 0,
     "partition.classes-per-client": 0,
@@ -216,6 +218,7 @@ BEYOND = {
     "flower.node-wait": 0,
     "flower.upload-timeout": 0,
     "flower.quorum": 1.1,
+    "flower.clients": "a | b | a",
 }
 
 
@@ -245,6 +248,13 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
             "data.validation = 0.2 is for the server, but evaluate.where = 'clients' holds images out at the clients; "
             "set data.validation = 0, or evaluate.where = 'server'",
         ),
+        ({"data.classes": "a | b"}, "data.classes = 'a | b' is for partition.scheme = 'own'; leave it empty"),
+        (
+            {"data.classes": "a | b", "partition.scheme": "own"},
+            "data.classes = 'a | b' has 2 names, but model.num-classes = 10; make them equal",
+        ),
+        ({"data.train-limit": 5, "partition.scheme": "own"}, "set data.train-limit = 0"),
+        ({"data.validation": 0.1, "partition.scheme": "own"}, "set data.validation = 0"),
         (
             {"partition.scheme": "classes-per-client", "partition.classes-per-client": 11},
             "partition.classes-per-client = 11 is not possible; use at most model.num-classes = 10",
@@ -269,6 +279,10 @@ def test_derived_values() -> None:
     assert Config.from_flat({"inversion.stops": ""}).inversion.stop_fractions == ()
     assert config.with_clients(7) == replace(config, partition=replace(config.partition, clients=7))
     assert config.with_clients(7).partition.clients == 7
+    named = Config.from_flat({"flower.clients": " hospital-a|factory ", "data.classes": ""})
+    assert named.flower.client_names == ("hospital-a", "factory")
+    assert [named.flower.label(client) for client in range(3)] == ["0 (hospital-a)", "1 (factory)", "2"]
+    assert named.data.class_names == ()
 
 
 @given(text)

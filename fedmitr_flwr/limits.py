@@ -1,0 +1,46 @@
+"""Limits of settings, checked by name: the base of every section."""
+
+from .errors import ConfigError
+
+SEPARATOR = "|"  # of names in one setting: names of classes hold commas
+
+
+def check(key: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value!r} is not possible; use {wanted}")
+
+
+class Section:
+    """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
+
+    section = ""
+
+    def _key(self, name: str) -> str:
+        return f"{self.section}.{name}".lstrip(".").replace("_", "-")
+
+    def _one_of(self, name: str, *choices: str) -> None:
+        value = getattr(self, name)
+        check(self._key(name), value, value in choices, " | ".join(choices))
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, value >= low, f"a number >= {low}")
+
+    def _above(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, value > low, f"a number > {low}")
+
+    def _within(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, low <= value <= high, f"a number from {low} to {high}")
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """The names in a setting such as "cat | dog"; none in an empty one."""
+        value = getattr(self, name)
+        found = tuple(part.strip() for part in value.split(SEPARATOR)) if value.strip() else ()
+        good = all(found) and len(set(found)) == len(found)
+        check(self._key(name), value, good, "different names, separated by |, such as 'cat | dog'")
+        return found
