@@ -10,8 +10,10 @@ from flwr.clientapp import ClientApp
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, UserError
+from fedmitr_flwr.data.own import Place, look_at_own
+from fedmitr_flwr.errors import ConfigError, DataError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.training.upload import Weights
 from fedmitr_flwr.vit.build import initial_weights
 
@@ -48,10 +50,19 @@ def discreet(answer: Answer) -> Answer:
 @app.query("describe")
 @discreet
 def describe(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    client, clients = _identity(context)
-    card = MetricRecord({"partition-id": client, "num-partitions": clients, "fingerprint": int(fingerprint(), 16)})
-    return Message(RecordDict({"card": card}), reply_to=message)
+    """Say which client this node is; where it has images of its own, look at them before anybody trains."""
+    name, place = _name(context), _place(context)
+    card = {"fingerprint": int(fingerprint(), 16), "own-data": int(place is not None)}
+    if not name:
+        card |= dict(zip(("partition-id", "num-partitions"), _numbers(context), strict=True))
+    if "config" in message.content:
+        _, config = _order(message)
+        if place and config.partition.scheme == OWN:
+            try:
+                look_at_own(place, config)
+            except DataError as error:
+                raise DataError(f"client {name or card['partition-id']}: {error}") from error
+    return Message(RecordDict({"card": MetricRecord(card), "name": ConfigRecord({"name": name})}), reply_to=message)
 
 
 @app.train()
@@ -59,11 +70,12 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train on this client's images and upload the result."""
     order, config = _order(message)
-    client, _ = _identity(context)
+    client = _client(context, config)
     upload = pipeline.train_client(
         config,
         client,
         _weights(message, config),
+        place=_place(context),
         server_round=int(order.get("server-round", 1)),  # type: ignore[arg-type]
         prox_mu=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )
@@ -72,10 +84,13 @@ def train(message: Message, context: Context) -> Message:
         "train_loss": upload.train_loss,
         "partition-id": client,
         "fingerprint": int(upload.fingerprint, 16),
+        "seconds": upload.seconds or 0.0,
     }
     if upload.class_counts is not None:
         numbers["class-counts"] = list(upload.class_counts)
     content = RecordDict({"arrays": ArrayRecord(dict(upload.weights)), "metrics": MetricRecord(numbers)})
+    if upload.statistics is not None:
+        content["statistics"] = ArrayRecord(dict(upload.statistics))
     return Message(content, reply_to=message)
 
 
@@ -84,14 +99,13 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out images."""
     _, config = _order(message)
-    client, _ = _identity(context)
-    found = pipeline.evaluate_client(config, client, _weights(message, config))
+    found = pipeline.evaluate_client(config, _client(context, config), _weights(message, config), _place(context))
     numbers: dict[str, Numbers] = {
         "num-examples": found.num_examples,
         "accuracy": found.accuracy,
         "eval_loss": found.loss,
     }
-    if config.upload.class_counts:  # recall by class would tell which classes this client has
+    if config.upload.tells_counts:  # recall by class would tell which classes this client has
         numbers["recall"] = list(found.per_class)
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
@@ -102,13 +116,35 @@ def _order(message: Message) -> tuple[ConfigRecord, Config]:
     return order, Config.from_toml(bytes(order["toml"]).decode())  # type: ignore[arg-type]
 
 
-def _identity(context: Context) -> tuple[int, int]:
+def _name(context: Context) -> str:
+    return str(context.node_config.get("client-name", ""))
+
+
+def _numbers(context: Context) -> tuple[int, int]:
     """This node's client number, and how many clients there are."""
     try:
         return int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     except KeyError as error:
         fix = "start the SuperNode with --node-config 'partition-id=0 num-partitions=2' and numbers of its own"
-        raise ConfigError(f"the node has no {error.args[0]}; {fix}") from error
+        raise ConfigError(f"the node has no {error.args[0]}; {fix}, or with a client-name") from error
+
+
+def _client(context: Context, config: Config) -> int:
+    """This node's client number: its own, or its name's place in the server's list."""
+    name = _name(context)
+    if not name:
+        return _numbers(context)[0]
+    if name not in config.flower.client_names:
+        raise ConfigError(f"the server's flower.clients has no {name!r}")
+    return config.flower.client_names.index(name)
+
+
+def _place(context: Context) -> Place | None:
+    """Where this node's own images lie, if it was told."""
+    told = context.node_config
+    if "data-path" not in told:
+        return None
+    return Place(*(str(told.get(key, "")) for key in ("data-path", "image-column", "label-column")))
 
 
 def _weights(message: Message, config: Config) -> Weights:

@@ -1,8 +1,11 @@
-"""Where the arithmetic runs: the device, and a fixed number of CPU threads."""
+"""Where the arithmetic runs: the device, a fixed number of CPU threads, and the memory that it takes."""
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -40,3 +43,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left; torch's CPU allocator says so in the message only."""
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return no_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from here. Linux can; elsewhere the peak stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Bytes that the process held at most since `forget_peak`: `ram`, all of it, and `gpu`, what torch had there."""
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"ram": _peak_ram(), "gpu": gpu}
+
+
+def _peak_ram() -> int:
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used  # bytes there, kilobytes elsewhere

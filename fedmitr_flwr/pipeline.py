@@ -4,6 +4,7 @@ The Flower apps call the same functions, so both paths give the same bits.
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from . import methods
-from .compute import resolve_device, threads
+from .compute import forget_peak, peak_memory, resolve_device, threads
 from .config import Config
 from .data.images import DataSet, Images
+from .data.own import Place, load_own, load_own_test
 from .data.partition import Partition, holdout, split, table
 from .data.sources import load
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .evaluation import Evaluation, evaluate
 from .fingerprint import fingerprint
 from .inversion.scout import scouted_ensemble
@@ -29,6 +32,8 @@ from .report import result as report
 from .report.figures import save_images, save_partition
 from .report.run_folder import RunFolder
 from .rng import stream
+from .sections import OWN
+from .statistics.moments import frozen_features, measure
 from .training.average import average
 from .training.local import train_local
 from .training.upload import Upload, Weights, size
@@ -48,7 +53,9 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
-    methods.load(config.method)
+    methods.check(config)
+    if config.partition.scheme == OWN:
+        raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")
     initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
     folder = continued(config) if config.resume_from else RunFolder.create(config, name or _free_name(config))
     log.info("run folder: %s", folder.path)
@@ -62,17 +69,28 @@ def run(config: Config, name: str | None = None) -> RunFolder:
 
 
 def train_client(
-    config: Config, client: int, initial: Weights, *, server_round: int = 1, prox_mu: float = 0.0
+    config: Config,
+    client: int,
+    initial: Weights,
+    *,
+    place: Place | None = None,
+    server_round: int = 1,
+    prox_mu: float = 0.0,
 ) -> Upload:
-    """Train client `client` of `config.partition.clients` from `initial` on its own part of the data."""
-    data, parts = _world(config)
-    images = _own_images(config, data, parts, client)[0]
+    """Train client `client` of `config.partition.clients` from `initial` on its own part of the data.
+
+    With partition.scheme = "own" its images are in its own `place`.
+    """
+    images = _own_images(config, client, place)[0]
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
     log.info("client %d: training on %d images", client, len(images))
+    started = time.perf_counter()
     with threads(config.local.threads):
+        statistics = _statistics(vit, images, config)  # first: of the weights that training changes
         rng = stream(config.seed, "local", server_round, client)
         loss = train_local(vit, images, config, rng, resolve_device(config.device), prox_mu)
+    seconds = time.perf_counter() - started
     log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
     dtype = getattr(torch, config.upload.dtype)
     counts = torch.bincount(images.labels, minlength=config.model.num_classes)
@@ -82,14 +100,15 @@ def train_client(
         num_examples=len(images),
         train_loss=loss,
         fingerprint=fingerprint(),
-        class_counts=tuple(counts.tolist()) if config.upload.class_counts else None,
+        class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
+        seconds=seconds,
+        statistics=statistics,
     )
 
 
-def evaluate_client(config: Config, client: int, weights: Weights) -> Evaluation:
+def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
     """The global model on the part that the client held out of training (evaluate.where = clients)."""
-    data, parts = _world(config)
-    held = _own_images(config, data, parts, client)[1]
+    held = _own_images(config, client, place)[1]
     vit = build_vit(config.model)
     vit.load_state_dict(weights)
     with threads(config.local.threads):
@@ -108,14 +127,21 @@ def serve(folder: RunFolder) -> Outcome:
     uploads = folder.require_uploads(config.flower.quorum)
     device, stopwatch = resolve_device(config.device), Stopwatch()
     job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
+    forget_peak(device)
+    started = time.perf_counter()
     with threads(config.threads):
         fused: Fused = methods.load(config.method).fuse(job)
+        # Not every method tells its stages; and where an earlier start has done some, they tell more than the clock.
+        cost = {
+            "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())),
+            "peak_memory": peak_memory(device),
+        }
         if fused.weights is not None:
             folder.save_model(fused.weights, timm_arguments(config.model))
         on_server = config.evaluate.where == "server"
         with stopwatch.stage("evaluation"):
             scores = _judge(fused, uploads, config, device) if on_server else {"student": None}
-    result = _report(folder, fused, uploads, scores, stopwatch)
+    result = _report(folder, fused, uploads, {**scores, **cost}, stopwatch)
     if on_server:
         folder.clear_work()
     return Outcome(fused.weights, result)
@@ -135,9 +161,9 @@ def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) ->
 
 def fuse(run_folder: RunFolder, method: str, overrides: Mapping[str, object]) -> RunFolder:
     """The server phase again, by another method or other settings, on the uploads of an earlier run."""
-    methods.load(method)
     before = run_folder.config
     config = Config.from_flat({**overrides, "method": method}, base=before)
+    methods.check(config)
     require_same_uploads(before, config, "to change it, make a new run")
     run_folder.require_uploads(config.flower.quorum)
     folder = run_folder.sub(method, config)
@@ -180,13 +206,35 @@ def _world(config: Config) -> tuple[DataSet, Partition]:
     return load(config.data, config.model, with_test=with_test), _parts_of(config)
 
 
-def _own_images(config: Config, data: DataSet, parts: Partition, client: int) -> tuple[Images, Images]:
+def _own_images(config: Config, client: int, place: Place | None) -> tuple[Images, Images]:
     """The client's images to train on, and those it holds out (none unless evaluate.where = clients)."""
-    indices = parts.indices[client]
+    if config.partition.scheme == OWN:
+        if place is None:
+            raise ConfigError("partition.scheme = 'own', but this client has no data-path")
+        images = load_own(place, config)
+        indices = torch.arange(len(images))
+    else:
+        data, parts = _world(config)
+        images, indices = data.train, parts.indices[client]
     held = indices[:0]
     if config.evaluate.where == "clients":
         indices, held = holdout(indices, config.evaluate.holdout, config.seed, client)
-    return data.train.subset(indices), data.train.subset(held)
+    return images.subset(indices), images.subset(held)
+
+
+def server_images(config: Config) -> tuple[Images, tuple[str, ...]]:
+    """What the server evaluates on, and the names of the classes."""
+    if config.partition.scheme == OWN:
+        return load_own_test(config.data, config.model), config.data.class_names
+    data, _ = _world(config)
+    return data.test, data.classes
+
+
+def _statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor] | None:
+    if not config.upload.statistics:
+        return None
+    features = frozen_features(vit, images, config.model.img_size, resolve_device(config.device))
+    return measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
 
 
 def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,10 +250,10 @@ def _evaluate(predict: Callable[[Tensor], Tensor], images: Images, config: Confi
 
 def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torch.device) -> dict[str, Any]:
     """Accuracy on the server's test images: the result, and the lines it is compared with."""
-    data, _ = _world(config)
+    images, classes = server_images(config)
 
     def accuracy(predict: Callable[[Tensor], Tensor]) -> Evaluation:
-        return _evaluate(predict, data.test, config, device)
+        return _evaluate(predict, images, config, device)
 
     def vit_of(weights: Mapping[str, Tensor]) -> torch.nn.Module:
         vit: torch.nn.Module = build_vit(config.model)
@@ -215,7 +263,8 @@ def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torc
     student = accuracy(fused.predict)
     return {
         "student": student.accuracy,
-        "per_class": dict(zip(data.classes, student.per_class, strict=True)),
+        "per_class": dict(zip(classes, student.per_class, strict=True)),
+        "confusion": student.confusion,
         "fedavg": accuracy(vit_of(average(uploads))).accuracy,
         "ensemble": accuracy(fused.ensemble or scouted_ensemble(uploads, config, device)).accuracy,
         "local": _by_client(config, uploads, lambda upload: accuracy(vit_of(upload.weights)).accuracy),
@@ -229,24 +278,11 @@ def _by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Uploa
 
 
 def _report(
-    folder: RunFolder, fused: Fused, uploads: Sequence[Upload], scores: Mapping[str, Any], stopwatch: Stopwatch
+    folder: RunFolder, fused: Fused, uploads: Sequence[Upload], measured: Mapping[str, Any], stopwatch: Stopwatch
 ) -> dict[str, Any]:
     """Write pool, pictures and result.json."""
     config = folder.config
-    classes = tuple(map(str, range(config.model.num_classes)))
-    facts: dict[str, Any] = {}
-    if config.evaluate.where == "server":
-        data, parts = _world(config)
-        classes = data.classes
-        log.info("images by client and class:\n%s", table(parts.counts, classes))
-        save_partition(parts.counts, classes, folder.partition_path)
-        facts = {
-            "evaluated_on": report.on_server(config.data, len(data.test)),
-            "counts": parts.counts.tolist(),
-            "partition_sha256": parts.sha256,
-        }
-    elif all(upload.class_counts for upload in uploads):
-        facts = {"counts": _by_client(config, uploads, lambda upload: upload.class_counts)}
+    classes, facts = _data_facts(folder, uploads)
     if fused.pool is not None:
         pool = fused.pool
         pool.save(folder.pool_path)
@@ -258,12 +294,35 @@ def _report(
         device=str(resolve_device(config.device)),
         bytes_up=_by_client(config, uploads, lambda upload: upload.num_bytes),
         bytes_down=_by_client(config, uploads, lambda _: start),
+        client_seconds=_by_client(config, uploads, lambda upload: upload.seconds),
         seconds=stopwatch.seconds,
-        **scores,
+        **measured,
         **facts,
     )
     folder.write_result(result)
     return result
+
+
+def _data_facts(folder: RunFolder, uploads: Sequence[Upload]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the classes, and what is known of everybody's images; draws who holds what."""
+    config = folder.config
+    classes = config.data.class_names or tuple(map(str, range(config.model.num_classes)))
+    facts: dict[str, Any] = {}
+    if config.flower.client_names:
+        facts["client_names"] = list(config.flower.client_names)
+    if config.evaluate.where == "server":
+        images, classes = server_images(config)
+        facts["evaluated_on"] = report.on_server(config.data, len(images))
+    if config.evaluate.where == "server" and config.partition.scheme != OWN:
+        parts = _parts_of(config)
+        facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+    elif all(upload.class_counts for upload in uploads):
+        facts["counts"] = _by_client(config, uploads, lambda upload: upload.class_counts)
+    if facts.get("counts") and None not in facts["counts"]:
+        counts = torch.tensor(facts["counts"])
+        log.info("images by client and class:\n%s", table(counts, classes))
+        save_partition(counts, classes, folder.partition_path)
+    return classes, facts
 
 
 def _global_weights(folder: RunFolder) -> Weights:

@@ -14,7 +14,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DataError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.vit.build import initial_weights
-from server_app.records import order, read_upload
+from server_app.records import order, read_upload, room
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,9 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
         "metrics": MetricRecord,
     }
     metrics = reply.content["metrics"]
-    assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint"}
+    assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint", "seconds"}
     assert metrics["num-examples"] == 75  # half of 150
+    assert metrics["seconds"] > 0
     assert metrics["fingerprint"] == int(fingerprint(), 16)
 
 
@@ -58,7 +59,7 @@ def test_class_counts_only_by_choice() -> None:
 def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
     config = settings(**{"upload.dtype": dtype, "upload.class-counts": True})
     made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
-    read = read_upload(ask("train", config, client=1), 1, with_counts=True)
+    read = read_upload(ask("train", config, client=1), 1, with_counts=True, limit=room(made.weights))
     assert all(tensor.dtype == getattr(torch, dtype) for tensor in read.weights.values())
     assert list(read.weights) == list(made.weights)
     assert all(torch.equal(read.weights[key], made.weights[key]) for key in made.weights)
@@ -68,7 +69,7 @@ def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
 
 def test_counts_that_were_not_asked_for_are_not_read() -> None:
     reply = ask("train", settings(**{"upload.class-counts": True}))
-    assert read_upload(reply, 0, with_counts=False).class_counts is None
+    assert read_upload(reply, 0, with_counts=False, limit=10**6).class_counts is None
 
 
 def test_without_arrays_the_seed_gives_the_start() -> None:

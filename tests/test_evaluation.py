@@ -33,6 +33,7 @@ def test_by_hand(batch_size: int) -> None:
     assert found.per_class[0] == pytest.approx(100 / 3)
     assert found.per_class[1] == pytest.approx(200 / 3)
     assert math.isnan(found.per_class[2])
+    assert found.confusion == ((1, 0, 2), (1, 2, 0), (0, 0, 0))  # labels 0 1 1 1 0 0, answers 0 0 1 1 2 2
     # The scores are (2, -1, -2), (0, 1, 0) and (-2, -1, 2); minus the log of softmax at the label, by hand.
     dark = math.log(math.exp(2) + math.exp(-1) + math.exp(-2))
     grey = math.log(2 + math.e)
@@ -50,7 +51,8 @@ def test_images_arrive_resized_and_normalised(tiny: DataSet) -> None:
     found = evaluate(predict, tiny.test, 12, 3, 20, CPU)
     assert [tuple(batch.shape) for batch in seen] == [(20, 1, 12, 12), (10, 1, 12, 12)]
     assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, 12))
-    assert found == Evaluation(pytest.approx(100 / 3), pytest.approx(math.log(3)), (100.0, 0.0, 0.0), 30)
+    third, confusion = pytest.approx(100 / 3), ((10, 0, 0),) * 3
+    assert found == Evaluation(third, pytest.approx(math.log(3)), (100.0, 0.0, 0.0), 30, confusion)
 
 
 def test_scores_need_not_be_normalised(tiny: DataSet) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.fingerprint import _of_folder, fingerprint
+from fedmitr_flwr.fingerprint import _ABOUT_RESULTS, _of_folder, core, fingerprint
 
 PACKAGE = Path(__file__).parent.parent / "fedmitr_flwr"
 
@@ -69,3 +69,16 @@ def test_content_cannot_pass_for_a_path(tmp_path: Path) -> None:
     (two / "a.py").write_bytes(b"")
     (two / "b.py").write_bytes(b"")
     assert _of_folder(one) != _of_folder(two)
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"), [("bench/table.py", False), ("report/new.py", False), ("cli.py", False), ("rng.py", True)]
+)
+def test_the_core_is_what_can_change_a_number(copy: Path, changed: str, counts: bool) -> None:
+    before = _of_folder(copy, _ABOUT_RESULTS), _of_folder(copy)
+    (copy / changed).parent.mkdir(exist_ok=True)
+    with (copy / changed).open("a") as file:
+        file.write("# changed")
+    assert (_of_folder(copy, _ABOUT_RESULTS) != before[0]) == counts
+    assert _of_folder(copy) != before[1]
+    assert core() != fingerprint()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from local_grid import TINY
+from tiny import timeless
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
@@ -123,9 +124,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             run.process.wait(60)
 
 
-def contents(folder: RunFolder) -> list[bytes]:
+def contents(folder: RunFolder) -> list[object]:
     paths = [*folder.upload_paths().values(), folder.model_path, folder.pool_path]
-    return [path.read_bytes() for path in paths]
+    return [timeless(path) for path in paths]
 
 
 def test_flwr_run_gives_the_bits_of_the_straight_line(start: Start, tmp_path: Path) -> None:

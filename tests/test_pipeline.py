@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny import settings
+from tiny import settings, timeless
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
@@ -107,6 +107,20 @@ def test_the_result_says_what_was_measured(done: RunFolder) -> None:
     assert result["evaluated_on"] == {"where": "server", "split": "test", "images": 200}
 
 
+def test_the_result_says_what_it_cost_and_where_it_errs(done: RunFolder) -> None:
+    result = done.read_result()
+    accuracy, confusion = result["accuracy"], torch.tensor(result["confusion"])
+    assert torch.equal(confusion.sum(1), torch.bincount(load(done.config.data, done.config.model).test.labels))
+    assert accuracy["student"] == round(100 * confusion.diag().sum().item() / 200, 2)
+    assert accuracy["worst_class"] == min(accuracy["per_class"].values())
+    assert result["client_seconds"] == [round(upload.seconds or 0, 3) for upload in done.load_uploads()]
+    assert all(seconds > 0 for seconds in result["client_seconds"])
+    stages = sum(spent for stage, spent in result["seconds"].items() if stage != "evaluation")
+    assert result["server_seconds"] >= stages - 0.01
+    assert 50e6 < result["peak_memory"]["ram"] < 50e9
+    assert result["peak_memory"]["gpu"] is None
+
+
 def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
     """Evaluated here once more, by plain timm, from the files alone."""
     test = load(done.config.data, done.config.model).test
@@ -176,7 +190,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path, inversio
     torch.manual_seed(2)
     again, other = a_run(tmp_path, "again", **changes), a_run(tmp_path, "other", seed=1, **changes)
     for name in ("model.safetensors", "pool.safetensors", *(f"uploads/client_00{k}.safetensors" for k in range(3))):
-        bytes_of = [(run.path / name).read_bytes() for run in (first, again, other)]
+        bytes_of = [timeless(run.path / name) for run in (first, again, other)]
         assert bytes_of[0] == bytes_of[1], name
         assert bytes_of[0] != bytes_of[2], name
     hashes = [run.read_result()["partition_sha256"] for run in (first, again, other)]
@@ -339,7 +353,7 @@ def test_resume_asks_only_the_missing_client(tmp_path: Path, trained: list[int])
     assert resumed.path == run.path
     assert trained == [1]
     for name in ("model.safetensors", *(f"uploads/client_00{k}.safetensors" for k in range(3))):
-        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert timeless(run.path / name) == timeless(whole.path / name), name
     assert resumed.read_result()["accuracy"] == whole.read_result()["accuracy"]
 
 

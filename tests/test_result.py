@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedmitr_flwr.config import Config, DataConfig
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core, fingerprint
 from fedmitr_flwr.report import result
 from fedmitr_flwr.report.result import accuracy_table, build, on_server
 from fedmitr_flwr.report.run_folder import plain
@@ -44,6 +44,8 @@ def test_what_a_reader_needs_is_there() -> None:
     assert made["partition_sha256"] == "ab" * 32
     assert made["bytes_up"] == [400, 400]
     assert made["bytes_down"] is None
+    assert made["client_seconds"] is None
+    assert made["core"] == core()
     assert made["seconds"] == {"local": 1.235, "distil": 2.0}
     assert made["teacher_forwards"] == 12
     assert made["versions"]["python"] == platform.python_version()
@@ -61,8 +63,23 @@ def test_accuracies_are_percent_with_two_decimals() -> None:
         "fedavg": 20.0,
         "ensemble": 70.01,
         "local": [45.0, 12.35],
+        "worst_class": 33.33,
         "per_class": {"cat": 33.33, "dog": None},
     }
+
+
+def test_costs_and_errors_as_they_are_written() -> None:
+    made = a_result(
+        client_seconds=[1.23456, None],
+        server_seconds=2,
+        peak_memory={"ram": 7, "gpu": None},
+        confusion=((1, 2), (0, 3)),
+    )
+    assert made["client_seconds"] == [1.235, None]
+    assert made["server_seconds"] == 2.0
+    assert made["peak_memory"] == {"ram": 7, "gpu": None}
+    assert made["confusion"] == [[1, 2], [0, 3]]
+    assert a_result(per_class=None)["accuracy"]["worst_class"] is None
 
 
 def test_a_package_that_is_not_installed_is_null(monkeypatch: pytest.MonkeyPatch) -> None:

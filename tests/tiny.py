@@ -1,10 +1,13 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
+from pathlib import Path
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
@@ -114,3 +117,10 @@ def some_images(config: Config, count: int, seed: int = 0) -> Tensor:
     """(count, C, S, S) of normal noise."""
     model = config.model
     return torch.randn(count, model.in_chans, model.img_size, model.img_size, generator=stream(seed, "images"))
+
+
+def timeless(path: Path) -> object:
+    """Everything in a safetensors file, to the bit, but the seconds that a client's training took."""
+    tensors, header = load_tensors(path)
+    header.pop("seconds", None)
+    return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}, header

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, DataConfig
-from ..fingerprint import fingerprint
+from ..fingerprint import core, fingerprint
 
 PACKAGES = ("torch", "timm", "numpy", "flwr")
 _WIDTH = 96  # of the tables, in characters
@@ -29,6 +29,10 @@ def build(
     counts: Sequence[Sequence[int] | None] | None = None,
     partition_sha256: str | None = None,
     bytes_down: Sequence[int | None] | None = None,
+    client_seconds: Sequence[float | None] | None = None,
+    server_seconds: float | None = None,
+    peak_memory: Mapping[str, int | None] | None = None,
+    confusion: Sequence[Sequence[int]] = (),
     synthetic_images: int = 0,
     **more: object,
 ) -> dict[str, Any]:
@@ -47,6 +51,10 @@ def build(
         counts: training images by client and class; None: not known.
         partition_sha256: hash of who holds which image.
         bytes_down: size of what each client got.
+        client_seconds: how long each client trained.
+        server_seconds: how long it took to make the model of the uploads, without evaluation.
+        peak_memory: bytes, as `compute.peak_memory` tells them, of the process that did it.
+        confusion: images by true class (row) and answer (column), in the order of `per_class`.
         synthetic_images: how many were made.
         more: anything else that a method reports; it is kept under its own name.
     """
@@ -59,16 +67,22 @@ def build(
             "fedavg": _percent(fedavg),
             "ensemble": _percent(ensemble),
             "local": [_percent(value) for value in local],
+            "worst_class": _percent(_worst(per_class or {})),
             "per_class": {name: _percent(value) for name, value in (per_class or {}).items()},
         },
-        "seconds": {stage: round(float(spent), 3) for stage, spent in seconds.items()},
+        "confusion": [list(map(int, row)) for row in confusion],
+        "seconds": {stage: _seconds(spent) for stage, spent in seconds.items()},
         "bytes_up": list(bytes_up),
         "bytes_down": None if bytes_down is None else list(bytes_down),
+        "client_seconds": None if client_seconds is None else [_seconds(spent) for spent in client_seconds],
+        "server_seconds": _seconds(server_seconds),
+        "peak_memory": None if peak_memory is None else dict(peak_memory),
         "synthetic_images": synthetic_images,
         **more,
         "counts": None if counts is None else [row and list(map(int, row)) for row in counts],
         "partition_sha256": partition_sha256,
         "fingerprint": fingerprint(),
+        "core": core(),
         "versions": versions(),
         "machine": machine(device),
         "config": config.to_flat(),
@@ -82,6 +96,15 @@ def on_server(data: DataConfig, images: int) -> dict[str, object]:
 
 def _percent(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(float(value), 2)
+
+
+def _worst(per_class: Mapping[str, float]) -> float | None:
+    known = [value for value in per_class.values() if not math.isnan(value)]
+    return min(known) if known else None
+
+
+def _seconds(spent: float | None) -> float | None:
+    return None if spent is None else round(float(spent), 3)
 
 
 def versions() -> dict[str, str | None]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +12,24 @@ from torch import Tensor
 
 from ..errors import RunError, UploadError
 from ..files import save_tensors
+from ..statistics import moments
 from .stored import StoredWeights
 
 Weights = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.float16)
+_NAMES = reprlib.Repr()  # a stranger's may be long
+_NAMES.maxstring = 100
+STATISTICS = "statistics/"  # before their names in the file of an upload
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """One client's upload. `class_counts` (images per class) are there only by `upload.class-counts`."""
+    """One client's upload.
+
+    `class_counts` (images per class) are there only by `upload.class-counts` or `upload.statistics`, and what
+    `statistics.moments.measure` gives only by the latter.
+    """
 
     client: int
     weights: Mapping[str, Tensor] = field(repr=False)  # of an upload on disk: read when asked for
@@ -28,29 +37,42 @@ class Upload:
     train_loss: float  # mean of the last local epoch
     fingerprint: str  # of the code that trained it, 12 hex characters
     class_counts: tuple[int, ...] | None = None
+    seconds: float | None = None  # that the training took
+    statistics: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weights as they were sent; nothing is read."""
-        return self.weights.num_bytes if isinstance(self.weights, StoredWeights) else size(self.weights)
+        """Size of all tensors as they were sent; nothing is read."""
+        return size(self.weights) + size(self.statistics or {})
 
 
-def size(weights: Mapping[str, Tensor]) -> int:
-    """Bytes of all tensors together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+def size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors together; those on disk are not read."""
+    if isinstance(tensors, StoredWeights):
+        return tensors.num_bytes
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def digest(upload: Upload) -> str:
     """A hash of everything in an upload that the server phase uses, in hexadecimal; one tensor is read at a time."""
     told = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
-    for name in sorted(upload.weights):
-        tensor = upload.weights[name].detach().cpu().contiguous()
-        told.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for prefix, tensors in (("", upload.weights), (STATISTICS, upload.statistics or {})):
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            told.update(repr((prefix + name, tensor.dtype, tuple(tensor.shape))).encode())
+            told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return told.hexdigest()
 
 
-def validate(upload: Upload, reference: Mapping[str, Tensor], num_classes: int, fingerprint: str, clients: int) -> None:
+def validate(
+    upload: Upload,
+    reference: Mapping[str, Tensor],
+    num_classes: int,
+    fingerprint: str,
+    clients: int,
+    max_images: int,
+    statistics: Collection[str] = (),
+) -> None:
     """Let an upload pass if it may enter the ensemble.
 
     Args:
@@ -59,6 +81,8 @@ def validate(upload: Upload, reference: Mapping[str, Tensor], num_classes: int, 
         num_classes: length of the class counts.
         fingerprint: of the server's code.
         clients: K; client numbers are 0..K-1.
+        max_images: that a client can have trained on.
+        statistics: the names of those that it was asked for.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
@@ -67,7 +91,8 @@ def validate(upload: Upload, reference: Mapping[str, Tensor], num_classes: int, 
         _wrong_origin(upload, fingerprint, clients)
         or _wrong_keys(upload.weights, reference)
         or _wrong_tensor(upload.weights, reference)
-        or _wrong_numbers(upload, num_classes)
+        or _wrong_numbers(upload, num_classes, max_images)
+        or _wrong_statistics(upload, reference, statistics)
     )
     if problem:
         raise UploadError(f"client {upload.client}: {problem}")
@@ -110,11 +135,18 @@ def _wrong_tensor(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]
     return None
 
 
-def _wrong_numbers(upload: Upload, num_classes: int) -> str | None:
+def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | None:
     if upload.num_examples < 1:
         return f"it trained on {upload.num_examples} images; give it some (partition.min-size)"
+    if upload.num_examples > max_images:
+        return (
+            f"it says that it trained on {upload.num_examples} images, and screen.max-images is {max_images}; "
+            "raise that if it is true"
+        )
     if not math.isfinite(upload.train_loss):
         return f"its training loss is {upload.train_loss}; lower local.lr"
+    if upload.seconds is not None and not 0 <= upload.seconds < math.inf:
+        return f"its training took {upload.seconds} seconds; do not edit uploads"
     counts = upload.class_counts
     if counts is None:
         return None
@@ -125,9 +157,20 @@ def _wrong_numbers(upload: Upload, num_classes: int) -> str | None:
     return None
 
 
+def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
+    told = upload.statistics or {}
+    if set(told) != set(wanted):
+        return f"its statistics are {sorted(told)}, not {sorted(wanted)} (upload.statistics, upload.variances)"
+    if not wanted:
+        return None
+    if upload.class_counts is None:
+        return "statistics without class counts; run this app's own ClientApp there, which sends both"
+    return moments.problem(told, upload.class_counts, reference["head.weight"].shape[1])
+
+
 def _few(keys: list[str]) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(repr(key) for key in keys[:3]) + more
+    return ", ".join(map(_NAMES.repr, keys[:3])) + more
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -135,15 +178,19 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def save(upload: Upload, path: Path) -> None:
-    """Write the weights exactly as they were sent, with everything else in the header; whole or not at all."""
+    """Write all tensors exactly as they were sent, with everything else in the header; whole or not at all."""
     header = {
         "client": upload.client,
         "num_examples": upload.num_examples,
         "train_loss": upload.train_loss,
         "fingerprint": upload.fingerprint,
         "class_counts": upload.class_counts,
+        "seconds": upload.seconds,
     }
-    save_tensors(path, upload.weights, header)
+    statistics = {STATISTICS + name: tensor for name, tensor in (upload.statistics or {}).items()}
+    if upload.statistics is not None:
+        header["statistics"] = True
+    save_tensors(path, {**upload.weights, **statistics}, header)
 
 
 def load(path: Path) -> Upload:
@@ -160,9 +207,10 @@ def load(path: Path) -> Upload:
         raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
 
 
-def _from_file(weights: StoredWeights) -> Upload:
-    header = weights.header
+def _from_file(stored: StoredWeights) -> Upload:
+    header = stored.header
     counts = header["class_counts"]
+    weights, statistics = stored.split(STATISTICS) if header.get("statistics") else (stored, None)
     return Upload(
         client=header["client"],
         weights=weights,
@@ -170,4 +218,6 @@ def _from_file(weights: StoredWeights) -> Upload:
         train_loss=header["train_loss"],
         fingerprint=header["fingerprint"],
         class_counts=None if counts is None else tuple(counts),
+        seconds=header.get("seconds"),
+        statistics=statistics,
     )
