@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # in bytes from the beginning of the file
+    size: int  # in bytes
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -32,7 +34,6 @@ class StoredWeights(Mapping[str, Tensor]):
     Attributes:
         path: the file.
         header: what was saved beside the tensors.
-        num_bytes: of all tensors as they lie in the file, before the cast.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,10 +51,26 @@ class StoredWeights(Mapping[str, Tensor]):
                 entries = json.loads(file.read(length))
         del entries["__metadata__"]
         self._places = {
-            name: _Place(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            name: _Place(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, stop - start)
             for name, entry in entries.items()
+            for start, stop in [entry["data_offsets"]]
         }
-        self.num_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries.values())
+        self._exact = False
+
+    def split(self, prefix: str) -> tuple["StoredWeights", "StoredWeights"]:
+        """The tensors without this prefix, and those with it, under their names behind it and in their own type."""
+        others, own = copy(self), copy(self)
+        others._places = {name: place for name, place in self._places.items() if not name.startswith(prefix)}
+        own._places = {
+            name.removeprefix(prefix): place for name, place in self._places.items() if name.startswith(prefix)
+        }
+        own._exact = True
+        return others, own
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors as they lie in the file, before the cast."""
+        return sum(place.size for place in self._places.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +94,7 @@ class StoredWeights(Mapping[str, Tensor]):
             raise RunError(f"cannot read {self.path}: {error.strerror}; {_FIX}") from error
         if not whole:
             raise RunError(f"{self.path} was changed while the run used it; {_FIX}")
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return tensor.float() if tensor.is_floating_point() and not self._exact else tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # Mapping's own would read the tensor

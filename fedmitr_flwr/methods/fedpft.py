@@ -1,0 +1,74 @@
+"""FedPFT: each client's classes as Gaussians of frozen features; the server draws from them and trains a linear head.
+
+Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian per client and class [C]: as many
+features are drawn as the client has images of the class.
+
+Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
+is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps.
+
+Shapes: n features of D numbers, Y classes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import Config
+from ..errors import ConfigError
+from ..rng import stream
+from ..statistics.frozen import frozen_model, require_statistics, statistics_of
+from ..statistics.heads import Head
+from ..statistics.moments import Statistics
+from .contract import Fused, Job
+
+PENALTY = 1.0  # on half the squared weights, beside the sum of cross-entropies: scikit-learn's C = 1
+STEPS = 500  # of L-BFGS at most
+
+
+def check(config: Config) -> None:
+    require_statistics(config)
+    if not config.upload.variances:
+        raise ConfigError("method = 'fedpft' needs variances by class; set upload.variances = true")
+
+
+def fuse(job: Job) -> Fused:
+    """Draw features, train a head on them, and put it on the public start."""
+    config = job.config
+    drawn = [
+        draw(statistics_of(upload), config.statistics.gaussian, stream(config.seed, "fedpft", upload.client))
+        for upload in job.uploads
+    ]
+    features, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    with job.stopwatch.stage("head"):
+        head = train_head(features, labels, config.model.num_classes)
+    return Fused(*frozen_model(config, head, job.device))
+
+
+def draw(told: Statistics, gaussian: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As many features (n, D) and labels (n,) as the client has images."""
+    variances_YD = told.variances
+    if gaussian == "spherical":
+        variances_YD = variances_YD.mean(1, keepdim=True).expand_as(variances_YD)
+    labels = torch.arange(len(told.counts)).repeat_interleave(told.counts.long())
+    noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
+    return told.means[labels] + variances_YD[labels].sqrt() * noise_ND, labels
+
+
+def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> Head:
+    """Multinomial logistic regression, from zero weights."""
+    linear = nn.Linear(features_ND.shape[1], num_classes, dtype=torch.float64)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        fit = F.cross_entropy(linear(features_ND), labels_N, reduction="sum")
+        total = fit + PENALTY / 2 * linear.weight.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return Head(linear.weight.detach(), linear.bias.detach())

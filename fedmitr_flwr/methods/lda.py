@@ -1,0 +1,18 @@
+"""Linear discriminant analysis on frozen features, from the clients' summed statistics.
+
+Source: LDA (Fisher 1936), whose sums add up over clients exactly, as FedCGS (Guan et al. 2025) and GH-LDA use them [C].
+The answer does not depend on how the images are spread over the clients.
+
+Deviations [M]: the features are the class tokens of the public start; priors are the clients' own counts; the
+covariance is shrunk towards its mean variance, by `statistics.shrinkage` or Chen et al.'s formula (OAS).
+"""
+
+from ..statistics.frozen import closed_form_model, require_statistics
+from .contract import Fused, Job
+
+check = require_statistics
+
+
+def fuse(job: Job) -> Fused:
+    """The public start with the head that `statistics.heads.lda` makes."""
+    return Fused(*closed_form_model("lda", job.uploads, job.config, job.device))

@@ -1,0 +1,18 @@
+"""Ridge regression to one-hot classes on frozen features, from the clients' summed statistics.
+
+Source: AFL (He et al., CVPR 2025) [C], whose recursive merging of the clients' solutions gives, in exact arithmetic,
+the ridge solution of all images in one place; here the sums are added and solved once, which is that solution.
+
+Deviations [M]: a bias that is not penalised. The penalty `statistics.ridge` counts once and not once per client, so the
+answer does not depend on how the images are spread. The scores are no log-probabilities: their softmax is too flat.
+"""
+
+from ..statistics.frozen import closed_form_model, require_statistics
+from .contract import Fused, Job
+
+check = require_statistics
+
+
+def fuse(job: Job) -> Fused:
+    """The public start with the head that `statistics.heads.ridge` makes."""
+    return Fused(*closed_form_model("ridge", job.uploads, job.config, job.device))

@@ -1,0 +1,224 @@
+"""Sums over frozen features, and the heads that they give: what many clients send is what one would have sent."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import OAS
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, Ridge
+from tiny import a_vit, settings
+from torch import Tensor
+
+from fedmitr_flwr.data.images import Images, prepare
+from fedmitr_flwr.methods.fedpft import draw, train_head
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.statistics.heads import NOBODYS, Head, lda, oas, ridge
+from fedmitr_flwr.statistics.moments import Statistics, frozen_features, measure, problem, total
+
+CLASSES, WIDTH = 4, 6
+
+
+def features(count: int = 300, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated features (count, WIDTH), float32, whose mean depends on the class; labels of unequal number."""
+    rng = stream(seed, "features")
+    labels = torch.randint(classes, (count,), generator=rng) * torch.randint(2, (count,), generator=rng)
+    spread, centres = torch.randn(WIDTH, WIDTH, generator=rng), 2 * torch.randn(classes, WIDTH, generator=rng)
+    return centres[labels] + torch.randn(count, WIDTH, generator=rng) @ spread, labels
+
+
+def told(features_ND: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    counts = tuple(torch.bincount(labels, minlength=CLASSES).tolist())
+    return measure(features_ND, labels, CLASSES, variances=True), counts
+
+
+def one_place(seed: int = 0) -> Statistics:
+    return Statistics.of(*told(*features(seed=seed)))
+
+
+def by_client(clients: int) -> Statistics:
+    """The same images, dealt out by class as far as possible, and added up again."""
+    z, labels = features()
+    shares = labels.argsort(stable=True).chunk(clients)
+    return total(Statistics.of(*told(z[share], labels[share])) for share in shares)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 7, 300])
+def test_the_sums_of_many_clients_are_those_of_one_place(clients: int) -> None:
+    pooled, parts = one_place(), by_client(clients)
+    for name in ("counts", "sums", "moment", "squares", "means", "scatter", "variances"):
+        torch.testing.assert_close(getattr(parts, name), getattr(pooled, name), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("clients", [2, 7, 300])
+def test_the_heads_of_many_clients_are_those_of_one_place(clients: int) -> None:
+    pooled, parts = one_place(), by_client(clients)
+    for ours, theirs in ((lda(parts, 0.1), lda(pooled, 0.1)), (ridge(parts, 1.0), ridge(pooled, 1.0))):
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-8, atol=1e-8)
+
+
+def test_the_sums_by_hand() -> None:
+    z = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, -6.0]])
+    tensors = measure(z, torch.tensor([1, 0, 1]), 3, variances=True)
+    assert tensors["sums"].tolist() == [[3, 4], [6, -4], [0, 0]]
+    assert tensors["moment"].tolist() == [35, -16, 56]  # Σ z1², Σ z1 z2, Σ z2²
+    assert tensors["squares"].tolist() == [[9, 16], [26, 40], [0, 0]]
+    whole = Statistics.of(tensors, (1, 2, 0))
+    assert whole.moment.tolist() == [[35, -16], [-16, 56]]
+    assert whole.means.tolist() == [[3, 4], [3, -2], [0, 0]]
+    assert whole.variances.tolist() == [[0, 0], [4, 16], [0, 0]]
+    assert whole.scatter.tolist() == [[8, -16], [-16, 32]]  # only class 1 has two images: ±(2, -4)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float64}
+    assert "squares" not in measure(z, torch.tensor([1, 0, 1]), 3)
+
+
+def test_the_size_that_the_documents_tell() -> None:
+    """DeiT-Tiny has features of 192 numbers."""
+    tensors = measure(torch.zeros(1, 192), torch.tensor([0]), 10)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 8 * (10 * 192 + 192 * 193 // 2) == 163_584
+
+
+def scores(head: Head, z: Tensor) -> np.ndarray:
+    return (z.double() @ head.weight.T + head.bias).numpy()
+
+
+@pytest.mark.parametrize("shrinkage", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("solver", ["lsqr", "eigen"])
+def test_lda_is_scikit_learns_on_all_images(shrinkage: float, solver: str) -> None:
+    z, labels = features()
+    theirs = LinearDiscriminantAnalysis(solver=solver, shrinkage=shrinkage).fit(z.double().numpy(), labels.numpy())
+    ours = lda(by_client(5), shrinkage)
+    fresh, _ = features(seed=1)
+    # The eigen solver drops what all classes have in common, so only what a softmax sees is compared.
+    wanted = theirs.predict_log_proba(fresh.double().numpy())
+    given = torch.from_numpy(scores(ours, fresh)).log_softmax(1).numpy()
+    np.testing.assert_allclose(given, wanted, rtol=1e-8, atol=1e-8)
+    if solver == "lsqr":
+        np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(ours.bias.numpy(), theirs.intercept_, rtol=1e-8)
+
+
+def test_features_that_depend_on_each_other_change_no_score() -> None:
+    """The covariance is singular then; a linear map of the features is no news to Gaussians."""
+    z, labels = features()
+    mapped = z.double() @ torch.randn(WIDTH, WIDTH + 3, generator=stream(2), dtype=torch.float64)
+    ours, mapped_lda = (lda(Statistics.of(*told(each, labels)), 0.0) for each in (z, mapped))
+    np.testing.assert_allclose(scores(mapped_lda, mapped), scores(ours, z), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [8, 40, 300])
+def test_the_chosen_shrinkage_is_scikit_learns(count: int) -> None:
+    z, labels = features(count)
+    statistics = Statistics.of(*told(z, labels))
+    centred = z.double() - statistics.means[labels]
+    assert oas(statistics) == pytest.approx(OAS(assume_centered=True).fit(centred.numpy()).shrinkage_, rel=1e-9)
+
+
+def test_one_image_of_each_class_is_enough() -> None:
+    z, labels = torch.eye(CLASSES, WIDTH), torch.arange(CLASSES)
+    statistics = Statistics.of(*told(z, labels))
+    assert oas(statistics) == 1.0
+    for head in (lda(statistics, 1.0), ridge(statistics, 1.0)):
+        assert torch.isfinite(head.weight).all()
+        assert torch.isfinite(head.bias).all()
+    assert scores(ridge(statistics, 1e-9), z).argmax(1).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
+def test_ridge_is_scikit_learns_on_all_images(penalty: float) -> None:
+    z, labels = features()
+    onehot = torch.nn.functional.one_hot(labels, CLASSES).double().numpy()
+    theirs = Ridge(alpha=penalty, solver="cholesky").fit(z.double().numpy(), onehot)
+    ours = ridge(by_client(5), penalty)
+    np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(ours.bias.numpy(), theirs.intercept_, rtol=1e-8, atol=1e-10)
+
+
+def test_a_class_that_nobody_has_is_never_the_answer_and_changes_no_other() -> None:
+    z, labels = features(classes=CLASSES - 1)
+    statistics = Statistics.of(*told(z, labels))
+    few = Statistics(statistics.counts[:-1], statistics.sums[:-1], statistics.moment)
+    for make in (lda, ridge):
+        ours, without = make(statistics, 0.1), make(few, 0.1)
+        torch.testing.assert_close(ours.weight[:-1], without.weight)
+        torch.testing.assert_close(ours.bias[:-1], without.bias)
+        assert (scores(ours, z).argmax(1) < CLASSES - 1).all()
+    assert lda(statistics, 0.1).bias[-1] == NOBODYS
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem_told"),
+    [
+        ("sums", lambda t: t[:, :-1], r"sums are float64 \(4, 5\), not float64 \(4, 6\)"),
+        ("moment", lambda t: t[:-1], r"moment are float64 \(20,\), not float64 \(21,\)"),
+        ("squares", lambda t: t.float(), r"squares are float32 \(4, 6\), not float64"),
+        ("sums", lambda t: t * float("nan"), "NaN or infinity in its statistics' sums"),
+        ("moment", lambda t: t / 0, "NaN or infinity in its statistics' moment"),
+        ("sums", lambda t: t * 30, "negative eigenvalue"),
+        ("moment", lambda t: -t, "negative eigenvalue"),
+        ("squares", lambda t: t * 1.001, "do not add up to the moment's diagonal"),
+        ("squares", lambda t: t.flip(0), "a class has a negative variance"),
+    ],
+)
+def test_what_can_be_no_sums_is_told(name: str, change: Callable[[Tensor], Tensor], problem_told: str) -> None:
+    tensors, counts = told(*features())
+    assert problem(tensors, counts, WIDTH) is None
+    found = problem(tensors | {name: change(tensors[name])}, counts, WIDTH)
+    assert re.search(problem_told, found)
+
+
+def test_counts_that_the_sums_contradict_are_told() -> None:
+    tensors, counts = told(*features())
+    assert "a class without images has a sum" in problem(tensors, (0, counts[0] + counts[1], *counts[2:]), WIDTH)
+    assert "negative eigenvalue" in problem(tensors, (1, counts[1] + counts[0] - 1, *counts[2:]), WIDTH)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 3000])
+def test_honest_sums_pass_however_few_or_far_from_zero(count: int) -> None:
+    z, labels = features(count)
+    assert problem(*told(1e3 + z, labels), WIDTH) is None
+
+
+@torch.no_grad()
+def test_features_are_what_the_head_gets() -> None:
+    config = settings()
+    vit = a_vit(config, 0).train()
+    images = Images(torch.arange(300 * 64).reshape(300, 1, 8, 8).to(torch.uint8), torch.zeros(300, dtype=torch.int64))
+    z = frozen_features(vit, images, config.model.img_size, torch.device("cpu"))
+    assert (z.dtype, tuple(z.shape)) == (torch.float64, (300, config.model.width))
+    torch.testing.assert_close(vit.head(z.float()), vit(prepare(images.pixels, 8)), rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:
+    z, labels = features(60)
+    statistics = Statistics.of(*told(z, labels))
+    many = Statistics(*(1000 * part for part in (statistics.counts, statistics.sums, statistics.moment)))
+    many = Statistics(many.counts, many.sums, many.moment, 1000 * statistics.squares)
+    for gaussian in ("diagonal", "spherical"):
+        drawn, classes = draw(many, gaussian, stream(0, "draw"))
+        again = Statistics.of(*told(drawn, classes))
+        assert torch.equal(again.counts, many.counts)
+        variances = statistics.variances
+        wanted = variances if gaussian == "diagonal" else variances.mean(1, keepdim=True).expand_as(variances)
+        # Standard errors of a mean and of a variance, of at least 4,000 draws: σ / 60 and σ² √2 / 60.
+        assert ((again.means - statistics.means).abs() <= 5 * wanted.sqrt() / 60).all()
+        assert ((again.variances - wanted).abs() <= 5 * 2**0.5 * wanted / 60).all()
+
+
+def test_a_class_of_one_image_is_drawn_where_it_is() -> None:
+    z, labels = torch.eye(CLASSES, WIDTH), torch.arange(CLASSES)
+    drawn, classes = draw(Statistics.of(*told(z, labels)), "diagonal", stream(0))
+    assert classes.tolist() == labels.tolist()
+    assert torch.equal(drawn, z.double())
+
+
+def test_the_trained_head_is_scikit_learns() -> None:
+    z, labels = features()
+    theirs = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(z.double().numpy(), labels.numpy())
+    ours = train_head(z.double(), labels, CLASSES)
+    np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, atol=1e-4)
+    given = torch.from_numpy(scores(ours, z)).softmax(1).numpy()
+    np.testing.assert_allclose(given, theirs.predict_proba(z.double().numpy()), atol=1e-5)
