@@ -11,6 +11,8 @@ from typing import Any, Self, TypeVar, cast
 
 from .errors import ConfigError
 from .limits import Section, check
+from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig
+from .protection import ScreenConfig
 from .sections import (
     OWN,
     DataConfig,
@@ -33,12 +35,16 @@ __all__ = [
     "DistillConfig",
     "EnsembleConfig",
     "EvaluateConfig",
+    "FedDFConfig",
     "FlowerConfig",
     "InversionConfig",
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
     "RelabelConfig",
+    "RivalConfig",
+    "ScreenConfig",
+    "StatisticsConfig",
     "UploadConfig",
 ]
 
@@ -58,16 +64,20 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
+    screen: ScreenConfig = field(default_factory=ScreenConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     inversion: InversionConfig = field(default_factory=InversionConfig)
     relabel: RelabelConfig = field(default_factory=RelabelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    feddf: FedDFConfig = field(default_factory=FedDFConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
-        if self.ensemble.weights == "counts" and not self.upload.class_counts:
+        if self.ensemble.weights == "counts" and not self.upload.tells_counts:
             raise ConfigError(
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
             )
@@ -76,6 +86,8 @@ class Config(Section):
                 f"inversion.route = {self.inversion.route} needs weights that tell classes apart, not "
                 f"ensemble.weights = {self.ensemble.weights!r}; use 'estimated' or 'counts', or set inversion.route = 0"
             )
+        if self.distill.init == "statistics" and not self.upload.statistics:
+            raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
         if self.data.validation and self.evaluate.where == "clients":
             raise ConfigError(
                 f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
@@ -107,8 +119,10 @@ class Config(Section):
                 f"data.classes = {self.data.classes!r} has {len(names)} names, but model.num-classes = "
                 f"{self.model.num_classes}; make them equal"
             )
-        for key, value in (("data.train-limit", self.data.train_limit), ("data.validation", self.data.validation)):
+        shares = {"train-limit": self.data.train_limit, "validation": self.data.validation, "proxy": self.data.proxy}
+        for name, value in shares.items():
             if own and value:
+                key = f"data.{name}"
                 raise ConfigError(f"{key} = {value} is of one data set, but partition.scheme = 'own'; set {key} = 0")
 
     @classmethod

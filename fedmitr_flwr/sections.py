@@ -18,6 +18,7 @@ class DataConfig(Section):
     train_limit: int = 0  # this many training images, drawn once for all seeds; 0: all
     test_limit: int = 0
     validation: float = 0.0  # choose settings on this share of the training images instead of on the test images
+    proxy: float = 0.0  # this share of the training images goes to no client but, without labels, to method feddf
     flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
     classes: str = ""  # partition.scheme = own: names of the classes, in order, as "cat | dog"; "": the server's data's
     unknown_classes: str = "refuse"  # partition.scheme = own: a client's images of other classes: refuse | skip
@@ -27,7 +28,9 @@ class DataConfig(Section):
         self._one_of("unknown_classes", "refuse", "skip")
         self._names("classes")
         self._at_least(0, "train_limit", "test_limit")
-        self._within(0, 0.9, "validation")
+        self._within(0, 0.9, "validation", "proxy")
+        aside = self.validation + self.proxy
+        check("data.proxy", self.proxy, aside <= 0.9, f"less: with data.validation it sets {aside:g} of all aside")
         if self.source != "digits" and not self.path:
             what = "a data set's name" if self.source == "hub" else "a folder"
             raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")
@@ -122,9 +125,18 @@ class UploadConfig(Section):
     section = "upload"
     dtype: str = "float32"  # float32 | float16
     class_counts: bool = False  # also upload how many images of each class; a privacy choice
+    statistics: bool = False  # also upload class counts and sums over frozen features by class; a privacy choice
+    variances: bool = False  # with the statistics, also sums of squares by class, for method fedpft
 
     def __post_init__(self) -> None:
         self._one_of("dtype", "float32", "float16")
+        if self.variances and not self.statistics:
+            raise ConfigError("upload.variances = True goes with the statistics; set upload.statistics = true")
+
+    @property
+    def tells_counts(self) -> bool:
+        """Whether class counts are uploaded: statistics are of no use without them."""
+        return self.class_counts or self.statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +145,22 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated
+    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
+    learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
+    learn_decay: float = 0.99  # learned: of the step, per epoch
+    learn_passes: int = 1  # learned: over the pool, per epoch
+    statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
     def __post_init__(self) -> None:
         self._at_least(0, "teacher_chunk")
         self._one_of("stack", "auto", "always", "never")
+        self._one_of("statistics", "none", "lda", "ridge")
         self._one_of("combine", "logits", "logp", "probs")
-        self._one_of("weights", "uniform", "size", "counts", "estimated")
+        self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
+        self._within(0, 1, "learn_step", "learn_decay")
+        self._at_least(1, "learn_passes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +225,7 @@ class DistillConfig(Section):
     images_per_epoch: int = 250
     passes: int = 20  # over the pool, per epoch
     batch_size: int = 64
-    init: str = "average"  # average (of the uploads) | initial (what the clients started from) | pretrained
+    init: str = "average"  # average (of uploads) | initial (the clients' start) | statistics (it, by lda) | pretrained
     extrapolate: float = 1.0  # init = average: so far from the clients' start towards it, or past it; 0: chosen
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
     optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
@@ -225,7 +244,7 @@ class DistillConfig(Section):
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", "average", "initial", "pretrained")
+        self._one_of("init", "average", "initial", "statistics", "pretrained")
         self._one_of("optimizer", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("mix", "none", "blend", "tokens")

@@ -8,7 +8,7 @@ from tiny import an_upload, settings
 from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.compute import threads
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.methods import fedmitr
+from fedmitr_flwr.methods import loop
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
@@ -45,8 +45,8 @@ def test_pieces_come_back_under_their_own_name_and_method_only(tmp_path: Path) -
 def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     """A new setting belongs into one of these lists."""
     elsewhere = ("device", "threads", "method")  # in every key already
-    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.")
+    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "feddf.", "screen.")  # the uploads themselves are in the key
     in_uploads = ("data.", "partition.", "local.", "upload.")
     for key in Config().to_flat():
-        assert key.startswith((*fedmitr.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
-    assert set(fedmitr.IMAGE_SETTINGS) < set(fedmitr.STUDENT_SETTINGS)
+        assert key.startswith((*loop.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
+    assert set(loop.IMAGE_SETTINGS) < set(loop.STUDENT_SETTINGS)

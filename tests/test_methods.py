@@ -13,7 +13,7 @@ from fedmitr_flwr import methods
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
-from fedmitr_flwr.methods.fedmitr import balanced_targets
+from fedmitr_flwr.methods.loop import balanced_targets
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
 from fedmitr_flwr.training.optim import Stepper
@@ -29,15 +29,19 @@ def fused(config: Config, metrics: list[dict[str, Any]] | None = None, stopwatch
     return methods.load(config.method).fuse(job)
 
 
+KNOWN = ["adi", "coboosting", "dense", "ensemble", "fedavg", "feddf", "fedmitr", "fedpft", "lda", "ridge"]
+
+
 def test_every_file_is_a_method() -> None:
-    assert methods.available() == ["ensemble", "fedavg", "fedmitr"]
+    assert methods.available() == KNOWN
+    assert all(callable(methods.load(name).fuse) and methods.load(name).__doc__ for name in KNOWN)
 
 
 @pytest.mark.parametrize("name", ["fedmitra", "contract", "", "fedavg.fuse", "../fedavg"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         methods.load(name)
-    assert str(refused.value) == f"method = {name!r} is not one of: ensemble, fedavg, fedmitr"
+    assert str(refused.value) == f"method = {name!r} is not one of: {', '.join(KNOWN)}"
 
 
 def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +55,7 @@ def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "    return Fused(vit, job.uploads[0].weights)\n"
     )
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    assert methods.available() == ["ensemble", "fedavg", "fedmitr", "first_upload"]
+    assert methods.available() == sorted([*KNOWN, "first_upload"])
     config = settings(method="first_upload")
     made = fused(config)
     images = some_images(config, 3)

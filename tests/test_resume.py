@@ -14,7 +14,7 @@ from tiny import settings
 from fedmitr_flwr import checkpoints, pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.methods import contract, fedmitr
+from fedmitr_flwr.methods import contract, fedmitr, loop
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.upload import load, save
 
@@ -110,7 +110,7 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Counts inversions and distillations; the one after the last that is `left` is killed in its middle."""
     done = Work()
-    invert, distil = fedmitr.invert, fedmitr.distil
+    invert, distil = fedmitr.invert, loop.distil
 
     def spy_invert(*given: Any, on_step: Any, **more: Any) -> Any:
         steps = 0
@@ -140,7 +140,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         done.epochs += 1
 
     monkeypatch.setattr(fedmitr, "invert", spy_invert)
-    monkeypatch.setattr(fedmitr, "distil", spy_distil)
+    monkeypatch.setattr(loop, "distil", spy_distil)
     return done
 
 

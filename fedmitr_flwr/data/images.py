@@ -48,6 +48,12 @@ def normalisation(in_chans: int) -> tuple[Tensor, Tensor]:
     return torch.full((in_chans,), 0.5), torch.full((in_chans,), 0.5)
 
 
+def value_range(in_chans: int) -> tuple[Tensor, Tensor]:
+    """The least (C,) and the greatest (C,) normalised value of a picture."""
+    mean, std = normalisation(in_chans)
+    return (0 - mean) / std, (1 - mean) / std
+
+
 def prepare(pixels_uint8_BCHW: Tensor, img_size: int) -> Tensor:
     """Resize (antialiased bilinear, only if needed) and normalise: float32 (B, C, S, S) on the pixels' device."""
     images = pixels_uint8_BCHW.float() / 255

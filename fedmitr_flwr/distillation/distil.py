@@ -17,6 +17,8 @@ from .pool import Pool
 from .relabel import View
 
 OnBatch = Callable[[int, Parts], None]  # (images, loss parts), once per batch
+# (ensemble, patches (B, J, E), positions (B, J), random stream) -> patches that student and teachers see instead
+Perturb = Callable[[Ensemble, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def count_batches(views: Sequence[View], config: Config) -> int:
@@ -38,15 +40,19 @@ def distil(
     rng: torch.Generator,
     on_batch: OnBatch | None = None,
     ema: Ema | None = None,
+    perturb: Perturb | None = None,
 ) -> None:
     """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`.
 
-    `ema` takes in the weights after each step; the student itself keeps the last ones.
+    `ema` takes in the weights after each step; the student itself keeps the last ones. With `perturb`, which changes
+    each batch once more, teachers are to be asked again.
     """
     student.train()
     for _ in range(config.distill.passes):
         for view, chosen in _batches(pool, config.distill.batch_size, rng):
             mixed = _augmented(pool, view, chosen, config, rng)
+            if perturb:
+                mixed = mixed._replace(patches=perturb(ensemble, mixed.patches, mixed.positions, rng))
             labels = _labels(pool, view, chosen, mixed, config, ensemble)
             answers = forward_tokens(student, mixed.patches, mixed.positions)
             parts = distillation_loss(answers, labels, config.distill, config.relabel.temperature)

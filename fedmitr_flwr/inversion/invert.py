@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..compute import is_out_of_memory
 from ..config import InversionConfig, ModelConfig
-from ..data.images import normalisation
+from ..data.images import value_range
 from ..vit.ensemble import Ensemble
 from ..vit.precision import class_question, tf32
 from ..vit.tokens import take
@@ -46,17 +46,17 @@ def invert(
     device = ensemble.weights.device
     size = (len(targets_B), model.in_chans, model.img_size, model.img_size)
     noise = smooth(torch.randn(size, generator=rng), config.smooth_start)
-    mean, std = normalisation(model.in_chans)
+    low, high = value_range(model.in_chans)
     modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
     question = class_question(config, device)
 
     def attempt(noise: Tensor, targets: Tensor) -> Inverted:
-        limits = ((0 - mean) / std).to(device), ((1 - mean) / std).to(device)
-        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, limits, flip, rng, student)
+        ends = low.to(device), high.to(device)
+        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, ends, flip, rng, student)
         return modes[config.mode](start, config, on_step)
 
     with tf32(config.precision == "tf32"):
-        return _in_halves(attempt, noise, targets_B, rng)
+        return in_halves(attempt, noise, targets_B, rng)
 
 
 def smooth(noise_BCHW: Tensor, factor: int) -> Tensor:
@@ -70,10 +70,10 @@ def smooth(noise_BCHW: Tensor, factor: int) -> Tensor:
     return scaled
 
 
-def _in_halves(
+def in_halves(
     attempt: Callable[[Tensor, Tensor], Inverted], noise: Tensor, targets: Tensor, rng: torch.Generator
 ) -> Inverted:
-    """`attempt` on the whole batch, or, where that is too much for the memory, on each half of it."""
+    """`attempt(noise, targets)` on the whole batch, or, where that is too much for the memory, on each half of it."""
     state = rng.get_state()
     try:
         return attempt(noise, targets)
@@ -88,7 +88,7 @@ def _in_halves(
     rng.set_state(state)
     half = len(targets) // 2
     parts = [(noise[:half], targets[:half]), (noise[half:], targets[half:])]
-    return joined([_in_halves(attempt, *part, rng) for part in parts])
+    return joined([in_halves(attempt, *part, rng) for part in parts])
 
 
 def halting_steps(config: InversionConfig) -> list[int]:

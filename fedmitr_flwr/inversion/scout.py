@@ -1,4 +1,4 @@
-"""The ensemble as the settings want it; where its weights are estimated, from first images, few and rough.
+"""The ensemble as the settings want it; where its weights come from images, from first ones, few and rough.
 
 Shapes: K teachers, M images, Y classes.
 """
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..config import Config
 from ..rng import stream
+from ..statistics.frozen import teachers_of
 from ..training.upload import Upload
 from ..vit.competence import estimate
 from ..vit.ensemble import Ensemble
+from ..vit.learned import learn
 from .invert import invert
 
 # 100 images of 20 steps told nearly as much of the teachers as 250 of 60 (docs/adr/0009).
@@ -22,15 +24,56 @@ STEPS = 20
 
 
 def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.device) -> Ensemble:
-    """All teachers, weighted by `config.ensemble.weights`; `estimated` weights are as scouting found them."""
-    ensemble = Ensemble.of(uploads, config.model, config.ensemble).to(device)
-    if config.ensemble.weights == "estimated":
-        scout(ensemble, uploads, config)
+    """All teachers, weighted by `config.ensemble.weights`; weights that need images are as scouting found them."""
+    teachers = teachers_of(uploads, config)
+    ensemble = Ensemble.of(teachers, config.model, config.ensemble).to(device)
+    weigher = Weigher(ensemble, teachers, config)
+    if weigher.how in ("estimated", "learned"):
+        weigher.scout()
     return ensemble
 
 
-def scout(ensemble: Ensemble, uploads: Sequence[Upload], config: Config) -> None:
-    """Make the first images, and estimate the weights from them."""
+class Weigher:
+    """The ensemble's weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
+
+    Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes.
+    """
+
+    def __init__(self, ensemble: Ensemble, uploads: Sequence[Upload], config: Config, *, learns: bool = False) -> None:
+        """With `learns` the weights are learned, whatever `config.ensemble.weights` is; it says where from."""
+        self.ensemble, self.uploads, self.config = ensemble, uploads, config
+        self.how = "learned" if learns else config.ensemble.weights
+        self.learned_K = ensemble.weights.mean(1)  # not normalised
+
+    def scout(self) -> None:
+        """Make the first images, and weigh by them."""
+        self.refine(*first_images(self.ensemble, self.config), epoch=0)
+
+    def refine(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
+        """Weigh by all images that were made until `epoch` (from 0), and by the classes that they were made for."""
+        if self.how == "estimated":
+            reweigh(self.ensemble, self.uploads, images_MCHW, targets_M)
+        elif self.how == "learned":
+            self._learn(images_MCHW, targets_M, epoch)
+
+    def _learn(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
+        config, weights = self.config.ensemble, self.ensemble.weights
+        self.learned_K = learn(
+            self.ensemble.answers(images_MCHW),
+            targets_M,
+            self.learned_K,
+            config.combine,
+            step=config.learn_step * config.learn_decay**epoch,
+            batch_size=self.config.distill.batch_size,
+            passes=config.learn_passes,
+            rng=stream(self.config.seed, "weights", epoch),
+        )
+        shares_K1 = (self.learned_K / self.learned_K.sum()).to(weights)[:, None]
+        self.ensemble.weights = shares_K1.expand_as(weights).clone()
+
+
+def first_images(ensemble: Ensemble, config: Config) -> tuple[Tensor, Tensor]:
+    """Images (M, C, S, S) and the classes (M,) that they were made for."""
     targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     rng = stream(config.seed, "scouting")
@@ -38,7 +81,7 @@ def scout(ensemble: Ensemble, uploads: Sequence[Upload], config: Config) -> None
         invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
         for chunk in targets.split(config.inversion.batch_size)
     ]
-    reweigh(ensemble, uploads, torch.cat(images), targets.to(ensemble.weights.device))
+    return torch.cat(images), targets.to(ensemble.weights.device)
 
 
 def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:

@@ -49,14 +49,18 @@ class Ensemble(nn.Module):
         return combine_answers(torch.stack(answers), self.weights, self.combine)
 
     @torch.no_grad()
-    def probabilities(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
-        """Each teacher's own distribution on each whole image: (K, M, Y)."""
+    def answers(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
+        """Each teacher's own logits on each whole image: (K, M, Y)."""
         batches = []
         for images in images_MCHW.split(batch_size):
             patches = patchify(images, self.patch)
             answers = self._ask(forward_cls, patches, all_positions(patches), everyone(self.weights))
-            batches.append(torch.stack([logits.softmax(-1) for logits, _ in answers]))
+            batches.append(torch.stack([logits for logits, _ in answers]))
         return torch.cat(batches, dim=1)
+
+    def probabilities(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
+        """Each teacher's own distribution on each whole image: (K, M, Y)."""
+        return self.answers(images_MCHW, batch_size).softmax(-1)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
         """Scores of the class token (B, Y) and of each given patch (B, M, Y); one teacher's answers at a time."""
@@ -170,12 +174,12 @@ def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -
     """The weight (K, Y) of each teacher for each class; each column sums to 1.
 
     `uniform`; `size`: by number of images; `counts`: by number of images of the class (a class that nobody has is
-    weighted by size); `estimated`: by size, until there are images to estimate from (`competence.estimate`).
+    weighted by size); `estimated` and `learned`: by size, until there are images (`scout.Weigher`).
     """
     sizes_K1 = torch.tensor([float(upload.num_examples) for upload in uploads])[:, None]
     if weights == "uniform":
         raw = torch.ones(len(uploads), num_classes)
-    elif weights in ("size", "estimated"):
+    elif weights in ("size", "estimated", "learned"):
         raw = sizes_K1.expand(-1, num_classes)
     else:
         counts = torch.tensor([upload.class_counts for upload in uploads], dtype=torch.float32)

@@ -1,0 +1,130 @@
+"""Images from a small generator that is trained against the ensemble: what DENSE and Co-Boosting share.
+
+Shapes: B images, Z latent numbers, C channels, S pixels along a side, N patches, E numbers in a patch, Y classes.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..config import Config, ModelConfig
+from ..data.images import normalisation
+from ..rng import seeded_init
+from ..vit.ensemble import Ensemble
+from ..vit.precision import class_question, tf32
+from ..vit.routing import route
+from ..vit.tokens import all_positions, forward_cls, patchify, unpatchify
+from .invert import in_halves
+from .result import Inverted
+from .trajectory import OnStep
+
+# (the ensemble's scores (B, Y), the student's logits (B, Y), targets (B,)) -> loss of each image (B,)
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+COARSEST = 8  # pixels along a side, at most, before anything is doubled
+
+
+class Generator(nn.Module):
+    """Latent numbers (B, Z) -> normalised images (B, C, S, S), every value one that a picture can have.
+
+    A linear layer makes a coarse grid of 2 · width channels, which is doubled until it has S pixels along a side: twice
+    at least, so that 32 pixels come from 8, as in the papers' code [C]; the count for other sizes is ours [M]. What is
+    too wide is cut off.
+    """
+
+    def __init__(self, model: ModelConfig, latent: int, width: int) -> None:
+        super().__init__()
+        doublings = max(2, math.ceil(math.log2(model.img_size / COARSEST)))
+        self.size = model.img_size
+        self.coarse = math.ceil(model.img_size / 2**doublings)
+        self.start = nn.Linear(latent, 2 * width * self.coarse**2)
+        channels = [2 * width] * doublings + [width]
+        self.stages = nn.Sequential(*(_stage(*pair) for pair in pairwise(channels)))
+        self.end = nn.Conv2d(width, model.in_chans, 3, padding=1)
+        mean, std = normalisation(model.in_chans)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
+
+    def forward(self, latents_BZ: Tensor) -> Tensor:
+        grid = self.start(latents_BZ).unflatten(1, (-1, self.coarse, self.coarse))
+        pixels = self.end(self.stages(grid)[..., : self.size, : self.size]).sigmoid()  # 0..1
+        normalised: Tensor = (pixels - self.mean) / self.std
+        return normalised
+
+
+def _stage(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(channels_in, channels_out, 3, padding=1),
+        nn.BatchNorm2d(channels_out),
+        nn.LeakyReLU(0.2),
+    )
+
+
+def generate(
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    targets_B: Tensor,
+    config: Config,
+    loss: Loss,
+    *,
+    rng: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Inverted:
+    """Make images with a fresh generator, trained `config.rival.steps` steps for just these targets.
+
+    Each image has latent numbers z ~ N(0, 1) of its own, the same at every step; the generator's weights are optimised
+    (Adam, 0.5 and 0.999 [C]). Of all steps, the images with the lowest mean loss are given back. As in the papers' code
+    the generator starts anew for each batch; there z is optimised too, which moves it by 0.03 at most, and is left out.
+    Routing and precision are those of `config.inversion`. A batch too large for the memory is made in two halves.
+    """
+    device = ensemble.weights.device
+
+    def attempt(latents: Tensor, targets: Tensor) -> Inverted:
+        with seeded_init(rng.initial_seed(), "generator"):
+            generator = Generator(config.model, config.rival.latent, config.rival.width).to(device)
+        return _train(generator, ensemble, student, latents.to(device), targets.to(device), config, loss, on_step)
+
+    with tf32(config.inversion.precision == "tf32"):
+        return in_halves(attempt, torch.randn(len(targets_B), config.rival.latent, generator=rng), targets_B, rng)
+
+
+def _train(
+    generator: Generator,
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    latents_BZ: Tensor,
+    targets_B: Tensor,
+    config: Config,
+    loss: Loss,
+    on_step: OnStep | None,
+) -> Inverted:
+    question = class_question(config.inversion, latents_BZ.device)
+    routing = route(ensemble.weights, targets_B, config.inversion.route)
+    adam = torch.optim.Adam(generator.parameters(), lr=config.rival.lr, betas=(0.5, 0.999))
+    best, images, losses_B = math.inf, torch.empty(0), torch.empty(0)
+    for _ in range(config.rival.steps):
+        made = generator(latents_BZ)
+        patches = patchify(made.detach(), ensemble.patch)
+        positions = all_positions(patches)
+
+        def objective(scores_BY: Tensor, patches_BNE: Tensor, positions: Tensor = positions) -> Tensor:
+            return loss(scores_BY, forward_cls(student, patches_BNE, positions).logits, targets_B)
+
+        loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing, question)
+        mean = loss_B.mean().item()
+        if mean < best or not len(images):
+            best, images, losses_B = mean, made.detach(), loss_B
+        adam.zero_grad()
+        made.backward(unpatchify(gradient_BNE, ensemble.patch) / len(targets_B))
+        adam.step()
+        if on_step:
+            on_step(mean, 1.0)
+    every = torch.ones(patches.shape[:2], dtype=torch.bool, device=images.device)
+    return Inverted(images, positions, every, every, targets_B, losses_B)

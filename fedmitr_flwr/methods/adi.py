@@ -1,0 +1,28 @@
+"""F-ADI: dense inversion of the ensemble, then plain distillation (DeepInversion, Yin et al. 2020, of K models).
+
+A rival in one-shot federated learning since DENSE (Zhang et al. 2022), where it is called Fed-ADI.
+
+- Images: pixels x ~ N(0, 1) minimise CE(A(x), y) + tv · TV₂(x), every patch to the end: `inversion/invert.py`, as for
+  FedMITR with `inversion.mode = "dense"`, and the same images [C].
+- Student: T² KL(softmax(A(x)/T) ‖ softmax(g(x)/T)) of the class token, T = `rival.temperature` = 4 [C].
+
+Other than in the papers:
+
+- Transformers have no batch normalisation, so DeepInversion's main prior, the statistics of the features, is missing.
+- The competition term (Jensen-Shannon, "adaptive") is `inversion.disagree`, off by default as in SMI.
+- Budget, optimiser and the student's start are `distill.*`, steps and learning rate of the pixels `inversion.*`, the
+  ensemble is `ensemble.*`, all as for FedMITR; the papers' ensemble is combine = "logits", weights = "uniform".
+"""
+
+from dataclasses import replace
+
+from ..config import Config
+from . import fedmitr
+from .contract import Fused, Job
+from .loop import plain
+
+
+def fuse(job: Job) -> Fused:
+    """Dense images, nothing relabelled, nothing mixed, the class token alone."""
+    config = Config.from_flat({"inversion.mode": "dense"}, base=plain(job.config))
+    return fedmitr.fuse(replace(job, config=config))
