@@ -5,10 +5,9 @@ The Flower apps call the same functions, so both paths give the same bits.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor
 from . import methods
 from .compute import forget_peak, peak_memory, resolve_device, threads
 from .config import Config
-from .data.images import DataSet, Images
-from .data.own import Place, load_own, load_own_test
-from .data.partition import Partition, holdout, split, table
-from .data.sources import load
+from .data.images import Images
+from .data.own import Place
+from .data.partition import table
+from .data.shares import client_images, parts_of, server_images
 from .errors import ConfigError, RunError
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation
 from .fingerprint import fingerprint
-from .inversion.scout import scouted_ensemble
+from .judge import Lines, by_client, evaluate_on, judge
 from .methods.contract import Fused, Job, Stopwatch
 from .report import result as report
 from .report.figures import save_images, save_partition
@@ -34,7 +33,6 @@ from .report.run_folder import RunFolder
 from .rng import stream
 from .sections import OWN
 from .statistics.moments import frozen_features, measure
-from .training.average import average
 from .training.local import train_local
 from .training.upload import Upload, Weights, size
 from .vit.build import build_vit, initial_weights, timm_arguments
@@ -43,6 +41,9 @@ log = logging.getLogger("fedmitr")
 
 # Settings that decide an upload. A run can be continued, or fused again, only if they stay as they were.
 UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.", "evaluate.where", "evaluate.holdout")
+
+# Of these, what only tells more beside the weights: a fusion may do with less than was uploaded.
+NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def train_client(
 
     With partition.scheme = "own" its images are in its own `place`.
     """
-    images = _own_images(config, client, place)[0]
+    images = client_images(config, client, place)[0]
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
     log.info("client %d: training on %d images", client, len(images))
@@ -108,17 +109,18 @@ def train_client(
 
 def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
     """The global model on the part that the client held out of training (evaluate.where = clients)."""
-    held = _own_images(config, client, place)[1]
+    held = client_images(config, client, place)[1]
     vit = build_vit(config.model)
     vit.load_state_dict(weights)
     with threads(config.local.threads):
-        return _evaluate(vit, held, config, resolve_device(config.device))
+        return evaluate_on(vit, held, config, resolve_device(config.device))
 
 
-def serve(folder: RunFolder) -> Outcome:
+def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
     """The server phase from the uploads on disk: fuse, evaluate, write every output file.
 
-    One that was killed goes on with the checkpoints that it left in the folder.
+    One that was killed goes on with the checkpoints that it left in the folder. With the `lines` of these uploads
+    known they are not evaluated again, and the ensemble is only where the method has asked one.
 
     Raises:
         RunError: fewer uploads than `flower.quorum` of the clients.
@@ -140,7 +142,7 @@ def serve(folder: RunFolder) -> Outcome:
             folder.save_model(fused.weights, timm_arguments(config.model))
         on_server = config.evaluate.where == "server"
         with stopwatch.stage("evaluation"):
-            scores = _judge(fused, uploads, config, device) if on_server else {"student": None}
+            scores = judge(fused, uploads, config, device, lines) if on_server else {"student": None}
     result = _report(folder, fused, uploads, {**scores, **cost}, stopwatch)
     if on_server:
         folder.clear_work()
@@ -159,15 +161,24 @@ def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) ->
     return result
 
 
-def fuse(run_folder: RunFolder, method: str, overrides: Mapping[str, object]) -> RunFolder:
-    """The server phase again, by another method or other settings, on the uploads of an earlier run."""
+def fuse(
+    run_folder: RunFolder,
+    method: str,
+    overrides: Mapping[str, object],
+    name: str | None = None,
+    lines: Lines | None = None,
+) -> RunFolder:
+    """The server phase again, by another method or other settings, on the uploads of an earlier run.
+
+    With a `name` for its folder, one that was begun there goes on behind what it had finished. `lines` as in `serve`.
+    """
     before = run_folder.config
     config = Config.from_flat({**overrides, "method": method}, base=before)
     methods.check(config)
     require_same_uploads(before, config, "to change it, make a new run")
     run_folder.require_uploads(config.flower.quorum)
-    folder = run_folder.sub(method, config)
-    serve(folder)
+    folder = run_folder.sub(method, config) if name is None else run_folder.begun(name, config)
+    serve(folder, lines)
     folder.clear_work()  # also where the clients evaluate: they are not asked here
     return folder
 
@@ -186,48 +197,13 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
     """Raise RunError, naming the setting, where the two would give different uploads."""
     old, new = before.to_flat(), after.to_flat()
     for key in old:
-        if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key]:
+        less = key in NARROWABLE and not new[key]
+        if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not less:
             raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
 
 
 def _free_name(config: Config) -> str:
     return f"{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-@lru_cache(maxsize=1)
-def _parts_of(config: Config) -> Partition:
-    data = load(config.data, config.model, with_test=False)
-    return split(data.train.labels, config.partition, config.model.num_classes, config.seed)
-
-
-def _world(config: Config) -> tuple[DataSet, Partition]:
-    """The data and who holds what; both are cached, since one process serves many clients."""
-    with_test = config.evaluate.where == "server"
-    return load(config.data, config.model, with_test=with_test), _parts_of(config)
-
-
-def _own_images(config: Config, client: int, place: Place | None) -> tuple[Images, Images]:
-    """The client's images to train on, and those it holds out (none unless evaluate.where = clients)."""
-    if config.partition.scheme == OWN:
-        if place is None:
-            raise ConfigError("partition.scheme = 'own', but this client has no data-path")
-        images = load_own(place, config)
-        indices = torch.arange(len(images))
-    else:
-        data, parts = _world(config)
-        images, indices = data.train, parts.indices[client]
-    held = indices[:0]
-    if config.evaluate.where == "clients":
-        indices, held = holdout(indices, config.evaluate.holdout, config.seed, client)
-    return images.subset(indices), images.subset(held)
-
-
-def server_images(config: Config) -> tuple[Images, tuple[str, ...]]:
-    """What the server evaluates on, and the names of the classes."""
-    if config.partition.scheme == OWN:
-        return load_own_test(config.data, config.model), config.data.class_names
-    data, _ = _world(config)
-    return data.test, data.classes
 
 
 def _statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor] | None:
@@ -241,42 +217,6 @@ def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
 
 
-def _evaluate(predict: Callable[[Tensor], Tensor], images: Images, config: Config, device: torch.device) -> Evaluation:
-    model = config.model
-    if isinstance(predict, torch.nn.Module):
-        predict.to(device).eval()
-    return evaluate(predict, images, model.img_size, model.num_classes, config.evaluate.batch_size, device)
-
-
-def _judge(fused: Fused, uploads: Sequence[Upload], config: Config, device: torch.device) -> dict[str, Any]:
-    """Accuracy on the server's test images: the result, and the lines it is compared with."""
-    images, classes = server_images(config)
-
-    def accuracy(predict: Callable[[Tensor], Tensor]) -> Evaluation:
-        return _evaluate(predict, images, config, device)
-
-    def vit_of(weights: Mapping[str, Tensor]) -> torch.nn.Module:
-        vit: torch.nn.Module = build_vit(config.model)
-        vit.load_state_dict(weights)
-        return vit
-
-    student = accuracy(fused.predict)
-    return {
-        "student": student.accuracy,
-        "per_class": dict(zip(classes, student.per_class, strict=True)),
-        "confusion": student.confusion,
-        "fedavg": accuracy(vit_of(average(uploads))).accuracy,
-        "ensemble": accuracy(fused.ensemble or scouted_ensemble(uploads, config, device)).accuracy,
-        "local": _by_client(config, uploads, lambda upload: accuracy(vit_of(upload.weights)).accuracy),
-    }
-
-
-def _by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Upload], Any]) -> list[Any]:
-    """A value of each client, None for those without an upload (quorum < 1)."""
-    known = {upload.client: value(upload) for upload in uploads}
-    return [known.get(client) for client in range(config.partition.clients)]
-
-
 def _report(
     folder: RunFolder, fused: Fused, uploads: Sequence[Upload], measured: Mapping[str, Any], stopwatch: Stopwatch
 ) -> dict[str, Any]:
@@ -288,13 +228,15 @@ def _report(
         pool.save(folder.pool_path)
         save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, folder.images_path)
         facts["synthetic_images"] = len(pool)
+    if config.upload.statistics:
+        facts["bytes_statistics"] = by_client(config, uploads, lambda upload: size(upload.statistics or {}))
     start = size(build_vit(config.model).state_dict())  # what each client got, in float32
     result = report.build(
         config=config,
         device=str(resolve_device(config.device)),
-        bytes_up=_by_client(config, uploads, lambda upload: upload.num_bytes),
-        bytes_down=_by_client(config, uploads, lambda _: start),
-        client_seconds=_by_client(config, uploads, lambda upload: upload.seconds),
+        bytes_up=by_client(config, uploads, lambda upload: upload.num_bytes),
+        bytes_down=by_client(config, uploads, lambda _: start),
+        client_seconds=by_client(config, uploads, lambda upload: upload.seconds),
         seconds=stopwatch.seconds,
         **measured,
         **facts,
@@ -314,11 +256,11 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload]) -> tuple[tuple[str
         images, classes = server_images(config)
         facts["evaluated_on"] = report.on_server(config.data, len(images))
     if config.evaluate.where == "server" and config.partition.scheme != OWN:
-        parts = _parts_of(config)
+        parts = parts_of(config)
         facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
     elif all(upload.class_counts for upload in uploads):
-        facts["counts"] = _by_client(config, uploads, lambda upload: upload.class_counts)
-    if facts.get("counts") and None not in facts["counts"]:
+        facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
+    if config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
         counts = torch.tensor(facts["counts"])
         log.info("images by client and class:\n%s", table(counts, classes))
         save_partition(counts, classes, folder.partition_path)

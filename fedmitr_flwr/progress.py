@@ -55,9 +55,9 @@ class Progress:
         rate = self._done / elapsed
         parts = [f"{self._done}/{self._total} {self._unit}", self._shown(), f"{_rate(rate)} {self._unit}/s"]
         if end:
-            parts.append(f"{end} {_clock(elapsed)}")
+            parts.append(f"{end} {clock(elapsed)}")
         elif rate:
-            parts.append(f"{_clock((self._total - self._done) / rate)} left")
+            parts.append(f"{clock((self._total - self._done) / rate)} left")
         return f"{self._label}: " + ", ".join(part for part in parts if part)
 
     def _shown(self) -> str:
@@ -68,7 +68,7 @@ def _rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import settings, timeless
 
-from fedmitr_flwr import pipeline
+from fedmitr_flwr import judge, pipeline
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data import shares
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, ModelError, RunError
@@ -474,8 +475,8 @@ def test_the_server_does_not_read_data_when_the_clients_evaluate(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the server read data")
 
-    monkeypatch.setattr(pipeline, "load", refuse)
-    monkeypatch.setattr(pipeline, "_parts_of", refuse)
+    monkeypatch.setattr(shares, "load", refuse)
+    monkeypatch.setattr(pipeline, "parts_of", refuse)
     assert pipeline.serve(run).result["accuracy"]["student"] is None
 
 
@@ -489,15 +490,15 @@ def test_without_an_evaluation_on_the_server_nobody_opens_the_test_split(
         seen.add(with_test)
         return load(data, model, with_test=with_test)
 
-    monkeypatch.setattr(pipeline, "load", spy)
-    pipeline._parts_of.cache_clear()
+    monkeypatch.setattr(shares, "load", spy)
+    shares.parts_of.cache_clear()
     a_run(tmp_path, method="fedavg", **{"evaluate.where": where})
     assert seen == asked
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[torch.Tensor]] = {"train": [], "held": []}
-    train, evaluate = pipeline.train_local, pipeline.evaluate
+    train, evaluate = pipeline.train_local, judge.evaluate
 
     def spy_train(vit: Any, images: Any, *rest: Any) -> float:
         seen["train"].append(images.pixels)
@@ -508,7 +509,7 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
         return evaluate(predict, images, *rest)
 
     monkeypatch.setattr(pipeline, "train_local", spy_train)
-    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
+    monkeypatch.setattr(judge, "evaluate", spy_evaluate)
     a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients", "evaluate.holdout": 0.5})
     own, held = ({tuple(pixels.flatten().tolist()) for pixels in torch.cat(seen[k])} for k in ("train", "held"))
     assert len(own) + len(held) == 60
@@ -519,7 +520,7 @@ def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {"train": [], "judged": []}
-    train, evaluate = pipeline.train_local, pipeline.evaluate
+    train, evaluate = pipeline.train_local, judge.evaluate
 
     def spy_train(vit: Any, images: Any, *rest: Any) -> float:
         seen["train"].append(images.pixels)
@@ -530,7 +531,7 @@ def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
         return evaluate(predict, images, *rest)
 
     monkeypatch.setattr(pipeline, "train_local", spy_train)
-    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
+    monkeypatch.setattr(judge, "evaluate", spy_evaluate)
     changes = {"data.validation": 0.02, "data.train-limit": 0, "data.test-limit": 0, "method": "fedavg"}
     runs = [a_run(tmp_path, f"seed-{seed}", seed=seed, **changes) for seed in (0, 1)]
     judged = seen["judged"][0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import RunError
 from ..files import save_tensors, write_text
-from ..training.upload import Upload, load, save
+from ..training.upload import Upload, load, narrowed, save
 
 log = logging.getLogger("fedmitr")
 
@@ -68,6 +68,15 @@ class RunFolder:
         fused = config or Config.from_flat({"method": name}, base=self.config)
         folder = type(self)(parent / f"{name}-{number}", fused)
         folder._make()
+        return folder
+
+    def begun(self, name: str, config: Config) -> Self:
+        """`fused/<name>/`, made now, or left there by a start that was interrupted."""
+        folder = type(self)(self.root / "fused" / name, config)
+        if folder.path.is_dir():
+            folder.continue_with(config)
+        else:
+            folder._make()
         return folder
 
     def _make(self) -> None:
@@ -143,15 +152,17 @@ class RunFolder:
         save(upload, path)
         return path
 
-    def refuse_upload(self, client_or_node: str, weights: Mapping[str, Tensor], reason: str) -> Path:
-        """Keep an upload that must not be used, with the reason in its header: nothing uploaded is lost."""
+    def refuse_upload(
+        self, client_or_node: str, weights: Mapping[str, Tensor], reason: str, said: Mapping[str, str] | None = None
+    ) -> Path:
+        """Keep an upload that must not be used, the reason and what else it `said` in its header: nothing is lost."""
         self.refused_path.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w.-]+", "_", client_or_node).strip("._") or "unknown"
         path, number = self.refused_path / f"{stem}.safetensors", 1
         while path.exists():
             number += 1
             path = self.refused_path / f"{stem}-{number}.safetensors"
-        save_tensors(path, weights, {"from": client_or_node, "reason": reason})
+        save_tensors(path, weights, {"from": client_or_node, "reason": reason, "said": dict(said or {})})
         return path
 
     def upload_paths(self) -> dict[int, Path]:
@@ -160,13 +171,13 @@ class RunFolder:
         return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
     def load_uploads(self) -> list[Upload]:
-        """In the clients' order; their weights stay on disk until they are asked for."""
+        """In the clients' order, as far as this run's settings ask; weights stay on disk until they are asked for."""
         uploads = []
         for client, path in self.upload_paths().items():
             upload = load(path)
             if upload.client != client:
                 raise RunError(f"{path} holds the upload of client {upload.client}; give it back its own name")
-            uploads.append(upload)
+            uploads.append(narrowed(upload, self.config.upload))
         return uploads
 
     def missing(self, clients: int) -> list[int]:
@@ -185,7 +196,7 @@ class RunFolder:
         if clients - len(missing) < needed:
             raise RunError(
                 f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {needed} are needed; "
-                f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}; "
+                f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(self.config.flower.label, missing))}; "
                 f"run with resume-from = '{self.root}' to ask only them, or lower flower.quorum"
             )
         return self.load_uploads()

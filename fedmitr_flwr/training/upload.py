@@ -4,12 +4,13 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..config import UploadConfig
 from ..errors import RunError, UploadError
 from ..files import save_tensors
 from ..statistics import moments
@@ -44,6 +45,14 @@ class Upload:
     def num_bytes(self) -> int:
         """Size of all tensors as they were sent; nothing is read."""
         return size(self.weights) + size(self.statistics or {})
+
+
+def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
+    """What these settings ask of an upload: no more is used, and no more is counted."""
+    told, wanted = upload.statistics, moments.names(asked)
+    if told is not None and set(told) > set(wanted):
+        told = {name: told[name] for name in wanted} if wanted else None
+    return replace(upload, class_counts=upload.class_counts if asked.tells_counts else None, statistics=told)
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,58 @@
+"""One cell of Flower's own strategies, by the real app: scripts/flower_run.py as a process of its own."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import Config
+from ..errors import RunError
+from ..settings import toml_value
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "flower_run.py"
+STOP_SECONDS = 120.0  # it stops a SuperLink and Ray
+
+Runner = Callable[[Config, Path], Path]  # (config, folder to work in) -> the run folder
+
+
+def runner(client_gpus: float = 0.0) -> Runner:
+    """Run a config through Flower, with this share of a GPU for each client."""
+
+    def run(config: Config, scratch: Path) -> Path:
+        return _run(config, scratch, ["--client-gpus", str(client_gpus)])
+
+    return run
+
+
+def _run(config: Config, scratch: Path, options: list[str]) -> Path:
+    """Run; give the run folder, which lies in `scratch`.
+
+    Raises:
+        RunError: the run did not complete; the reason is Flower's.
+    """
+    if not SCRIPT.is_file():
+        raise RunError(
+            f"there is no {SCRIPT}: Flower's own strategies need a checkout of the project; run it from there"
+        )
+    settings = replace(config, out_dir=str(scratch)).to_flat()
+    words = [f"{key}={toml_value(value)}" for key, value in settings.items()]
+    command = [sys.executable, str(SCRIPT), *words, "--clients", str(config.partition.clients), *options]
+    log = scratch / "flower.log"
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # it stops what it has started
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    said = log.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"^flower_run: run folder: (.+)$", said, re.MULTILINE)
+    if status or not found:
+        reasons = re.findall(r"^flower_run: error: (.+)$", said, re.MULTILINE) or said.strip().splitlines()[-1:]
+        raise RunError(f"Flower: {(reasons or ['it said nothing'])[-1]}")
+    return Path(found[-1])

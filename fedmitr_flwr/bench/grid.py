@@ -1,0 +1,182 @@
+"""From a bench file to its cells: each one run, with its whole config and a place of its own on disk."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+
+from .. import methods
+from ..config import Config
+from ..errors import ConfigError
+from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
+from .spec import Bench, Flat, Skew, Tune, Variant
+
+# What clients tell beside their weights, from least to most. All is uploaded, and each method is shown what it needs.
+TOLD: tuple[dict[str, object], ...] = (
+    {},
+    {"upload.class-counts": True},
+    {"upload.statistics": True},
+    {"upload.statistics": True, "upload.variances": True},
+)
+_PLACES = ("out-dir", "resume-from")
+_PATHS = ("data.path", "model.weights", "distill.pretrained", "feddf.path")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    data: str
+    skew: Skew
+    clients: int
+    seed: int
+    variant: Variant
+    rounds: int
+    config: Config = field(repr=False)
+    tuned: Mapping[str, object] | None = field(default=None, hash=False, repr=False)  # what was tried, and the choice
+    tuning: bool = False  # judged on validation images, to choose settings
+
+    @property
+    def label(self) -> str:
+        return self.variant.label
+
+    @property
+    def name(self) -> str:
+        """For people: `digits, Dirichlet 0.3, K 5, seed 0, fedmitr`."""
+        rounds = f", {self.rounds} round{'s' * (self.rounds > 1)}" if self.variant.flower else ""
+        where = f"{self.data}, {self.skew.name}, K {self.clients}, seed {self.seed}"
+        return f"{'tuning: ' * self.tuning}{where}, {self.label}{rounds}"
+
+    @property
+    def group(self) -> str:
+        """The folder of its uploads: equal for all cells whose clients train alike."""
+        told = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
+        told = {key: value for key, value in told.items() if key not in NARROWABLE}
+        return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(told)}"
+
+    @property
+    def folder(self) -> str:
+        rounds = f"-r{self.rounds}" if self.variant.flower else ""
+        return f"{_slug(self.label)}{rounds}.{_hash(self._decides)}"
+
+    def is_of(self, settings: Mapping[str, object]) -> bool:
+        """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`."""
+        own = self._decides
+        return all(settings.get(key) == own[key] for key in own if key not in _PATHS)
+
+    @property
+    def _decides(self) -> dict[str, object]:
+        return {key: value for key, value in self.config.to_flat().items() if key not in _PLACES}
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the tables need to know of its place in the grid."""
+        return {
+            "data": self.data,
+            "partition": self.skew.name,
+            "scheme": self.skew.scheme,
+            "value": self.skew.value,
+            "clients": self.clients,
+            "seed": self.seed,
+            "label": self.label,
+            "kind": "flower" if self.variant.flower else "one-shot",
+            "rounds": self.rounds,
+            "tuning": self.tuning,
+            "tuned": self.tuned,
+        }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
+
+
+def _hash(told: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def cells(bench: Bench, choices: Mapping[tuple[str, str, int], Flat] | None = None) -> list[Cell]:
+    """All cells, seed by seed, so that a grid that is stopped early has whole seeds; equal uploads lie together.
+
+    Args:
+        bench: the file.
+        choices: of `tune_cells`, by (data, label, rounds): `{"chosen": settings, "tried": [...]}`.
+
+    Raises:
+        ConfigError: a cell has an impossible setting. Cell and key are named.
+    """
+    places = product(bench.seeds, bench.data, bench.clients, bench.skews)
+    made = []
+    for (seed, data, clients, skew), variant in product(places, bench.variants):
+        for rounds in variant.rounds:
+            tuned = (choices or {}).get((data, variant.label, rounds))
+            chosen: Flat = tuned["chosen"] if tuned else {}  # type: ignore[assignment]
+            config = _config(bench, data, skew, clients, seed, variant, rounds, chosen)
+            made.append(Cell(data, skew, clients, seed, variant, rounds, config, tuned))
+    return made
+
+
+def tune_cells(bench: Bench) -> dict[tuple[str, str, int], list[tuple[Flat, Cell]]]:
+    """What is tried on validation images, by (data, label, rounds): pairs of settings and cell."""
+    tune = bench.tune
+    if tune is None:
+        return {}
+    return {
+        (data, variant.label, rounds): [
+            (tried, _tune_cell(bench, tune, data, variant, rounds, tried)) for tried in tune.tried[variant.label]
+        ]
+        for data, variant in product(bench.data, bench.variants)
+        if variant.label in tune.tried
+        for rounds in variant.rounds
+    }
+
+
+def _tune_cell(bench: Bench, tune: Tune, data: str, variant: Variant, rounds: int, tried: Flat) -> Cell:
+    judged = {**tried, "data.validation": tune.validation}
+    config = _config(bench, data, tune.skew, tune.clients, tune.seed, variant, rounds, judged)
+    return Cell(data, tune.skew, tune.clients, tune.seed, variant, rounds, config, tuning=True)
+
+
+def _config(
+    bench: Bench, data: str, skew: Skew, clients: int, seed: int, variant: Variant, rounds: int, more: Flat
+) -> Config:
+    shared = {**bench.settings, **bench.data[data], **bench.last}
+    place = {"seed": seed, "partition.clients": clients, **skew.settings}
+    if variant.flower:
+        own = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}
+    else:
+        own = {"method": variant.method}
+    flat = {**shared, **variant.settings, **bench.last, **more, **place, **own}
+    try:
+        if not variant.flower:
+            _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)
+        config = Config.from_flat(flat) if variant.flower else _least(flat)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (of {data}, {skew.name}, {clients} clients, {variant.label})") from error
+    if config.evaluate.where != "server":
+        raise ConfigError(f"evaluate.where = {config.evaluate.where!r}, but a bench evaluates on the server")
+    return config
+
+
+def _require_shared(base: Config, own: Flat, variant: Variant) -> None:
+    """All one-shot methods have the same uploads, so none may have settings that change them."""
+    known = base.to_flat()
+    for key, value in own.items():
+        changes = key.startswith(UPLOAD_SETTINGS) and key not in (*NARROWABLE, "data.validation")
+        if changes and known.get(key) != value:
+            raise ConfigError(f"{key} of {variant.label!r} changes the uploads that all share; set it in [settings]")
+
+
+def _least(flat: Flat) -> Config:
+    """The config that tells the method no more than it asks for."""
+    problems = []
+    for told in TOLD:
+        try:
+            config = Config.from_flat({**told, **flat})
+            methods.check(config)
+        except ConfigError as error:
+            problems.append(error)
+        else:
+            return config
+    raise problems[0]

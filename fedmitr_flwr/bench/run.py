@@ -1,0 +1,217 @@
+"""Run a grid: what is finished is skipped, what fails is noted, and other processes may work on the same folder."""
+
+import gc
+import json
+import logging
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from .. import pipeline
+from ..compute import threads
+from ..config import Config
+from ..errors import UserError
+from ..files import write_text
+from ..fingerprint import core
+from ..judge import Lines
+from ..judge import lines as lines_of
+from ..progress import clock
+from ..report.run_folder import RunFolder
+from ..vit.build import initial_weights
+from .flower import Runner
+from .grid import TOLD, Cell, cells
+from .spec import Bench
+from .store import Store
+from .tune import choose, tuning
+
+log = logging.getLogger("fedmitr.bench")
+
+WAIT_SECONDS = 1.0  # between two looks at what other processes are doing
+
+
+class Busy(Exception):
+    """Somebody else makes the uploads that a cell needs."""
+
+
+@dataclass
+class Tally:
+    """How far a grid is."""
+
+    total: int
+    done: int = 0
+    failed: int = 0
+
+
+def run(bench: Bench, store: Store, flower: Runner) -> Tally:
+    """Run all cells that are not finished, first those that settings are chosen by.
+
+    Args:
+        bench: the file.
+        store: where results go.
+        flower: runs a cell of Flower's own strategies.
+
+    Returns:
+        How many there are and how many failed; tuning runs count.
+    """
+    trials = tuning(bench)
+    about = {"name": bench.name, "reference": bench.reference, "core": core()}
+    first = [cell for tried in trials.values() for _, cell in tried]
+    untuned = cells(bench)
+    store.write_manifest(about, [*first, *untuned])
+    loop = _Loop(bench, store, flower, Tally(len(first) + len(untuned)))
+    loop.run(first)
+    grid = cells(bench, choose(trials, store)) if trials else untuned
+    store.write_manifest(about, [*first, *grid])
+    loop.run(grid)
+    return loop.tally
+
+
+class _Loop:
+    def __init__(self, bench: Bench, store: Store, flower: Runner, tally: Tally) -> None:
+        self.bench, self.store, self.flower, self.tally = bench, store, flower, tally
+        self.spent: dict[str, list[float]] = {}  # seconds of finished cells by label
+        self.started = time.time()
+
+    def run(self, wanted: Sequence[Cell]) -> None:
+        todo = list(wanted)
+        while todo:
+            left = [cell for place, cell in enumerate(todo) if not self._settle(cell, todo[place + 1 :])]
+            if len(left) == len(todo):
+                time.sleep(WAIT_SECONDS)
+            todo = left
+
+    def _settle(self, cell: Cell, after: Sequence[Cell]) -> bool:
+        """Make a cell, unless it is there; False: somebody else is at it."""
+        if self._known(cell):
+            return True
+        with self.store.claim_cell(cell) as mine:
+            if not mine:
+                return False
+            if self._known(cell):  # meanwhile
+                return True
+            started = time.perf_counter()
+            try:
+                result = make(cell, self.store, self.flower, keep=self.bench.keep)
+            except Busy:
+                return False
+            except Exception as error:
+                self._fail(cell, error)
+                return True
+        self.spent.setdefault(cell.label, []).append(time.perf_counter() - started)
+        self.store.forget_failure(cell)
+        accuracy, spent = result["accuracy"]["student"], clock(self.spent[cell.label][-1])
+        self._tell(cell, f"{accuracy:.2f} % in {spent}; {self._left(after)}")
+        return True
+
+    def _known(self, cell: Cell) -> bool:
+        """Whether the cell is finished, or another process has tried it since we began."""
+        result = self.store.result(cell)
+        if result is not None:
+            self.spent.setdefault(cell.label, []).append(sum(result["seconds"].values()))
+            self.store.forget_failure(cell)
+            self._tell(cell, f"{result['accuracy']['student']:.2f} %, finished before")
+            return True
+        path = self.store.error_path(cell)
+        if path.exists() and path.stat().st_mtime > self.started:
+            self.tally.failed += 1
+            self._tell(cell, f"failed in another process ({path})")
+            return True
+        return False
+
+    def _fail(self, cell: Cell, error: Exception) -> None:
+        said = " ".join(str(error).split()) or type(error).__name__
+        trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        self.store.note_failure(cell, f"{cell.name}\n{type(error).__name__}: {said}\n\n{trace}{_settings(cell)}")
+        self.tally.failed += 1
+        self._tell(cell, f"FAILED: {said[:300]} ({self.store.error_path(cell)})")
+        gc.collect()  # its traceback may have held a device's memory
+
+    def _tell(self, cell: Cell, what: str) -> None:
+        self.tally.done += 1
+        log.info("[%d/%d] %s: %s", self.tally.done, self.tally.total, cell.name, what)
+
+    def _left(self, after: Sequence[Cell]) -> str:
+        """An estimate: what cells of the same label took; of unknown labels, what cells took on average."""
+        unknown = [cell for cell in after if self.store.result(cell) is None]
+        every = mean(spent for label in self.spent.values() for spent in label)
+        seconds = sum(mean(self.spent.get(cell.label) or [every]) for cell in unknown)
+        return f"about {clock(seconds)} left" if unknown else "the last one"
+
+
+def _settings(cell: Cell) -> str:
+    return f"\nIts settings:\n{cell.config.to_toml()}"
+
+
+def make(cell: Cell, store: Store, flower: Runner, keep: str = "all") -> dict[str, Any]:
+    """Make one cell; its lock is held. Returns its result.
+
+    Raises:
+        Busy: somebody else makes its uploads.
+    """
+    folder = _by_flower(cell, store, flower) if cell.variant.flower else _fuse(cell, store)
+    if keep == "results":
+        for path in (folder.model_path, folder.pool_path):
+            path.unlink(missing_ok=True)
+    return folder.read_result()
+
+
+def _fuse(cell: Cell, store: Store) -> RunFolder:
+    with store.claim_uploads(cell) as mine:
+        if not mine:
+            raise Busy
+        uploads = _uploads(cell, store)
+        lines = _lines(uploads)
+    own = {key: value for key, value in cell.config.to_flat().items() if key not in ("out-dir", "resume-from")}
+    return pipeline.fuse(uploads, cell.variant.method, own, cell.folder, lines)
+
+
+def _uploads(cell: Cell, store: Store) -> RunFolder:
+    """The run folder of a cell's uploads; those that are missing are made. Clients tell all that a method may ask."""
+    folder = _group(store.uploads(cell), cell)
+    missing = folder.missing(cell.clients)
+    initial = initial_weights(cell.config.model, cell.config.seed) if missing else {}
+    for client in missing:
+        folder.save_upload(pipeline.train_client(folder.config, client, initial))
+    return folder
+
+
+def _lines(uploads: RunFolder) -> Lines:
+    """What the uploads are alone and on average, evaluated once for all methods."""
+    path = uploads.path / "lines.json"
+    if path.exists():
+        known: Lines = json.loads(path.read_text(encoding="utf-8"))
+        return known
+    with threads(uploads.config.threads):
+        found = lines_of(uploads.load_uploads(), uploads.config)
+    write_text(path, json.dumps(found) + "\n")
+    return found
+
+
+def _group(path: Path, cell: Cell) -> RunFolder:
+    if (path / "config.toml").is_file():
+        return RunFolder.open(path)
+    asked = Config.from_flat({**TOLD[-1], "upload.class-counts": True, "method": "fedavg"}, base=cell.config)
+    folder = RunFolder(path, replace(asked, out_dir=str(path.parent)))
+    folder.refused_path.mkdir(parents=True, exist_ok=True)
+    folder.continue_with(folder.config)
+    return folder
+
+
+def _by_flower(cell: Cell, store: Store, flower: Runner) -> RunFolder:
+    place = store.place(cell)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in (place, *place.parent.glob(f".{place.name}.*")):  # of a start that was killed; no result is in it
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = place.with_name(f".{place.name}.{os.getpid()}")
+    scratch.mkdir()
+    made = flower(cell.config, scratch)
+    made.replace(place)
+    (scratch / "flower.log").replace(place / "flower.log")
+    shutil.rmtree(scratch, ignore_errors=True)
+    return RunFolder.open(place)

@@ -1,0 +1,292 @@
+"""A bench file, parsed once: which cells there are to run, on what, and how some settings are chosen.
+
+The file's form is told in docs/benchmark.md. Settings are those of any run; what the grid decides cannot be set.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..settings import flatten, read_flat
+
+Flat = Mapping[str, object]
+
+FLOWER = "flower:"  # before the name of a strategy that Flower ships
+STRATEGIES = (
+    *("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"),
+    *("fedmedian", "fedtrimmedavg", "krum", "qfedavg"),
+)
+SCHEMES = ("dirichlet", "classes-per-client", "iid")
+_GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
+_OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
+_TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "data", "grid", "methods", "tune")
+_AXES = ("data", "partition", "alpha", "classes", "clients", "seed", "rounds", "methods")
+_TUNE = ("seed", "validation", "partition", "alpha", "classes", "clients", "methods")
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How the images are spread: a scheme with its one number."""
+
+    scheme: str
+    value: float | None = None  # alpha, or classes per client
+
+    @property
+    def name(self) -> str:
+        names = {"dirichlet": f"Dirichlet {self.value:g}" if self.value else "", "iid": "IID"}
+        return names.get(self.scheme) or f"{self.value:g} classes"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        values: dict[str, dict[str, object]] = {
+            "dirichlet": {"partition.alpha": self.value},
+            "classes-per-client": {"partition.classes-per-client": self.value},
+            "iid": {},
+        }
+        return {"partition.scheme": self.scheme} | values[self.scheme]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method under its label, with settings of its own."""
+
+    label: str
+    method: str  # a file of fedmitr_flwr/methods, or, with `flower`, one of Flower's strategies
+    flower: bool
+    rounds: tuple[int, ...]
+    settings: Flat = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Settings that are chosen on validation images, at one place of the grid with a seed of its own."""
+
+    seed: int
+    validation: float
+    skew: Skew
+    clients: int
+    tried: Mapping[str, tuple[Flat, ...]]  # by label, in the order of trying
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that a bench file says."""
+
+    name: str
+    reference: str  # the label that the others are tested against
+    keep: str
+    client_gpus: float
+    settings: Flat
+    data: Mapping[str, Flat]
+    skews: tuple[Skew, ...]
+    clients: tuple[int, ...]
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+    tune: Tune | None
+    last: Flat = field(default_factory=dict)  # of the command line; they win
+
+
+def read(path: Path, words: Flat | None = None) -> Bench:
+    """Parse a bench file.
+
+    Args:
+        path: of the file.
+        words: `key=value` of the command line: settings, or axes as `grid.seed=[100]`; they win over the file.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not possible. File and key are named.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the bench file {path}: {error}") from error
+    axes = {key.removeprefix("grid."): value for key, value in (words or {}).items() if key.startswith("grid.")}
+    last = {key: value for key, value in (words or {}).items() if not key.startswith("grid.")}
+    document["grid"] = {**_table(document.get("grid", {}), "grid"), **axes}
+    try:
+        return _bench(document, path, last)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
+    _known(document, _TOP, "")
+    axes = document["grid"]
+    _known(axes, _AXES, "grid.")
+    data = {
+        name: _with_base(_table(table, f"data.{name}"), "config", path)
+        for name, table in _table(document.get("data", {}), "data").items()
+    } or {"digits": {}}
+    chosen = _strings(axes.get("data", list(data)), "grid.data")
+    for name in chosen:
+        _one_of(name, data, "grid.data", f"; describe it in a table [data.{name}]")
+    settings = _with_base({"base": document.get("base", ""), **_table(document.get("settings", {}), "")}, "base", path)
+    for where, flat in (("settings", settings), ("the command line", last), *((f"data.{n}", data[n]) for n in data)):
+        _settable(flat, where)
+    skews = _skews(axes, "grid")
+    seeds = _numbers(axes.get("seed", [0]), "grid.seed", int, 0)
+    clients = _numbers(axes.get("clients", [5]), "grid.clients", int, 2)
+    variants = _variants(axes, _table(document.get("methods", {}), "methods"))
+    reference = document.get("reference", "fedmitr")
+    return Bench(
+        name=_string(document.get("name", path.stem), "name"),
+        reference=_string(reference, "reference"),
+        keep=_one_of(_string(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
+        client_gpus=_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
+        settings=settings,
+        data={name: data[name] for name in chosen},
+        skews=skews,
+        clients=clients,
+        seeds=seeds,
+        variants=variants,
+        tune=_tune(document["tune"], variants, skews, clients, seeds) if "tune" in document else None,
+        last=last,
+    )
+
+
+def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
+    values: dict[str, Sequence[float | None]] = {
+        "dirichlet": _numbers(axes.get("alpha", [0.3]), f"{where}.alpha", float, 0, open_end=True),
+        "classes-per-client": _numbers(axes.get("classes", [2]), f"{where}.classes", int, 1),
+        "iid": [None],
+    }
+    schemes = _strings(axes.get("partition", ["dirichlet"]), f"{where}.partition")
+    for scheme in schemes:
+        _one_of(scheme, SCHEMES, f"{where}.partition")
+    for axis, scheme in (("alpha", "dirichlet"), ("classes", "classes-per-client")):
+        if axis in axes and scheme not in schemes:
+            raise ConfigError(
+                f"{where}.{axis} is for {scheme!r}, which is not in {where}.partition; add it or remove it"
+            )
+    return tuple(Skew(scheme, value) for scheme in schemes for value in values[scheme])
+
+
+def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Variant, ...]:
+    from ..methods import available  # here: it imports torch
+
+    rounds = _numbers(axes.get("rounds", [1]), "grid.rounds", int, 1)
+    labels = _strings(axes.get("methods", []), "grid.methods")
+    if unused := [label for label in tables if label not in labels]:
+        raise ConfigError(f"[methods.{_quoted(unused[0])}] is not in grid.methods; add it there or remove the table")
+    variants = []
+    for label in labels:
+        where = f"methods.{_quoted(label)}"
+        flat = flatten(_table(tables.get(label, {}), where))
+        method = _string(flat.pop("method", label), f"{where}.method")
+        flower = method.startswith(FLOWER)
+        own = _numbers(flat.pop("rounds", list(rounds if flower else [1])), f"{where}.rounds", int, 1)
+        known = [FLOWER + name for name in STRATEGIES] if flower else available()
+        _one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
+        if not flower and own != (1,):
+            raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")
+        _settable(flat, where)
+        variants.append(Variant(label, method.removeprefix(FLOWER), flower, own, flat))
+    return tuple(variants)
+
+
+def _tune(
+    told: object, variants: Sequence[Variant], skews: Sequence[Skew], clients: Sequence[int], seeds: Sequence[int]
+) -> Tune:
+    table = dict(_table(told, "tune"))
+    _known(table, _TUNE, "tune.")
+    seed = _numbers([table.get("seed", 100)], "tune.seed", int, 0)[0]
+    if seed in seeds:
+        raise ConfigError(f"tune.seed = {seed} is in grid.seed as well; choose on a seed that is not reported")
+    validation = _numbers([table.get("validation", 0.2)], "tune.validation", float, 0, open_end=True)[0]
+    single = {key: table[key] if key == "partition" else [table[key]] for key in _AXES[1:4] if key in table}
+    if "partition" in single:
+        single["partition"] = [single["partition"]]
+    skew = _skews(single, "tune")[0] if single else skews[0]
+    tried = {}
+    for label, axes in _table(table.get("methods", {}), "tune.methods").items():
+        where = f"tune.methods.{_quoted(label)}"
+        _one_of(label, [variant.label for variant in variants], where, "; it must be in grid.methods")
+        flat = flatten(_table(axes, where))
+        _settable(flat, where)
+        tried[label] = _product({key: _list(values, f"{where}.{key}") for key, values in flat.items()})
+    wanted = _numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
+    return Tune(seed, validation, skew, wanted, tried)
+
+
+def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
+    combinations: list[dict[str, object]] = [{}]
+    for key, values in axes.items():
+        combinations = [one | {key: value} for one in combinations for value in values]
+    return tuple(combinations)
+
+
+def _with_base(table: Mapping[str, Any], key: str, path: Path) -> Flat:
+    """The settings of a table over those of the config file that it may name."""
+    flat = flatten(table)
+    base = _string(flat.pop(key, ""), key)
+    if not base:
+        return flat
+    ours = {*_GRIDS, *_OURS}  # a file for single runs has them too
+    return {key: value for key, value in read_flat(path.parent / base).items() if key not in ours} | flat
+
+
+def _settable(flat: Flat, where: str) -> None:
+    for key in flat:
+        if key in _GRIDS:
+            raise ConfigError(f"{where}: {key} is an axis of the grid; set it in [grid]")
+        if key in _OURS:
+            raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
+
+
+def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"unknown key '{where}{key}'; {_hint(key, known, where)}")
+
+
+def _hint(key: str, known: Iterable[str], where: str = "") -> str:
+    near = difflib.get_close_matches(key, known := list(known), n=1)
+    return f"did you mean {where}{near[0]}?" if near else f"use one of: {', '.join(where + name for name in known)}"
+
+
+def _one_of(value: str, known: Iterable[str], where: str, more: str = "") -> str:
+    if value not in (known := list(known)):
+        raise ConfigError(f"{where}: {value!r} is unknown; {_hint(value, known)}{more}")
+    return value
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} = {value!r} is not possible; make it a table [{where}]")
+    return value
+
+
+def _string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} = {value!r} is not possible; use text (in quotes)")
+    return value
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where} = {value!r} is not possible; use a list with one entry at least")
+    if any(entry in value[:place] for place, entry in enumerate(value)):
+        raise ConfigError(f"{where} = {value!r} has an entry twice; remove one")
+    return value
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+    return tuple(_string(entry, where) for entry in _list(value, where))
+
+
+def _numbers(value: object, where: str, kind: type, low: float, *, open_end: bool = False) -> tuple[Any, ...]:
+    numbers = _list(value, where)
+    for number in numbers:
+        fits = type(number) is kind or (kind is float and type(number) is int)
+        if not fits or number < low or (open_end and number == low):
+            name = "whole numbers" if kind is int else "numbers"
+            raise ConfigError(f"{where}: {number!r} is not possible; use {name} {'>' if open_end else '>='} {low}")
+    return tuple(map(kind, numbers))
+
+
+def _quoted(label: str) -> str:
+    return label if label.replace("-", "").replace("_", "").isalnum() else f'"{label}"'

@@ -1,0 +1,134 @@
+"""The folder of a bench: where each cell lies, which are finished, who works on which, and what went wrong.
+
+    bench.json             the cells of the grid that was run last, and where each one lies
+    uploads/<group>/       a run folder: the uploads that its cells share; <group> names settings and code
+      fused/<cell>/        a one-shot cell
+    flower/<group>/<cell>/ a cell of one of Flower's strategies
+    failed/<cell>.txt      what went wrong, until the cell has been made
+    .locks/                one file for each cell or group that somebody has worked on
+
+A folder's name ends in hashes of the settings and of the code that can change a number (`fingerprint.core`): under
+other settings or code a cell is another cell, and nothing is overwritten. Locks are the operating system's: they end
+with the process that holds them, however it ends.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import RunError
+from ..files import write_text
+from ..fingerprint import core
+from .grid import Cell
+
+MANIFEST = "bench.json"
+
+
+@dataclass(frozen=True)
+class Store:
+    """One bench on disk.
+
+    Attributes:
+        path: the folder.
+        any_code: go on with what other versions of the code have made.
+    """
+
+    path: Path
+    any_code: bool = False
+
+    def uploads(self, cell: Cell) -> Path:
+        """The run folder with the uploads of a one-shot cell."""
+        return self._group("uploads", cell)
+
+    def place(self, cell: Cell) -> Path:
+        """The folder of the cell itself."""
+        if cell.variant.flower:
+            return self._group("flower", cell) / cell.folder
+        return self.uploads(cell) / "fused" / cell.folder
+
+    def _group(self, kind: str, cell: Cell) -> Path:
+        own = self.path / kind / f"{cell.group}.{core()[:8]}"
+        if self.any_code and not own.exists():
+            others = sorted(own.parent.glob(f"{cell.group}.*"), key=lambda path: path.stat().st_mtime)
+            return others[-1] if others else own
+        return own
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of a finished cell; None: there is none, or none that can be read."""
+        found = read_result(self.place(cell) / "result.json")
+        if found is None or found["accuracy"]["student"] is None:
+            return None
+        return found if cell.is_of(found["config"]) else None
+
+    def error_path(self, cell: Cell) -> Path:
+        return self.path / "failed" / f"{_key(cell)}.txt"
+
+    def note_failure(self, cell: Cell, text: str) -> None:
+        self.error_path(cell).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.error_path(cell), text)
+
+    def forget_failure(self, cell: Cell) -> None:
+        self.error_path(cell).unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold the lock of a cell or group while the block lasts; gives False if somebody else holds it."""
+        locks = self.path / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @contextmanager
+    def claim_cell(self, cell: Cell) -> Iterator[bool]:
+        with self.claim(_key(cell)) as mine:
+            yield mine
+
+    @contextmanager
+    def claim_uploads(self, cell: Cell) -> Iterator[bool]:
+        with self.claim(cell.group) as mine:
+            yield mine
+
+    def write_manifest(self, about: Mapping[str, object], cells: Iterable[Cell]) -> None:
+        """Note what the grid consists of, for the tables."""
+        listed = [{**cell.facts, "folder": self.place(cell).relative_to(self.path).as_posix()} for cell in cells]
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / MANIFEST, json.dumps({**about, "cells": listed}, indent=1) + "\n")
+
+
+def _key(cell: Cell) -> str:
+    return f"{cell.group}--{cell.folder}"
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result.json; None where there is none, or a damaged one: such a cell is made again."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if {"accuracy", "config"} <= found.keys() else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        RunError: the folder is not one of a bench.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is not a folder of `fedmitr bench` (no {MANIFEST}: {error}); name one") from error
+    return manifest

@@ -1,0 +1,39 @@
+"""Settings chosen on validation images: by one seed that is not reported, all that was tried is kept."""
+
+from collections.abc import Mapping
+
+from .grid import Cell, tune_cells
+from .spec import Bench, Flat
+from .store import Store
+
+Place = tuple[str, str, int]  # data set, label, rounds
+Trials = Mapping[Place, list[tuple[Flat, Cell]]]
+Choices = Mapping[Place, Mapping[str, object]]
+
+
+def tuning(bench: Bench) -> Trials:
+    """What is to be tried, and the cell that tries it."""
+    return tune_cells(bench)
+
+
+def choose(trials: Trials, store: Store) -> dict[Place, dict[str, object]]:
+    """What did best on the validation images; of equals, what was tried first.
+
+    Returns:
+        By place: `chosen` settings; `tried`, each with its accuracy (None: it failed); the tuning `seed`. Where all
+        failed, the settings stay as they are.
+    """
+    return {place: _choice(tried, store) for place, tried in trials.items()}
+
+
+def _choice(tried: list[tuple[Flat, Cell]], store: Store) -> dict[str, object]:
+    accuracies = []
+    for _, cell in tried:
+        result = store.result(cell)
+        accuracies.append(None if result is None else float(result["accuracy"]["student"]))
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    chosen = dict(tried[accuracies.index(max(known))][0]) if known else {}
+    listed = [{**flat, "accuracy": accuracy} for (flat, _), accuracy in zip(tried, accuracies, strict=True)]
+    cell = tried[0][1]
+    where = f"{cell.data}, {cell.skew.name}, K {cell.clients}, validation images"
+    return {"chosen": chosen, "tried": listed, "seed": cell.seed, "on": where}
