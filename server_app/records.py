@@ -1,16 +1,26 @@
 """Flower's records: what the clients are told, and what they reply. The other half is client_app/app.py."""
 
 import math
+import re
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import UploadError
 from fedmitr_flwr.evaluation import Evaluation
-from fedmitr_flwr.training.upload import Upload, Weights
+from fedmitr_flwr.training.foreign import raw, read_npy
+from fedmitr_flwr.training.upload import Upload, Weights, size
 
-_ONE = "run this app's own ClientApp there, which sends one record of each kind"
+UPLOAD: Mapping[str, type] = {"arrays": ArrayRecord, "metrics": MetricRecord}  # what an upload consists of
+EVALUATION: Mapping[str, type] = {"metrics": MetricRecord}
+
+_OWN = "run this app's own ClientApp there"
+_PLAIN = re.compile(r"[\w.-]{1,200}", re.ASCII)  # names that can be a tensor's in any file
+_SAID = reprlib.Repr()  # of what is kept of a refused reply
+_SAID.maxdict = _SAID.maxlist = _SAID.maxstring = _SAID.maxother = 1000
 
 
 def order(config: Config) -> ConfigRecord:
@@ -18,62 +28,112 @@ def order(config: Config) -> ConfigRecord:
     return ConfigRecord({"toml": config.to_toml().encode()})
 
 
-def read_upload(reply: Message, client: int, with_counts: bool) -> Upload:
+def room(start: Weights) -> int:
+    """The most bytes that arrays may have in an upload: twice what they take in float32, for names and headers."""
+    return 2 * size(start) + 4096 * (len(start) + 1)
+
+
+def read_upload(reply: Message, client: int, with_counts: bool, limit: int, *, with_statistics: bool = False) -> Upload:
     """One client's upload, as it was sent.
 
     Args:
         reply: to a train message.
         client: whom the message was sent to.
         with_counts: read the class counts; without it they are not looked at.
+        limit: bytes of arrays, see `room`. Beyond it nothing is parsed.
+        with_statistics: there is a record of statistics, too.
 
     Raises:
         UploadError: the reply is no upload, or names another client.
     """
-    numbers = _numbers(reply, client)
+    _require_records(reply, client, {**UPLOAD, "statistics": ArrayRecord} if with_statistics else UPLOAD)
+    records = reply.content.array_records
+    numbers = reply.content.metric_records["metrics"]
     named = _get(numbers, "partition-id", int, client)
     if named != client:
         raise UploadError(f"client {client}: its upload says that it is client {named}'s; give every node its own id")
     return Upload(
         client=client,
-        weights=read_weights(reply, client),
+        weights=_read_arrays(records["arrays"], client, limit),
         num_examples=_get(numbers, "num-examples", int, client),
         train_loss=_get(numbers, "train_loss", float, client),
         fingerprint=f"{_get(numbers, 'fingerprint', int, client):012x}",
-        class_counts=tuple(_get(numbers, "class-counts", list, client)) if with_counts else None,
+        class_counts=_whole_numbers(numbers, "class-counts", client) if with_counts else None,
+        seconds=_get(numbers, "seconds", float, client),
+        statistics=_read_arrays(records["statistics"], client, limit) if with_statistics else None,
     )
 
 
-def read_weights(reply: Message, client: int) -> Weights:
-    """The one record of arrays, as tensors.
+def _read_arrays(arrays: ArrayRecord, client: int, limit: int) -> Weights:
+    if (sent := arrays.count_bytes()) > limit:
+        raise UploadError(
+            f"client {client}: it sent {sent} bytes of arrays, and a model of these settings has at most {limit}; "
+            "server and client must have the same [model] settings"
+        )
+    weights: Weights = {}
+    for name, array in arrays.items():
+        try:
+            weights[name] = read_npy(array.data)
+        except UploadError as error:
+            raise UploadError(f"client {client}: its array {reprlib.repr(name)} {error}; {_OWN}") from error
+    return weights
+
+
+def _require_records(reply: Message, client: int, wanted: Mapping[str, type]) -> None:
+    sent = {name: type(record) for name, record in reply.content.items()}
+    if sent != wanted:
+        raise UploadError(f"client {client}: it sent {_records(sent)}, not {_records(wanted)}; {_OWN}")
+
+
+def _records(kinds: Mapping[str, type]) -> str:
+    shown = [f"{reprlib.repr(name)} ({kind.__name__})" for name, kind in sorted(kinds.items())[:4]]
+    return ", ".join(shown) + " and more" * (len(kinds) > 4) or "no record"
+
+
+def keep(content: RecordDict, limit: int) -> tuple[Weights, dict[str, str]]:
+    """What of a refused reply goes to disk.
+
+    Returns:
+        Its arrays, under their own names where those are plain, as bytes where they cannot be read; none if they are
+        larger than `limit`, since a disk is soon full. And in words, what else was sent.
+    """
+    said = {
+        _SAID.repr(name): _SAID.repr(dict(record))
+        for name, record in content.items()
+        if not isinstance(record, ArrayRecord)
+    }
+    arrays = [(name, array) for record in content.array_records.values() for name, array in record.items()]
+    if (sent := sum(len(array.data) for _, array in arrays)) > limit:
+        return {}, said | {"arrays": f"{len(arrays)} arrays of {sent} bytes, too large to be kept"}
+    tensors: Weights = {}
+    for number, (name, array) in enumerate(arrays):
+        free = name if _PLAIN.fullmatch(name) and name not in (*tensors, "__metadata__") else f"array-{number}"
+        try:
+            tensors[free] = read_npy(array.data)
+        except UploadError:
+            tensors[free] = raw(array.data)
+            said[free] = _SAID.repr((name, array.stype, array.dtype, array.shape))
+    return tensors, said
+
+
+def read_evaluation(reply: Message, client: int, num_classes: int, max_images: int) -> Evaluation:
+    """One client's evaluation; the recall by class is NaN where the client did not tell it.
 
     Raises:
-        UploadError: there is none or are several, or its bytes are no arrays.
+        UploadError: the reply is no evaluation, or its numbers cannot be.
     """
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise UploadError(f"client {client}: {len(records)} records of arrays in its upload; {_ONE}")
-    try:
-        return dict(records[0].to_torch_state_dict())
-    except (ValueError, TypeError, EOFError, OSError, KeyError) as error:  # whatever numpy makes of foreign bytes
-        raise UploadError(f"client {client}: its arrays cannot be read; {_ONE}") from error
-
-
-def read_evaluation(reply: Message, num_classes: int) -> Evaluation:
-    """One client's evaluation; the recall by class is NaN where the client did not tell it."""
-    numbers: Any = next(iter(reply.content.metric_records.values()))
-    return Evaluation(
-        accuracy=float(numbers["accuracy"]),
-        loss=float(numbers["eval_loss"]),
-        per_class=tuple(numbers.get("recall", [math.nan] * num_classes)),
-        num_examples=int(numbers["num-examples"]),
-    )
-
-
-def _numbers(reply: Message, client: int) -> Any:
-    records = list(reply.content.metric_records.values())
-    if len(records) != 1:
-        raise UploadError(f"client {client}: {len(records)} records of numbers in its upload; {_ONE}")
-    return records[0]
+    _require_records(reply, client, EVALUATION)
+    numbers = reply.content.metric_records["metrics"]
+    images = _get(numbers, "num-examples", int, client)
+    accuracy, loss = (_get(numbers, key, float, client) for key in ("accuracy", "eval_loss"))
+    recall = tuple(_get(numbers, "recall", list, client)) if "recall" in numbers else (math.nan,) * num_classes
+    possible = 0 <= accuracy <= 100 and math.isfinite(loss) and len(recall) == num_classes
+    if not possible or not 1 <= images <= max_images:
+        raise UploadError(
+            f"client {client}: its evaluation is {accuracy} % of {images} images, loss {loss}, recall of "
+            f"{len(recall)} classes, which cannot be; {_OWN}"
+        )
+    return Evaluation(accuracy=accuracy, loss=loss, per_class=recall, num_examples=images)
 
 
 def _get(numbers: Any, key: str, kind: type, client: int) -> Any:
@@ -81,5 +141,14 @@ def _get(numbers: Any, key: str, kind: type, client: int) -> Any:
     if kind is float and isinstance(value, int):
         value = float(value)
     if not isinstance(value, kind):
-        raise UploadError(f"client {client}: its upload has {key} = {value!r}; it must be a {kind.__name__}")
+        raise UploadError(
+            f"client {client}: its upload has {key} = {reprlib.repr(value)}; it must be a {kind.__name__}; {_OWN}"
+        )
     return value
+
+
+def _whole_numbers(numbers: Any, key: str, client: int) -> tuple[int, ...]:
+    values = _get(numbers, key, list, client)
+    if not all(type(value) is int for value in values):
+        raise UploadError(f"client {client}: its upload has {key} = {reprlib.repr(values)}, no whole numbers; {_OWN}")
+    return tuple(values)

@@ -1,6 +1,5 @@
 """One round: every client uploads once, every upload is on disk the moment it arrives, then the server phase runs."""
 
-import time
 from collections.abc import Iterable, Mapping
 from logging import getLogger
 from typing import Any
@@ -10,13 +9,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.errors import RunError, UserError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.errors import RunError, UploadError
+from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import Weights, validate
+from fedmitr_flwr.training.upload import Weights
 
 from .grid import ObservedGrid
-from .records import read_evaluation, read_upload, read_weights
+from .intake import Intake
+from .records import read_evaluation
 
 log = getLogger("flwr")
 
@@ -34,7 +34,8 @@ class OneShot(Strategy):
             nodes: client -> node id, of the clients that can be asked.
             initial: the weights that every client starts from.
         """
-        self.folder, self.config, self.initial = folder, folder.config, initial
+        self.folder, self.config = folder, folder.config
+        self.intake, self.collecting = Intake(folder, initial), False
         self.nodes = dict(nodes)
         self.clients = {node: client for client, node in nodes.items()}
         self.result: dict[str, Any] = {}
@@ -60,6 +61,7 @@ class OneShot(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         del grid  # the nodes are known
+        self.collecting = True
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
@@ -73,33 +75,15 @@ class OneShot(Strategy):
         return [Message(content, self.nodes[client], kind, ttl=ttl) for client in clients]
 
     def receive(self, reply: Message, node: int) -> None:
-        """Write one upload to disk, accepted or refused, and free its memory."""
-        if reply.metadata.message_type != MessageType.TRAIN:
-            return
-        client, started = self.clients[node], time.monotonic()
-        try:
-            self._keep(reply, client)
-        except UserError as error:
-            path = self.folder.refuse_upload(f"client {client}", _readable_weights(reply, client), str(error))
-            log.warning("refused: %s (kept in %s)", error, path)
-        for name in list(reply.content.array_records):
-            reply.content[name] = ArrayRecord()
-        log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
-
-    def _keep(self, reply: Message, client: int) -> None:
-        config = self.config
-        upload = read_upload(reply, client, config.upload.class_counts)
-        validate(upload, self.initial, config.model.num_classes, fingerprint(), config.partition.clients)
-        path = self.folder.save_upload(upload)
-        self.folder.log_metrics(
-            stage="upload", client=client, bytes=upload.num_bytes, images=upload.num_examples, loss=upload.train_loss
-        )
-        log.info("client %d: %.2f MB on disk, %s", client, upload.num_bytes / 1e6, path.name)
+        """Take in a reply as it arrives; what it calls itself does not matter, but what was asked."""
+        if self.collecting:
+            self.intake.take(reply, self.clients[node], node)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         del server_round, replies  # taken as they arrived
+        self.collecting = False
         self.folder.require_uploads(self.config.flower.quorum)
         outcome = pipeline.serve(self.folder)
         self.result = outcome.result
@@ -126,18 +110,16 @@ class OneShot(Strategy):
         del server_round
         if self.config.evaluate.where != "clients":
             return None
-        evaluations = [
-            read_evaluation(reply, self.config.model.num_classes) for reply in replies if reply.has_content()
-        ]
+        evaluations = [found for reply in replies if reply.has_content() and (found := self._evaluation(reply))]
         if not evaluations:
             raise RunError("no client evaluated the model, and evaluate.where = 'clients'; see the failures above")
         self.result = pipeline.conclude_on_clients(self.folder, evaluations)
         return MetricRecord({"accuracy": self.result["accuracy"]["student"], "clients": len(evaluations)})
 
-
-def _readable_weights(reply: Message, client: int) -> Weights:
-    """What can be kept of an upload that is refused."""
-    try:
-        return read_weights(reply, client)
-    except UserError:
-        return {}
+    def _evaluation(self, reply: Message) -> Evaluation | None:
+        client = self.clients.get(reply.metadata.src_node_id, -1)  # a stranger's name for itself
+        try:
+            return read_evaluation(reply, client, self.config.model.num_classes, self.config.screen.max_images)
+        except UploadError as error:
+            log.warning("refused: %s", error)
+            return None

@@ -91,8 +91,14 @@ def weights(reply: Message) -> bytes:
 
 
 def test_describe_names_the_client() -> None:
-    card = ask("query.describe", settings(), client=1).content["card"]
-    assert dict(card) == {"partition-id": 1, "num-partitions": 2, "fingerprint": int(fingerprint(), 16)}
+    told = ask("query.describe", settings(), client=1).content
+    assert dict(told["card"]) == {
+        "partition-id": 1,
+        "num-partitions": 2,
+        "fingerprint": int(fingerprint(), 16),
+        "own-data": 0,
+    }
+    assert dict(told["name"]) == {"name": ""}
 
 
 @pytest.mark.parametrize("counts", [False, True])

@@ -122,11 +122,11 @@ def test_a_renamed_upload_is_noticed(run: RunFolder) -> None:
 
 def test_a_refused_upload_is_kept_with_its_reason(run: RunFolder) -> None:
     weights = {"w": torch.tensor([float("nan"), 1.0])}
-    first = run.refuse_upload("client 3", weights, "client 3: NaN in 'w'")
+    first = run.refuse_upload("client 3", weights, "client 3: NaN in 'w'", {"metrics": "{}"})
     second = run.refuse_upload("client 3", {}, "again")
     assert (first.name, second.name) == ("client_3.safetensors", "client_3-2.safetensors")
     tensors, header = load_tensors(first)
-    assert header == {"from": "client 3", "reason": "client 3: NaN in 'w'"}
+    assert header == {"from": "client 3", "reason": "client 3: NaN in 'w'", "said": {"metrics": "{}"}}
     assert tensors["w"][1] == 1
     assert run.refuse_upload("../../etc", {}, "x").parent == run.refused_path
     assert run.upload_paths() == {}

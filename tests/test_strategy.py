@@ -133,10 +133,10 @@ REFUSALS = {
     "no images": (numbers(num_examples=0), "0 images"),
     "ill-typed": (numbers(num_examples=[3]), "num-examples = \\[3\\]"),
     "another's name": (numbers(partition_id=0), "it is client 0's"),
-    "no numbers": (without("metrics"), "0 records of numbers"),
-    "no arrays": (without("arrays"), "0 records of arrays"),
-    "two records": (doubled, "2 records of arrays"),
-    "no numpy": (garbled, "cannot be read"),
+    "no numbers": (without("metrics"), "it sent 'arrays' \\(ArrayRecord\\), not 'arrays'"),
+    "no arrays": (without("arrays"), "it sent 'metrics' \\(MetricRecord\\), not 'arrays'"),
+    "two records": (doubled, "it sent 'again' \\(ArrayRecord\\), 'arrays'"),
+    "no numpy": (garbled, "its array 'cls_token' has no header"),
 }
 
 

@@ -19,7 +19,7 @@ from fedmitr_flwr.training.stored import StoredWeights
 from fedmitr_flwr.training.upload import Upload, digest, load, save, validate
 
 CODE = "0123456789ab"
-CLIENTS, CLASSES = 4, 3
+CLIENTS, CLASSES, MOST = 4, 3, 1000
 REFERENCE = {
     "cls_token": torch.zeros(1, 1, 4),
     "head.weight": torch.zeros(3, 4),
@@ -38,7 +38,7 @@ def an_upload(client: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def check(upload: Upload) -> None:
-    validate(upload, REFERENCE, CLASSES, CODE, CLIENTS)
+    validate(upload, REFERENCE, CLASSES, CODE, CLIENTS, MOST)
 
 
 def with_weight(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Upload], Upload]:
@@ -81,6 +81,10 @@ MUTATIONS: list[Mutation] = [
     (lambda upload: replace(upload, fingerprint=CODE[::-1]), "other code"),
     (lambda upload: replace(upload, train_loss=math.nan), "training loss"),
     (lambda upload: replace(upload, train_loss=math.inf), "training loss"),
+    (lambda upload: replace(upload, seconds=math.nan), "took nan seconds"),
+    (lambda upload: replace(upload, seconds=-1.0), "took -1.0 seconds"),
+    (lambda upload: replace(upload, num_examples=10**12), "screen.max-images is 1000"),
+    (lambda upload: replace(upload, num_examples=MOST + 1, class_counts=None), "screen.max-images is 1000"),
     (lambda upload: replace(upload, class_counts=(3, 9)), "class counts"),
     (lambda upload: replace(upload, class_counts=(3, 0, 9, 0)), "class counts"),
     (lambda upload: replace(upload, class_counts=()), "class counts"),

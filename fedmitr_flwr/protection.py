@@ -1,0 +1,18 @@
+"""The settings that protect: the server from uploads that would spoil the model."""
+
+from dataclasses import dataclass
+
+from .limits import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenConfig(Section):
+    """What the server makes of uploads that are well-formed but strange."""
+
+    section = "screen"
+    mode: str = "warn"  # off | warn (say which uploads are unlike the others) | exclude (and fuse without them)
+    max_images: int = 10_000_000  # an upload that claims more is refused: sizes are weights
+
+    def __post_init__(self) -> None:
+        self._one_of("mode", "off", "warn", "exclude")
+        self._at_least(1, "max_images")

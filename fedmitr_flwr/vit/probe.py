@@ -1,0 +1,37 @@
+"""Does a stranger's model compute? Weights may all be finite and still give NaN, which would spoil every mean.
+
+Shapes: B images, Y classes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..data.images import normalisation
+from ..rng import stream
+from .build import build_vit
+from .tokens import all_positions, forward_tokens, patchify
+
+NOISE_IMAGES = 4
+
+
+def computes(weights: Mapping[str, Tensor], model: ModelConfig) -> bool:
+    """Whether logits and their gradient by the pixels are finite on noise, on black and on white images."""
+    vit = build_vit(model).requires_grad_(False)
+    vit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    patches = patchify(_probes(model), model.patch_size).requires_grad_()
+    answer = forward_tokens(vit, patches, all_positions(patches))
+    confidence = answer.cls.log_softmax(-1).sum() + answer.patches.log_softmax(-1).sum()
+    (slope,) = torch.autograd.grad(confidence, patches)
+    return bool(torch.isfinite(confidence) and torch.isfinite(slope).all())
+
+
+def _probes(model: ModelConfig) -> Tensor:
+    """(B, C, S, S), normalised, within the limits of a picture."""
+    mean, std = normalisation(model.in_chans)
+    size = (model.in_chans, model.img_size, model.img_size)
+    noise = torch.rand(NOISE_IMAGES, *size, generator=stream(0, "probe"))
+    pixels = torch.cat([noise, torch.zeros(1, *size), torch.ones(1, *size)])
+    return (pixels - mean[:, None, None]) / std[:, None, None]
