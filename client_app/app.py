@@ -52,7 +52,7 @@ def discreet(answer: Answer) -> Answer:
 def describe(message: Message, context: Context) -> Message:
     """Say which client this node is; where it has images of its own, look at them before anybody trains."""
     name, place = _name(context), _place(context)
-    card = {"fingerprint": int(fingerprint(), 16), "own-data": int(place is not None)}
+    card: dict[str, Numbers] = {"fingerprint": int(fingerprint(), 16), "own-data": int(place is not None)}
     if not name:
         card |= dict(zip(("partition-id", "num-partitions"), _numbers(context), strict=True))
     if "config" in message.content:

@@ -7,10 +7,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.own import named_classes
 from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
@@ -29,8 +31,10 @@ ONE_SHOT = "oneshot"
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment."""
     config = Config.from_flat(context.run_config)
+    if config.partition.scheme == OWN:
+        config = named_classes(config)
     if config.flower.strategy == ONE_SHOT:
-        methods.load(config.method)  # an unknown one is known now, not after an hour of training
+        methods.check(config)  # what cannot work is known now, not after an hour of training
         one_shot(grid, config, context.run_id)
     else:
         builtin.check(config)
@@ -48,7 +52,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         folder = resume(config)
         clients = meet_again(grid, folder)
     else:
-        clients = meet(grid, config.flower)
+        clients = meet(grid, config)
         folder = RunFolder.create(config.with_clients(clients.number), f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
@@ -75,7 +79,7 @@ def meet_again(grid: Grid, folder: RunFolder) -> Clients:
     number, uploaded = config.partition.clients, folder.upload_paths()
     log.info("%d of %d uploads are in %s", len(uploaded), number, folder.uploads_path)
     if config.evaluate.where == "clients":
-        return meet(grid, config.flower, number)
+        return meet(grid, config, number)
     if not folder.missing(number):
         return Clients({}, number)
-    return meet(grid, config.flower, number, uploaded)
+    return meet(grid, config, number, uploaded)

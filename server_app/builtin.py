@@ -1,22 +1,27 @@
 """Flower's own strategies in the same seat: same ClientApp, same settings, same run folder."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from logging import getLogger
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedmitr_flwr.compute import resolve_device, threads
+from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.data.shares import parts_of, server_images
 from fedmitr_flwr.errors import ConfigError, RunError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
+from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
 
 from .clients import Clients, meet
@@ -39,14 +44,30 @@ STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, float]]] = 
     "qfedavg": (flower.QFedAvg, {"client_learning_rate": 0.01}),
 }
 
+# The settings of `StrategyConfig` that a strategy has, and what Flower calls them.
+_ADAPTIVE = {"eta": "eta", "tau": "tau"}
+SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "fedprox": {"mu": "proximal_mu"},
+    **dict.fromkeys(("fedadam", "fedyogi", "fedadagrad"), _ADAPTIVE),
+    "fedavgm": {"eta": "server_learning_rate", "momentum": "server_momentum"},
+    "qfedavg": {"lr": "client_learning_rate"},
+}
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for what Flower's strategies cannot do."""
     name = config.flower.strategy
     if name not in STRATEGIES:
         raise ConfigError(f"flower.strategy = {name!r} is unknown; use oneshot | {' | '.join(STRATEGIES)}")
+    if others := [key for key in _given(config) if key not in SETTINGS.get(name, {})]:
+        raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at 0")
     if config.resume_from:
         raise ConfigError(f"resume-from needs flower.strategy = 'oneshot'; {name} starts from the beginning")
+    if config.upload.statistics:
+        raise ConfigError(
+            f"upload.statistics = True: {name} averages all that is uploaded; set it to false, "
+            "or use flower.strategy = 'oneshot'"
+        )
     if config.upload.dtype != "float32":
         raise ConfigError(
             f"upload.dtype = {config.upload.dtype!r}: {name} would average in half precision; "
@@ -56,13 +77,13 @@ def check(config: Config) -> None:
 
 def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
-    clients = meet(grid, config.flower)
+    clients = meet(grid, config)
     config = config.with_clients(clients.number)
     folder = RunFolder.create(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
     session = _Session(folder, clients)
     initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))
-    result = _strategy(config).start(
+    result = session.timed(_strategy(config)).start(
         grid=session.grid(grid),
         initial_arrays=initial,
         num_rounds=config.flower.rounds,
@@ -75,8 +96,15 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     log.info("\n%s\n\nrun folder: %s", table, folder.path)
 
 
+def _given(config: Config) -> dict[str, float]:
+    """The settings of the strategy that are not left as they are."""
+    return {key: value for key, value in asdict(config.strategy).items() if value}
+
+
 def _strategy(config: Config) -> Strategy:
     make, settings = STRATEGIES[config.flower.strategy]
+    names = SETTINGS.get(config.flower.strategy, {})
+    settings = {**settings, **{names[key]: value for key, value in _given(config).items()}}
     at_clients = config.evaluate.where == "clients"
     return make(
         fraction_train=1.0,
@@ -88,24 +116,63 @@ def _strategy(config: Config) -> Strategy:
     )
 
 
+def _size(message: Message) -> int:
+    """Bytes of all arrays in a message, without what Flower wraps them in."""
+    arrays = [array for record in message.content.array_records.values() for array in record.values()]
+    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+
+
+class _CountingGrid(ObservedGrid):
+    """With a hook on every message that is sent, too."""
+
+    def __init__(self, on_message: Callable[[Message], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_message = on_message
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        kept = list(messages)
+        for message in kept:
+            self.on_message(message)
+        return super().push_messages(kept)
+
+
 class _Session:
     """What is counted and evaluated while a strategy runs."""
 
     def __init__(self, folder: RunFolder, clients: Clients) -> None:
         self.folder, self.config, self.clients = folder, folder.config, clients
         self.device = resolve_device(self.config.device)
-        self.bytes_up = dict.fromkeys(clients.nodes, 0)
-        self.started = time.monotonic()
+        self.bytes_up, self.bytes_down = dict.fromkeys(clients.nodes, 0), dict.fromkeys(clients.nodes, 0)
+        self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
+        self.stopwatch, self.started = Stopwatch(), time.monotonic()
         self.last: Evaluation | None = None
+        forget_peak(self.device)
 
     def grid(self, inner: Grid) -> ObservedGrid:
         nodes = {node: client for client, node in self.clients.nodes.items()}
 
-        def count(reply: Message, node: int) -> None:
-            if reply.metadata.message_type == MessageType.TRAIN and node in nodes:
-                self.bytes_up[nodes[node]] += sum(one.count_bytes() for one in reply.content.array_records.values())
+        def sent(message: Message) -> None:
+            if message.metadata.message_type == MessageType.TRAIN:
+                self.bytes_down[nodes[message.metadata.dst_node_id]] += _size(message)
 
-        return ObservedGrid(inner, count, nodes, quorum=self.config.flower.quorum)
+        def received(reply: Message, node: int) -> None:
+            if reply.metadata.message_type == MessageType.TRAIN and node in nodes:
+                self.bytes_up[nodes[node]] += _size(reply)
+                for numbers in reply.content.metric_records.values():
+                    self.client_seconds[nodes[node]] += float(numbers["seconds"])  # type: ignore[arg-type]
+
+        return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
+
+    def timed(self, strategy: Strategy) -> Strategy:
+        """The strategy itself, whose aggregation is timed from now on."""
+        aggregate = strategy.aggregate_train
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self.stopwatch.stage("aggregation"):
+                return aggregate(*args, **kwargs)
+
+        strategy.aggregate_train = counted  # type: ignore[method-assign]
+        return strategy
 
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower's hook: the global model on the server's test images after each round."""
@@ -114,8 +181,8 @@ class _Session:
         config = self.config
         vit = build_vit(config.model)
         vit.load_state_dict(arrays.to_torch_state_dict())
-        images, model = load(config.data, config.model).test, config.model
-        with threads(config.threads):
+        (images, _), model = server_images(config), config.model
+        with threads(config.threads), self.stopwatch.stage("evaluation"):
             self.last = evaluate(
                 vit.to(self.device), images, model.img_size, model.num_classes, config.evaluate.batch_size, self.device
             )
@@ -132,8 +199,13 @@ class _Session:
             config=self.config,
             device=str(self.device),
             bytes_up=list(self.bytes_up.values()),
-            seconds={"rounds": time.monotonic() - self.started},
+            bytes_down=list(self.bytes_down.values()),
+            client_seconds=list(self.client_seconds.values()),
+            server_seconds=self.stopwatch.seconds.get("aggregation", 0.0),
+            peak_memory=peak_memory(self.device),
+            seconds={"rounds": time.monotonic() - self.started, **self.stopwatch.seconds},
             **self._scores(flower_result),
+            **self._data_facts(),
         )
         result["method"] = self.config.flower.strategy
         self.folder.write_result(result)
@@ -141,14 +213,22 @@ class _Session:
 
     def _scores(self, flower_result: Result) -> dict[str, Any]:
         if self.last is not None:
-            data = load(self.config.data, self.config.model)
+            images, classes = server_images(self.config)
             return {
                 "student": self.last.accuracy,
-                "per_class": dict(zip(data.classes, self.last.per_class, strict=True)),
-                "evaluated_on": report.on_server(self.config.data, len(data.test)),
+                "per_class": dict(zip(classes, self.last.per_class, strict=True)),
+                "confusion": self.last.confusion,
+                "evaluated_on": report.on_server(self.config.data, len(images)),
             }
         rounds = flower_result.evaluate_metrics_clientapp
         for server_round, metrics in sorted(rounds.items()):
             self.folder.log_metrics(round=server_round, accuracy=metrics["accuracy"], loss=metrics["eval_loss"])
         accuracy: Any = rounds[max(rounds)]["accuracy"] if rounds else None
         return {"student": accuracy}
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Who holds what, where the server has dealt it out."""
+        if self.config.evaluate.where != "server" or self.config.partition.scheme == OWN:
+            return {}
+        parts = parts_of(self.config)
+        return {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}

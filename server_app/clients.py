@@ -1,21 +1,26 @@
-"""Who is who: node ids are random in every run, the clients' numbers are not. Waiting for nodes has a limit."""
+"""Who is who: node ids are random in every run, the clients' numbers and names are not. Waiting has a limit."""
 
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from logging import getLogger
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmitr_flwr.config import FlowerConfig
+from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.limits import SEPARATOR
+from fedmitr_flwr.sections import OWN
 
 from .grid import ObservedGrid, reason
+from .records import order
 
 log = getLogger("flwr")
 
+_LONGEST_NAME = 64  # it comes from outside, and is printed
 _WRONG_SET_UP = (1, 2)  # Flower's codes: the ClientApp could not be loaded; it raised
 
 _START_MORE = (
@@ -36,31 +41,38 @@ class Clients:
 class _Card:
     """What one node says about itself."""
 
-    client: int
-    clients: int
+    client: int  # -1: it has a name
+    clients: int  # 0: it has a name
+    name: str
+    own_data: bool
     fingerprint: int
 
+    def __str__(self) -> str:
+        return f"client {self.name!r}" if self.name else f"client {self.client}"
 
-def meet(grid: Grid, flower: FlowerConfig, known: int = 0, uploaded: Collection[int] = ()) -> Clients:
+
+def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] = ()) -> Clients:
     """Wait until every client whose upload is needed has a node.
 
     Args:
         grid: Flower's grid.
-        flower: the limits: min-nodes, node-wait, quorum.
+        config: of the run; it goes to the nodes, and its limits are kept: min-nodes, node-wait, quorum.
         known: K where it is known already (a run that is continued); 0: the nodes announce it.
         uploaded: clients that need not be there.
 
     Raises:
-        RunError: nodes are missing after `node-wait` seconds, contradict each other, or run other code.
+        RunError: nodes are missing after `node-wait` seconds, contradict each other, run other code, or have images
+            that cannot be used.
     """
+    flower = config.flower
     deadline = time.monotonic() + flower.node_wait
     cards: dict[int, _Card] = {}
     silent: set[int] = set()
     while True:
         strangers = [node for node in grid.get_node_ids() if node not in cards and node not in silent]
-        cards |= _describe(grid, strangers, max(1.0, deadline - time.monotonic()))
+        cards |= _describe(grid, strangers, config, max(1.0, deadline - time.monotonic()))
         silent |= set(strangers) - set(cards)
-        clients = _roster(cards, known)
+        clients = _roster(cards, config, known)
         late = time.monotonic() >= deadline
         if _complete(clients, flower, uploaded, late):
             return clients
@@ -69,48 +81,97 @@ def meet(grid: Grid, flower: FlowerConfig, known: int = 0, uploaded: Collection[
         time.sleep(0.5)
 
 
-def _describe(grid: Grid, nodes: Iterable[int], timeout: float) -> dict[int, _Card]:
+def _describe(grid: Grid, nodes: Iterable[int], config: Config, timeout: float) -> dict[int, _Card]:
     observed = ObservedGrid(grid, poll=0.1)
-    questions = [Message(RecordDict(), node, "query.describe", ttl=timeout + 60) for node in nodes]
+    content = RecordDict({"config": order(config)})
+    questions = [Message(content, node, "query.describe", ttl=timeout + 60) for node in nodes]
     cards = {}
     for reply in observed.send_and_receive(questions, timeout=timeout) if questions else []:
         node = observed.node_of(reply)
         if reply.has_error():
             if reply.error.code in _WRONG_SET_UP:
-                raise RunError(f"node {node} does not say which client it is: {reason(reply)}")
+                raise RunError(f"node {node} cannot take part: {reason(reply)}")
             continue  # lost, and perhaps replaced in time
-        told = reply.content["card"]
-        cards[node] = _Card(*(int(told[key]) for key in ("partition-id", "num-partitions", "fingerprint")))  # type: ignore[arg-type]
+        cards[node] = _read_card(reply)
     return cards
 
 
-def _roster(cards: dict[int, _Card], known: int) -> Clients:
+def _read_card(reply: Message) -> _Card:
+    told: Any = reply.content["card"]
+    names: Any = reply.content["name"]
+    return _Card(
+        client=int(told.get("partition-id", -1)),
+        clients=int(told.get("num-partitions", 0)),
+        name=str(names["name"])[:_LONGEST_NAME],
+        own_data=bool(told["own-data"]),
+        fingerprint=int(told["fingerprint"]),
+    )
+
+
+def _roster(cards: dict[int, _Card], config: Config, known: int) -> Clients:
     """Put the cards together, and refuse those that contradict each other."""
-    own = int(fingerprint(), 16)
-    number = known
+    names = config.flower.client_names
+    number = known or len(names)
     nodes: dict[int, int] = {}
     for node, card in sorted(cards.items()):
+        _require_same_code(node, card)
+        if names and card.name and card.name not in names:
+            log.warning("node %d is %s, which flower.clients does not name: it is not asked", node, card)
+            continue
+        _require_same_naming(cards, node, card, names)
+        _require_images(node, card, config)
         number = number or card.clients
-        if card.clients != number:
+        client = names.index(card.name) if names else card.client
+        if not names and card.clients != number:
             raise RunError(
                 f"client {card.client} (node {node}) is one of {card.clients} clients, others or the run folder say "
                 f"{number}; give all SuperNodes the same num-partitions"
             )
-        if not 0 <= card.client < number:
-            raise RunError(f"node {node} has partition-id = {card.client}; use one from 0 to {number - 1}")
-        if card.client in nodes:
+        if not 0 <= client < number:
+            raise RunError(f"node {node} has partition-id = {client}; use one from 0 to {number - 1}")
+        if client in nodes:
             raise RunError(
-                f"client {card.client} is there twice (nodes {nodes[card.client]} and {node}); "
-                "give every SuperNode its own partition-id"
+                f"{card} is there twice (nodes {nodes[client]} and {node}); "
+                f"give every SuperNode its own {'client-name' if names else 'partition-id'}"
             )
-        if card.fingerprint != own:
-            raise RunError(
-                f"client {card.client} (node {node}) runs other code ({card.fingerprint:012x}) than the server "
-                f"({own:012x}); restart the SuperLink and its SuperNodes from this checkout, and do not edit the code "
-                "while a run starts"
-            )
-        nodes[card.client] = node
+        nodes[client] = node
     return Clients(dict(sorted(nodes.items())), number)
+
+
+def _require_same_code(node: int, card: _Card) -> None:
+    own = int(fingerprint(), 16)
+    if card.fingerprint != own:
+        raise RunError(
+            f"{card} (node {node}) runs other code ({card.fingerprint:012x}) than the server "
+            f"({own:012x}); restart the SuperLink and its SuperNodes from this checkout, and do not edit the code "
+            "while a run starts"
+        )
+
+
+def _require_same_naming(cards: dict[int, _Card], node: int, card: _Card, names: Collection[str]) -> None:
+    """All have names and the config lists them, or all have numbers."""
+    if card.name and not names:
+        found = f" {SEPARATOR} ".join(sorted({each.name for each in cards.values() if each.name}))
+        raise RunError(f"the nodes have names; set flower.clients to those of all clients; here are now: {found!r}")
+    if names and not card.name:
+        raise RunError(
+            f"{card} (node {node}) has a number, but flower.clients names the clients; start its SuperNode with "
+            "a client-name, or leave flower.clients empty"
+        )
+
+
+def _require_images(node: int, card: _Card, config: Config) -> None:
+    """Images are everybody's own, or everybody's share of one data set."""
+    if config.partition.scheme == OWN and not card.own_data:
+        raise RunError(
+            f"{card} (node {node}) has no data-path, but partition.scheme = 'own'; start its SuperNode with "
+            """--node-config 'data-path="/path/of/its/images"'"""
+        )
+    if config.partition.scheme != OWN and card.own_data:
+        raise RunError(
+            f"{card} (node {node}) has images of its own (data-path), but partition.scheme = "
+            f"{config.partition.scheme!r} deals out shares of one data set; set partition.scheme = 'own'"
+        )
 
 
 def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], late: bool) -> bool:
@@ -138,7 +199,8 @@ def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], 
             f"{silent} nodes are there but did not say which client they are in flower.node-wait = "
             f"{flower.node_wait:.0f} s; see the log above, or raise flower.node-wait"
         )
+    fix = "start their SuperNodes" if flower.client_names else _START_MORE.format(wanted)
     return (
         f"{len(clients.nodes)} of {wanted} nodes after flower.node-wait = {flower.node_wait:.0f} s, missing: "
-        f"client{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}; {_START_MORE.format(wanted)}"
+        f"client{'s' * (len(missing) > 1)} {', '.join(map(flower.label, missing))}; {fix}"
     )

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from local_grid import LocalGrid, task_identity
 
 from client_app.app import app as client_app
-from fedmitr_flwr.config import FlowerConfig
+from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
 from server_app.clients import meet
 from server_app.grid import ObservedGrid
@@ -22,8 +22,8 @@ def _identity() -> Iterator[None]:
         yield
 
 
-def quick(**changes: Any) -> FlowerConfig:
-    return FlowerConfig(**{"node_wait": 0.2, **changes})
+def quick(**changes: Any) -> Config:
+    return Config(flower=FlowerConfig(**{"node_wait": 0.2, **changes}))
 
 
 def questions(grid: LocalGrid) -> list[Message]:

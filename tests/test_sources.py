@@ -555,7 +555,7 @@ def test_the_hub_path_reads_a_local_folder_as_the_parquet_path_does(hub_cache: P
         data = load(hub(folder, train_limit=limit), model())
         assert data.classes == ("cat", "dog")
         assert torch.equal(data.test.pixels, expected.test.pixels)
-        rows = torch.from_numpy(sources._kept(6, limit, "train"))
+        rows = torch.from_numpy(sources.kept(6, limit, "train"))
         assert torch.equal(data.train.pixels, expected.train.pixels[rows])
         assert torch.equal(data.train.labels, expected.train.labels[rows])
 

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from ..config import DataConfig, ModelConfig
 from ..errors import DataError
@@ -68,29 +69,37 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     return DataSet(train, test, classes)
 
 
+def load_proxy_share(data: DataConfig, model: ModelConfig) -> Tensor:
+    """The pixels (n, C, H, W) of the share `data.proxy` of the training images, which no client gets."""
+    return _load_split(data, _Shape(model.in_chans, model.num_classes, model.img_size), "proxy")[0].pixels
+
+
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
 def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...] | None]:
     stored = "test" if name == "test" else "train"
-    split = _open(data, stored)
+    split = open_split(data, stored)
     place = f"{data.path or data.source}, {stored} split"
     _check_labels(split, shape.num_classes, place)
     rows = _rows(split.labels, data, name)
     if not len(rows):
-        raise DataError(f"{place}: data.validation = {data.validation} sets no image of any class aside; raise it")
+        share = getattr(data, "proxy" if name == "proxy" else "validation")
+        raise DataError(f"{place}: data.{name} = {share} sets no image of any class aside; raise it")
     pixels = decode(split, rows, shape.in_chans, shape.img_size)
     log.info("%s: %d of %d images for %s", place, len(rows), len(split.labels), name)
     return Images(pixels, torch.from_numpy(split.labels[rows])), split.classes
 
 
-def _open(data: DataConfig, name: str) -> Split:
+def open_split(data: DataConfig, name: str) -> Split:
+    """The split `train` or `test`, not decoded yet."""
     if data.source == "digits":
         return DigitsSplit(name)
     if data.source == "hub":
         return _hub_split(data, name)
-    folder = _folder(data)
+    folder = data_folder(data)
     if data.source == "parquet":
         return ParquetSplit(data, find_files(folder, _aliases(name)))
-    return FolderSplit(folder, name)
+    classes = tuple(path.name for path in split_folders(folder, ("train",)))
+    return FolderSplit(split_folders(folder, _aliases(name)), classes)
 
 
 def _aliases(name: str) -> tuple[str, ...]:
@@ -98,15 +107,18 @@ def _aliases(name: str) -> tuple[str, ...]:
 
 
 def _rows(labels: Rows, data: DataConfig, name: str) -> Rows:
-    """The rows that `name` (train, validation or test) has of its split, rising."""
+    """The rows that `name` (train, validation, proxy or test) has of its split, rising."""
     rows = np.arange(len(labels), dtype=np.int64)
-    if data.validation and name != "test":
-        rows = rows[_aside(labels, data.validation) == (name == "validation")]
-    return rows[_kept(len(rows), data.train_limit if name == "train" else data.test_limit, name)]
+    if name != "test":
+        validation = _aside(labels, data.validation)
+        proxy = _aside(labels, data.validation + data.proxy) & ~validation
+        rows = rows[{"train": ~(validation | proxy), "validation": validation, "proxy": proxy}[name]]
+    limits = {"train": data.train_limit, "proxy": 0}
+    return rows[kept(len(rows), limits.get(name, data.test_limit), name)]
 
 
 def _aside(labels: Rows, share: float) -> NDArray[np.bool_]:
-    """True: set aside for validation. Of each class the same share, but never its last image.
+    """True: set aside. Of each class the same share, but never its last image.
 
     The same for every seed of an experiment, and a larger share holds the smaller ones.
     """
@@ -118,7 +130,7 @@ def _aside(labels: Rows, share: float) -> NDArray[np.bool_]:
     return aside
 
 
-def _kept(total: int, limit: int, name: str) -> Rows:
+def kept(total: int, limit: int, name: str) -> Rows:
     """Which rows the limit keeps, rising; the same for every seed of an experiment."""
     if not 0 < limit < total:
         return np.arange(total, dtype=np.int64)
@@ -166,22 +178,21 @@ class DigitsSplit:
 
 
 class FolderSplit:
-    """`train/<class>/*` and `test/<class>/*` (or `validation`, `val`); the classes are train's, sorted by name."""
+    """Folders of images, each named by its class; of a data set the classes are train's, sorted by name."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.classes = tuple(path.name for path in _class_folders(folder, ("train",)))
+    def __init__(self, folders: Sequence[Path], classes: tuple[str, ...]) -> None:
+        self.classes = classes
         self._files: list[Path] = []
         labels: list[int] = []
-        for path in _class_folders(folder, _aliases(name)):
-            if path.name not in self.classes:
-                raise DataError(
-                    f"{path}: the class {path.name!r} is not in {folder / 'train'}; add it there or remove it"
-                )
-            files = sorted(file for file in path.rglob("*") if _is_image(file))
+        for path in folders:
+            if path.name not in classes:
+                train = path.parent.parent / "train"
+                raise DataError(f"{path}: the class {path.name!r} is not in {train}; add it there or remove it")
+            files = images_in(path)
             if not files:
                 raise DataError(f"{path}: no image files in this class folder; add some or remove it")
             self._files += files
-            labels += [self.classes.index(path.name)] * len(files)
+            labels += [classes.index(path.name)] * len(files)
         self.labels: Rows = np.array(labels, dtype=np.int64)
 
     def where(self, row: int) -> str:
@@ -197,21 +208,29 @@ class FolderSplit:
                 ) from error
 
 
+def images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if _is_image(file))
+
+
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
-def _class_folders(folder: Path, names: tuple[str, ...]) -> list[Path]:
+def split_folders(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The class folders of the first of the splits `names` that is there."""
     for name in names:
         if (folder / name).is_dir():
-            inside = sorted(path for path in (folder / name).iterdir() if path.is_dir() and path.name[0] != ".")
-            if not inside:
-                raise DataError(f"{folder / name}: no class folders; an ImageFolder is {name}/<class>/<image files>")
-            return inside
+            if inside := class_folders(folder / name):
+                return inside
+            raise DataError(f"{folder / name}: no class folders; an ImageFolder is {name}/<class>/<image files>")
     raise DataError(f"{folder} has no folder {names[0]}/; an ImageFolder is {names[0]}/<class>/<image files>")
 
 
-def _folder(data: DataConfig) -> Path:
+def class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def data_folder(data: DataConfig) -> Path:
     folder = Path(data.path).expanduser().absolute()
     if not folder.is_dir():
         raise DataError(f"data.path = {data.path!r}: there is no folder {folder}; give the path of the data's folder")

@@ -24,18 +24,23 @@ _BATCH = 1000
 class ParquetSplit:
     """The shards of one split, read one row group at a time."""
 
-    def __init__(self, data: DataConfig, files: list[Path]) -> None:
+    def __init__(self, data: DataConfig, files: list[Path], *, named: bool = False) -> None:
+        """Read the labels; `named` lets them be text, too."""
         self.files = files
         self._parquet = [_open(file) for file in files]
         schema = self._parquet[0].schema_arrow
-        self.image, self.label = find_columns(schema, data, str(files[0]))
+        self.image, self.label = find_columns(schema, data, str(files[0]), named=named)
         for file, parquet in zip(files, self._parquet, strict=True):
             if not parquet.schema_arrow.equals(schema, check_metadata=False):
                 raise DataError(f"{file} has other columns than {files[0]}; shards of one split must agree")
         columns = [_read(parquet, file, self.label) for file, parquet in zip(files, self._parquet, strict=True)]
         self._ends = np.cumsum([len(column) for column in columns]).tolist()
-        self.labels = _to_labels(columns, self.where)
-        self.classes = _class_names(schema, self.label)
+        self.labels: Rows
+        self.classes: tuple[str, ...] | None
+        if _is_text(schema.field(self.label).type):
+            self.labels, self.classes = _from_text(columns, self.where)
+        else:
+            self.labels, self.classes = _to_labels(columns, self.where), _class_names(schema, self.label)
 
     def where(self, row: int) -> str:
         shard = bisect.bisect_right(self._ends, row)
@@ -88,13 +93,15 @@ def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     for name, place in itertools.product(names, (folder, folder / "data")):
         for pattern in (f"{name}.parquet", f"{name}-[0-9]*-of-[0-9]*.parquet", f"{name}*.parquet"):
             if files := sorted(place.glob(pattern)):
-                _check_shards(files)
+                check_shards(files)
                 return files
     raise DataError(f"{folder} has no {names[0]}*.parquet (nor has its data/); data.path must be a folder with them")
 
 
-def find_columns(schema: pa.Schema, data: DataConfig, place: str) -> tuple[str, str]:
+def find_columns(schema: pa.Schema, data: DataConfig, place: str, *, named: bool = False) -> tuple[str, str]:
     """The image and the label column: as configured, else the only ones that can be meant.
+
+    Labels are whole numbers, or with `named` also text.
 
     Raises:
         DataError: a column is missing, of an unsuitable type, or ambiguous; the columns there are listed.
@@ -102,13 +109,13 @@ def find_columns(schema: pa.Schema, data: DataConfig, place: str) -> tuple[str, 
     features = _features(schema, place)
     images = [field.name for field in schema if _holds_images(field.type)]
     typed = [name for name in images if isinstance(features[name], datasets.Image)]
-    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    labels = [name for name in integers if isinstance(features[name], datasets.ClassLabel)]
+    suitable = [field.name for field in schema if pa.types.is_integer(field.type) or (named and _is_text(field.type))]
+    labels = [name for name in suitable if isinstance(features[name], datasets.ClassLabel)]
     if len(labels) != 1:
-        labels = [name for name in _USUAL_LABELS if name in integers][:1] or integers
+        labels = [name for name in _USUAL_LABELS if name in suitable][:1] or suitable
     return (
         _choose("image", data.image_column, images, typed if len(typed) == 1 else images, schema, place),
-        _choose("label", data.label_column, integers, labels, schema, place),
+        _choose("label", data.label_column, suitable, labels, schema, place),
     )
 
 
@@ -134,6 +141,11 @@ def _short(kind: pa.DataType) -> str:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # pandas' categories
+    return bool(pa.types.is_string(values) or pa.types.is_large_string(values))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -177,11 +189,24 @@ def _corrupt(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again")
 
 
-def _to_labels(columns: list[pa.ChunkedArray], where: Any) -> Rows:
+def _require_labels(columns: list[pa.ChunkedArray], where: Any) -> list[pa.Array]:
+    """The chunks of all columns, none of which has an empty cell."""
     chunks = [chunk for column in columns for chunk in column.chunks]
     nulls = np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in chunks] or [np.zeros(0, bool)])
     if nulls.any():
         raise DataError(f"{where(int(nulls.argmax()))} has no label; remove the row or label it")
+    return chunks
+
+
+def _from_text(columns: list[pa.ChunkedArray], where: Any) -> tuple[Rows, tuple[str, ...]]:
+    """Numbers for names, which are sorted."""
+    labels = [name for chunk in _require_labels(columns, where) for name in chunk.to_pylist()]
+    numbers = {name: number for number, name in enumerate(sorted(set(labels)))}
+    return np.array([numbers[name] for name in labels], dtype=np.int64), tuple(numbers)
+
+
+def _to_labels(columns: list[pa.ChunkedArray], where: Any) -> Rows:
+    chunks = _require_labels(columns, where)
     arrays = [chunk.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
     return np.concatenate(arrays or [np.zeros(0, np.int64)])
 
@@ -203,7 +228,8 @@ def _cells(column: pa.ChunkedArray, places: Iterable[str], base: Path) -> Iterat
         yield value
 
 
-def _check_shards(files: list[Path]) -> None:
+def check_shards(files: list[Path]) -> None:
+    """Raise DataError where `NAME-00000-of-00002.parquet` stands without its sisters."""
     for file in files:
         if match := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", file.name):
             wanted = int(match[2])

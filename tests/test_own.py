@@ -1,0 +1,270 @@
+"""A client's own folder: classes are found by name, and what is the client's own affair stays in its log."""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from own_data import as_folders, as_parquet, png
+
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data import own
+from fedmitr_flwr.data.images import DataSet, Images
+from fedmitr_flwr.data.own import Place, load_own, load_own_test, look_at_own, named_classes
+from fedmitr_flwr.errors import DataError
+
+NAMES = ("top", "middle", "bottom")
+Look = Callable[[Place, Config], object]
+LOOKS = pytest.mark.parametrize("look", [load_own, look_at_own])
+
+
+def settings(names: tuple[str, ...] = NAMES, **changes: object) -> Config:
+    flat = {"partition.scheme": "own", "model.num-classes": len(names), "data.classes": "|".join(names)}
+    return Config.from_flat(flat | changes)
+
+
+def place(path: Path, **columns: str) -> Place:
+    return Place(str(path), **columns)
+
+
+def bag(images: Images) -> list[tuple[bytes, int]]:
+    """Images with their labels, in no order."""
+    pairs = zip(images.pixels.numpy(), images.labels.tolist(), strict=True)
+    return sorted((pixels.tobytes(), label) for pixels, label in pairs)
+
+
+@pytest.mark.parametrize("kind", ["ClassLabel", "text", "category"])
+def test_parquet_of_any_numbering_has_the_server_s_labels(tmp_path: Path, tiny: DataSet, kind: str) -> None:
+    found = load_own(place(as_parquet(tmp_path, tiny.train, NAMES, kind)), settings())
+    assert torch.equal(found.pixels, tiny.train.pixels)
+    assert torch.equal(found.labels, tiny.train.labels)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_class_folders_have_the_server_s_labels(tmp_path: Path, tiny: DataSet, inside: str) -> None:
+    as_folders(tmp_path / inside, tiny.train, NAMES)
+    assert bag(load_own(place(tmp_path), settings())) == bag(tiny.train)
+
+
+def test_the_order_of_the_server_s_list_decides(tmp_path: Path, tiny: DataSet) -> None:
+    as_folders(tmp_path, tiny.train, NAMES)
+    turned = load_own(place(tmp_path), settings(("bottom", "top", "middle")))
+    assert bag(turned) == bag(Images(tiny.train.pixels, torch.tensor([1, 2, 0])[tiny.train.labels]))
+
+
+def test_plain_numbers_are_names_only_where_the_server_s_are_numerals(
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_parquet(tmp_path, tiny.train, "201", "number")
+    found = load_own(place(tmp_path), settings(("0", "1", "2")))
+    assert torch.equal(found.labels, torch.tensor([2, 0, 1])[tiny.train.labels])
+    with pytest.raises(DataError, match="3 of this client's classes are unknown"):
+        load_own(place(tmp_path), settings())
+    assert "the labels here are numbers: store their names" in caplog.text
+
+
+def test_one_class_only(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    middle = tiny.train.subset((tiny.train.labels == 1).nonzero().flatten())
+    as_folders(tmp_path, middle, NAMES)
+    with caplog.at_level(logging.INFO, "fedmitr"):
+        look_at_own(place(tmp_path), settings())
+    assert "own images: 20 of 1 classes: 'middle' 20" in caplog.text
+    assert "classes without images here: 'top', 'bottom'" in caplog.text
+    assert set(load_own(place(tmp_path), settings()).labels.tolist()) == {1}
+
+
+@LOOKS
+def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, look: Look
+) -> None:
+    as_folders(tmp_path, tiny.train, ("Top", "middle", "ward 7"))
+    with pytest.raises(DataError) as caught:
+        look(place(tmp_path), settings())
+    told = str(caught.value)
+    assert told.startswith("2 of this client's classes are unknown to the server (data.classes)")
+    assert not any(word in told for word in ("Top", "ward", str(tmp_path)))
+    assert "40 images of classes that the server does not know: 'Top' (like 'top'?), 'ward 7'" in caplog.text
+    assert "its classes: 'top', 'middle', 'bottom'; rename them" in caplog.text
+
+
+def test_unknown_classes_may_be_left_out(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    as_folders(tmp_path, tiny.train, ("top", "middle", "ward 7"))
+    found = load_own(place(tmp_path), settings(**{"data.unknown-classes": "skip"}))
+    assert bag(found) == bag(tiny.train.subset((tiny.train.labels < 2).nonzero().flatten()))
+    assert "20 images of classes that the server does not know: 'ward 7'" in caplog.text
+    assert "they are left out" in caplog.text
+
+
+def test_an_accent_may_be_written_in_two_ways(tmp_path: Path, tiny: DataSet) -> None:
+    """As one letter (the server's list) and as two (what some file systems make of it)."""
+    names = ("café", "thé", "eau")
+    as_folders(tmp_path, tiny.train, [unicodedata.normalize("NFD", name) for name in names])
+    assert bag(load_own(place(tmp_path), settings(names))) == bag(tiny.train)
+
+
+def test_images_of_several_sizes_get_the_model_s(tmp_path: Path, tiny: DataSet) -> None:
+    as_folders(tmp_path, tiny.train, NAMES)
+    (tmp_path / "top" / "large.png").write_bytes(png(torch.full((1, 30, 20), 7, dtype=torch.uint8)))
+    assert load_own(place(tmp_path), settings()).pixels.shape == (61, 1, 8, 8)
+
+
+def test_a_test_split_beside_the_images_is_not_read(tmp_path: Path, tiny: DataSet) -> None:
+    as_parquet(tmp_path, tiny.train, NAMES, file="mine.parquet")
+    as_parquet(tmp_path, tiny.test, NAMES, file="test.parquet")
+    assert len(load_own(place(tmp_path), settings())) == len(tiny.train)
+
+
+def test_columns_are_the_node_s_or_else_the_server_s(tmp_path: Path, tiny: DataSet) -> None:
+    table = pq.read_table(as_parquet(tmp_path, tiny.train, NAMES, "text") / "train.parquet")
+    pq.write_table(table.append_column("site", pa.array(["x"] * 60)), tmp_path / "train.parquet")
+    table = table.rename_columns(["view", "finding"]).append_column("site", pa.array(["x"] * 60))
+    other = tmp_path / "other"
+    other.mkdir()
+    pq.write_table(table, other / "all.parquet")
+    config = settings(**{"data.label-column": "label"})
+    assert torch.equal(load_own(place(tmp_path), config).labels, tiny.train.labels)
+    assert torch.equal(load_own(place(other, label_column="finding"), config).labels, tiny.train.labels)
+
+
+def missing(folder: Path, _: Images) -> Path:
+    return folder / "nowhere"
+
+
+def empty(folder: Path, _: Images) -> Path:
+    return folder
+
+
+def both(folder: Path, images: Images) -> Path:
+    as_folders(folder, images, NAMES)
+    return as_parquet(folder, images, NAMES)
+
+
+def negative(folder: Path, images: Images) -> Path:
+    table = pq.read_table(as_parquet(folder, images, "012", "number") / "train.parquet")
+    labels = pa.array([-1] + [0] * (len(table) - 1))
+    pq.write_table(table.set_column(1, "label", labels), folder / "train.parquet")
+    return folder
+
+
+def ambiguous(folder: Path, images: Images) -> Path:
+    table = pq.read_table(as_parquet(folder, images, NAMES, "text") / "train.parquet")
+    table = table.rename_columns(["image", "ward"]).append_column("patient", pa.array(["Ann"] * len(table)))
+    pq.write_table(table, folder / "train.parquet")
+    return folder
+
+
+def unlabelled(folder: Path, images: Images) -> Path:
+    table = pq.read_table(as_parquet(folder, images, NAMES, "text") / "train.parquet")
+    labels = pa.array([None] + ["top"] * (len(table) - 1))
+    pq.write_table(table.set_column(1, "label", labels), folder / "train.parquet")
+    return folder
+
+
+@LOOKS
+@pytest.mark.parametrize(
+    ("make", "told", "logged"),
+    [
+        (missing, "this client's data-path is no folder", "there is no folder"),
+        (empty, "cannot be read", "neither \\*.parquet nor folders of images"),
+        (both, "cannot be read", "Parquet files and folders of images; keep one"),
+        (negative, "cannot be read", "train.parquet row 0: label -1 has no name"),
+        (ambiguous, "cannot be read", "several columns with class numbers; .* patient"),
+        (unlabelled, "cannot be read", "row 0 has no label"),
+    ],
+)
+def test_bad_folders_are_told_in_general_and_explained_in_the_log(
+    tmp_path: Path,
+    tiny: DataSet,
+    caplog: pytest.LogCaptureFixture,
+    look: Look,
+    make: Callable[[Path, Images], Path],
+    told: str,
+    logged: str,
+) -> None:
+    folder = make(tmp_path, tiny.train)
+    with pytest.raises(DataError, match=told) as caught:
+        look(place(folder), settings())
+    assert not any(word in str(caught.value) for word in ("patient", "ward", "row", tmp_path.name))
+    assert re.search(logged, caplog.text)
+
+
+def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    as_folders(tmp_path, tiny.train, NAMES)
+    (tmp_path / "top" / "ann lee.png").write_bytes(b"no picture")
+    look_at_own(place(tmp_path), settings())  # it does not decode
+    with pytest.raises(DataError, match="cannot be read; the client's own log says which") as caught:
+        load_own(place(tmp_path), settings())
+    assert "ann lee" not in str(caught.value)
+    assert "ann lee.png: not a readable image" in caplog.text
+
+
+@LOOKS
+def test_too_few_images(tmp_path: Path, tiny: DataSet, look: Look) -> None:
+    as_folders(tmp_path, tiny.train.subset(torch.arange(4)), NAMES)
+    with pytest.raises(DataError, match=r"this client has 4 images, and partition\.min-size = 10"):
+        look(place(tmp_path), settings())
+
+
+# --- the server's side
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"model.num-classes": 10}, tuple("0123456789")),  # scikit-learn's digits
+        ({"model.num-classes": 3, "evaluate.where": "clients"}, ("0", "1", "2")),
+        ({"model.num-classes": 2, "data.classes": "cat | dog"}, ("cat", "dog")),
+    ],
+)
+def test_where_the_names_come_from(changes: dict[str, object], names: tuple[str, ...]) -> None:
+    config = Config.from_flat({"partition.scheme": "own", **changes})
+    assert named_classes(config).data.class_names == names
+    assert named_classes(named_classes(config)) == named_classes(config)
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "parquet"])
+def test_the_server_needs_no_train_split(tmp_path: Path, tiny: DataSet, source: str) -> None:
+    if source == "parquet":
+        as_parquet(tmp_path, tiny.test, NAMES, file="test.parquet")
+    else:
+        as_folders(tmp_path / "test", tiny.test, NAMES)
+    flat = {"partition.scheme": "own", "model.num-classes": 3, "data.source": source, "data.path": str(tmp_path)}
+    config = named_classes(Config.from_flat(flat))
+    assert set(config.data.class_names) == set(NAMES)
+    found = load_own_test(config.data, config.model)
+    by_name = [NAMES.index(config.data.class_names[label]) for label in found.labels.tolist()]
+    assert bag(Images(found.pixels, torch.tensor(by_name))) == bag(tiny.test)
+    few = Config.from_flat({"data.test-limit": 7}, base=config)
+    assert len(load_own_test(few.data, few.model)) == 7
+
+
+def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path, tiny: DataSet) -> None:
+    as_folders(tmp_path / "test", tiny.test, NAMES)
+    flat = {"partition.scheme": "own", "data.source": "imagefolder", "data.path": str(tmp_path)}
+    with pytest.raises(DataError, match=r"are of 3 classes, but model\.num-classes = 10"):
+        named_classes(Config.from_flat(flat))
+    named = Config.from_flat(flat | {"model.num-classes": 2, "data.classes": "top | middle"})
+    with pytest.raises(DataError, match="unknown"):
+        load_own_test(named.data, named.model)
+
+
+def test_a_name_that_no_setting_can_hold(tmp_path: Path, tiny: DataSet) -> None:
+    as_parquet(tmp_path, tiny.test, ("a|b", "c", "d"), file="test.parquet")
+    flat = {"partition.scheme": "own", "model.num-classes": 3, "data.source": "parquet", "data.path": str(tmp_path)}
+    with pytest.raises(DataError, match=r"the class name 'a\|b' has a \| or a blank"):
+        named_classes(Config.from_flat(flat))
+
+
+def test_an_image_is_decoded_once_per_process(tmp_path: Path, tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    decode = own.decode
+    monkeypatch.setattr(own, "decode", lambda split, rows, *rest: seen.append(len(rows)) or decode(split, rows, *rest))
+    as_folders(tmp_path, tiny.train, NAMES)
+    for seed in range(3):
+        load_own(place(tmp_path), settings(seed=seed))
+    assert seen == [60]
