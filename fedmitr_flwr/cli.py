@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   fedmitr run method=fedavg partition.clients=3 --name first
   fedmitr run -c configs/fashion_mnist.toml seed=1
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
+  fedmitr central ~/fedmitr-runs/first
 """
 
 
@@ -37,12 +38,14 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | fuse | methods")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | fuse | central | methods")
     run = commands.add_parser("run", help="local training and server phase in this process", allow_abbrev=False)
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
     fuse = commands.add_parser("fuse", help="the server phase again, on a run's saved uploads", allow_abbrev=False)
     fuse.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
+    central = commands.add_parser("central", help="one model on all of a run's images, to compare", allow_abbrev=False)
+    central.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for command in (run, fuse):
         command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
@@ -90,6 +93,13 @@ def _fuse(arguments: argparse.Namespace) -> None:
     _report(pipeline.fuse(run, arguments.method, _overrides(arguments, run.config)))
 
 
+def _central(arguments: argparse.Namespace) -> None:
+    from .central import train_centrally
+    from .report.run_folder import RunFolder
+
+    _report(train_centrally(RunFolder.open(arguments.run)))
+
+
 def _methods(_: argparse.Namespace) -> None:
     from . import methods
 
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 after bad input (one line on stderr), or 130 after Ctrl-C."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
-    commands = {"run": _run, "fuse": _fuse, "methods": _methods}
+    commands = {"run": _run, "fuse": _fuse, "central": _central, "methods": _methods}
     try:
         arguments = _parse(argv)
         commands[arguments.command](arguments)

@@ -45,7 +45,7 @@ def test_pieces_come_back_under_their_own_name_and_method_only(tmp_path: Path) -
 def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     """A new setting belongs into one of these lists."""
     elsewhere = ("device", "threads", "method")  # in every key already
-    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "feddf.")
+    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "strategy.", "feddf.")
     no_piece += ("screen.",)  # the uploads themselves are in the key
     in_uploads = ("data.", "partition.", "local.", "upload.")
     for key in Config().to_flat():

@@ -130,9 +130,12 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("fuse nowhere --method fedavg", "nowhere is not a run folder (no config.toml)"),
         ("fuse nowhere", "the following arguments are required: --method"),
         ("fuse", "the following arguments are required: RUN, --method"),
+        ("central", "the following arguments are required: RUN"),
+        ("central nowhere", "nowhere is not a run folder (no config.toml)"),
+        ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
-        ("", "the following arguments are required: run | fuse | methods; see fedmitr --help"),
-        ("train", "argument run | fuse | methods: invalid choice: 'train'"),
+        ("", "the following arguments are required: run | fuse | central | methods; see fedmitr --help"),
+        ("train", "argument run | fuse | central | methods: invalid choice: 'train'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -195,8 +195,8 @@ def test_features_are_what_the_head_gets() -> None:
 def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:
     z, labels = features(60)
     statistics = Statistics.of(*told(z, labels))
-    many = Statistics(*(1000 * part for part in (statistics.counts, statistics.sums, statistics.moment)))
-    many = Statistics(many.counts, many.sums, many.moment, 1000 * statistics.squares)
+    parts = (statistics.counts, statistics.sums, statistics.moment, statistics.squares)
+    many = Statistics(*(1000 * part for part in parts))
     for gaussian in ("diagonal", "spherical"):
         drawn, classes = draw(many, gaussian, stream(0, "draw"))
         again = Statistics.of(*told(drawn, classes))
@@ -206,6 +206,18 @@ def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:
         # Standard errors of a mean and of a variance, of at least 4,000 draws: σ / 60 and σ² √2 / 60.
         assert ((again.means - statistics.means).abs() <= 5 * wanted.sqrt() / 60).all()
         assert ((again.variances - wanted).abs() <= 5 * 2**0.5 * wanted / 60).all()
+
+
+def test_tied_gaussians_have_the_covariance_within_the_clients_classes() -> None:
+    z, labels = features(60)
+    statistics = Statistics.of(*told(z, labels))
+    many = Statistics(1000 * statistics.counts, 1000 * statistics.sums, 1000 * statistics.moment)
+    drawn, classes = draw(many, "tied", stream(0, "draw"))
+    again = Statistics.of(*told(drawn, classes))
+    variances = (many.scatter / many.counts.sum()).diagonal()
+    error = (again.scatter - many.scatter) / many.counts.sum()
+    # The standard error of a covariance is at most √2 times the product of standard deviations / √60,000.
+    assert (error.abs() <= 5 * 2**0.5 * torch.outer(variances, variances).sqrt() / 60_000**0.5).all()
 
 
 def test_a_class_of_one_image_is_drawn_where_it_is() -> None:

@@ -8,6 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..config import Config
 from ..errors import ModelError
+from ..statistics.frozen import frozen_weights, pooled
+from ..statistics.heads import closed_form
 from ..training.average import average
 from ..training.upload import Upload, Weights
 from ..vit.build import build_vit, initial_weights, load_pretrained
@@ -21,7 +23,7 @@ FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # that `choose_start` tries
 
 
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
-    """The student before distillation: the clients' average, what they started from, or pretrained weights.
+    """The student before distillation: the clients' average, their start as it was or with a head, or other weights.
 
     The average is moved by `distill.extrapolate`; where that is to be chosen (0), it stays until `choose_start`.
     """
@@ -31,6 +33,8 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
         student.load_state_dict(mean)
         if distill.extrapolate not in (0, 1):
             _place(student, initial_weights(config.model, config.seed), mean, distill.extrapolate)
+    elif distill.init == "statistics":
+        student.load_state_dict(frozen_weights(config, closed_form("lda", pooled(uploads), config.statistics)))
     elif distill.init == "initial":
         student.load_state_dict(initial_weights(config.model, config.seed))
     else:

@@ -4,7 +4,8 @@ Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian p
 features are drawn as the client has images of the class.
 
 Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
-is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps.
+is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied` is
+no Gaussian of the paper's: all classes of a client share its covariance within classes, which needs no variances.
 
 Shapes: n features of D numbers, Y classes.
 """
@@ -26,9 +27,12 @@ STEPS = 500  # of L-BFGS at most
 
 
 def check(config: Config) -> None:
+    """Raise ConfigError where the clients would not tell what the Gaussians need."""
     require_statistics(config)
-    if not config.upload.variances:
-        raise ConfigError("method = 'fedpft' needs variances by class; set upload.variances = true")
+    if config.statistics.gaussian != "tied" and not config.upload.variances:
+        raise ConfigError(
+            "method = 'fedpft' needs variances by class; set upload.variances = true, or statistics.gaussian = 'tied'"
+        )
 
 
 def fuse(job: Job) -> Fused:
@@ -46,11 +50,14 @@ def fuse(job: Job) -> Fused:
 
 def draw(told: Statistics, gaussian: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """As many features (n, D) and labels (n,) as the client has images."""
+    labels = torch.arange(len(told.counts)).repeat_interleave(told.counts.long())
+    noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
+    if gaussian == "tied":
+        values, vectors = torch.linalg.eigh(told.scatter / told.counts.sum())
+        return told.means[labels] + noise_ND * values.clamp_min(0).sqrt() @ vectors.T, labels
     variances_YD = told.variances
     if gaussian == "spherical":
         variances_YD = variances_YD.mean(1, keepdim=True).expand_as(variances_YD)
-    labels = torch.arange(len(told.counts)).repeat_interleave(told.counts.long())
-    noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
     return told.means[labels] + variances_YD[labels].sqrt() * noise_ND, labels
 
 

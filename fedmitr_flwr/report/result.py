@@ -41,7 +41,7 @@ def build(
     Args:
         config: of the run; `partition.clients` is K.
         device: where the server phase ran, such as "cpu" or "cuda:0".
-        bytes_up: measured size of each client's weights as they were sent, in the clients' order.
+        bytes_up: measured size of each client's arrays as they were sent, in the clients' order.
         seconds: duration of each stage; of pieces that an earlier start made, what they took then.
         student: percent correct of the resulting model, after the last epoch. None: the method makes none.
         fedavg: the same for the weighted mean of the uploads.

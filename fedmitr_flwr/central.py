@@ -1,0 +1,72 @@
+"""The ceiling of a run: one model trained on the images of all its clients in one place.
+
+It is no method: nothing is uploaded and nothing fused. It has the run's settings of local training, start and
+evaluation, and needs one data set that the run dealt out.
+"""
+
+import logging
+
+import torch
+
+from .compute import resolve_device, threads
+from .data.images import Images
+from .data.shares import client_images, server_images
+from .errors import ConfigError
+from .evaluation import evaluate
+from .methods.contract import Stopwatch
+from .report import result as report
+from .report.run_folder import RunFolder
+from .rng import stream
+from .sections import OWN
+from .training.local import train_local
+from .vit.build import build_vit, initial_weights, timm_arguments
+
+log = logging.getLogger("fedmitr")
+
+NAME = "central"
+
+
+def train_centrally(run: RunFolder) -> RunFolder:
+    """Train for `local.epochs` on the union of the clients' images; gives the new folder under the run's `fused/`.
+
+    Raises:
+        ConfigError: the clients' images are not here, or there are none to judge by.
+    """
+    config = run.config
+    if config.partition.scheme == OWN:
+        raise ConfigError("partition.scheme = 'own': the clients' images are not here to be trained on")
+    if config.evaluate.where != "server":
+        raise ConfigError(f"evaluate.where = {config.evaluate.where!r}, but a central model is judged by the server")
+    folder = run.sub(NAME)
+    device, stopwatch = resolve_device(config.device), Stopwatch()
+    images = everybodys([client_images(config, client)[0] for client in range(config.partition.clients)])
+    test, classes = server_images(config)
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial_weights(config.model, config.seed))
+    log.info("training on the %d images of %d clients", len(images), config.partition.clients)
+    with threads(config.threads):
+        with stopwatch.stage("training"):
+            loss = train_local(vit, images, config, stream(config.seed, NAME), device)
+        with stopwatch.stage("evaluation"):
+            model = config.model
+            found = evaluate(vit, test, model.img_size, model.num_classes, config.evaluate.batch_size, device)
+    folder.log_metrics(stage="training", images=len(images), loss=loss)
+    folder.save_model(vit.state_dict(), timm_arguments(config.model))
+    folder.write_result(
+        report.build(
+            config=folder.config,
+            device=str(device),
+            bytes_up=[],
+            seconds=stopwatch.seconds,
+            student=found.accuracy,
+            per_class=dict(zip(classes, found.per_class, strict=True)),
+            confusion=found.confusion,
+            evaluated_on=report.on_server(config.data, len(test)),
+        )
+    )
+    return folder
+
+
+def everybodys(shares: list[Images]) -> Images:
+    """The union, client by client."""
+    return Images(torch.cat([share.pixels for share in shares]), torch.cat([share.labels for share in shares]))

@@ -1,0 +1,78 @@
+"""FedDF: the ensemble distilled on real images without labels, which data-free methods do not have.
+
+Source: Lin et al., NeurIPS 2020, Algorithm 1 [C], in one round: the student starts from the clients' average and
+follows the ensemble's answers, KL(ensemble ‖ student) at temperature 1.
+
+The images are those of `feddf.path`, or, for data sets that have no relative, `data.proxy`: a share of the training
+images that no client gets. The latter are of the clients' own classes, evenly: the best that FedDF could wish for.
+Either way this is no rival on equal terms but a line of reference. With `data.proxy` the clients have fewer images, so
+compare only methods that share the uploads.
+
+Deviations [M]: the ensemble is `config.ensemble`'s, FedDF's own being the mean of logits; optimiser, rate and batch are
+those of [distill]; a fixed number of passes (`feddf.passes`) and the last weights, where FedDF stops early on labelled
+validation images; images are shifted and flipped as at the clients.
+"""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..config import Config
+from ..data.images import prepare
+from ..data.proxy import proxy_pixels, require_proxy
+from ..distillation.losses import soft_divergence
+from ..distillation.start import start_student
+from ..inversion.scout import scouted_ensemble
+from ..progress import Progress
+from ..rng import stream
+from ..training.local import shift_and_flip
+from ..training.optim import Stepper
+from ..vit.ensemble import Ensemble
+from .contract import Fused, Job
+
+check = require_proxy
+
+
+def fuse(job: Job) -> Fused:
+    """Distil on the images that the settings name."""
+    config = job.config
+    pixels = proxy_pixels(config)
+    with job.stopwatch.stage("ensemble"):
+        ensemble = scouted_ensemble(job.uploads, config, job.device)
+    student = start_student(job.uploads, config).to(job.device)
+    with job.stopwatch.stage("distillation"):
+        loss = follow(student, ensemble, pixels, config, stream(config.seed, "feddf"), job.device)
+    job.log(stage="distillation", images=len(pixels), kd=loss)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+    return Fused(student, weights, ensemble=ensemble)
+
+
+def follow(
+    student: VisionTransformer,
+    ensemble: Ensemble,
+    pixels_NCHW: Tensor,
+    config: Config,
+    rng: torch.Generator,
+    device: torch.device,
+) -> float:
+    """Train `student` in place to answer as the ensemble does; gives the last pass's mean divergence."""
+    size, passes = config.distill.batch_size, config.feddf.passes
+    stepper = Stepper(student.parameters(), config.distill, passes * -(-len(pixels_NCHW) // size))
+    student.train()
+    mean = 0.0
+    with Progress("distillation", passes * len(pixels_NCHW), unit="img") as progress:
+        for _ in range(passes):
+            losses = []
+            for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(size):
+                images = prepare(pixels_NCHW[batch], config.model.img_size).to(device)
+                if config.local.augment:
+                    images = shift_and_flip(images, flip=config.data.flip, rng=rng)
+                with torch.no_grad():
+                    scores = ensemble(images)
+                loss = soft_divergence(scores, student(images), 1.0).mean()
+                stepper.step(loss)
+                losses.append(loss.item() * len(batch))
+                progress.update(len(batch), loss=loss.item())
+            mean = sum(losses) / len(pixels_NCHW)
+    student.eval()
+    return mean

@@ -1,0 +1,319 @@
+"""Reference lines: heads on frozen features, FedDF's real images, and all images in one place."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from tiny import an_upload, settings, some_images
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.central import train_centrally
+from fedmitr_flwr.cli import main
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.images import Images
+from fedmitr_flwr.data.proxy import proxy_pixels
+from fedmitr_flwr.data.shares import client_images
+from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.distillation.start import start_student
+from fedmitr_flwr.errors import ConfigError, DataError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.inversion.scout import scouted_ensemble
+from fedmitr_flwr.methods import feddf
+from fedmitr_flwr.methods import load as load_method
+from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.statistics.frozen import frozen_weights, teachers_of
+from fedmitr_flwr.statistics.heads import Head
+from fedmitr_flwr.statistics.moments import frozen_features
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.local import train_local
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.build import build_vit, initial_weights
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+CPU = torch.device("cpu")
+
+
+def with_statistics(**changes: Any) -> Config:
+    return settings(**{"upload.statistics": True, "upload.variances": True} | changes)
+
+
+@torch.enable_grad()
+def uploads_of(config: Config) -> list[Upload]:
+    initial = initial_weights(config.model, config.seed)
+    return [pipeline.train_client(config, client, initial) for client in range(config.partition.clients)]
+
+
+@torch.enable_grad()
+def fused(config: Config, uploads: list[Upload] | None = None) -> Fused:
+    job = Job(uploads or uploads_of(config), config, CPU, lambda **_: None)
+    return load_method(config.method).fuse(job)
+
+
+@pytest.mark.parametrize("method", ["lda", "ridge"])
+def test_closed_forms_do_not_depend_on_the_partition(method: str) -> None:
+    """Up to float32 in the features, which are computed in other batches."""
+    by_class = {"partition.scheme": "classes-per-client", "partition.clients": 5, "partition.min-size": 1}
+    few, many = (fused(with_statistics(method=method, **changes)) for changes in ({}, by_class))
+    for name, tensor in few.weights.items():
+        torch.testing.assert_close(many.weights[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_lda_is_scikit_learns_on_all_clients_features() -> None:
+    config = with_statistics(method="lda", **{"statistics.shrinkage": 0.2})
+    made = fused(config)
+    shares = [client_images(config, client)[0] for client in range(2)]
+    images = Images(torch.cat([share.pixels for share in shares]), torch.cat([share.labels for share in shares]))
+    start = build_vit(config.model)
+    start.load_state_dict(initial_weights(config.model, config.seed))
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2)
+    theirs.fit(frozen_features(start, images, 8, CPU).numpy(), images.labels.numpy())
+    fresh = some_images(config, 20)
+    wanted = theirs.decision_function(start.forward_head(start.forward_features(fresh), pre_logits=True).numpy())
+    np.testing.assert_allclose(made.predict(fresh).numpy(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lda", "ridge", "fedpft"])
+def test_a_head_on_the_public_start_is_one_model_that_can_be_saved(method: str) -> None:
+    config = with_statistics(method=method)
+    made = fused(config)
+    start = initial_weights(config.model, config.seed)
+    assert made.weights.keys() == start.keys()
+    changed = {name for name, tensor in start.items() if not torch.equal(made.weights[name], tensor)}
+    assert changed == {"head.weight", "head.bias"}
+    vit = build_vit(config.model, seed=5)
+    vit.load_state_dict(made.weights)
+    images = some_images(config, 4)
+    assert torch.equal(vit(images), made.predict(images))
+    again = fused(config)
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in made.weights.items())
+
+
+@pytest.mark.parametrize("gaussian", ["diagonal", "spherical", "tied"])
+def test_fedpft_draws_by_its_setting(gaussian: str) -> None:
+    config = with_statistics(method="fedpft")
+    uploads = uploads_of(config)
+    made = fused(Config.from_flat({"statistics.gaussian": gaussian}, config), uploads)
+    other = fused(Config.from_flat({"statistics.gaussian": "tied", "seed": 1}, config), uploads)
+    assert torch.isfinite(made.weights["head.weight"]).all()
+    assert not torch.equal(made.weights["head.weight"], other.weights["head.weight"])
+
+
+def test_without_statistics_the_uploads_are_the_teachers() -> None:
+    config = settings()
+    uploads = uploads_of(config)
+    assert teachers_of(uploads, config) == uploads
+    config = with_statistics(**{"ensemble.statistics": "none"})
+    uploads = uploads_of(config)
+    assert teachers_of(uploads, config) == uploads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["lda", "ridge"])
+def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(head: str) -> None:
+    config = with_statistics(**{"ensemble.statistics": head, "ensemble.combine": "probs"})
+    uploads = uploads_of(config)
+    *others, frozen = teachers_of(uploads, config)
+    assert others == uploads
+    assert frozen.num_examples == sum(upload.num_examples for upload in uploads)
+    assert frozen.class_counts == tuple(map(sum, zip(*(upload.class_counts for upload in uploads), strict=True)))
+    images = some_images(config, 6)
+    model = fused(Config.from_flat({"method": head}, config), uploads).predict
+    given = scouted_ensemble(uploads, config, CPU)(images).softmax(1)
+    without = Config.from_flat({"ensemble.statistics": "none"}, config)
+    clients = scouted_ensemble(uploads, without, CPU)(images).softmax(1)
+    torch.testing.assert_close(given, (clients + model(images).softmax(1)) / 2)
+
+
+@torch.no_grad()
+def test_every_ensemble_has_the_same_teachers() -> None:
+    """FedMITR's, the method `ensemble`'s and that of the tables."""
+    config = with_statistics(**{"ensemble.combine": "probs"})
+    uploads = uploads_of(config)
+    images = some_images(config, 3)
+    wanted = Ensemble.of(teachers_of(uploads, config), config.model, config.ensemble)(images)
+    for method in ("fedmitr", "ensemble"):
+        made = fused(Config.from_flat({"method": method}, config), uploads)
+        torch.testing.assert_close(made.ensemble(images), wanted)
+        assert len(made.ensemble.teachers) == 3
+
+
+def test_statistics_that_nobody_asks_change_no_bit_of_a_student() -> None:
+    with_them = fused(with_statistics(**{"ensemble.statistics": "none"}))
+    without = fused(settings())
+    assert all(torch.equal(with_them.weights[name], tensor) for name, tensor in without.weights.items())
+
+
+def test_a_student_can_start_from_the_frozen_model() -> None:
+    config = with_statistics(**{"distill.init": "statistics"})
+    uploads = uploads_of(config)
+    wanted = fused(Config.from_flat({"method": "lda"}, config), uploads).weights
+    student = start_student(uploads, config).state_dict()
+    assert all(torch.equal(student[name], tensor) for name, tensor in wanted.items())
+
+
+def test_counts_can_be_weights_where_statistics_tell_them() -> None:
+    config = with_statistics(**{"ensemble.weights": "counts", "ensemble.statistics": "lda"})
+    uploads = uploads_of(config)
+    weights_KY = scouted_ensemble(uploads, config, CPU).weights
+    counts_KY = torch.tensor([upload.class_counts for upload in uploads], dtype=torch.float32)
+    torch.testing.assert_close(weights_KY, torch.cat([counts_KY / counts_KY.sum(0), torch.ones(1, 10)]) / 2)
+
+
+# --- FedDF
+
+
+def proxy_settings(**changes: Any) -> Config:
+    return settings(**{"method": "feddf", "data.proxy": 0.1, "feddf.passes": 2, "feddf.limit": 60} | changes)
+
+
+def test_the_proxy_share_is_nobodys_and_not_for_validation() -> None:
+    """Digits has 1,437 training images; no two of them are equal."""
+    whole = {"data.train-limit": 0, "data.test-limit": 0, "data.validation": 0.2}
+    config = proxy_settings(**whole, **{"feddf.limit": 0})
+    others = load(config.data, config.model)
+    parts = (proxy_pixels(config), others.test.pixels, others.train.pixels)
+    proxies, validation, train = ({image.numpy().tobytes() for image in part} for part in parts)
+    assert len(proxies) + len(validation) + len(train) == 1437
+    assert len(proxies) == pytest.approx(144, abs=5)  # 0.1 of each class, rounded
+    assert len(validation) == pytest.approx(287, abs=5)
+    assert not proxies & train
+    assert not proxies & validation
+    assert not train & validation
+    before = load(settings(**whole).data, config.model)
+    assert torch.equal(before.test.pixels, others.test.pixels)  # the same images judge, with or without proxies
+
+
+def test_without_a_proxy_share_every_image_is_where_it_was() -> None:
+    config = settings(**{"data.train-limit": 0})
+    assert len(load(config.data, config.model).train) == 1437
+    with pytest.raises(DataError, match=r"data.proxy = 0.0001 sets no image of any class aside; raise it"):
+        proxy_pixels(proxy_settings(**{"data.proxy": 0.0001}))
+
+
+def test_a_folder_of_images_needs_no_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, folder in enumerate(("", "deep", "deep/er")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        image = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / folder / f"{number}.png")
+    config = proxy_settings(**{"feddf.path": str(tmp_path), "data.proxy": 0.0})
+    assert proxy_pixels(config).shape == (3, 1, 8, 8)
+    limited = Config.from_flat({"feddf.limit": 2}, config)
+    assert proxy_pixels(limited).shape == (2, 1, 8, 8)
+    assert all(any(torch.equal(one, other) for other in proxy_pixels(config)) for one in proxy_pixels(limited))
+
+
+def test_parquet_files_of_other_classes_will_do(shared: Path) -> None:
+    path = str(shared / "data" / "cifar10")
+    pixels = proxy_pixels(proxy_settings(**{"feddf.path": path, "feddf.limit": 3, "model.num-classes": 2}))
+    assert pixels.shape == (3, 1, 32, 32)
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    config = proxy_settings(**{"feddf.path": str(tmp_path)})
+    with pytest.raises(DataError, match=f"feddf.path = '{tmp_path}': neither images nor train"):
+        proxy_pixels(config)
+    gone = Config.from_flat({"feddf.path": str(tmp_path / "none")}, config)
+    with pytest.raises(DataError, match=r"there is no folder .*none"):
+        feddf.check(gone)
+
+
+@torch.no_grad()
+def test_feddf_with_the_ensemble_already_followed_stays_where_it_is() -> None:
+    """K = 1: the student starts as the teacher, so the divergence and its gradient are 0."""
+    config = proxy_settings(**{"distill.optimizer": "sgd", "distill.lr": 0.01})
+    (upload, _) = uploads_of(config)
+    made = fused(config, [upload])
+    for name, tensor in upload.weights.items():
+        torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_feddf_comes_closer_to_the_ensemble() -> None:
+    config = proxy_settings(**{"feddf.passes": 6, "distill.lr": 3e-3})
+    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]  # unlike each other
+    lines: list[dict[str, Any]] = []
+    made = feddf.fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
+    start = build_vit(config.model)
+    start.load_state_dict(average(uploads))
+    pixels = proxy_pixels(config)
+    still = Config.from_flat({"distill.lr": 1e-12, "feddf.passes": 1}, config)
+    before = feddf.follow(start, made.ensemble, pixels, still, stream(0), CPU)
+    (line,) = lines
+    assert line["images"] == len(pixels) == 60
+    assert line["kd"] < 0.7 * before
+
+
+def test_feddf_never_sees_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = proxy_settings()
+    uploads = uploads_of(config)
+    made = fused(config, uploads)
+    pixels = proxy_pixels(config)
+    monkeypatch.setattr(feddf, "proxy_pixels", lambda _: pixels)
+    monkeypatch.setattr(Images, "__post_init__", lambda _: pytest.fail("labelled images were loaded"))
+    again = fused(config, uploads)
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in made.weights.items())
+
+
+# --- all images in one place
+
+
+def run_of(tmp_path: Path, **changes: Any) -> RunFolder:
+    config = settings(**{"method": "fedavg", "out-dir": str(tmp_path)} | changes)
+    return pipeline.run(config, "run")
+
+
+def test_the_central_model_has_the_clients_settings_and_all_their_images(tmp_path: Path) -> None:
+    run = run_of(tmp_path, **{"partition.scheme": "classes-per-client", "partition.min-size": 1})
+    folder = train_centrally(run)
+    config = run.config
+    shares = [client_images(config, client)[0] for client in range(2)]
+    images = Images(torch.cat([share.pixels for share in shares]), torch.cat([share.labels for share in shares]))
+    assert len(images) < 60  # two clients of two classes do not have all
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial_weights(config.model, config.seed))
+    train_local(vit, images, config, stream(config.seed, "central"), CPU)
+    made = load_tensors(folder.model_path)[0]
+    assert all(torch.equal(made[name], tensor) for name, tensor in vit.state_dict().items())
+    result = folder.read_result()
+    assert folder.path == run.path / "fused" / "central-1"
+    assert (result["method"], result["bytes_up"]) == ("central", [])
+    assert 0 <= result["accuracy"]["student"] <= 100
+    assert result["accuracy"]["fedavg"] is None
+    assert result["evaluated_on"] == run.read_result()["evaluated_on"]
+    assert sum(map(sum, result["confusion"])) == 30
+
+
+def test_the_central_line_is_shown_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path)
+    assert main(["central", str(run.path)]) == 0
+    assert "central (student)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"partition.scheme": "own", "data.train-limit": 0}, "clients' images are not here"),
+        ({"evaluate.where": "clients"}, "judged by the server"),
+    ],
+)
+def test_where_there_is_no_central_model(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    config = settings(**{"out-dir": str(tmp_path)} | changes)
+    with pytest.raises(ConfigError, match=told):
+        train_centrally(RunFolder.create(config, "run"))
+    assert not (tmp_path / "run" / "fused").exists()
+
+
+def test_frozen_weights_are_float32_of_the_head() -> None:
+    config = settings()
+    head = Head(torch.full((10, 16), 0.1, dtype=torch.float64), torch.zeros(10, dtype=torch.float64))
+    weights = frozen_weights(config, head)
+    assert torch.equal(weights["head.weight"], torch.full((10, 16), 0.1))
+    assert torch.equal(weights["cls_token"], initial_weights(config.model, config.seed)["cls_token"])
