@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar, cast
 
 from .errors import ConfigError
 from .limits import Section, check
-from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig
+from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
 from .protection import ScreenConfig
 from .sections import (
     OWN,
@@ -45,6 +45,7 @@ __all__ = [
     "RivalConfig",
     "ScreenConfig",
     "StatisticsConfig",
+    "StrategyConfig",
     "UploadConfig",
 ]
 
@@ -74,6 +75,7 @@ class Config(Section):
     feddf: FedDFConfig = field(default_factory=FedDFConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")

@@ -53,3 +53,19 @@ class RivalConfig(Section):
         self._above(0, "temperature", "lr")
         self._at_least(0, "adversarial", "hard")
         self._within(0, 255, "perturb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig(Section):
+    """Of the strategies that Flower ships; 0 leaves what each has in server_app/builtin.py."""
+
+    section = "strategy"
+    eta: float = 0.0  # learning rate of the server: fedadam, fedyogi, fedadagrad, fedavgm
+    tau: float = 0.0  # fedadam, fedyogi, fedadagrad: added to the root of the second moment
+    momentum: float = 0.0  # of the server: fedavgm
+    mu: float = 0.0  # fedprox: weight of the proximal term
+    lr: float = 0.0  # qfedavg: the learning rate that it takes the clients' to be
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "eta", "tau", "mu", "lr")
+        self._within(0, 0.999, "momentum")

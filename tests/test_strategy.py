@@ -325,6 +325,43 @@ def test_flowers_strategies_can_be_judged_on_validation_images(federate: Federat
     assert folder.read_result()["evaluated_on"] == {"where": "server", "split": "validation", "images": images}
 
 
+def test_flowers_strategies_tell_what_they_cost(federate: Federate) -> None:
+    """Two rounds of three clients: each gets and sends the whole model twice."""
+    folder = federate(LocalGrid(client_app, 3), **{"flower.strategy": "fedavg", "flower.rounds": 2})
+    result = folder.read_result()
+    whole = 4 * sum(tensor.numel() for tensor in load_tensors(folder.model_path)[0].values())
+    assert result["bytes_up"] == result["bytes_down"] == [2 * whole] * 3
+    assert all(seconds > 0 for seconds in result["client_seconds"])
+    assert 0 < result["server_seconds"] <= result["seconds"]["rounds"]
+    assert result["server_seconds"] == result["seconds"]["aggregation"]
+    assert result["peak_memory"]["ram"] > 50e6
+    assert torch.tensor(result["confusion"]).sum() == result["evaluated_on"]["images"]
+    assert torch.tensor(result["counts"]).sum() == 150
+    straight = pipeline.run(
+        Config.from_flat(TINY | {"partition.clients": 3, "out-dir": str(folder.path.parent)}), "line"
+    ).read_result()
+    assert result["partition_sha256"] == straight["partition_sha256"]
+    assert set(straight) - set(result) == set()
+
+
+def test_a_server_s_learning_rate_scales_its_step(federate: Federate) -> None:
+    """FedAvgM without momentum: start + eta * (mean - start)."""
+    still = {"flower.strategy": "fedavgm", "strategy.momentum": 1e-9}
+    half = federate(LocalGrid(client_app, 3), **still, **{"strategy.eta": 0.5})
+    whole, _ = load_tensors(federate(LocalGrid(client_app, 3), **still).model_path)
+    start = initial_weights(half.config.model, half.config.seed)
+    for name, tensor in load_tensors(half.model_path)[0].items():
+        torch.testing.assert_close(tensor, (start[name] + whole[name]) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_a_setting_that_a_strategy_does_not_have_is_refused() -> None:
+    context = server_context(TINY | {"flower.strategy": "fedmedian", "strategy.eta": 0.1}, 1)
+    with pytest.raises(
+        ConfigError, match=r"strategy\.eta is no setting of flower\.strategy = 'fedmedian'; leave it at 0"
+    ):
+        server_app(LocalGrid(client_app, 2), context)
+
+
 def test_one_round_of_flowers_fedavg_is_the_weighted_mean(federate: Federate) -> None:
     """Flower averages with numpy, `method = fedavg` with torch: equal up to rounding."""
     flower = federate(LocalGrid(client_app, 3), **{"flower.strategy": "fedavg"})
