@@ -2,9 +2,8 @@
 
 In each of the E epochs, with A the ensemble and g the student:
 
-1. Generator G: minimises (1 - p_y)ʰ CE(A(x), y) - λ KL(A(x) ‖ g(x)) over x = G(z), with p_y the ensemble's probability
-   of y as a constant, h = `rival.hard` = 1, λ = `rival.adversarial` = 1, on all images alike; as in the paper's code, the
-   divergence is τ² KL at temperature τ = 3 [C].
+1. Generator G: minimises (1 - p_y)ʰ CE(A(x), y) - λ τ² KL(softmax(A(x)/τ) ‖ softmax(g(x)/τ)) over x = G(z), with p_y
+   the ensemble's probability of y as a constant, h = `rival.hard` = 1, λ = `rival.adversarial` = 1, and τ = 3 [C].
 2. Weights: w <- clip(w - μ dᵉ sign(dCE/dw), 0, 1) after each batch of one pass over all images so far, used as w / Σ w;
    μ = `ensemble.learn-step` = 0.01, d = `ensemble.learn-decay` = 0.99 [C]: `vit/learned.py`.
 3. Student: x moves by ε sign(∇ₓ uᵀ softmax(A(x)/T)), u ~ U(-1, 1)^Y, anew for each batch (output diversification,

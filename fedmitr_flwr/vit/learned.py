@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from .ensemble import combine_answers
 
 FLAT = 1e-9  # a slope below this is rounding, whose sign would move weights that make no difference
+TINY = 1e-300  # where only a teacher without weight names a class: its slope is steep, and finite
 
 
 def learn(
@@ -73,4 +74,4 @@ def _log_mixture(log_KBY: Tensor, shares_K1: Tensor) -> Tensor:
     """Of the mixture Σ w p: (B, Y)."""
     top_BY = log_KBY.max(0).values
     mixed_BY = (shares_K1[..., None] * (log_KBY - top_BY).exp()).sum(0)
-    return mixed_BY.clamp_min(1e-300).log() + top_BY
+    return (mixed_BY + TINY).log() + top_BY

@@ -1,0 +1,192 @@
+"""Learned weights: Co-Boosting's signed steps, by hand, at their limits, and inside the methods."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import a_vit, an_upload, settings, some_images
+from torch.nn import functional as F
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
+from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
+from fedmitr_flwr.vit.learned import learn, moved, slope
+
+CPU = torch.device("cpu")
+WAYS = ("logits", "logp", "probs")
+
+
+def logits(*teachers: list[float]) -> torch.Tensor:
+    """(K, 1, Y): each teacher's answer on one image."""
+    return torch.tensor(teachers, dtype=torch.float64)[:, None]
+
+
+def test_the_slope_of_two_teachers_by_hand() -> None:
+    """Mixture: CE = -log((w₀ p₀ + w₁ p₁) / (w₀ + w₁)) with p = 0.8 and 0.5 of the target, w = 0.5 and 0.25.
+
+    dCE/dw_k = 1 / Σ w - p_k / Σ w p = 4/3 - p_k / 0.525.
+    """
+    answers = logits([0.8, 0.2], [0.5, 0.5]).log()
+    found = slope(answers, torch.tensor([0]), torch.tensor([0.5, 0.25]).double(), "probs")
+    assert found.tolist() == pytest.approx([4 / 3 - 0.8 / 0.525, 4 / 3 - 0.5 / 0.525])
+
+
+def test_the_slope_of_logits_by_hand() -> None:
+    """A = (2 w₀ / Σ w, 0): CE = log(1 + e^-a), a = 2 w₀ / Σ w; w = 0.5, 0.5: a = 1, dCE/da = -1 / (1 + e).
+
+    da/dw₀ = 2 w₁ / (Σ w)² = 1, da/dw₁ = -2 w₀ / (Σ w)² = -1.
+    """
+    found = slope(logits([2.0, 0.0], [0.0, 0.0]), torch.tensor([0]), torch.tensor([0.5, 0.5]).double(), "logits")
+    e = torch.tensor(1.0).exp().item()
+    assert found.tolist() == pytest.approx([-1 / (1 + e), 1 / (1 + e)])
+
+
+@pytest.mark.parametrize("combine", WAYS)
+def test_the_slope_is_that_of_the_ensemble_s_own_cross_entropy(combine: str) -> None:
+    rng = stream(0)
+    answers = 3 * torch.randn(4, 6, 5, generator=rng, dtype=torch.float64)
+    targets, weights = torch.randint(5, (6,), generator=rng), torch.rand(4, generator=rng, dtype=torch.float64) + 0.1
+
+    def entropy(weights: torch.Tensor) -> float:
+        shares_KY = (weights / weights.sum())[:, None].expand(-1, 5)
+        return F.cross_entropy(combine_answers(answers, shares_KY, combine), targets).item()
+
+    small = 1e-6
+    steps = small * torch.eye(4, dtype=torch.float64)
+    differences = [(entropy(weights + step) - entropy(weights - step)) / (2 * small) for step in steps]
+    assert slope(answers, targets, weights, combine).tolist() == pytest.approx(differences, rel=1e-5, abs=1e-8)
+
+
+def test_a_step_is_signed_and_clipped() -> None:
+    weights = torch.tensor([0.5, 0.995, 0.004, 0.3]).double()
+    found = moved(weights, torch.tensor([0.2, -7.0, 3.0, 0.0]).double(), 0.01)
+    assert found.tolist() == pytest.approx([0.49, 1.0, 0.0, 0.3])
+
+
+def test_weights_that_would_all_vanish_stay() -> None:
+    weights = torch.tensor([0.005, 0.0]).double()
+    assert torch.equal(moved(weights, torch.tensor([1.0, 1.0]).double(), 0.01), weights)
+
+
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_teacher_without_weight_comes_back_if_it_is_right(combine: str) -> None:
+    """The slope at weight 0 is finite, also where the other teacher excludes the target altogether.
+
+    That one moves from the second step on: alone, its weight makes no difference.
+    """
+    answers = logits([9.0, 0.0], [-900.0, 900.0])
+    found = learn(
+        answers, torch.tensor([0]), torch.tensor([0.0, 1.0]), combine, step=0.1, batch_size=1, passes=3, rng=stream(0)
+    )
+    assert found.tolist() == pytest.approx([0.3, 0.8])
+
+
+def learned(answers: torch.Tensor, targets: torch.Tensor, **changes: Any) -> torch.Tensor:
+    given: dict[str, Any] = {"step": 0.01, "batch_size": 4, "passes": 1} | changes
+    weights = torch.full((len(answers),), 1 / len(answers))
+    return learn(answers, targets, weights, given.pop("combine", "probs"), rng=stream(0), **given)
+
+
+def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher 0 is right, teacher 1 says nothing, teacher 2 is wrong: (3, M, 2) and targets (M,)."""
+    targets = torch.arange(images) % 2
+    right = 4 * F.one_hot(targets, 2).double()
+    return torch.stack([right, torch.zeros_like(right), -right]), targets
+
+
+@pytest.mark.parametrize("combine", WAYS)
+def test_steps_add_up_to_the_one_who_is_right(combine: str) -> None:
+    """One pass over 20 images in batches of 4: five steps of 0.01, all in the same direction."""
+    found = learned(*experts(), combine=combine)
+    assert found[0].item() == pytest.approx(1 / 3 + 0.05)
+    assert found[2].item() == pytest.approx(1 / 3 - 0.05)
+    assert learned(*experts(), combine=combine, passes=30)[2] == 0
+
+
+def test_no_step_leaves_the_weights() -> None:
+    assert torch.equal(learned(*experts(), step=0.0), torch.full((3,), 1 / 3).double())
+
+
+def test_equal_teachers_keep_equal_weights() -> None:
+    answers, targets = experts()
+    twins = answers[:1].expand(4, -1, -1)
+    assert torch.equal(learned(twins, targets, passes=20), torch.full((4,), 1 / 4).double())
+
+
+def test_same_stream_same_weights() -> None:
+    rng = stream(5)
+    answers, targets = torch.randn(3, 30, 4, generator=rng), torch.randint(4, (30,), generator=rng)
+    assert torch.equal(learned(answers, targets), learned(answers, targets))
+    assert torch.equal(learned(answers, targets), learned(answers.float(), targets))
+
+
+def uploads_of(config: Config) -> list[Upload]:
+    return [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+
+
+def test_a_weigher_learns_on_from_sizes_and_lets_the_step_decay() -> None:
+    changes = {"ensemble.weights": "learned", "ensemble.learn-step": 0.1, "ensemble.learn-decay": 0.5}
+    config = settings(**changes, **{"distill.batch-size": 30})
+    images, targets = some_images(config, 30), torch.arange(30) % 10
+    ensemble = Ensemble.of(uploads_of(config), config.model, config.ensemble)
+    torch.testing.assert_close(ensemble.weights, torch.tensor([[0.25], [0.75]]).expand(2, 10))
+    weigher = Weigher(ensemble, uploads_of(config), config)
+    answers = ensemble.answers(images)
+    wanted = torch.tensor([0.25, 0.75]).double()
+    for epoch in range(3):  # one batch each: one step of 0.1, 0.05, 0.025
+        wanted = moved(wanted, slope(answers.double(), targets, wanted, "logits"), 0.1 * 0.5**epoch)
+        weigher.refine(images, targets, epoch)
+        torch.testing.assert_close(weigher.learned_K, wanted)
+        shares = (wanted / wanted.sum()).float()
+        torch.testing.assert_close(ensemble.weights, shares[:, None].expand(2, 10))
+    assert (wanted - torch.tensor([0.25, 0.75])).abs().min() > 0.02
+
+
+@torch.no_grad()
+def test_answers_are_the_teachers_own_logits() -> None:
+    config = settings()
+    images = some_images(config, 5)
+    ensemble = Ensemble.of(uploads_of(config), config.model, config.ensemble)
+    wanted = torch.stack([a_vit(config, client)(images) for client in range(2)])
+    torch.testing.assert_close(ensemble.answers(images, batch_size=2), wanted)
+    assert torch.equal(ensemble.probabilities(images), ensemble.answers(images).softmax(-1))
+
+
+def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
+    config = settings(**{"method": method, "ensemble.weights": "learned", "distill.epochs": 2} | changes)
+    lines: list[dict[str, Any]] = [] if log is None else log
+    return methods.load(method).fuse(Job(uploads_of(config), config, CPU, lambda **values: lines.append(values)))
+
+
+def test_any_method_learns_on_its_pool_and_says_so() -> None:
+    log: list[dict[str, Any]] = []
+    made = fused("fedmitr", log)
+    assert made.ensemble is not None
+    lines = [line for line in log if line["stage"] == "weights"]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert torch.equal(lines[1]["weights"], made.ensemble.weights[:, 0])
+    assert not torch.equal(lines[0]["weights"], lines[1]["weights"])
+    torch.testing.assert_close(made.ensemble.weights.sum(0), torch.ones(10))
+
+
+def test_without_a_step_learned_is_size() -> None:
+    still = fused("fedmitr", **{"ensemble.learn-step": 0.0})
+    by_size = fused("fedmitr", **{"ensemble.weights": "size"})
+    assert still.pool is not None
+    assert by_size.pool is not None
+    torch.testing.assert_close(still.pool.images, by_size.pool.images, rtol=0, atol=1e-4)
+    moved_on = fused("fedmitr")
+    assert moved_on.pool is not None
+    assert not torch.allclose(moved_on.pool.images[10:], by_size.pool.images[10:], atol=1e-2)
+    assert torch.equal(moved_on.pool.images[:10], still.pool.images[:10])  # the first epoch's are made by size
+
+
+def test_a_method_without_images_scouts_for_them() -> None:
+    config = settings(**{"ensemble.weights": "learned", "ensemble.learn-step": 0.05})
+    ensemble = scouted_ensemble(uploads_of(config), config, CPU)
+    # 100 images in batches of 8: 13 steps
+    assert not torch.allclose(ensemble.weights[:, 0], torch.tensor([0.25, 0.75]), atol=0.04)
