@@ -148,7 +148,6 @@ class EnsembleConfig(Section):
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
     learn_decay: float = 0.99  # learned: of the step, per epoch
-    learn_passes: int = 1  # learned: over the pool, per epoch
     statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
@@ -160,7 +159,6 @@ class EnsembleConfig(Section):
         self._one_of("combine", "logits", "logp", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
         self._within(0, 1, "learn_step", "learn_decay")
-        self._at_least(1, "learn_passes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +173,7 @@ class InversionConfig(Section):
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
     roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
-    smooth_start: int = 1  # start from noise of every so many pixels, interpolated; 1: white noise
+    start: str = "leaves"  # noise (white) | leaves (dead leaves: drawn images of nobody, more like photographs)
     disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
     precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
@@ -184,8 +182,9 @@ class InversionConfig(Section):
     def __post_init__(self) -> None:
         self._one_of("mode", "dense", "sparse", "pri")
         self._one_of("precision", "float32", "tf32", "bfloat16")
+        self._one_of("start", "noise", "leaves")
         self._within(0, 1, "route")
-        self._at_least(1, "steps", "batch_size", "rebirths", "smooth_start")
+        self._at_least(1, "steps", "batch_size", "rebirths")
         self._above(0, "lr")
         self._at_least(0, "tv", "roll", "disagree")
         self._within(0, 0.99, "drop")

@@ -22,6 +22,8 @@ from .invert import invert
 IMAGES_PER_CLASS = 10
 STEPS = 20
 
+LEARN_BATCH = 128  # images that a step of learned weights sees, as in Co-Boosting's code [C]
+
 
 def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.device) -> Ensemble:
     """All teachers, weighted by `config.ensemble.weights`; weights that need images are as scouting found them."""
@@ -64,8 +66,7 @@ class Weigher:
             self.learned_K,
             config.combine,
             step=config.learn_step * config.learn_decay**epoch,
-            batch_size=self.config.distill.batch_size,
-            passes=config.learn_passes,
+            batch_size=LEARN_BATCH,
             rng=stream(self.config.seed, "weights", epoch),
         )
         shares_K1 = (self.learned_K / self.learned_K.sum()).to(weights)[:, None]

@@ -35,7 +35,7 @@ log = logging.getLogger("fedmitr")
 # Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
 IMAGE_SETTINGS = (
     *("seed", "data.flip", "model.", "ensemble.", "statistics.", "inversion.", "relabel.", "rival."),
-    *("distill.images-per-epoch", "distill.batch-size"),
+    "distill.images-per-epoch",
 )
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 

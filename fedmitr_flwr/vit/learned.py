@@ -21,13 +21,12 @@ def learn(
     *,
     step: float,
     batch_size: int,
-    passes: int,
     rng: torch.Generator,
 ) -> Tensor:
-    """Pass over the images in random batches; after each one, every weight moves by `step` against its slope.
+    """Pass over the images once, in random batches; after each one, every weight moves by `step` against its slope.
 
     w <- clip(w - step · sign(dCE/dw), 0, 1), with CE of the ensemble whose weights are w / Σ w. One weight for each
-    teacher, whatever the class, as in the paper; passes as many as asked for, and rounding errors do not count [M].
+    teacher, whatever the class, as in the paper. That rounding errors do not count is ours [M].
 
     Args:
         logits_KMY: the teachers' answers on the images, made once: the teachers do not change.
@@ -36,16 +35,14 @@ def learn(
         combine: as `ensemble.combine`.
         step: μ, which the caller lets decay.
         batch_size: images per step.
-        passes: over all images.
         rng: of their order.
 
     Returns:
         The new weights (K,) in 0..1, not normalised, float64 on the CPU: it is little work, with equal bits anywhere.
     """
     logits, targets, weights = logits_KMY.cpu().double(), targets_M.cpu(), weights_K.cpu().double()
-    for _ in range(passes):
-        for chosen in torch.randperm(len(targets), generator=rng).split(batch_size):
-            weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine), step)
+    for chosen in torch.randperm(len(targets), generator=rng).split(batch_size):
+        weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine), step)
     return weights
 
 
