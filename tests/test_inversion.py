@@ -14,7 +14,7 @@ from tiny import a_vit, an_ensemble, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert, smooth
+from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
 from fedmitr_flwr.inversion.objective import AliveVariation, agreement, cross_entropy, total_variation
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
@@ -578,14 +578,3 @@ def test_images_on_which_the_student_differs_are_sought() -> None:
             return agreement(ensemble(images), student(images)).mean().item()
 
     assert found(3.0) < found(0.0) - 0.05
-
-
-def test_a_smooth_start_has_no_high_frequencies() -> None:
-    noise = torch.randn(50, 3, 32, 32, generator=stream(0))
-    assert smooth(noise, 1) is noise
-    result = smooth(noise, 4)
-    assert result.shape == noise.shape
-    torch.testing.assert_close(result.std((1, 2, 3)), torch.ones(50))
-    power = torch.fft.fft2(result).abs().square().mean((0, 1))
-    low = power[:5, :5].sum() + power[-4:, :5].sum() + power[:5, -4:].sum() + power[-4:, -4:].sum()
-    assert low / power.sum() > 0.9  # up to 1/8 of a cycle per pixel; of white noise: 81 / 1024

@@ -59,6 +59,7 @@ _TINY: dict[str, object] = {
     "inversion.rebirths": 4,
     "inversion.tv": 1e-3,
     "inversion.roll": 1,
+    "inversion.start": "noise",
     "relabel.mode": "tokens",
     "relabel.temperature": 1.0,
     "distill.epochs": 1,

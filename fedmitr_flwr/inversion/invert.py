@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..compute import is_out_of_memory
 from ..config import InversionConfig, ModelConfig
@@ -15,6 +14,7 @@ from ..vit.ensemble import Ensemble
 from ..vit.precision import class_question, tf32
 from ..vit.tokens import take
 from .result import Inverted, joined
+from .starts import starting_images
 from .trajectory import OnStep, Trajectory
 
 log = logging.getLogger("fedmitr")
@@ -35,48 +35,36 @@ def invert(
 ) -> Inverted:
     """Make images that the ensemble gives to the classes `targets_B`.
 
-    Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from x ~ N(0, 1), with T a random roll and
-    flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). With a `student` and `config.disagree` > 0,
-    images on which it differs from the ensemble are sought (ADI [C]). A batch that does not fit into memory is made
-    in two halves, and so on.
+    Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from the images of `config.start`, with T a
+    random roll and flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). With a `student` and
+    `config.disagree` > 0, images on which it differs from the ensemble are sought (ADI [C]). A batch that does not fit
+    into memory is made in two halves, and so on.
 
     Returns:
         B images; for `pri`, B · config.rebirths.
     """
     device = ensemble.weights.device
-    size = (len(targets_B), model.in_chans, model.img_size, model.img_size)
-    noise = smooth(torch.randn(size, generator=rng), config.smooth_start)
+    starts = starting_images(config.start, len(targets_B), model.in_chans, model.img_size, rng)
     low, high = value_range(model.in_chans)
     modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
     question = class_question(config, device)
 
-    def attempt(noise: Tensor, targets: Tensor) -> Inverted:
+    def attempt(starts: Tensor, targets: Tensor) -> Inverted:
         ends = low.to(device), high.to(device)
-        start = Trajectory(ensemble, question, noise.to(device), targets.to(device), config, ends, flip, rng, student)
-        return modes[config.mode](start, config, on_step)
+        run = Trajectory(ensemble, question, starts.to(device), targets.to(device), config, ends, flip, rng, student)
+        return modes[config.mode](run, config, on_step)
 
     with tf32(config.precision == "tf32"):
-        return in_halves(attempt, noise, targets_B, rng)
-
-
-def smooth(noise_BCHW: Tensor, factor: int) -> Tensor:
-    """Noise without high frequencies: every `factor`-th pixel, interpolated, scaled to variance 1; 1: as it is [M]."""
-    if factor == 1:
-        return noise_BCHW
-    size = noise_BCHW.shape[-1]
-    coarse = noise_BCHW[..., ::factor, ::factor]
-    fine = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
-    scaled: Tensor = fine / fine.std((1, 2, 3), keepdim=True).clamp_min(1e-12)
-    return scaled
+        return in_halves(attempt, starts, targets_B, rng)
 
 
 def in_halves(
-    attempt: Callable[[Tensor, Tensor], Inverted], noise: Tensor, targets: Tensor, rng: torch.Generator
+    attempt: Callable[[Tensor, Tensor], Inverted], starts: Tensor, targets: Tensor, rng: torch.Generator
 ) -> Inverted:
-    """`attempt(noise, targets)` on the whole batch, or, where that is too much for the memory, on each half of it."""
+    """`attempt(starts, targets)` on the whole batch, or, where that is too much for the memory, on each half of it."""
     state = rng.get_state()
     try:
-        return attempt(noise, targets)
+        return attempt(starts, targets)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(targets) == 1:
             raise
@@ -87,7 +75,7 @@ def in_halves(
     )
     rng.set_state(state)
     half = len(targets) // 2
-    parts = [(noise[:half], targets[:half]), (noise[half:], targets[half:])]
+    parts = [(starts[:half], targets[:half]), (starts[half:], targets[half:])]
     return joined([in_halves(attempt, *part, rng) for part in parts])
 
 

@@ -26,7 +26,7 @@ class Trajectory:
         self,
         ensemble: Ensemble,
         question: Question,
-        noise_BCHW: Tensor,
+        start_BCHW: Tensor,
         targets_B: Tensor,
         config: InversionConfig,
         limits: tuple[Tensor, Tensor],
@@ -34,7 +34,7 @@ class Trajectory:
         rng: torch.Generator,
         student: VisionTransformer | None = None,
     ) -> None:
-        """Start from `noise_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
+        """Start from `start_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
         self.student = student
         self.ensemble, self.question, self.targets_B = ensemble, question, targets_B
         self.config, self.flip, self.rng = config, flip, rng
@@ -42,7 +42,7 @@ class Trajectory:
         self.grid, self.patch = ensemble.grid, ensemble.patch
         pixels_each = self.patch**2
         self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
-        self.canvas_BNE = patchify(noise_BCHW, self.patch).clamp(self.low_E, self.high_E)
+        self.canvas_BNE = patchify(start_BCHW, self.patch).clamp(self.low_E, self.high_E)
         self.positions_BK = all_positions(self.canvas_BNE)
         self._optimise(self.canvas_BNE)
 
