@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, cast
 from .errors import ConfigError
 from .limits import Section, check
 from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
-from .protection import ScreenConfig
+from .protection import KrumConfig, ScreenConfig
 from .sections import (
     OWN,
     DataConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "FedDFConfig",
     "FlowerConfig",
     "InversionConfig",
+    "KrumConfig",
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
@@ -66,6 +67,7 @@ class Config(Section):
     local: LocalConfig = field(default_factory=LocalConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
     screen: ScreenConfig = field(default_factory=ScreenConfig)
+    krum: KrumConfig = field(default_factory=KrumConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     inversion: InversionConfig = field(default_factory=InversionConfig)
     relabel: RelabelConfig = field(default_factory=RelabelConfig)

@@ -16,3 +16,12 @@ class ScreenConfig(Section):
     def __post_init__(self) -> None:
         self._one_of("mode", "off", "warn", "exclude")
         self._at_least(1, "max_images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KrumConfig(Section):
+    section = "krum"
+    hostile: int = 1  # clients that method = krum takes to be hostile
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "hostile")

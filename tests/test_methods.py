@@ -29,7 +29,20 @@ def fused(config: Config, metrics: list[dict[str, Any]] | None = None, stopwatch
     return methods.load(config.method).fuse(job)
 
 
-KNOWN = ["adi", "coboosting", "dense", "ensemble", "fedavg", "feddf", "fedmitr", "fedpft", "lda", "ridge"]
+KNOWN = [
+    "adi",
+    "coboosting",
+    "dense",
+    "ensemble",
+    "fedavg",
+    "feddf",
+    "fedmedian",
+    "fedmitr",
+    "fedpft",
+    "krum",
+    "lda",
+    "ridge",
+]
 
 
 def test_every_file_is_a_method() -> None:
