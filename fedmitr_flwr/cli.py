@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +20,8 @@ _EXAMPLES = """examples:
   fedmitr run -c configs/fashion_mnist.toml seed=1
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
   fedmitr central ~/fedmitr-runs/first
+  fedmitr report ~/fedmitr-runs/first
+  fedmitr bench configs/bench/smoke.toml
 """
 
 
@@ -38,7 +40,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | fuse | central | methods")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="local training and server phase in this process", allow_abbrev=False)
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
     fuse = commands.add_parser("fuse", help="the server phase again, on a run's saved uploads", allow_abbrev=False)
@@ -46,6 +48,17 @@ def _parser() -> _Parser:
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
     central = commands.add_parser("central", help="one model on all of a run's images, to compare", allow_abbrev=False)
     central.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    bench = commands.add_parser(
+        "bench", help="a grid of runs from one file, with tables and figures", allow_abbrev=False
+    )
+    bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
+    bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: ~/fedmitr-runs/bench-<name>)")
+    bench.add_argument("--table", type=Path, metavar="PATH", help="run nothing; a bench's folder or its results.jsonl")
+    bench.add_argument("--any-code", action="store_true", help="keep what other versions of the code have made")
+    bench.add_argument("--verbose", action="store_true", help="let every run tell what it does")
+    report = commands.add_parser("report", help="one page, report.html, of a run", allow_abbrev=False)
+    report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for command in (run, fuse):
         command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
@@ -100,6 +113,20 @@ def _central(arguments: argparse.Namespace) -> None:
     _report(train_centrally(RunFolder.open(arguments.run)))
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench.command import bench
+
+    words = dict(parse_assignment(word) for word in arguments.settings)
+    chosen = arguments.file, words, arguments.out, arguments.table
+    return bench(*chosen, any_code=arguments.any_code, verbose=arguments.verbose)
+
+
+def _report_page(arguments: argparse.Namespace) -> None:
+    from .report.page import write_page
+
+    print(write_page(arguments.run))
+
+
 def _methods(_: argparse.Namespace) -> None:
     from . import methods
 
@@ -115,17 +142,22 @@ def _report(folder: "RunFolder") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 after bad input (one line on stderr), or 130 after Ctrl-C."""
+    """Run one command.
+
+    The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), or 130 after Ctrl-C.
+    """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
-    commands = {"run": _run, "fuse": _fuse, "central": _central, "methods": _methods}
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
+        **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
+        **{"bench": _bench, "report": _report_page},
+    }
     try:
         arguments = _parse(argv)
-        commands[arguments.command](arguments)
+        return commands[arguments.command](arguments) or 0
     except UserError as error:
         print("fedmitr: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedmitr: interrupted", file=sys.stderr)
         return 130
-    return 0

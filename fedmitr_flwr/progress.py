@@ -72,3 +72,27 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Series:
+    """What long work told at each of its steps, to be drawn later."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, **values: float) -> None:
+        """The next step's values; always the same names."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(float(value))
+
+    def means(self) -> dict[str, float]:
+        """Over all steps."""
+        return {name: sum(values) / len(values) for name, values in self._values.items()}
+
+    def thin(self, most: int = 50) -> dict[str, list[float]]:
+        """At most so many steps, evenly chosen and with the first and the last one: `step`, and each name's values."""
+        total = max(map(len, self._values.values()), default=0)
+        count = min(most, total)
+        steps = [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
+        kept = {name: [float(f"{values[step]:.4g}") for step in steps] for name, values in self._values.items()}
+        return {"step": [float(step) for step in steps], **kept}

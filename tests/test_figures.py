@@ -21,13 +21,13 @@ from fedmitr_flwr.report.figures import _fade, save_images, save_partition
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved, so that their texts can be read."""
     saved: list[Figure] = []
-    save = figures._save
+    save = figures.save
 
     def keep(figure: Figure, path: Path) -> None:
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return saved
 
 

@@ -22,7 +22,7 @@ from ..distillation.start import choose_start, start_student
 from ..inversion.result import Inverted
 from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
-from ..progress import Progress
+from ..progress import Progress, Series
 from ..rng import stream
 from ..statistics.frozen import teachers_of
 from ..training.optim import Stepper
@@ -155,9 +155,10 @@ def _make_batch(
     job: Job,
 ) -> Pool:
     """One batch; its `place` is (epoch, number)."""
-    config, watch = job.config, Stopwatch()
+    config, watch, series = job.config, Stopwatch(), Series()
 
     def on_step(loss: float, alive: float) -> None:
+        series.add(loss=loss, alive=alive)
         progress.update(len(targets), loss=loss, alive=alive)
 
     with watch.stage(recipe.stage):
@@ -170,7 +171,8 @@ def _make_batch(
     alive = inverted.alive.float().mean().item()
     asked = route(ensemble.weights, targets.to(job.device), config.inversion.route).share
     loss = inverted.loss.mean().item()
-    job.log(stage=recipe.stage, epoch=epoch, batch=number, loss=loss, alive=alive, teachers_asked=asked)
+    told = {"loss": loss, "alive": alive, "teachers_asked": asked, "curve": series.thin()}
+    job.log(stage=recipe.stage, epoch=epoch, batch=number, **told)
     facts = {"soft": pool.soft, "seconds": watch.seconds}
     job.checkpoints.save(_name(*place), _image_settings(recipe), pool.tensors(), **facts)
     return pool
@@ -208,18 +210,16 @@ def _distil(
     config = job.config
     label = f"distillation {epoch + 1}/{config.distill.epochs}"
     images = config.distill.passes * sum(len(view) for view in pool.views)
-    means: dict[str, list[float]] = {name: [] for name in Parts._fields}
+    series = Series()
     with Progress(label, total=images, unit="img") as progress:
 
         def on_batch(count: int, parts: Parts) -> None:
-            values = {name: part.item() for name, part in parts._asdict().items()}
-            for name, value in values.items():
-                means[name].append(value)
+            series.add(**{name: part.item() for name, part in parts._asdict().items()})
             progress.update(count, loss=parts.total(config.distill).item(), alive=pool.alive.float().mean().item())
 
         rng = stream(config.seed, "distillation", epoch)
         distil(student, ensemble, pool, config, stepper, rng, on_batch=on_batch, ema=ema, perturb=recipe.perturb)
-    job.log(stage="distillation", epoch=epoch, **{name: sum(values) / len(values) for name, values in means.items()})
+    job.log(stage="distillation", epoch=epoch, **series.means(), curve=series.thin())
 
 
 def _keep(student: nn.Module, stepper: Stepper, ema: Ema, epochs: int, job: Job) -> None:

@@ -47,7 +47,7 @@ def save_images(
     for axis, picture, target in zip(axes, pictures, targets[chosen].tolist(), strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy())
         axis.set_title(_short(classes[target]), fontsize=8, pad=2, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _caption(shown: int, total: int, alive: float) -> str:
@@ -88,7 +88,7 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
     axis.set_title(f"training images of {clients} clients by class", fontsize=10)
     if numbers:
         _write_numbers(axis, counts)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _write_numbers(axis: object, counts: Tensor) -> None:
@@ -103,7 +103,7 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:

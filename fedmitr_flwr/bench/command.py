@@ -1,0 +1,78 @@
+"""`fedmitr bench`: run a grid, then write its tables and figures; or only these."""
+
+import logging
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..files import write_text
+from ..report.run_folder import HOME
+
+log = logging.getLogger("fedmitr.bench")
+
+
+def bench(
+    file: Path | None,
+    words: Mapping[str, object],
+    out: Path | None = None,
+    table: Path | None = None,
+    *,
+    any_code: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Run `file`, or write the tables of the folder or file `table` into `out`; gives the exit status.
+
+    Args:
+        file: a bench file.
+        words: settings and axes of the command line.
+        out: the folder of the results; default: `bench-<name>` beside the run folders.
+        table: a bench's folder, or its results.jsonl, that is there already; nothing is run.
+        any_code: keep what other versions of the code have made.
+        verbose: let every run tell what it does.
+    """
+    if (file is None) == (table is None):
+        raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")
+    if table is not None:
+        write(table, out or (table if table.is_dir() else table.parent))
+        return 0
+    assert file is not None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Flower's processes are stopped in good order
+    logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
+    log.setLevel(logging.INFO)
+    return _run(file, words, out, any_code=any_code)
+
+
+def _run(file: Path, words: Mapping[str, object], out: Path | None, *, any_code: bool) -> int:
+    from .flower import runner
+    from .run import run
+    from .spec import read
+    from .store import Store
+
+    spec = read(file, words)
+    folder = (out or HOME / f"bench-{spec.name}").expanduser().absolute()
+    log.info("bench folder: %s", folder)
+    tally = run(spec, Store(folder, any_code), runner(spec.client_gpus))
+    write(folder, folder)
+    if tally.failed:
+        log.warning("%d of %d cells failed; see %s", tally.failed, tally.total, folder / "failed")
+    return int(tally.failed > 0)
+
+
+def write(results: Path, out: Path) -> None:
+    """The tables, the figures and one file of all results, from a bench's folder or such a file."""
+    from .figures import draw
+    from .results import load, save
+    from .table import as_csv, markdown
+
+    found = load(results.expanduser())
+    out = out.expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    if out / "results.jsonl" != results:
+        save(found, out / "results.jsonl")
+    write_text(out / "table.csv", as_csv(found))
+    written = draw(found, out / "figures")
+    write_text(out / "table.md", markdown(found))
+    log.info(
+        "%d cells, %d missing: %s and %d figures", len(found.entries), len(found.missing), out / "table.md", written
+    )

@@ -1,0 +1,250 @@
+"""The pictures of a bench: accuracy against bytes, skew and server seconds, and recall by class."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..report.figures import save
+from .results import Results
+from .rows import Place, Row, places, rows
+
+Point = tuple[float, float, float]  # x, mean accuracy, its standard deviation
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; the yellow is too light for points.
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OURS = "#D55E00"
+GREY = "#767676"
+MARKERS = "osDXPv^<>hp"  # 11, so that with 6 colours 66 methods differ; the star is ours
+SCHEMES = ("classes-per-client", "dirichlet", "iid")  # from the most skewed
+_PANEL = (4.0, 3.1)  # inches
+_ACROSS = 3
+_SPREAD = 0.045  # of the width of an axis: between points that would lie on each other
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method looks in every picture."""
+
+    colour: str
+    marker: str
+    hollow: bool = False
+    line: str = "-"
+
+
+def draw(results: Results, folder: Path) -> int:
+    """Write all pictures there are data for, as PNG; gives their number."""
+    found = rows(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for data, clients in dict.fromkeys((place.data, place.clients) for place in places(found)):
+        own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
+        looks = styles(own, results.reference)
+        title = f"{data}, {clients} clients"
+        made: dict[str, Figure | None] = {
+            # Variants of the reference have its bytes.
+            "bytes": scatter(
+                [row for row in own if not looks[row.label].hollow],
+                looks,
+                "bytes_up",
+                1e6,
+                "MB uploaded by each client, all rounds",
+                title,
+            ),
+            "seconds": scatter(
+                _longest(own), looks, "server_seconds", 1.0, "seconds of the server, without evaluation", title
+            ),
+            "skew": skew(own, looks, title),
+        }
+        made |= {f"recall-{_slug(place.partition)}": recall(own, place) for place in places(own)}
+        for name, figure in made.items():
+            if figure is not None:
+                save(figure, folder / f"{_slug(data)}-K{clients}-{name}.png")
+                written += 1
+    return written
+
+
+def styles(found: Sequence[Row], reference: str) -> dict[str, Style]:
+    """By label: the reference is one colour, and its variants are hollow points of it; all others differ."""
+    ours = next((row.entries[0]["method"] for row in found if row.label == reference), reference)
+    looks: dict[str, Style] = {}
+    for row in found:
+        if row.label in looks:
+            continue
+        if row.label == reference:
+            looks[row.label] = Style(OURS, "*")
+        elif row.entries[0]["method"] == ours and row.kind == "one-shot":
+            looks[row.label] = Style(OURS, MARKERS[_count(looks, OURS) % len(MARKERS)], hollow=True)
+        elif row.kind == "reference":
+            looks[row.label] = Style(GREY, MARKERS[_count(looks, GREY) % len(MARKERS)], line=":")
+        else:
+            number = len(looks) - _count(looks, OURS) - _count(looks, GREY)
+            dashed = "--" if row.kind == "flower" else "-"
+            looks[row.label] = Style(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], line=dashed)
+    return looks
+
+
+def _count(looks: Mapping[str, Style], colour: str) -> int:
+    return sum(style.colour == colour for style in looks.values())
+
+
+def points(found: Sequence[Row], x_of: Callable[[Row], float | None]) -> dict[str, list[Point]]:
+    """By label: where its rows lie, from left to right; rows without an x are left out."""
+    made: dict[str, list[Point]] = {}
+    for row in found:
+        x = x_of(row)
+        if x is not None:
+            made.setdefault(row.label, []).append((x, row.accuracy.mean, row.accuracy.std or 0.0))
+    return {label: sorted(where) for label, where in made.items()}
+
+
+def scatter(
+    found: Sequence[Row], looks: Mapping[str, Style], cost: str, unit: float, x_label: str, title: str
+) -> Figure | None:
+    """Accuracy against a cost on a logarithmic axis: one panel for each partition."""
+    shown = [row for row in found if row.cost(cost)]
+    if not shown:
+        return None
+    columns = places(shown)
+    figure, axes = _panels(len(columns))
+    for axis, place in zip(axes, columns, strict=True):
+        here = points([row for row in shown if row.place == place], lambda row: (row.cost(cost) or 0) / unit)
+        axis.set_xscale("log")
+        for label, where in apart(here, log=True).items():
+            _plot(axis, where, looks[label], label)
+        axis.set_title(place.partition, fontsize=10)
+        axis.set_xlabel(x_label, fontsize=8)
+    _finish(figure, axes, f"{title}: accuracy in percent, mean ± standard deviation over the seeds")
+    return figure
+
+
+def skew(found: Sequence[Row], looks: Mapping[str, Style], title: str) -> Figure | None:
+    """Accuracy against skew, from few classes per client to IID; lines join the Dirichlet partitions."""
+    order = sorted(places(found), key=lambda place: _skewness(next(row for row in found if row.place == place)))
+    if len(order) < 2:
+        return None
+    figure, (axis,) = _panels(1, (9.0, 4.4))
+    dirichlet = {at for at, place in enumerate(order) if place.partition.startswith("Dirichlet")}
+    labels = list(dict.fromkeys(row.label for row in found if not looks[row.label].hollow))
+    for number, label in enumerate(labels):
+        own = [row for row in found if row.label == label]
+        most = max(row.rounds for row in own)
+        (where,) = points([row for row in own if row.rounds == most], lambda row: order.index(row.place)).values()
+        shift = 0.5 * (number / max(1, len(labels) - 1) - 0.5)
+        moved = [(x + shift, mean, std) for x, mean, std in where]
+        joined = [point for point, (x, _, _) in zip(moved, where, strict=True) if x in dirichlet]
+        single = [point for point, (x, _, _) in zip(moved, where, strict=True) if x not in dirichlet]
+        name = f"{label}, {most} rounds" if most > 1 else label
+        _plot(axis, joined or single, looks[label], name)
+        for point in single if joined else single[1:]:
+            _plot(axis, [point], looks[label], name)
+    axis.set_xticks(range(len(order)), [place.partition for place in order], fontsize=8)
+    axis.set_xlabel("partition, from skewed to even", fontsize=9)
+    _finish(figure, [axis], f"{title}: accuracy in percent by partition")
+    return figure
+
+
+def _skewness(row: Row) -> tuple[int, float]:
+    told = row.entries[0]["bench"]
+    return SCHEMES.index(told["scheme"]), told["value"] or 0.0
+
+
+def recall(found: Sequence[Row], place: Place) -> Figure | None:
+    """A heat map of recall: one line for each method, with most rounds, and one column for each class."""
+    shown = _longest([row for row in found if row.place == place and row.recall])
+    if not shown:
+        return None
+    classes = list(dict.fromkeys(name for row in shown for name in row.recall))
+    numbers = len(classes) <= 25
+    figure = Figure(figsize=(2.6 + (0.42 if numbers else 0.16) * len(classes), 1.2 + 0.27 * len(shown)))
+    figure.set_layout_engine("constrained")
+    axis = figure.subplots()
+    grid = [[row.recall.get(name, math.nan) for name in classes] for row in shown]
+    shades = axis.imshow(grid, cmap="cividis", aspect="auto", vmin=0, vmax=100)
+    figure.colorbar(shades, ax=axis, label="recall, %", shrink=min(1.0, 4 / len(shown)), aspect=12)
+    upright = max(map(len, classes)) > 4 or not numbers
+    axis.set_xticks(range(len(classes)), classes, rotation=90 if upright else 0, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=8, parse_math=False)
+    for y, values in enumerate(grid if numbers else []):
+        for x, value in enumerate(values):
+            text = "-" if math.isnan(value) else f"{value:.0f}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value < 55 else "black")
+    axis.set_title(f"{place.data}, {place.clients} clients, {place.partition}: recall by class", fontsize=10)
+    return figure
+
+
+def _longest(found: Sequence[Row]) -> list[Row]:
+    """Of each method the rows with most rounds."""
+    most = {row.label: max(other.rounds for other in found if other.label == row.label) for row in found}
+    return [row for row in found if row.rounds == most[row.label]]
+
+
+def apart(found: Mapping[str, Sequence[Point]], *, log: bool = False) -> dict[str, list[Point]]:
+    """The same points, moved sideways as little as keeps those of equal x apart."""
+    xs = [math.log10(x) if log else x for where in found.values() for x, _, _ in where]
+    step = _SPREAD * (max(xs) - min(xs) or 1.0)
+    seen: dict[int, list[str]] = {}
+    for label, where in found.items():
+        for x, _, _ in where:
+            seen.setdefault(_bin(x, step, log), []).append(label)
+    moved: dict[str, list[Point]] = {}
+    for label, where in found.items():
+        moved[label] = []
+        for x, mean, std in where:
+            together = seen[_bin(x, step, log)]
+            shift = (together.index(label) - (len(together) - 1) / 2) * step * min(1.0, 6 / len(together))
+            moved[label].append((x * 10**shift if log else x + shift, mean, std))
+    return moved
+
+
+def _bin(x: float, step: float, log: bool) -> int:
+    return round((math.log10(x) if log else x) / step)
+
+
+def _panels(count: int, size: tuple[float, float] = _PANEL) -> tuple[Figure, list[Any]]:
+    across = min(count, _ACROSS)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(max(size[0] * across, 6.4), size[1] * down + 1.4), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flatten())
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def _plot(axis: Any, where: Sequence[Point], style: Style, label: str) -> None:
+    xs, means, spreads = zip(*where, strict=True)
+    axis.errorbar(
+        xs,
+        means,
+        yerr=spreads if any(spreads) else None,
+        label=label,
+        color=style.colour,
+        marker=style.marker,
+        markersize=12 if style.marker == "*" else 6,
+        markerfacecolor="white" if style.hollow else style.colour,
+        linestyle=style.line,
+        linewidth=1.0,
+        elinewidth=0.7,
+        zorder=3 if style.colour == OURS else 2,
+    )
+
+
+def _finish(figure: Figure, axes: Sequence[Any], title: str) -> None:
+    """Grid, ticks, and one legend beside all panels."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0].set_ylabel("accuracy, %", fontsize=9)
+    across = max(2, int(figure.get_figwidth() / 2.1))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=across, frameon=False)
+    figure.suptitle(title, fontsize=11)
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter == "." else "-" for letter in text.lower()).strip("-")

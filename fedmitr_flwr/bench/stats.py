@@ -1,0 +1,39 @@
+"""Means over seeds, and the test of two methods on the same seeds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from scipy.stats import ttest_rel
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some numbers, one of each seed."""
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        return mean(self.by_seed.values())
+
+    @property
+    def std(self) -> float | None:
+        """The sample standard deviation (n - 1), which one number does not have."""
+        return stdev(self.by_seed.values()) if self.n > 1 else None
+
+
+def paired_p(ours: Spread, theirs: Spread) -> float | None:
+    """The two-sided p-value of a paired t-test over the seeds that both have.
+
+    None: fewer than two seeds, or the difference is the same for all, where the test says nothing.
+    """
+    seeds = sorted(ours.by_seed.keys() & theirs.by_seed.keys())
+    differences = {round(ours.by_seed[seed] - theirs.by_seed[seed], 9) for seed in seeds}
+    if len(seeds) < 2 or len(differences) < 2:
+        return None
+    return float(ttest_rel([ours.by_seed[s] for s in seeds], [theirs.by_seed[s] for s in seeds]).pvalue)

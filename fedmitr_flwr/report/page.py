@@ -1,0 +1,193 @@
+"""`fedmitr report`: one self-contained HTML page of one run, from what the run left in its folder."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from ..config import Config
+from ..files import write_text
+from ..settings import toml_value
+from .charts import accuracies, as_svg, confusion, curves
+from .figures import save_partition
+from .run_folder import RunFolder
+
+Rows = list[tuple[str, ...]]
+
+
+def write_page(run: Path) -> Path:
+    """Write report.html into the folder of a run; gives its path.
+
+    The settings are read from result.json, so a run of an older version has a page, too.
+
+    Raises:
+        RunError: there is no run, or it has not ended.
+    """
+    folder = RunFolder(run.expanduser().absolute(), Config())
+    result = folder.read_result()
+    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(
+        files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    )
+    path = folder.path / "report.html"
+    write_text(path, template.render(**_texts(result), **_pictures(folder, result), picture=_picture))
+    return path
+
+
+def _picture(uri: str | None, told: str, otherwise: str) -> Markup:
+    """An image, or why there is none; everything is escaped."""
+    if uri is None:
+        return Markup("<p>{}</p>").format(otherwise)
+    return Markup('<img src="{}" alt="{}">').format(uri, told)
+
+
+def _pictures(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, str | None]:
+    """By name: a data URI, or None where the run has nothing to show."""
+    accuracy, classes = result["accuracy"], _classes(result)
+    counts = result.get("counts")
+    if counts and None not in counts and not folder.partition_path.exists():
+        save_partition(torch.tensor(counts), classes, folder.partition_path)
+    cells = result.get("confusion")
+    return {
+        "accuracies": _svg(accuracies(accuracy, result["method"], result.get("client_names", ()))),
+        "partition": _png(folder.partition_path),
+        "images": _png(folder.images_path),
+        "curves": _svg(curves(_metrics(folder))),
+        "confusion": _svg(confusion(cells, classes) if cells else None),
+    }
+
+
+def _classes(result: Mapping[str, Any]) -> list[str]:
+    """Their names, or numbers where no recall by class is known."""
+    names = list(result["accuracy"]["per_class"])
+    return names or [str(number) for number in range(result["config"]["model.num-classes"])]
+
+
+def _png(path: Path) -> str | None:
+    return _uri("image/png", path.read_bytes()) if path.exists() else None
+
+
+def _svg(figure: Figure | None) -> str | None:
+    return None if figure is None else _uri("image/svg+xml", as_svg(figure).encode())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    if not folder.metrics_path.exists():
+        return []
+    lines = folder.metrics_path.read_text(encoding="utf-8").splitlines()
+    return [line for line in map(_line, lines) if line]
+
+
+def _line(text: str) -> dict[str, Any]:
+    """A line that a killed run has left half written is none."""
+    try:
+        line: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return {}
+    return line
+
+
+def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
+    config, accuracy = result["config"], result["accuracy"]
+    data = config["data.path"].rstrip("/").rpartition("/")[2] or config["data.source"]
+    rounds = config["flower.rounds"] if config["flower.strategy"] != "oneshot" else 1
+    known = [value for value in accuracy["local"] if value is not None]
+    numbers = [
+        ("accuracy of the global model, %", _percent(accuracy["student"])),
+        ("recall of the worst class, %", _percent(accuracy.get("worst_class"))),
+        ("clients alone, mean, %", _percent(sum(known) / len(known) if known else None)),
+        ("ensemble, %", _percent(accuracy["ensemble"])),
+        ("synthetic images", str(result["synthetic_images"])),
+        ("rounds", str(rounds)),
+    ]
+    return {
+        "title": f"{result['method']} on {data}",
+        "about": f"{result['clients']} clients, {_skew(config)}, seed {result['seed']}, {_model(config)}",
+        "numbers": numbers,
+        "evaluated": _evaluated(result.get("evaluated_on")),
+        "recall": [(name, _percent(value)) for name, value in accuracy["per_class"].items()],
+        "clients": _client_costs(result),
+        "server": _server_costs(result),
+        "changed": _changed(config),
+        "settings": [(key, toml_value(value)) for key, value in config.items()],
+        "origin": _origin(result),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _skew(config: Mapping[str, Any]) -> str:
+    told = {
+        "dirichlet": f"Dirichlet {config['partition.alpha']:g}",
+        "classes-per-client": f"{config['partition.classes-per-client']} classes per client",
+        "iid": "IID",
+    }
+    scheme = config["partition.scheme"]
+    return told.get(scheme, str(scheme))
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    return f"{config['model.name']} vision transformer at {config['model.img-size']} pixels"
+
+
+def _evaluated(on: Mapping[str, Any] | None) -> str:
+    if not on:
+        return "No evaluation is recorded."
+    if on["where"] == "clients":
+        return f"On {on['images']} images that the clients held out."
+    return f"On {on['images']} {on['split']} images of the server, after the last epoch."
+
+
+def _client_costs(result: Mapping[str, Any]) -> Rows:
+    lists = (result["bytes_up"], result.get("bytes_down") or [], result.get("client_seconds") or [])
+    names = result.get("client_names", ())
+    rows: Rows = []
+    for client in range(len(result["bytes_up"])):
+        up, down, seconds = (each[client] if client < len(each) else None for each in lists)
+        name = f"{client}, {names[client]}" if client < len(names) else str(client)
+        rows.append((name, _scaled(up, 1e6, 3), _scaled(down, 1e6, 3), _scaled(seconds, 1, 1)))
+    return rows
+
+
+def _server_costs(result: Mapping[str, Any]) -> Rows:
+    memory = result.get("peak_memory") or {}
+    rows: Rows = [(f"{stage}, s", _scaled(spent, 1, 2)) for stage, spent in result["seconds"].items()]
+    rows.append(("all without evaluation, s", _scaled(result.get("server_seconds"), 1, 2)))
+    rows.append(("peak memory of the process, GB", _scaled(memory.get("ram"), 1e9, 2)))
+    rows.append(("peak memory on the GPU, GB", _scaled(memory.get("gpu"), 1e9, 2)))
+    return rows
+
+
+def _scaled(value: float | None, unit: float, digits: int) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _changed(config: Mapping[str, Any]) -> Rows:
+    defaults = Config().to_flat()
+    given = [(key, value) for key, value in config.items() if key in defaults and value != defaults[key]]
+    return [(key, toml_value(value), toml_value(defaults[key])) for key, value in given]
+
+
+def _origin(result: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    machine = result["machine"]
+    hardware = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return [
+        ("code", str(result["fingerprint"])),
+        ("partition", str(result.get("partition_sha256") or "-")),
+        ("machine", hardware),
+        ("platform", str(machine.get("platform") or "-")),
+        ("versions", versions),
+    ]
