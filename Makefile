@@ -5,7 +5,7 @@ CLIENTS ?= 5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test lint clean
+.PHONY: env demo deploy-demo test test-deploy lint clean
 
 env: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python scripts/flower_run.py -c configs/digits.toml --clients $(CLIENTS)
+
+deploy-demo: $(STAMP)
+	$(BIN)/python deploy/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered

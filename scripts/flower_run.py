@@ -2,7 +2,8 @@
 """`flwr run` of this app, checked: exit status 0 only for a completed run, and nothing left running afterwards.
 
 It starts a SuperLink of its own (own ports, own FLWR_HOME), runs the app on simulated clients, streams the log, asks
-Flower how the run ended, and stops what it started, also after Ctrl-C.
+Flower how the run ended, and stops what it started, also after Ctrl-C. With --superlink the app runs on the SuperNodes
+of a SuperLink that is there already; that one is left as it is, and there a run goes on after Ctrl-C.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from processes import MARK, free_ports, stop  # noqa: E402
 
 from fedmitr_flwr.config import Config  # noqa: E402 - the checkout's own, whether installed or not
 from fedmitr_flwr.errors import UserError  # noqa: E402
 from fedmitr_flwr.settings import parse_assignment, read_flat  # noqa: E402
 
-MARK = "FEDMITR_RUN"  # an environment variable that all processes of one run inherit
-START_SECONDS, STOP_SECONDS = 60.0, 15.0
+START_SECONDS, LOST_SECONDS = 60.0, 300.0
+_GOES_ON = "; the run goes on at {0}: `flwr log RUN {0}` shows it, `flwr stop RUN {0}` ends it"
 # Settings that are paths, with their values that are none. On the command line they are relative to where one stands.
 PATHS = {
     "out-dir": (),
@@ -47,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
+    options = _parse(argv)
     try:
-        options = _parse(argv)
         config = settings(options)
-        with tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, super_link(options, config) as environment:
+        link = there_already() if options.superlink else super_link(options, config)
+        with tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, link as environment:
             run_file = Path(scratch) / "run.toml"
             run_file.write_text(config.to_toml(), encoding="utf-8")
             return run(environment, run_file, options)
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         return _complain(str(error), 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain("interrupted" + _GOES_ON.format(options.superlink) * bool(options.superlink), 130)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -76,6 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     parser.add_argument("--clients", type=int, metavar="K", help="simulated clients (default: partition.clients)")
+    parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml, for real SuperNodes")
     parser.add_argument("--client-gpus", type=float, default=0.0, metavar="G", help="share of a GPU per client")
     parser.add_argument("--flwr-home", type=Path, default=ROOT / ".flwr", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub")
@@ -110,16 +114,13 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
     hub |= config.distill.init == "pretrained" and config.distill.pretrained == "timm"
     return {
         **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        **_quiet(),
         "FLWR_HOME": str(options.flwr_home.expanduser().resolve()),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
         "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # everything is installed, and there may be no network
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",  # "client 1: ..." and "client 2: ..." are no duplicates
-        "PYTHONUNBUFFERED": "1",
         # Threads that wait in a loop take the cores from those that work as soon as anything else runs here.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         MARK: uuid.uuid4().hex,
@@ -127,16 +128,20 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
     }
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now; nobody else is given them while the sockets are held."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+def _quiet() -> dict[str, str]:
+    """Flower's commands of this Python are found, and tell nobody that they ran."""
+    return {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@contextlib.contextmanager
+def there_already() -> Iterator[dict[str, str]]:
+    """Nothing to start and nothing to stop; gives the environment for Flower's commands."""
+    yield {**os.environ, **_quiet()}
 
 
 @contextlib.contextmanager
@@ -158,7 +163,9 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
             _wait_until_up(process, environment, log)
             yield environment
         finally:
-            stop(process, environment[MARK])
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
+            stop([process], environment[MARK])
         log.unlink()  # kept where the block raised
 
 
@@ -191,9 +198,12 @@ def _wait_until_up(process: subprocess.Popen[bytes], environment: dict[str, str]
 
 def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace) -> int:
     """Submit the app, show its log, and return the exit status that tells how it ended."""
-    clients = Config.from_file(run_file).partition.clients
-    federation = f"num-supernodes={clients} client-resources-num-cpus=1 client-resources-num-gpus={options.client_gpus}"
-    command = ["flwr", "run", str(ROOT), "-c", str(run_file), "--federation-config", federation, "--stream"]
+    link = [options.superlink] if options.superlink else []
+    command = ["flwr", "run", str(ROOT), *link, "-c", str(run_file), "--stream"]
+    if not link:
+        clients = Config.from_file(run_file).partition.clients
+        resources = f"client-resources-num-cpus=1 client-resources-num-gpus={options.client_gpus}"
+        command += ["--federation-config", f"num-supernodes={clients} {resources}"]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -205,14 +215,15 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
             raise
     if not run_id:
         return _complain("Flower did not take the run; see above", process.returncode or 1)
-    listed = subprocess.run(
-        ["flwr", "list", "--run-id", run_id, "--format", "json"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    status, details = _status(listed.stdout)
+    status, details = _status(run_id, link, environment)
+    if not status.startswith("finished") and link:
+        print(f"flower_run: the log broke off (status: {status}); the run may go on, and is waited for", flush=True)
+        status, details = _wait_for_end(run_id, link, environment)
+        with subprocess.Popen(
+            ["flwr", "log", run_id, *link, "--show"], env=environment, stdout=subprocess.PIPE
+        ) as again:
+            assert again.stdout is not None
+            _, folder = _show(again.stdout)
     print(f"flower_run: run {run_id}: {status}")
     if folder:
         print(f"flower_run: run folder: {folder}", flush=True)
@@ -232,63 +243,26 @@ def _show(stream: IO[bytes]) -> tuple[str, str]:
     return run_id, folder
 
 
-def _status(listed: str) -> tuple[str, str]:
+def _wait_for_end(run_id: str, link: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Until the run has ended, or its SuperLink has been silent for too long."""
+    heard = time.monotonic()
+    while True:
+        status, details = _status(run_id, link, environment)
+        if status != "unknown":
+            heard = time.monotonic()
+        if status.startswith("finished") or time.monotonic() - heard > LOST_SECONDS:
+            return status, details
+        time.sleep(2)
+
+
+def _status(run_id: str, link: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:
+    command = ["flwr", "list", *link, "--run-id", run_id, "--format", "json"]
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     try:
-        entry: dict[str, Any] = json.loads(listed)["runs"][0]
+        entry: dict[str, Any] = json.loads(listed.stdout)["runs"][0]
     except (ValueError, KeyError, IndexError):
-        return "unknown", f"`flwr list` says: {listed[-300:]}"
+        return "unknown", f"`flwr list` says: {listed.stdout[-300:]}"
     return str(entry.get("status")), str(entry.get("status-details") or "")
-
-
-def stop(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End the SuperLink and everything that it started: Flower's processes and Ray's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Some of Ray's processes overwrite their environment with a title; their session tells whose they are.
-    sessions = {_session(pid) for pid in _processes() if _is_marked(pid, mark)} | {process.pid}
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they are at work
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _in(sessions):
-            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                os.kill(pid, kind)
-        _wait_until_gone(sessions, STOP_SECONDS)
-
-
-def _wait_until_gone(sessions: set[int], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while _in(sessions) and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def _processes() -> list[int]:
-    """All that run now. Where there is no /proc, none are known."""
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-
-
-def _in(sessions: set[int]) -> list[int]:
-    return [pid for pid in _processes() if _session(pid) in sessions]
-
-
-def _session(pid: int) -> int:
-    """The session of a process; 0 for one that has ended."""
-    try:
-        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-    except (OSError, ValueError):
-        return 0
-    return 0 if state == "Z" else int(session)
-
-
-def _is_marked(pid: int, mark: str) -> bool:
-    try:
-        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # ended meanwhile, or another user's
-        return False
 
 
 if __name__ == "__main__":

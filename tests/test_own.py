@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from own_data import as_folders, as_parquet, png
+from deploy.demo_data import as_folders, as_parquet, png
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own

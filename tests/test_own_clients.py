@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from local_grid import TINY, LocalGrid, server_context, task_identity
-from own_data import as_folders, as_parquet
+from deploy.demo_data import as_folders, as_parquet
 from tiny import timeless
 
 from client_app.app import app as client_app

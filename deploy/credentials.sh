@@ -1,0 +1,78 @@
+#!/bin/sh
+# Credentials of one federation: its own certificate authority, the server's certificate, and a key for each SuperNode.
+#
+#   credentials.sh ca DIR               once, on a machine that you trust: DIR/ca.crt (for everybody), DIR/ca.key (secret)
+#   credentials.sh server DIR NAME...   DIR/server.crt and DIR/server.key (secret); NAMEs are all host names and addresses
+#                                       by which SuperNodes and operators reach the server
+#   credentials.sh node DIR NAME        DIR/NAME (secret) and DIR/NAME.pub; at the client, whose secret never leaves it
+#
+# Needs openssl and ssh-keygen. Never overwrites a file.
+set -eu
+umask 077
+
+fail() {
+    echo "credentials.sh: error: $*" >&2
+    exit 2
+}
+
+absent() {
+    for file in "$@"; do
+        [ ! -e "$file" ] || fail "$file is there already; move it away to make a new one"
+    done
+}
+
+ca() {
+    absent "$dir/ca.key" "$dir/ca.crt"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 -subj "/CN=fedmitr CA" \
+        -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout "$dir/ca.key" -out "$dir/ca.crt" 2>"$dir/openssl.log" ||
+        fail "$(cat "$dir/openssl.log")"
+    chmod 644 "$dir/ca.crt"
+}
+
+server() {
+    [ "$#" -gt 0 ] || fail "give the names and addresses of the server, such as fl.example.org 203.0.113.7"
+    [ -e "$dir/ca.key" ] || fail "there is no $dir/ca.key; run: credentials.sh ca $dir"
+    absent "$dir/server.key" "$dir/server.crt"
+    names="DNS:localhost,IP:127.0.0.1" # the SuperLink's own helpers come this way
+    for name in "$@"; do
+        case "$name" in
+        localhost | 127.0.0.1) ;;
+        *:*) names="$names,IP:$name" ;;
+        *[!0-9.]*) names="$names,DNS:$name" ;;
+        *) names="$names,IP:$name" ;;
+        esac
+    done
+    {
+        echo "basicConstraints=critical,CA:FALSE"
+        echo "keyUsage=critical,digitalSignature"
+        echo "extendedKeyUsage=serverAuth"
+        echo "subjectKeyIdentifier=hash"
+        echo "authorityKeyIdentifier=keyid"
+        echo "subjectAltName=$names"
+    } >"$dir/server.ext"
+    {
+        openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=fedmitr server" \
+            -keyout "$dir/server.key" -out "$dir/server.csr" &&
+            openssl x509 -req -in "$dir/server.csr" -CA "$dir/ca.crt" -CAkey "$dir/ca.key" -CAcreateserial -sha384 \
+                -days 825 -extfile "$dir/server.ext" -out "$dir/server.crt"
+    } 2>"$dir/openssl.log" || fail "$(cat "$dir/openssl.log")"
+    rm -f "$dir/server.csr" "$dir/server.ext"
+    chmod 644 "$dir/server.crt"
+}
+
+node() {
+    [ "$#" -eq 1 ] || fail "give one name, such as hospital-a"
+    absent "$dir/$1" "$dir/$1.pub"
+    ssh-keygen -q -t ecdsa -b 384 -N "" -C "$1" -f "$dir/$1" || fail "ssh-keygen made no key in $dir"
+}
+
+[ "$#" -ge 2 ] || fail "usage: credentials.sh ca DIR | server DIR NAME... | node DIR NAME"
+what=$1
+dir=$2
+shift 2
+mkdir -p "$dir" || fail "cannot make the folder $dir"
+case "$what" in
+ca | server | node) "$what" "$@" ;;
+*) fail "'$what' is none of: ca, server, node" ;;
+esac
+rm -f "$dir/openssl.log"

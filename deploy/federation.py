@@ -1,0 +1,163 @@
+"""A whole federation on this machine's loopback, started by the scripts that also start one on many machines.
+
+Each SuperNode has a folder of its own, with its key, its FLWR_HOME and its log, as it would have on its own machine.
+"""
+
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from processes import MARK, free_ports, in_sessions, marked_sessions, stop  # noqa: E402
+
+NAME = "federation"  # of the connection in Flower's config.toml
+START_SECONDS = 120.0
+
+
+class Federation:
+    """A SuperLink and its SuperNodes; leaving the block ends them all."""
+
+    def __init__(self, folder: Path, show: bool = False) -> None:
+        """Prepare one in an empty folder; with `show`, every command is printed."""
+        self.folder, self.show = folder, show
+        self.mark = uuid.uuid4().hex
+        (self.port,) = free_ports(1)
+        self.credentials = folder / "credentials"
+        self.link: subprocess.Popen[bytes] | None = None
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._starts: dict[str, tuple[Path, int]] = {}
+
+    def __enter__(self) -> Self:
+        self.call("sh", HERE / "credentials.sh", "ca", self.credentials)
+        self.call("sh", HERE / "credentials.sh", "server", self.credentials, "localhost")
+        home = self.folder / "operator"
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "{self.address}"\n'
+            f'root-certificates = "{self.credentials / "ca.crt"}"\n'
+        )
+        try:
+            self.start_link()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """SuperNodes first, so that they can say goodbye."""
+        stop([*self.nodes.values(), *([self.link] if self.link else [])], self.mark)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def environment(self, who: str) -> dict[str, str]:
+        """Of the operator, the server or a client, each of which has Flower's files in a folder of its own."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        more = {"FLWR_HOME": str(self.folder / who), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        return {**os.environ, **more, "PATH": path, MARK: self.mark}
+
+    def call(self, *command: str | Path) -> str:
+        """Run one command to its end, as the operator; gives its output.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self._print(command)
+        done = subprocess.run(
+            [str(word) for word in command], env=self.environment("operator"), capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))} failed: {' '.join((done.stdout + done.stderr).split())}")
+        return done.stdout
+
+    def start_link(self) -> None:
+        """Start the SuperLink, also again: its database is kept."""
+        words = [self.credentials, self.folder / "server", "127.0.0.1", str(self.port)]
+        self.link = self._start("server", ["sh", HERE / "superlink.sh", *words])
+        url = f"https://{self.address}/health"
+        trust = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=self.credentials / "ca.crt"))
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), trust)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.link.poll() is None:
+            try:
+                with direct.open(url, timeout=2):
+                    return
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.2)
+        raise RuntimeError(f"the SuperLink did not start; see {self.log_of('server')}")
+
+    def add(self, name: str, images: Path) -> None:
+        """Make a client's key, register it, and start its SuperNode."""
+        self.call("sh", HERE / "credentials.sh", "node", self.folder / name, name)
+        (self.folder / name / "ca.crt").write_bytes((self.credentials / "ca.crt").read_bytes())
+        self.call("flwr", "supernode", "register", self.folder / name / f"{name}.pub", NAME)
+        (port,) = free_ports(1)
+        self._starts[name] = (images, port)
+        self.start_node(name)
+
+    def start_node(self, name: str) -> None:
+        """Start a SuperNode that was added, also again."""
+        images, port = self._starts[name]
+        words = [self.folder / name, self.address, name, images, str(port)]
+        self.nodes[name] = self._start(name, ["sh", HERE / "supernode.sh", *words])
+
+    def _start(self, who: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+        self._print([*command, "&"])
+        (self.folder / who).mkdir(exist_ok=True)
+        with self.log_of(who).open("ab") as log:
+            return subprocess.Popen(
+                [str(word) for word in command],
+                env=self.environment(who),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def log_of(self, who: str) -> Path:
+        return self.folder / f"{who}.log"
+
+    def run(self, *words: str | Path, **more: Any) -> subprocess.Popen[Any]:
+        """Submit the app, as a process whose output is the run's log and whose status is 0 if the run completed."""
+        command = [sys.executable, ROOT / "scripts/flower_run.py", "--superlink", NAME, *words]
+        self._print(["python", "scripts/flower_run.py", *command[2:]])
+        return subprocess.Popen([str(word) for word in command], env=self.environment("operator"), **more)
+
+    def kill(self, who: str) -> None:
+        """End a SuperNode or the SuperLink (`server`) as a power cut does, and all that it started."""
+        process = self.link if who == "server" else self.nodes[who]
+        assert process is not None
+        for pid in self.processes("", {process.pid}):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def processes(self, title: str, sessions: set[int] | None = None) -> list[int]:
+        """Ids of our processes whose command line holds `title`; of all sessions, or of some."""
+        found = []
+        for pid in in_sessions(sessions or marked_sessions(self.mark)):
+            try:
+                if title in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                    found.append(pid)
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
+    def _print(self, command: Sequence[str | Path]) -> None:
+        if self.show:
+            print("$", *(str(word).replace(f"{ROOT}/", "") for word in command), flush=True)
