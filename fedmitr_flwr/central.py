@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from .compute import resolve_device, threads
+from .compute import forget_peak, peak_memory, resolve_device, threads
 from .data.images import Images
 from .data.shares import client_images, server_images
 from .errors import ConfigError
@@ -26,8 +26,8 @@ log = logging.getLogger("fedmitr")
 NAME = "central"
 
 
-def train_centrally(run: RunFolder) -> RunFolder:
-    """Train for `local.epochs` on the union of the clients' images; gives the new folder under the run's `fused/`.
+def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolder:
+    """Train for `local.epochs` on the union of the clients' images; gives its folder, a new one under `fused/`.
 
     Raises:
         ConfigError: the clients' images are not here, or there are none to judge by.
@@ -37,8 +37,9 @@ def train_centrally(run: RunFolder) -> RunFolder:
         raise ConfigError("partition.scheme = 'own': the clients' images are not here to be trained on")
     if config.evaluate.where != "server":
         raise ConfigError(f"evaluate.where = {config.evaluate.where!r}, but a central model is judged by the server")
-    folder = run.sub(NAME)
+    folder = folder or run.sub(NAME)
     device, stopwatch = resolve_device(config.device), Stopwatch()
+    forget_peak(device)
     images = everybodys([client_images(config, client)[0] for client in range(config.partition.clients)])
     test, classes = server_images(config)
     vit = build_vit(config.model)
@@ -58,6 +59,8 @@ def train_centrally(run: RunFolder) -> RunFolder:
             device=str(device),
             bytes_up=[],
             seconds=stopwatch.seconds,
+            server_seconds=stopwatch.seconds["training"],
+            peak_memory=peak_memory(device),
             student=found.accuracy,
             per_class=dict(zip(classes, found.per_class, strict=True)),
             confusion=found.confusion,

@@ -36,7 +36,9 @@ class Cell:
     rounds: int
     config: Config = field(repr=False)
     tuned: Mapping[str, object] | None = field(default=None, hash=False, repr=False)  # what was tried, and the choice
-    tuning: bool = False  # judged on validation images, to choose settings
+    tried: Flat | None = field(
+        default=None, hash=False, repr=False
+    )  # of a run on validation images, to choose settings
 
     @property
     def label(self) -> str:
@@ -47,7 +49,8 @@ class Cell:
         """For people: `digits, Dirichlet 0.3, K 5, seed 0, fedmitr`."""
         rounds = f", {self.rounds} round{'s' * (self.rounds > 1)}" if self.variant.flower else ""
         where = f"{self.data}, {self.skew.name}, K {self.clients}, seed {self.seed}"
-        return f"{'tuning: ' * self.tuning}{where}, {self.label}{rounds}"
+        tried = ", ".join(f"{key} = {value}" for key, value in (self.tried or {}).items())
+        return f"tuning: {where}, {self.label}{rounds}, {tried}" if tried else f"{where}, {self.label}{rounds}"
 
     @property
     def group(self) -> str:
@@ -83,7 +86,7 @@ class Cell:
             "label": self.label,
             "kind": "flower" if self.variant.flower else "one-shot",
             "rounds": self.rounds,
-            "tuning": self.tuning,
+            "tuning": self.tried is not None,
             "tuned": self.tuned,
         }
 
@@ -135,7 +138,7 @@ def tune_cells(bench: Bench) -> dict[tuple[str, str, int], list[tuple[Flat, Cell
 def _tune_cell(bench: Bench, tune: Tune, data: str, variant: Variant, rounds: int, tried: Flat) -> Cell:
     judged = {**tried, "data.validation": tune.validation}
     config = _config(bench, data, tune.skew, tune.clients, tune.seed, variant, rounds, judged)
-    return Cell(data, tune.skew, tune.clients, tune.seed, variant, rounds, config, tuning=True)
+    return Cell(data, tune.skew, tune.clients, tune.seed, variant, rounds, config, tried=tried)
 
 
 def _config(
@@ -151,7 +154,7 @@ def _config(
     try:
         if not variant.flower:
             _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)
-        config = Config.from_flat(flat) if variant.flower else _least(flat)
+        config = _least(flat) if variant.is_method else Config.from_flat(flat)
     except ConfigError as error:
         raise ConfigError(f"{error} (of {data}, {skew.name}, {clients} clients, {variant.label})") from error
     if config.evaluate.where != "server":

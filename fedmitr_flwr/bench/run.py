@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from .. import pipeline
+from ..central import train_centrally
 from ..compute import threads
 from ..config import Config
 from ..errors import UserError
@@ -167,6 +168,8 @@ def _fuse(cell: Cell, store: Store) -> RunFolder:
             raise Busy
         uploads = _uploads(cell, store)
         lines = _lines(uploads)
+    if not cell.variant.is_method:
+        return train_centrally(uploads, uploads.begun(cell.folder, cell.config))
     own = {key: value for key, value in cell.config.to_flat().items() if key not in ("out-dir", "resume-from")}
     return pipeline.fuse(uploads, cell.variant.method, own, cell.folder, lines)
 

@@ -20,6 +20,7 @@ STRATEGIES = (
     *("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"),
     *("fedmedian", "fedtrimmedavg", "krum", "qfedavg"),
 )
+CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
@@ -59,6 +60,11 @@ class Variant:
     flower: bool
     rounds: tuple[int, ...]
     settings: Flat = field(hash=False)
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it is a file of fedmitr_flwr/methods, and works on uploads."""
+        return not self.flower and self.method != CENTRAL
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ def read(path: Path, words: Flat | None = None) -> Bench:
         raise ConfigError(f"cannot read the bench file {path}: {error}") from error
     axes = {key.removeprefix("grid."): value for key, value in (words or {}).items() if key.startswith("grid.")}
     last = {key: value for key, value in (words or {}).items() if not key.startswith("grid.")}
-    document["grid"] = {**_table(document.get("grid", {}), "grid"), **axes}
     try:
+        document["grid"] = {**_table(document.get("grid", {}), "grid"), **axes}
         return _bench(document, path, last)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -179,7 +185,7 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Varia
         method = _string(flat.pop("method", label), f"{where}.method")
         flower = method.startswith(FLOWER)
         own = _numbers(flat.pop("rounds", list(rounds if flower else [1])), f"{where}.rounds", int, 1)
-        known = [FLOWER + name for name in STRATEGIES] if flower else available()
+        known = [FLOWER + name for name in STRATEGIES] if flower else [*available(), CENTRAL]
         _one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
         if not flower and own != (1,):
             raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")

@@ -108,7 +108,7 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         ("clients alone, mean, %", _percent(sum(known) / len(known) if known else None)),
         ("ensemble, %", _percent(accuracy["ensemble"])),
         ("synthetic images", str(result["synthetic_images"])),
-        ("rounds", str(rounds)),
+        *([("rounds", str(rounds))] if rounds > 1 else []),
     ]
     return {
         "title": f"{result['method']} on {data}",

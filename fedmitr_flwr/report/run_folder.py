@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..config import Config
-from ..errors import RunError
+from ..errors import DiskError, RunError
 from ..files import save_tensors, write_text
 from ..training.upload import Upload, load, narrowed, save
 
@@ -164,6 +164,15 @@ class RunFolder:
             path = self.refused_path / f"{stem}-{number}.safetensors"
         save_tensors(path, weights, {"from": client_or_node, "reason": reason, "said": dict(said or {})})
         return path
+
+    def require_room(self, uploads: int, num_bytes: int) -> None:
+        """Raise DiskError if so many uploads of so many bytes do not fit on the disk."""
+        free = shutil.disk_usage(self.path).free
+        if uploads and free < uploads * num_bytes:
+            raise DiskError(
+                f"the disk of {self.path} has {free / 1e6:.0f} MB free, and {uploads} uploads take "
+                f"{uploads * num_bytes / 1e6:.0f} MB; make room there, or set out-dir to another disk"
+            )
 
     def upload_paths(self) -> dict[int, Path]:
         """By client, in the clients' order."""

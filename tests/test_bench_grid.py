@@ -1,0 +1,215 @@
+"""Bench files: what they say, counted by hand, and what is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedmitr_flwr.bench import spec
+from fedmitr_flwr.bench.grid import cells, tune_cells
+from fedmitr_flwr.bench.spec import Bench, read
+from fedmitr_flwr.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+Write = Callable[[str], Path]
+
+FULL = """
+[settings]
+local.epochs = 2
+[data.digits]
+[data.small]
+data.train-limit = 600
+model.width = 32
+[grid]
+partition = ["dirichlet", "classes-per-client", "iid"]
+alpha = [0.1, 0.5]
+classes = [2]
+clients = [5, 10]
+seed = [0, 1, 2]
+rounds = [1, 10]
+methods = ["fedavg", "fedmitr", "fedmitr-dense", "flower:fedadam", "short"]
+[methods.fedmitr-dense]
+method = "fedmitr"
+inversion.mode = "dense"
+[methods.short]
+method = "flower:fedavg"
+rounds = [3]
+local.epochs = 1
+[tune]
+seed = 100
+alpha = 0.5
+clients = 10
+[tune.methods."flower:fedadam"]
+strategy.eta = [0.001, 0.01, 0.1]
+strategy.tau = [0.01, 0.1]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def put(text: str) -> Path:
+        path = tmp_path / "bench.toml"
+        path.write_text(text)
+        return path
+
+    return put
+
+
+@pytest.fixture
+def full(write: Write) -> Bench:
+    return read(write(FULL))
+
+
+def test_the_cells_are_counted_by_hand(full: Bench) -> None:
+    # 3 seeds x 2 data sets x 2 K x (2 alphas + 2 classes + IID) x (3 one-shot + 2 rounds of FedAdam + 1 of `short`)
+    assert len(cells(full)) == 3 * 2 * 2 * 4 * 6
+    # 2 data sets x 2 rounds, 6 settings each
+    tried = tune_cells(full)
+    assert {place: len(pairs) for place, pairs in tried.items()} == {
+        (data, "flower:fedadam", rounds): 6 for data in ("digits", "small") for rounds in (1, 10)
+    }
+
+
+def test_every_place_is_there_once_and_seeds_are_whole(full: Bench) -> None:
+    made = cells(full)
+    places = [(cell.data, cell.skew.name, cell.clients, cell.seed, cell.label, cell.rounds) for cell in made]
+    assert len(set(places)) == len(places)
+    assert [cell.seed for cell in made] == sorted(cell.seed for cell in made)
+    assert {cell.skew.name for cell in made} == {"Dirichlet 0.1", "Dirichlet 0.5", "2 classes", "IID"}
+    assert {(cell.label, cell.rounds) for cell in made if cell.variant.flower} == {
+        *(("flower:fedadam", 1), ("flower:fedadam", 10), ("short", 3))
+    }
+
+
+def test_a_cell_has_the_settings_of_its_place(full: Bench) -> None:
+    found = {
+        (cell.data, cell.skew.name, cell.clients, cell.seed, cell.label, cell.rounds): cell.config
+        for cell in cells(full)
+    }
+    dense = found["small", "2 classes", 10, 2, "fedmitr-dense", 1]
+    assert (dense.method, dense.inversion.mode, dense.seed, dense.partition.clients) == ("fedmitr", "dense", 2, 10)
+    assert (dense.partition.scheme, dense.partition.classes_per_client) == ("classes-per-client", 2)
+    assert (dense.data.train_limit, dense.model.width, dense.local.epochs) == (600, 32, 2)
+    adam = found["digits", "Dirichlet 0.1", 5, 0, "flower:fedadam", 10]
+    assert (adam.flower.strategy, adam.flower.rounds, adam.partition.alpha) == ("fedadam", 10, 0.1)
+    assert found["digits", "IID", 5, 0, "short", 3].local.epochs == 1
+
+
+def test_tuning_is_at_its_own_place_on_validation_images(full: Bench) -> None:
+    (flat, cell), *_ = tune_cells(full)["digits", "flower:fedadam", 10]
+    assert flat == {"strategy.eta": 0.001, "strategy.tau": 0.01}
+    assert (cell.seed, cell.clients, cell.skew.name, cell.rounds) == (100, 10, "Dirichlet 0.5", 10)
+    assert (cell.config.data.validation, cell.config.strategy.eta) == (0.2, 0.001)
+    assert cell.name.startswith("tuning: ")
+    assert all(cell.config.data.validation == 0 for cell in cells(full))
+
+
+def test_what_was_chosen_is_set(full: Bench) -> None:
+    choice = {"chosen": {"strategy.eta": 0.1}, "tried": []}
+    made = cells(full, {("small", "flower:fedadam", 10): choice})
+    tuned = [cell for cell in made if cell.config.strategy.eta == 0.1]
+    assert {(cell.data, cell.label, cell.rounds) for cell in tuned} == {("small", "flower:fedadam", 10)}
+    assert len(tuned) == 3 * 2 * 4
+    assert all(cell.facts["tuned"] == choice for cell in tuned)
+
+
+def test_uploads_are_shared_by_what_decides_them_only(full: Bench) -> None:
+    made = cells(full)
+    one_shot = [cell for cell in made if not cell.variant.flower]
+    assert len({cell.group for cell in one_shot}) == 3 * 2 * 2 * 4
+    assert len({(cell.group, cell.folder) for cell in made}) == len(made)
+
+
+def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
+    text = '[grid]\nmethods = ["fedmitr", "lda", "fedpft", "counts"]\n'
+    text += '[methods.counts]\nmethod = "fedmitr"\nensemble.weights = "counts"'
+    found = {cell.label: cell.config.upload for cell in cells(read(write(text)))}
+    told = {label: (each.class_counts, each.statistics, each.variances) for label, each in found.items()}
+    assert told == {
+        "fedmitr": (False, False, False),
+        "lda": (False, True, False),
+        "fedpft": (False, True, True),
+        "counts": (True, False, False),
+    }
+    assert len({cell.group for cell in cells(read(write(text)))}) == 1
+
+
+def test_words_of_the_command_line_win(write: Write) -> None:
+    bench = read(write(FULL), {"grid.seed": [7], "local.epochs": 9, "model.width": 16})
+    made = cells(bench)
+    assert {cell.seed for cell in made} == {7}
+    assert {cell.config.local.epochs for cell in made} == {9}
+    assert {cell.config.model.width for cell in made} == {16}
+
+
+def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('seed = 5\nmethod = "fedavg"\nlocal.epochs = 4\npartition.alpha = 0.7\n')
+    made = cells(read(write('base = "base.toml"\n[grid]\nmethods = ["fedmitr"]\n[settings]\nlocal.lr = 0.5')))
+    (only,) = made
+    assert (only.config.local.epochs, only.config.local.lr, only.config.seed) == (4, 0.5, 0)
+    assert (only.config.partition.alpha, only.config.method) == (0.3, "fedmitr")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[grid]\nalhpa = [0.1]", "unknown key 'grid.alhpa'; did you mean grid.alpha?"),
+        ("gird = 1", "unknown key 'gird'; did you mean grid?"),
+        ("[grid]\nmethods = ['fedmitre']", "grid.methods: 'fedmitre' is unknown; did you mean fedmitr?"),
+        ("[grid]\nmethods = ['flower:adam']", "grid.methods: 'flower:adam' is unknown; did you mean flower:fedadam?"),
+        ("[grid]\nmethods = []", "grid.methods = [] is not possible; use a list with one entry at least"),
+        ("[grid]\nmethods = ['fedavg', 'fedavg']", "has an entry twice"),
+        ("[grid]\nmethods = ['fedavg']\nseed = [-1]", "grid.seed: -1 is not possible; use whole numbers >= 0"),
+        ("[grid]\nmethods = ['fedavg']\nseed = 1", "grid.seed = 1 is not possible; use a list"),
+        ("[grid]\nmethods = ['fedavg']\nalpha = [0]", "grid.alpha: 0 is not possible; use numbers > 0"),
+        ("[grid]\nmethods = ['fedavg']\nclasses = [2]", "grid.classes is for 'classes-per-client', which is not in"),
+        ("[grid]\nmethods = ['fedavg']\npartition = ['iidd']", "grid.partition: 'iidd' is unknown; did you mean iid?"),
+        ("[grid]\nmethods = ['fedavg']\ndata = ['cifar']", "describe it in a table [data.cifar]"),
+        (
+            "[settings]\nseed = 3\n[grid]\nmethods = ['fedavg']",
+            "settings: seed is an axis of the grid; set it in [grid]",
+        ),
+        ("[settings]\nmethod = 'adi'\n[grid]\nmethods = ['fedavg']", "settings: method is what the bench decides"),
+        ("[grid]\nmethods = ['fedavg']\n[methods.adi]", "[methods.adi] is not in grid.methods; add it there"),
+        ("[grid]\nmethods = ['fedavg']\n[methods.fedavg]\nrounds = [2]", "fedavg is one shot; only Flower's own"),
+        ("[grid]\nmethods = ['fedavg']\n[tune]\nseed = 0", "tune.seed = 0 is in grid.seed as well"),
+        ("[grid]\nmethods = ['fedavg']\n[tune]\n[tune.methods.adi]\n", "tune.methods.adi: 'adi' is unknown"),
+        ("keep = 'none'\n[grid]\nmethods = ['fedavg']", "keep: 'none' is unknown; use one of: all, results"),
+        ("grid = 1", "grid = 1 is not possible; make it a table [grid]"),
+        ("[grid\n", "cannot read the bench file"),
+    ],
+)
+def test_what_is_wrong_is_named(write: Write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(write(text))
+    assert message in str(caught.value)
+    assert "bench.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[settings]\nlocal.epochz = 1\n[grid]\nmethods = ['fedavg']",
+            "unknown config key 'local.epochz'; did you mean",
+        ),
+        (
+            "[grid]\nmethods = ['fedavg']\n[methods.fedavg]\nlocal.epochs = 3",
+            "local.epochs of 'fedavg' changes the uploads",
+        ),
+        ("[grid]\nmethods = ['feddf']", "feddf"),
+        ("[settings]\nevaluate.where = 'clients'\n[grid]\nmethods = ['fedavg']", "a bench evaluates on the server"),
+    ],
+)
+def test_what_cannot_run_is_known_before_anything_runs(write: Write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cells(read(write(text)))
+    assert message in str(caught.value)
+
+
+def test_the_names_of_flower_s_strategies_are_those_of_the_app() -> None:
+    from server_app.builtin import STRATEGIES
+
+    assert set(spec.STRATEGIES) == set(STRATEGIES)
