@@ -23,3 +23,7 @@ class UploadError(UserError):
 
 class RunError(UserError):
     """A run folder that cannot be created, continued or fused."""
+
+
+class DiskError(RunError):
+    """A file of the run cannot be written: the disk is full, read-only or over its quota."""

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import RunError
+from .errors import DiskError, RunError
 
 # One entry only: safetensors writes several in random order, and equal contents shall give equal bytes.
 _HEADER = "fedmitr"
@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; when the block ends well, it takes `path`'s place at once.
 
     Raises:
-        RunError: the file cannot be written (read-only, disk full, ...).
+        DiskError: the file cannot be written (read-only, disk full, ...).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {path}: {error}") from error
+        raise DiskError(f"cannot write {path}: {error}; make room there, and go on with resume-from") from error
     finally:
         temporary.unlink(missing_ok=True)
 

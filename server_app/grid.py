@@ -47,6 +47,7 @@ class ObservedGrid(Grid):
         self.clients = dict(clients or {})
         self._asked: dict[str, int] = {}  # message id -> node; a lost node's reply names the SuperLink as its source
         self._dead_actors: set[str] = set()
+        self._in_hook = 0.0  # seconds
 
     def set_run(self, run: Any) -> None:
         self.inner.set_run(run)
@@ -84,20 +85,28 @@ class ObservedGrid(Grid):
         return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        replies = list(self.inner.pull_messages(list(message_ids)))
-        for reply in replies:
-            node = self.node_of(reply)
-            if reply.has_error():
-                log.warning("%s failed: %s", self.name_of(node), reason(reply))
-            elif self.on_reply:
-                try:
-                    self.on_reply(reply, node)
-                except Exception:  # one reply's trouble must not cost the others, which are in this same list
-                    log.exception("%s: its reply could not be taken", self.name_of(node))
+        """Fetch replies one by one: no more than one is in memory before the hook has seen it, and freed it perhaps."""
+        replies: list[Message] = []
+        for message_id in list(message_ids):
+            for reply in self.inner.pull_messages([message_id]):
+                self._show(reply)
+                replies.append(reply)
         return replies
 
+    def _show(self, reply: Message) -> None:
+        node = self.node_of(reply)
+        if reply.has_error():
+            log.warning("%s failed: %s", self.name_of(node), reason(reply))
+        elif self.on_reply:
+            started = time.monotonic()
+            try:
+                self.on_reply(reply, node)
+            except Exception:  # one reply's trouble must not cost the others
+                log.exception("%s: its reply could not be taken", self.name_of(node))
+            self._in_hook += time.monotonic() - started
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Ask, and wait for all replies or for `timeout` seconds.
+        """Ask, and wait for all replies or for `timeout` seconds, in which the hook's own time does not count.
 
         Replies come back in the order of the clients, not of arrival, so that sums over them are the same in every
         run. A client which Ray gave to an actor that had died before, under another client, is asked again.
@@ -105,10 +114,11 @@ class ObservedGrid(Grid):
         questions = sorted(messages, key=lambda message: self._rank(message.metadata.dst_node_id))
         waiting = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._in_hook = 0.0
         answers: dict[int, Message] = {}
         bereft: list[int] = []  # questions that a dead actor was handed
         tries = Counter(waiting.values())
-        while waiting and (deadline is None or time.monotonic() < deadline):
+        while waiting and (deadline is None or time.monotonic() < deadline + self._in_hook):
             freed = False  # has an actor that lives become free?
             for reply in self.pull_messages(waiting):
                 number = waiting.pop(reply.metadata.reply_to_message_id, None)

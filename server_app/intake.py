@@ -1,11 +1,14 @@
 """Taking in an upload: read, checked and written to disk, or refused by name and kept apart. No reply gets past it."""
 
+import math
 import time
+from collections.abc import Callable
 from logging import getLogger
+from pathlib import Path
 
 from flwr.app import Message
 
-from fedmitr_flwr.errors import UploadError, UserError
+from fedmitr_flwr.errors import DiskError, UploadError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.statistics import moments
@@ -15,6 +18,8 @@ from fedmitr_flwr.vit.probe import computes
 from .records import keep, read_upload, room
 
 log = getLogger("flwr")
+
+PAUSE, REMIND = 2.0, 60.0  # seconds between two tries to write, and between two complaints that it does not work
 
 
 class Intake:
@@ -31,16 +36,14 @@ class Intake:
             reply: to a train message.
             client: whom the message was sent to.
             node: where it was sent to.
-
-        Raises:
-            RunError: the disk cannot be written.
         """
         started = time.monotonic()
         try:
             self._accept(self._checked(reply, client, node))
         except UserError as error:
             tensors, said = keep(reply.content, self.limit)
-            path = self.folder.refuse_upload(f"client {client}", tensors, str(error), said)
+            name, told = f"client {client}", str(error)
+            path = _however_long(name, lambda: self.folder.refuse_upload(name, tensors, told, said))
             log.warning("refused: %s (kept in %s)", error, path)
         for name, record in list(reply.content.items()):
             reply.content[name] = type(record)()
@@ -78,7 +81,7 @@ class Intake:
         return upload
 
     def _accept(self, upload: Upload) -> None:
-        path = self.folder.save_upload(upload)
+        path = _however_long(f"client {upload.client}", lambda: self.folder.save_upload(upload))
         self.folder.log_metrics(
             stage="upload",
             client=upload.client,
@@ -88,3 +91,16 @@ class Intake:
             seconds=upload.seconds,
         )
         log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
+
+
+def _however_long(name: str, write: Callable[[], Path]) -> Path:
+    """Write until it works: Flower has forgotten the reply, and its client shall not train again."""
+    told = -math.inf
+    while True:
+        try:
+            return write()
+        except DiskError as error:
+            if time.monotonic() - told >= REMIND:
+                told = time.monotonic()
+                log.error("%s: %s; until then its upload is held in memory, and no other is fetched", name, error)
+            time.sleep(PAUSE)

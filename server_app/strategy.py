@@ -12,7 +12,7 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import Weights
+from fedmitr_flwr.training.upload import Weights, size
 
 from .grid import ObservedGrid
 from .intake import Intake
@@ -64,6 +64,7 @@ class OneShot(Strategy):
         self.collecting = True
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
+        self.folder.require_room(len(asked), size(self.intake.initial))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)

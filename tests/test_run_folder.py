@@ -3,12 +3,13 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, RunError
+from fedmitr_flwr.errors import ConfigError, DiskError, RunError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder, plain
 from fedmitr_flwr.training.upload import Upload
@@ -261,3 +262,13 @@ def test_a_write_that_fails_is_one_line(run: RunFolder, monkeypatch: pytest.Monk
 def test_plain() -> None:
     given = {3: (torch.arange(2), [float("-inf")]), "x": None, "y": True, "z": "s"}
     assert plain(given) == {"3": [[0, 1], [None]], "x": None, "y": True, "z": "s"}
+
+
+def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000_000))
+    run.require_room(3, 10_000_000)
+    run.require_room(0, 10**12)
+    with pytest.raises(DiskError, match=r"has 30 MB free, and 4 uploads take 40 MB; make room there, or set out-dir"):
+        run.require_room(4, 10_000_000)

@@ -16,10 +16,12 @@ from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import ConfigError, RunError, UserError
+from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UserError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
+from server_app import intake
 from server_app.app import app as server_app
 from server_app.builtin import STRATEGIES
 from server_app.records import order
@@ -409,3 +411,28 @@ def test_bad_settings_fail_before_any_client_is_asked(settings: dict[str, Any], 
         server_app(grid, server_context(TINY | settings))
     assert message in str(caught.value)
     assert not grid.asked
+
+
+def test_an_upload_that_cannot_be_written_is_held_until_it_can(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full for the first tries, past the deadline; nobody trains twice, and nothing is lost."""
+    whole = federate(LocalGrid(client_app, 3))
+    save, tries = RunFolder.save_upload, itertools.count(1)
+
+    def full(folder: RunFolder, upload: Upload) -> Path:
+        if upload.client == 1 and next(tries) < 8:
+            raise DiskError("cannot write x: No space left on device; make room there, and go on with resume-from")
+        return save(folder, upload)
+
+    monkeypatch.setattr(RunFolder, "save_upload", full)
+    monkeypatch.setattr(intake, "PAUSE", 0.1)
+    monkeypatch.setattr(intake, "REMIND", 0.35)
+    grid = LocalGrid(client_app, 3)
+    folder = federate(grid, **{"flower.upload-timeout": 0.3})
+    assert next(tries) == 9
+    assert grid.clients_asked("train") == [0, 1, 2]
+    assert all_bits(folder) == all_bits(whole)
+    complaints = [record.message for record in caplog.records if "held in memory" in record.message]
+    assert len(complaints) == 2  # not one for each try
+    assert complaints[0].startswith("client 1: cannot write x: No space left on device; make room there")
