@@ -149,6 +149,7 @@ class EnsembleConfig(Section):
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
     learn_decay: float = 0.99  # learned: of the step, per epoch
     statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
+    trim: float = 0.0  # probs: of the weight, cut off at each end of the teachers' answers, class by class; 0.5: median
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
@@ -159,6 +160,12 @@ class EnsembleConfig(Section):
         self._one_of("combine", "logits", "logp", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
         self._within(0, 1, "learn_step", "learn_decay")
+        self._within(0, 0.5, "trim")
+        if self.trim and self.combine != "probs":
+            raise ConfigError(
+                f"ensemble.trim = {self.trim} is of probabilities, but ensemble.combine = {self.combine!r}; "
+                "set ensemble.combine = 'probs', or ensemble.trim = 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,6 +185,7 @@ BEYOND = {
     "ensemble.weights": "sizes",
     "ensemble.learn-step": 1.1,
     "ensemble.learn-decay": 1.1,
+    "ensemble.trim": 0.6,
     "ensemble.teacher-chunk": -1,
     "ensemble.stack": "sometimes",
     "inversion.start": "photographs",
@@ -266,6 +267,11 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
         ({"upload.variances": True}, "upload.variances = True goes with the statistics; set upload.statistics = true"),
         ({"distill.init": "statistics"}, "needs the clients' statistics; set upload.statistics = true"),
         ({"data.validation": 0.5, "data.proxy": 0.5}, "data.proxy = 0.5 is not possible; use less: with"),
+        (
+            {"ensemble.trim": 0.2, "ensemble.combine": "logp"},
+            "ensemble.trim = 0.2 is of probabilities, but ensemble.combine = 'logp'; set ensemble.combine = 'probs', or "
+            "ensemble.trim = 0",
+        ),
         (
             {"inversion.route": 0.5, "ensemble.weights": "size"},
             "inversion.route = 0.5 needs weights that tell classes apart, not ensemble.weights = 'size'; "

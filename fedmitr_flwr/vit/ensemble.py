@@ -4,6 +4,7 @@ Shapes: K teachers, B images, M given patches, E numbers in a patch, Y classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +15,7 @@ from ..training.upload import Upload
 from .routing import Routing, everyone
 from .teachers import Question, Teachers
 from .tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
+from .trim import trimmed
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
@@ -27,6 +29,7 @@ class Ensemble(nn.Module):
         weights_KY: Tensor,
         combine: str,
         stack: str = "never",
+        trim: float = 0.0,
     ) -> None:
         super().__init__()
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
@@ -34,19 +37,20 @@ class Ensemble(nn.Module):
         self.grid: int = self.teachers[0].patch_embed.grid_size[0]  # patches along an image's side
         self.weights: Tensor
         self.register_buffer("weights", weights_KY)
-        self.combine, self.stack = combine, stack
+        self.combine, self.stack, self.trim = combine, stack, trim
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig) -> "Ensemble":
         teachers = Teachers.of(uploads, model, config.teacher_chunk)
-        return cls(teachers, teacher_weights(uploads, model.num_classes, config.weights), config.combine, config.stack)
+        weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
+        return cls(teachers, weights_KY, config.combine, config.stack, config.trim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
         patches = patchify(images_BCHW, self.patch)
         positions, routing = all_positions(patches), everyone(self.weights)
         answers = [logits for logits, _ in self._ask(forward_cls, patches, positions, routing)]
-        return combine_answers(torch.stack(answers), self.weights, self.combine)
+        return combine_answers(torch.stack(answers), self.weights, self.combine, self.trim)
 
     @torch.no_grad()
     def answers(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
@@ -63,12 +67,16 @@ class Ensemble(nn.Module):
         return self.answers(images_MCHW, batch_size).softmax(-1)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
-        """Scores of the class token (B, Y) and of each given patch (B, M, Y); one teacher's answers at a time."""
+        """Scores of the class token (B, Y) and of each given patch (B, M, Y).
+
+        One teacher's answers at a time, but with `trim`, where they must be put in order.
+        """
         total: TokenLogits | None = None
-        routing = everyone(self.weights)
-        for answer, weights_Y in zip(
-            self._ask(forward_tokens, patches_BME, positions_BM, routing), self.weights, strict=True
-        ):
+        answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
+        if self.trim:
+            every = zip(*answers, strict=True)
+            return TokenLogits(*(combine_answers(torch.stack(a), self.weights, self.combine, self.trim) for a in every))
+        for answer, weights_Y in zip(answers, self.weights, strict=True):
             parts = TokenLogits(*(_part(logits, weights_Y, self.combine) for logits in answer))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
@@ -95,7 +103,8 @@ class Ensemble(nn.Module):
         with torch.set_grad_enabled(together):
             asked = [answer[0] for answer in self._ask(question, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
-        scores_BY = combine_answers(self._spread(logits, routing, len(leaf_BME)), routing.weights, self.combine)
+        answers_KBY = self._spread(logits, routing, len(leaf_BME))
+        scores_BY = combine_answers(answers_KBY, routing.weights, self.combine, self.trim)
         loss_B = loss(scores_BY, leaf_BME)
         *slopes, direct = torch.autograd.grad(loss_B.sum(), [*logits, leaf_BME], allow_unused=True)
         gradient_BME = torch.zeros_like(leaf_BME) if direct is None else direct
@@ -123,6 +132,10 @@ class Ensemble(nn.Module):
         total_BM = torch.zeros(positions_BM.shape, device=positions_BM.device)
         confidence_B = total_BM.new_zeros(len(targets_B))
         answers = self._ask(question, patches_BME, positions_BM, routing)
+        if self.trim:
+            answers = iter(asked := list(answers))
+            answers_KBY = self._spread([answer[0] for answer in asked], routing, len(targets_B))
+            routing = replace(routing, weights=trimmed(answers_KBY.softmax(-1), routing.weights, self.trim))
         for (k, rows), answer in zip(routing.rows.items(), answers, strict=True):
             weighted_RY = routing.weights[k].expand(len(targets_B), -1)[rows] * answer[0].softmax(-1)
             sure_R = weighted_RY.gather(1, targets_B[rows, None]).squeeze(1)
@@ -149,14 +162,17 @@ class Ensemble(nn.Module):
         return spread_KBY
 
 
-def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str) -> Tensor:
+def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str, trim: float = 0.0) -> Tensor:
     """Combine teachers' logits (K, ..., Y) into scores (..., Y) with weights that sum to 1 over K.
 
-    `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture.
+    `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture; with `trim` > 0 of
+    the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`).
     The weights are (K, Y), or (K, B or 1, Y) where each image has its own.
     """
     middle = logits_K.dim() - weights_K.dim()
     weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
+    if trim:
+        weights = trimmed(logits_K.softmax(-1), weights, trim)
     parts = _part(logits_K, weights, combine)
     return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
 
