@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ from .report import result as report
 from .report.figures import save_images, save_partition
 from .report.run_folder import RunFolder
 from .rng import stream
+from .screening.screen import screen
 from .sections import OWN
 from .statistics.moments import frozen_features, measure
+from .training import kept
 from .training.local import train_local
 from .training.upload import Upload, Weights, size
 from .vit.build import build_vit, initial_weights, timm_arguments
@@ -75,14 +78,25 @@ def train_client(
     initial: Weights,
     *,
     place: Place | None = None,
+    keep: Path | None = None,
     server_round: int = 1,
     prox_mu: float = 0.0,
 ) -> Upload:
     """Train client `client` of `config.partition.clients` from `initial` on its own part of the data.
 
-    With partition.scheme = "own" its images are in its own `place`.
+    With partition.scheme = "own" its images are in its own `place`. What it makes is kept in the file `keep`, if any, and
+    taken from there when the same is asked again.
     """
     images = client_images(config, client, place)[0]
+    if keep is None:
+        return _train(config, client, initial, images, server_round, prox_mu)
+    deciding = {name: value for name, value in config.to_flat().items() if name.startswith(UPLOAD_SETTINGS)}
+    facts = {**deciding, "client": client, "round": server_round, "prox-mu": prox_mu}
+    key = kept.key_of(facts, initial, images, resolve_device(config.device))
+    return kept.once(keep, key, lambda: _train(config, client, initial, images, server_round, prox_mu))
+
+
+def _train(config: Config, client: int, initial: Weights, images: Images, server_round: int, prox_mu: float) -> Upload:
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
     log.info("client %d: training on %d images", client, len(images))
@@ -120,7 +134,8 @@ def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
     """The server phase from the uploads on disk: fuse, evaluate, write every output file.
 
     One that was killed goes on with the checkpoints that it left in the folder. With the `lines` of these uploads
-    known they are not evaluated again, and the ensemble is only where the method has asked one.
+    known, this is one of many fusions: they are not evaluated or drawn again, and the ensemble is only where the method
+    has asked one.
 
     Raises:
         RunError: fewer uploads than `flower.quorum` of the clients.
@@ -128,10 +143,13 @@ def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
     config = folder.config
     uploads = folder.require_uploads(config.flower.quorum)
     device, stopwatch = resolve_device(config.device), Stopwatch()
-    job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
     forget_peak(device)
     started = time.perf_counter()
     with threads(config.threads):
+        screened = screen(uploads, config, device, folder.log_metrics)
+        if screened.excluded:
+            uploads, lines = screened.kept, None
+        job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
         fused: Fused = methods.load(config.method).fuse(job)
         # Not every method tells its stages; and where an earlier start has done some, they tell more than the clock.
         cost = {
@@ -143,7 +161,8 @@ def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
         on_server = config.evaluate.where == "server"
         with stopwatch.stage("evaluation"):
             scores = judge(fused, uploads, config, device, lines) if on_server else {"student": None}
-    result = _report(folder, fused, uploads, {**scores, **cost}, stopwatch)
+    measured = {**scores, **cost, "screen": screened.facts(config.screen.mode)}
+    result = _report(folder, fused, uploads, measured, stopwatch, one_of_many=lines is not None)
     if on_server:
         folder.clear_work()
     return Outcome(fused.weights, result)
@@ -218,11 +237,17 @@ def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _report(
-    folder: RunFolder, fused: Fused, uploads: Sequence[Upload], measured: Mapping[str, Any], stopwatch: Stopwatch
+    folder: RunFolder,
+    fused: Fused,
+    uploads: Sequence[Upload],
+    measured: Mapping[str, Any],
+    stopwatch: Stopwatch,
+    *,
+    one_of_many: bool,
 ) -> dict[str, Any]:
-    """Write pool, pictures and result.json."""
+    """Write pool, pictures and result.json; one of many fusions does not draw who holds what once more."""
     config = folder.config
-    classes, facts = _data_facts(folder, uploads)
+    classes, facts = _data_facts(folder, uploads, draws=not one_of_many)
     if fused.pool is not None:
         pool = fused.pool
         pool.save(folder.pool_path)
@@ -245,8 +270,8 @@ def _report(
     return result
 
 
-def _data_facts(folder: RunFolder, uploads: Sequence[Upload]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of the classes, and what is known of everybody's images; draws who holds what."""
+def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the classes, and what is known of everybody's images; perhaps draws who holds what."""
     config = folder.config
     classes = config.data.class_names or tuple(map(str, range(config.model.num_classes)))
     facts: dict[str, Any] = {}
@@ -260,7 +285,7 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload]) -> tuple[tuple[str
         facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
     elif all(upload.class_counts for upload in uploads):
         facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
-    if config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
+    if draws and config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
         counts = torch.tensor(facts["counts"])
         log.info("images by client and class:\n%s", table(counts, classes))
         save_partition(counts, classes, folder.partition_path)

@@ -104,8 +104,10 @@ class Store:
     def write_manifest(self, about: Mapping[str, object], cells: Iterable[Cell]) -> None:
         """Note what the grid consists of, for the tables."""
         listed = [{**cell.facts, "folder": self.place(cell).relative_to(self.path).as_posix()} for cell in cells]
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / MANIFEST, json.dumps({**about, "cells": listed}, indent=1) + "\n")
+        locks = self.path / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{MANIFEST}.lock"):
+            write_text(self.path / MANIFEST, json.dumps({**about, "cells": listed}, indent=1) + "\n")
 
 
 def _key(cell: Cell) -> str:

@@ -1,0 +1,462 @@
+"""Running a grid: shared uploads, what is skipped, what fails, who may work beside whom, and starting again."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmitr_flwr import cli, pipeline
+from fedmitr_flwr.bench import figures
+from fedmitr_flwr.bench import run as running
+from fedmitr_flwr.bench import store as storing
+from fedmitr_flwr.bench.command import write
+from fedmitr_flwr.bench.grid import Cell, cells
+from fedmitr_flwr.bench.results import load
+from fedmitr_flwr.bench.spec import read
+from fedmitr_flwr.bench.store import Store
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.result import build
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.training.upload import size
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than all else."""
+    monkeypatch.setattr(pipeline, "save_images", lambda *given: given[-1].write_bytes(b"picture"))
+    monkeypatch.setattr(figures, "draw", lambda *_: 0)
+
+
+SMALL = """
+[settings]
+device = "cpu"
+threads = 1
+data.train-limit = 120
+data.test-limit = 40
+model.width = 16
+model.depth = 1
+model.heads = 2
+model.patch-size = 4
+local.epochs = 1
+inversion.steps = 4
+distill.epochs = 2
+distill.images-per-epoch = 10
+distill.passes = 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """`fedmitr bench` sets levels and a signal handler for its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    loggers = [logging.getLogger(name) for name in ("fedmitr", "fedmitr.bench")]
+    levels = [logger.level for logger in loggers]
+    yield
+    signal.signal(signal.SIGTERM, before)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def a_bench(folder: Path, grid: str) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(SMALL + grid)
+    return path
+
+
+def no_flower(config: Config, scratch: Path) -> Path:
+    raise AssertionError(f"Flower was called in {scratch} for {config}")
+
+
+def told(log: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in log.records if record.name == "fedmitr.bench"]
+
+
+class Made:
+    """Counts what is really made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.uploads, self.fused = 0, list[str]()
+        train, fuse = pipeline.train_client, pipeline.fuse
+
+        def spy_train(*args: Any, **kwargs: Any) -> Any:
+            self.uploads += 1
+            return train(*args, **kwargs)
+
+        def spy_fuse(run: RunFolder, method: str, *rest: Any) -> Any:
+            self.fused.append(method)
+            return fuse(run, method, *rest)
+
+        monkeypatch.setattr(pipeline, "train_client", spy_train)
+        monkeypatch.setattr(pipeline, "fuse", spy_fuse)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    return Made(monkeypatch)
+
+
+GRID = '[grid]\npartition = ["dirichlet", "iid"]\nclients = [3]\nmethods = ["fedavg", "lda", "fedmitr"]\nseed = [0, 1]'
+
+
+def test_uploads_are_made_once_and_finished_cells_are_skipped(
+    tmp_path: Path, made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedmitr.bench")
+    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    tally = running.run(spec, store, no_flower)
+    assert (tally.total, tally.done, tally.failed) == (12, 12, 0)
+    assert made.uploads == 2 * 2 * 3  # seeds, partitions, clients
+    assert len(made.fused) == 12
+    results = [store.result(cell) for cell in cells(spec)]
+    assert len({result["partition_sha256"] for result in results if result}) == 4
+    assert re.search(
+        r"\[12/12\] digits, IID, K 3, seed 1, fedmitr: \d+\.\d\d % in 0:\d\d; the last one", told(caplog)[-1]
+    )
+    assert re.search(r"\[1/12\] .*; about \d+:\d\d left", told(caplog)[0])
+
+    caplog.clear()
+    assert running.run(spec, store, no_flower).failed == 0
+    assert (made.uploads, len(made.fused)) == (12, 12)
+    assert all("finished before" in line for line in told(caplog))
+
+
+def test_a_cell_is_what_one_run_alone_would_be(tmp_path: Path) -> None:
+    """More is uploaded than this method asks for, and neither weights nor counted bytes show it."""
+    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    running.run(replace(spec, seeds=(0,)), store, no_flower)
+    place = {cell.label: store.place(cell) for cell in cells(spec) if cell.skew.scheme == "iid" and cell.seed == 0}
+    config = Config.from_file(place["fedmitr"] / "config.toml")
+    alone = pipeline.run(replace(config, out_dir=str(tmp_path / "alone")), "alone")
+    for name in ("model.safetensors", "pool.safetensors"):
+        assert (place["fedmitr"] / name).read_bytes() == (alone.path / name).read_bytes()
+    ours, theirs = RunFolder.open(place["fedmitr"]).read_result(), alone.read_result()
+    for key in ("accuracy", "bytes_up", "confusion", "partition_sha256", "counts"):
+        assert ours[key] == theirs[key], key
+    lda = RunFolder.open(place["lda"]).read_result()
+    assert lda["bytes_statistics"][0] == lda["bytes_up"][0] - ours["bytes_up"][0] > 0
+    whole = load_tensors(place["fedmitr"].parents[1] / "uploads" / "client_000.safetensors")[0]
+    assert size(whole) > lda["bytes_up"][0]  # the variances are there for fedpft
+
+
+BAD = GRID.replace('"lda"', '"bad"') + '\n[methods.bad]\nmethod = "fedmitr"\ndistill.init = "pretrained"\n'
+BAD += 'distill.pretrained = "/nowhere.safetensors"'
+
+
+def test_a_failed_cell_is_noted_and_the_grid_goes_on(
+    tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["bench", str(a_bench(tmp_path, BAD)), "--out", str(out), "grid.seed=[0]"]
+    assert cli.main(words) == 1
+    assert len(load(out).entries) == 4
+    assert [place["label"] for place in load(out).missing] == ["bad", "bad"]
+    notes = sorted((out / "failed").iterdir())
+    assert len(notes) == 2
+    text = notes[0].read_text()
+    assert text.startswith("digits, Dirichlet 0.3, K 3, seed 0, bad\nModelError: ")
+    assert "/nowhere.safetensors" in text.splitlines()[1]
+    assert 'distill.init = "pretrained"' in text
+    assert "Traceback" not in text  # bad input is one line
+    assert "Cells without a result: 2 (`bad` 2)." in (out / "table.md").read_text()
+
+    fuse, fused = pipeline.fuse, list(made.fused)
+
+    def mended(run: RunFolder, method: str, own: dict[str, object], *rest: Any) -> Any:
+        # As if the file were there now: the cell's own settings decide its place, so only its work is replaced.
+        folder = fuse(run, method, own | {"distill.init": "average"}, *rest)
+        result = folder.read_result()
+        folder.write_result({**result, "config": result["config"] | {"distill.init": "pretrained"}})
+        return folder
+
+    monkeypatch.setattr(pipeline, "fuse", mended)
+    assert cli.main(words) == 0
+    assert made.fused[len(fused) :] == ["fedmitr", "fedmitr"]  # only what had failed
+    assert list((out / "failed").iterdir()) == []
+    assert len(load(out).entries) == 6
+    capsys.readouterr()
+
+
+def test_a_bug_is_noted_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by hand")
+
+    monkeypatch.setattr(pipeline, "train_client", broken)
+    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    assert running.run(replace(spec, seeds=(0,)), store, no_flower).failed == 6
+    text = next((tmp_path / "out" / "failed").iterdir()).read_text()
+    assert "ZeroDivisionError: by hand" in text.splitlines()[1]
+    assert "Traceback" in text
+    assert "in broken" in text
+
+
+def table_of(out: Path) -> list[list[str]]:
+    """The table without what a clock or a memory gauge tells."""
+    write(out, out)
+    head, *lines = [line.split(",") for line in (out / "table.csv").read_text().splitlines()]
+    timeless = [place for place, name in enumerate(head) if "seconds" not in name and "peak" not in name]
+    return [[line[place] for place in timeless] for line in lines]
+
+
+@pytest.mark.parametrize("where", ["train_local", "make_images", "evaluate", "write_result"])
+def test_stopped_anywhere_and_started_again_gives_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from fedmitr_flwr import judge
+    from fedmitr_flwr.methods import loop
+
+    spec = read(a_bench(tmp_path, GRID.replace("[0, 1]", "[0]")))
+    running.run(spec, Store(tmp_path / "whole"), no_flower)
+    module: Any = {"train_local": pipeline, "make_images": loop, "evaluate": judge, "write_result": RunFolder}[where]
+    real, calls = getattr(module, where), 0
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, where, stops)
+    store = Store(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        running.run(spec, store, no_flower)
+    finished = [cell for cell in cells(spec) if store.result(cell)]
+    assert len(finished) < 6
+    assert running.run(spec, store, no_flower).failed == 0
+    assert table_of(tmp_path / "stopped") == table_of(tmp_path / "whole")
+
+
+class Slow:
+    """A stand-in of `run.make` that takes a moment and notes who was at work at the same time."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.at_work: set[str] = set()
+
+    def __call__(self, cell: Cell, store: Store, *_: Any, **__: Any) -> dict[str, Any]:
+        key = store.place(cell).as_posix()
+        assert key not in self.at_work
+        self.at_work.add(key)
+        time.sleep(0.02)
+        result = build(config=cell.config, device="cpu", bytes_up=[1], seconds={}, student=50.0, local=[1.0])
+        store.place(cell).mkdir(parents=True, exist_ok=True)
+        (store.place(cell) / "result.json").write_text(json.dumps(result))
+        self.made.append(key)
+        self.at_work.remove(key)
+        return result
+
+
+def test_two_at_once_make_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setattr(running, "make", slow)
+    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
+    spec = read(a_bench(tmp_path, GRID))
+    tallies: list[running.Tally] = []
+    threads = [
+        threading.Thread(target=lambda: tallies.append(running.run(spec, Store(tmp_path / "out"), no_flower)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(slow.made) == len(set(slow.made)) == 12
+    assert [(tally.done, tally.failed) for tally in tallies] == [(12, 0)] * 3
+
+
+def test_who_waits_sees_what_the_other_could_not_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that failed in another process since we began is not tried again by us."""
+    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    first = cells(spec)[0]
+    slow = Slow()
+
+    def other_fails(cell: Cell, *rest: Any, **more: Any) -> dict[str, Any]:
+        later = cells(spec)[1]
+        if cell.folder == first.folder and cell.group == first.group:
+            store.note_failure(later, "elsewhere")
+            os.utime(store.error_path(later), (time.time() + 5, time.time() + 5))
+        return slow(cell, *rest, **more)
+
+    monkeypatch.setattr(running, "make", other_fails)
+    tally = running.run(spec, store, no_flower)
+    assert (tally.done, tally.failed, len(slow.made)) == (12, 1, 11)
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    hold = "import sys, time; from filelock import FileLock\nlock = FileLock(sys.argv[1]); lock.acquire()\n"
+    hold += "print('held', flush=True); time.sleep(60)"
+    store = Store(tmp_path)
+    with store.claim("cell") as mine:
+        assert mine
+        with store.claim("cell") as again:
+            assert not again
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / ".locks" / "cell.lock")], stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with store.claim("cell") as mine:
+            assert not mine
+        holder.kill()
+        holder.wait()
+    with store.claim("cell") as mine:
+        assert mine
+
+
+@pytest.mark.parametrize(("any_code", "again"), [(False, 12), (True, 0)])
+def test_other_code_makes_other_cells_unless_it_is_said_to_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, any_code: bool, again: int
+) -> None:
+    slow = Slow()
+    monkeypatch.setattr(running, "make", slow)
+    spec = read(a_bench(tmp_path, GRID))
+    running.run(spec, Store(tmp_path / "out"), no_flower)
+    monkeypatch.setattr(storing, "core", lambda: "0123456789ab")
+    running.run(spec, Store(tmp_path / "out", any_code), no_flower)
+    assert len(slow.made) == 12 + again
+    assert len(set(slow.made)) == 12 + again
+
+
+def test_only_results_are_kept_where_the_file_says_so(tmp_path: Path) -> None:
+    spec, store = read(a_bench(tmp_path, 'keep = "results"\n'.join(["", GRID]))), Store(tmp_path / "out")
+    assert spec.keep == "all"  # a key behind a table belongs to that table
+    path = a_bench(tmp_path, GRID)
+    path.write_text('keep = "results"\n' + path.read_text())
+    running.run(replace(read(path), seeds=(0,)), store, no_flower)
+    place = store.place(cells(read(path))[2])
+    assert (place / "result.json").exists()
+    assert (place / "images.png").exists()
+    assert not list(place.glob("*.safetensors"))
+    assert len(list((place.parents[1] / "uploads").glob("client_*"))) == 3
+
+
+# --- Flower's own strategies ---
+
+FLOWER = '[grid]\nmethods = ["flower:fedadam"]\nrounds = [1, 3]\nclients = [3]\n'
+TUNED = FLOWER + '[tune]\n[tune.methods."flower:fedadam"]\nstrategy.eta = [0.01, 0.1, 1.0]\n'
+
+
+class Federation:
+    """A stand-in of Flower's app: the accuracy is given by the learning rate; too large a one fails."""
+
+    def __init__(self, accuracy: dict[float, float]) -> None:
+        self.accuracy, self.ran = accuracy, list[Config]()
+
+    def __call__(self, config: Config, scratch: Path) -> Path:
+        self.ran.append(config)
+        (scratch / "flower.log").write_text("said\n")
+        if config.strategy.eta not in self.accuracy:
+            raise RunError("Flower: it diverged")
+        folder = RunFolder.create(replace(config, out_dir=str(scratch)), "fedadam-1")
+        value = self.accuracy[config.strategy.eta]
+        folder.write_result(build(config=folder.config, device="cpu", bytes_up=[8] * 3, seconds={}, student=value))
+        return folder.path
+
+
+def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path) -> None:
+    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({0.0: 40.0})
+    assert running.run(spec, store, flower).failed == 0
+    assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
+    for cell in cells(spec):
+        assert (store.place(cell) / "flower.log").read_text() == "said\n"
+    assert not list(tmp_path.glob("out/flower/*/.*"))
+    assert running.run(spec, store, flower).failed == 0
+    assert len(flower.ran) == 2
+
+
+def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told(tmp_path: Path) -> None:
+    spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
+    flower = Federation({0.01: 40.0, 0.1: 60.0})
+    tally = running.run(spec, store, flower)
+    assert (tally.total, tally.failed) == (2 * 3 + 2, 2)  # 1.0 diverges at both numbers of rounds
+    tuning, final = flower.ran[:6], flower.ran[6:]
+    assert {(each.seed, each.data.validation) for each in tuning} == {(100, 0.2)}
+    assert [(each.seed, each.data.validation, each.strategy.eta) for each in final] == [(0, 0.0, 0.1)] * 2
+    write(store.path, store.path)
+    (one, other) = load(store.path).entries
+    tried = [{"strategy.eta": 0.01, "accuracy": 40.0}, {"strategy.eta": 0.1, "accuracy": 60.0}]
+    assert one["bench"]["tuned"]["tried"] == [*tried, {"strategy.eta": 1.0, "accuracy": None}]
+    assert one["bench"]["tuned"]["chosen"] == other["bench"]["tuned"]["chosen"] == {"strategy.eta": 0.1}
+    text = (store.path / "table.md").read_text()
+    assert "strategy.eta = 0.01 (40.0), strategy.eta = 0.1 (60.0), strategy.eta = 1.0 (failed)" in text
+
+
+def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:
+    spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
+    flower = Federation({0.01: 50.0, 0.1: 50.0, 1.0: 50.0})
+    running.run(spec, store, flower)
+    assert {each.strategy.eta for each in flower.ran[6:]} == {0.01}
+
+
+def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedmitr_flwr.bench import flower
+
+    script = tmp_path / "flower_run.py"
+    script.write_text("import sys; print('flower_run: error: too few nodes', file=sys.stderr); sys.exit(1)")
+    monkeypatch.setattr(flower, "SCRIPT", script)
+    (cell, _) = cells(read(a_bench(tmp_path, FLOWER)))
+    with pytest.raises(RunError, match=r"^Flower: too few nodes$"):
+        flower.runner()(cell.config, tmp_path)
+    script.write_text("import sys; print('flower_run: run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
+    assert flower.runner(0.5)(cell.config, tmp_path) == Path("/there/30.5")
+    script.unlink()
+    with pytest.raises(RunError, match="need a checkout"):
+        flower.runner()(cell.config, tmp_path)
+
+
+# --- whole processes ---
+
+
+def start(bench: Path, out: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "fedmitr_flwr", "bench", str(bench), "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_that_is_killed_give_the_table_of_an_undisturbed_run(tmp_path: Path) -> None:
+    bench = a_bench(tmp_path, GRID)
+    with start(bench, tmp_path / "whole") as undisturbed:
+        said = undisturbed.communicate(timeout=300)[1]
+    assert undisturbed.returncode == 0, said
+
+    killed = start(bench, tmp_path / "shared")
+    assert killed.stderr is not None
+    while "[2/12]" not in killed.stderr.readline():
+        assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    killed.stderr.close()
+    pair = [start(bench, tmp_path / "shared") for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    made = [re.findall(r"\] (.*): [\d.]+ % in ", text) for text in said]
+    assert not set(made[0]) & set(made[1])
+    assert 8 <= len(made[0]) + len(made[1]) <= 10  # the killed one had made two at least, four at most
+    assert table_of(tmp_path / "shared") == table_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_flower_s_own_strategies_stand_beside_the_methods(tmp_path: Path) -> None:
+    bench = a_bench(tmp_path, '[grid]\nclients = [2]\nmethods = ["fedavg", "flower:fedavg"]')
+    with start(bench, tmp_path / "out") as process:
+        said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said
+    ours, theirs = load(tmp_path / "out").entries
+    assert ours["accuracy"]["student"] == pytest.approx(theirs["accuracy"]["student"], abs=2.6)  # one image of 40
+    for key in ("bytes_up", "partition_sha256", "counts", "evaluated_on"):
+        assert ours[key] == theirs[key]
