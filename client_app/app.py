@@ -1,9 +1,11 @@
 """The Flower ClientApp: train once and upload once; the same for the one-shot strategy and Flower's own."""
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -76,6 +78,7 @@ def train(message: Message, context: Context) -> Message:
         client,
         _weights(message, config),
         place=_place(context),
+        keep=_keep(context, config, client),
         server_round=int(order.get("server-round", 1)),  # type: ignore[arg-type]
         prox_mu=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )
@@ -145,6 +148,15 @@ def _place(context: Context) -> Place | None:
     if "data-path" not in told:
         return None
     return Place(*(str(told.get(key, "")) for key in ("data-path", "image-column", "label-column")))
+
+
+def _keep(context: Context, config: Config, client: int) -> Path | None:
+    """Where this client's upload is kept: with images of its own, in its node's `work-path`, by default FLWR_HOME."""
+    if config.partition.scheme != OWN or config.flower.strategy != "oneshot":
+        return None
+    folder = context.node_config.get("work-path") or Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "fedmitr"
+    who = re.sub(r"[^\w.-]", "_", _name(context) or str(client))
+    return Path(str(folder)).expanduser() / f"upload_{who}.safetensors"
 
 
 def _weights(message: Message, config: Config) -> Weights:

@@ -84,8 +84,8 @@ def train_client(
 ) -> Upload:
     """Train client `client` of `config.partition.clients` from `initial` on its own part of the data.
 
-    With partition.scheme = "own" its images are in its own `place`. What it makes is kept in the file `keep`, if any, and
-    taken from there when the same is asked again.
+    With partition.scheme = "own" its images are in its own `place`. What it makes is kept in the file `keep`, if any,
+    and taken from there when the same is asked again.
     """
     images = client_images(config, client, place)[0]
     if keep is None:

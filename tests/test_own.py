@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from deploy.demo_data import as_folders, as_parquet, png
 
+from deploy.demo_data import as_folders, as_parquet, png
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own
 from fedmitr_flwr.data.images import DataSet, Images

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from local_grid import TINY, LocalGrid, server_context, task_identity
-from deploy.demo_data import as_folders, as_parquet
 from tiny import timeless
 
 from client_app.app import app as client_app
+from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
@@ -52,8 +52,9 @@ def named(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def federate(tmp_path: Path) -> Iterator[Federate]:
+def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Federate]:
     """Run the federation; gives the newest run folder, also after a failure."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     runs = iter(range(1, 100))
 
     def run(grid: LocalGrid, fails: str = "", **changes: Any) -> RunFolder | None:
@@ -135,9 +136,12 @@ def test_the_clients_evaluate_without_any_image_at_the_server(
 
 
 def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
-    federate: Federate, folders: list[Path], dealt: RunFolder
+    federate: Federate, folders: list[Path], dealt: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its site comes back under another node id, and the others need not come."""
+    """Its site comes back under another node id, and the others need not come. What it had trained is not lost."""
+    trained: list[int] = []
+    train = pipeline.train_local
+    monkeypatch.setattr(pipeline, "train_local", lambda *given: (trained.append(1), train(*given))[1])
     changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
     nodes = named(folders)
     nodes[1]["data-path"] = str(folders[1] / "train.parquet")
@@ -148,6 +152,7 @@ def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
     again = Sites([named(folders)[1]])
     resumed = federate(again, **changes, **{"resume-from": str(run.path)})
     assert again.clients_asked("train") == [0]  # its node's place here, where it is alone
+    assert len(trained) == CLIENTS
     assert resumed.path == run.path
     assert contents(resumed) == contents(dealt)
 

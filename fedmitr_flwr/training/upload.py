@@ -65,12 +65,17 @@ def size(tensors: Mapping[str, Tensor]) -> int:
 def digest(upload: Upload) -> str:
     """A hash of everything in an upload that the server phase uses, in hexadecimal; one tensor is read at a time."""
     told = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
-    for prefix, tensors in (("", upload.weights), (STATISTICS, upload.statistics or {})):
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().cpu().contiguous()
-            told.update(repr((prefix + name, tensor.dtype, tuple(tensor.shape))).encode())
-            told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    hash_tensors(told, upload.weights)
+    hash_tensors(told, upload.statistics or {}, STATISTICS)
     return told.hexdigest()
+
+
+def hash_tensors(told: "hashlib._Hash", tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Add names, types, shapes and contents to a hash; one tensor is read at a time."""
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        told.update(repr((prefix + name, tensor.dtype, tuple(tensor.shape))).encode())
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def validate(
@@ -186,9 +191,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def save(upload: Upload, path: Path) -> None:
-    """Write all tensors exactly as they were sent, with everything else in the header; whole or not at all."""
-    header = {
+def save(upload: Upload, path: Path, **more: str) -> None:
+    """Write all tensors exactly as they were sent, the rest and `more` in the header; whole or not at all."""
+    header: dict[str, object] = {
+        **more,
         "client": upload.client,
         "num_examples": upload.num_examples,
         "train_loss": upload.train_loss,

@@ -1,0 +1,102 @@
+"""A client's kept upload: the same question has the same answer without training; any other question is trained for."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import a_vit, an_upload, settings
+
+from fedmitr_flwr.data.images import DataSet, Images
+from fedmitr_flwr.training import kept
+from fedmitr_flwr.training.upload import Upload
+
+CPU = torch.device("cpu")
+
+
+def equal(one: Upload, other: Upload) -> bool:
+    """To the bit, with types."""
+    if replace(one, weights={}, statistics=None).__dict__ != replace(other, weights={}, statistics=None).__dict__:
+        return False
+    pairs = [(one.weights, other.weights), (one.statistics or {}, other.statistics or {})]
+    return all(
+        set(a) == set(b) and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in b)
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_recalled_is_what_was_sent(tmp_path: Path, dtype: torch.dtype) -> None:
+    upload = an_upload(settings(), 1, counts=(3, 7))
+    weights = {name: tensor.to(dtype) for name, tensor in upload.weights.items()}
+    upload = replace(upload, weights=weights, seconds=2.5, statistics={"sums": torch.ones(3, 2).double()})
+    kept.keep(tmp_path / "deep" / "x", "key", upload)
+    found = kept.recall(tmp_path / "deep" / "x", "key")
+    assert found is not None
+    assert equal(found, upload)
+
+
+def test_another_key_finds_nothing_and_the_next_upload_takes_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    assert kept.recall(path, "first") is None
+    kept.keep(path, "first", an_upload(settings(), 0))
+    assert kept.recall(path, "second") is None
+    kept.keep(path, "second", an_upload(settings(), 1))
+    assert kept.recall(path, "first") is None
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_it_trains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained: list[Upload] = []
+
+    def train() -> Upload:
+        trained.append(an_upload(settings(), 2, seed=len(trained)))
+        return trained[-1]
+
+    with caplog.at_level(logging.INFO, "fedmitr"):
+        found = [kept.once(tmp_path / "x", key, train) for key in ("a", "a", "b", "b", "a")]
+    assert [trained.index(next(one for one in trained if equal(each, one))) for each in found] == [0, 0, 1, 1, 2]
+    assert caplog.text.count("client 2: this upload was made for an earlier start") == 2
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_damaged_file_is_trained_again(tmp_path: Path, keep: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x"
+    kept.keep(path, "key", an_upload(settings(), 0))
+    path.write_bytes(path.read_bytes()[:keep])
+    assert kept.recall(path, "key") is None
+    assert "the client trains again" in caplog.text
+
+
+def test_where_nothing_can_be_kept_the_upload_goes_its_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    upload = an_upload(settings(), 0)
+    assert kept.once(tmp_path / "file" / "x", "key", lambda: upload) is upload
+    assert "this client's upload cannot be kept" in caplog.text
+
+
+def test_the_key_names_everything_that_decides(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    initial = dict(a_vit(settings(), 0).state_dict())
+    other = {**initial, "head.bias": initial["head.bias"] + 1}
+    darker = Images(tiny.train.pixels // 2, tiny.train.labels)
+    relabelled = Images(tiny.train.pixels, tiny.train.labels.flip(0))
+
+    def key(**changed: object) -> str:
+        asked = {"facts": {"seed": 0}, "initial": initial, "images": tiny.train, "device": CPU} | changed
+        return kept.key_of(**asked)  # type: ignore[arg-type]
+
+    changes: list[dict[str, object]] = [
+        {},
+        {"facts": {"seed": 1}},
+        {"facts": {"seed": 0, "client": 1}},
+        {"initial": other},
+        {"images": darker},
+        {"images": relabelled},
+        {"device": torch.device("cuda")},
+    ]
+    keys = [key(**change) for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert keys == [key(**change) for change in changes]
+    monkeypatch.setattr(kept, "fingerprint", lambda: "other code")
+    assert key() not in keys
