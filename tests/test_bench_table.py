@@ -1,0 +1,166 @@
+"""Tables of a bench: means, deviations and tests by hand; what is bold, marked, left out; one file of all results."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_fakes import an_entry, results
+
+from fedmitr_flwr.bench.command import bench
+from fedmitr_flwr.bench.results import load, save
+from fedmitr_flwr.bench.rows import p_value, reference_of, rows
+from fedmitr_flwr.bench.stats import Spread, paired_p
+from fedmitr_flwr.bench.table import as_csv, markdown
+from fedmitr_flwr.errors import ConfigError, RunError
+
+# Differences from fedmitr: 2, 4, 7 (lda), and -20, -20.5, -19.5 (fedavg)
+FEDMITR, LDA, FEDAVG = (48.0, 50.0, 57.0), (50.0, 54.0, 64.0), (28.0, 29.5, 37.5)
+
+
+def three_methods(**changes: Any) -> list[dict[str, Any]]:
+    of = {"fedmitr": FEDMITR, "lda": LDA, "fedavg": FEDAVG}
+    return [
+        an_entry(label, value, seed, **changes) for label, values in of.items() for seed, value in enumerate(values)
+    ]
+
+
+def spread(*values: float) -> Spread:
+    return Spread(dict(enumerate(values)))
+
+
+def test_mean_and_sample_deviation_by_hand() -> None:
+    # mean (50 + 54 + 64) / 3 = 56; squares 36 + 4 + 64 = 104; 104 / (3 - 1) = 52; √52 = 7.2111
+    assert spread(*LDA).mean == 56.0
+    assert spread(*LDA).std == pytest.approx(7.2111, abs=1e-4)
+    assert (spread(50.0).std, spread(50.0).n) == (None, 1)
+
+
+def test_the_paired_test_by_hand() -> None:
+    # differences 2, 4, 7: mean 13/3, deviation 2.51661, t = 4.33333 / (2.51661 / √3) = 2.98240. For two degrees of
+    # freedom p = 1 - t / √(t² + 2) = 1 - 2.98240 / 3.30069 = 0.09643
+    assert paired_p(spread(*LDA), spread(*FEDMITR)) == pytest.approx(0.09643, abs=1e-5)
+    assert paired_p(spread(*FEDMITR), spread(*LDA)) == pytest.approx(0.09643, abs=1e-5)
+    # differences -20, -20.5, -19.5: t = -20 / (0.5 / √3) = -69.282, p = 1 - 69.282 / √(4800 + 2) = 0.000208
+    assert paired_p(spread(*FEDAVG), spread(*FEDMITR)) == pytest.approx(0.000208, abs=1e-6)
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    more = Spread({**dict(enumerate(LDA)), 7: 99.0})
+    assert paired_p(more, spread(*FEDMITR)) == paired_p(spread(*LDA), spread(*FEDMITR))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((50.0,), (40.0,)), ((50.0, 60.0), (40.0, 50.0)), ((50.0, 60.0), (50.0, 60.0))]
+)
+def test_where_the_test_says_nothing_there_is_none(ours: tuple[float, ...], theirs: tuple[float, ...]) -> None:
+    assert paired_p(spread(*ours), spread(*theirs)) is None
+
+
+def test_the_accuracy_table() -> None:
+    text = markdown(results([*three_methods(), an_entry("ensemble", 90.0)]))
+    assert "### digits, 4 clients, small ViT, 8 px" in text
+    assert "| Method | Dirichlet 0.1 |" in text
+    assert "| `lda` | **56.0 ± 7.2 (3)** |" in text  # p = 0.096: no mark
+    assert "| `fedmitr` | 51.7 ± 4.7 (3) |" in text  # √((13.44 + 2.78 + 28.44) / 2) = 4.726
+    assert "| `fedavg` | 31.7 ± 5.1 (3) ▼ |" in text
+    assert "| `ensemble` | 90.0 (1) |" in text  # for reference: not bold
+    assert "| `clients alone, mean` | 30.0 ± 0.0 (3) ▼ |" in text
+    assert "| `clients alone, best` | 40.0 ± 0.0 (3) |" in text
+    better = markdown(replace(results(three_methods()), reference="fedavg"))
+    assert "| `fedmitr` | 51.7 ± 4.7 (3) ▲ |" in better
+
+
+def test_places_are_columns_and_what_is_missing_is_a_dash() -> None:
+    entries = [an_entry("fedmitr", 50.0), an_entry("fedmitr", 70.0, partition="IID"), an_entry("fedavg", 60.0)]
+    text = markdown(results(entries, [{"label": "fedavg"}, {"label": "adi"}, {"label": "fedavg"}]))
+    assert "| Method | Dirichlet 0.1 | IID |" in text
+    assert "| `fedmitr` | 50.0 (1) | **70.0 (1)** |" in text
+    assert "| `fedavg` | **60.0 (1)** | - |" in text
+    assert "Cells without a result: 3 (`fedavg` 2, `adi` 1)." in text
+
+
+def test_costs_are_means_over_clients_and_rounds_are_named() -> None:
+    text = markdown(results([an_entry("fedmitr", 50.0), an_entry("flower:fedadam", 60.0, rounds=5)]))
+    assert "| Method | Up, MB | Down, MB | Client, s | Server, s | Peak RAM, GB |" in text  # no GPU anywhere
+    assert "| `fedmitr` | 2 | 2 | 10 | 2 | 3 |" in text
+    assert "| `flower:fedadam, 5 rounds` | 10 | 10 | 50 | 2 | 3 |" in text
+
+
+def test_methods_on_statistics_are_charged_for_these_only() -> None:
+    told = {"bytes_statistics": [100, 300]}
+    found = rows(results([an_entry("lda", 50.0, **told), an_entry("fedmitr", 50.0, **told)]))
+    assert [row.cost("bytes_up") for row in found[:2]] == [200.0, 2e6]
+
+
+def test_the_machine_is_named_once() -> None:
+    text = markdown(results(three_methods()))
+    assert text.count("Machine: Abacus, 2 cores. python 3.11.7. Code 0123456789ab.") == 1
+
+
+def test_the_csv_has_the_numbers_unrounded() -> None:
+    lines = list(csv.DictReader(io.StringIO(as_csv(results(three_methods())))))
+    by_label = {line["method"]: line for line in lines}
+    lda = by_label["lda"]
+    assert (lda["data"], lda["clients"], lda["partition"], lda["rounds"], lda["kind"], lda["n"], lda["seeds"]) == (
+        *("digits", "4", "Dirichlet 0.1", "1", "one-shot", "3", "0 1 2"),
+    )
+    assert float(lda["accuracy_mean"]) == 56.0
+    assert float(lda["accuracy_std"]) == pytest.approx(7.2111, abs=1e-4)
+    assert float(lda["p_against_reference"]) == pytest.approx(0.09643, abs=1e-5)
+    assert (lda["worst_class_mean"], lda["bytes_up"], lda["client_seconds"], lda["peak_gpu"]) == (
+        "46",
+        "2e+06",
+        "10",
+        "",
+    )
+    assert by_label["fedmitr"]["p_against_reference"] == ""
+
+
+def test_a_row_knows_its_reference_at_its_own_place() -> None:
+    found = rows(results([*three_methods(), *three_methods(partition="IID")]))
+    for row in found:
+        reference = reference_of(found, row.place, "fedmitr")
+        assert reference is not None
+        assert reference.place == row.place
+    lda = [row for row in found if row.label == "lda"]
+    assert [p_value(row, reference_of(found, row.place, "fedmitr")) for row in lda] == [
+        pytest.approx(0.09643, abs=1e-5)
+    ] * 2
+
+
+def test_recall_is_a_mean_over_seeds_that_have_the_class() -> None:
+    entries = [an_entry("fedmitr", 50.0, 0), an_entry("fedmitr", 60.0, 1)]
+    entries[1]["accuracy"]["per_class"] = {"cat": 40.0, "dog": None}
+    assert rows(results(entries))[0].recall == {"cat": 50.0, "dog": 40.0}
+
+
+def test_all_results_in_one_file_are_read_back(tmp_path: Path) -> None:
+    before = results([*three_methods(), an_entry("flower:krum", 1.0, rounds=5)], [{"label": "adi", "seed": 3}])
+    save(before, tmp_path / "results.jsonl")
+    after = load(tmp_path / "results.jsonl")
+    assert after == before
+    assert markdown(after) == markdown(before)
+    head, *lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert len(lines) == 10
+    assert head["common"]["machine"]["cpu"] == "Abacus"
+    assert all("machine" not in line and "config" not in line for line in lines)  # what all share stands once
+
+
+@pytest.mark.parametrize("content", ["", "no json", "{}", '{"name": "x"}\n{}'])
+def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.jsonl").write_text(content)
+    with pytest.raises(RunError, match=r"is no folder and no results\.jsonl of `fedmitr bench`"):
+        load(tmp_path / "results.jsonl")
+    with pytest.raises(RunError, match=r"is not a folder of `fedmitr bench`"):
+        load(tmp_path)
+
+
+def test_the_command_wants_a_file_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give a bench file"):
+        bench(None, {})
+    with pytest.raises(ConfigError, match="not both"):
+        bench(tmp_path, {}, table=tmp_path)
