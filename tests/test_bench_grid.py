@@ -136,7 +136,9 @@ def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
 
 
 def test_words_of_the_command_line_win(write: Write) -> None:
-    bench = read(write(FULL), {"grid.seed": [7], "local.epochs": 9, "model.width": 16})
+    bench = read(write(FULL), {"grid.seed": [7], "tune.seed": 8, "local.epochs": 9, "model.width": 16})
+    assert bench.tune is not None
+    assert bench.tune.seed == 8
     made = cells(bench)
     assert {cell.seed for cell in made} == {7}
     assert {cell.config.local.epochs for cell in made} == {9}
@@ -213,3 +215,19 @@ def test_the_names_of_flower_s_strategies_are_those_of_the_app() -> None:
     from server_app.builtin import STRATEGIES
 
     assert set(spec.STRATEGIES) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "bench").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_preset_can_be_expanded(path: Path) -> None:
+    bench = read(path)
+    made = cells(bench)
+    one_shot = sum(not variant.flower for variant in bench.variants)
+    rounds = sum(len(variant.rounds) for variant in bench.variants if variant.flower)
+    places = len(bench.data) * len(bench.skews) * len(bench.clients) * len(bench.seeds)
+    assert len(made) == places * (one_shot + rounds)
+    assert bench.reference in {variant.label for variant in bench.variants}
+    assert len({(cell.group, cell.folder) for cell in made}) == len(made)
+    assert bench.tune is not None
+    assert all(variant.label in bench.tune.tried for variant in bench.variants if variant.label == "flower:fedadam")
+    settings = {tuple(sorted(cell.config.to_flat().items())): cell.name for cell in made}
+    assert len(settings) == len(made)  # no two labels are the same method under the same settings

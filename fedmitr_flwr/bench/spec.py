@@ -25,6 +25,7 @@ SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
 _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "data", "grid", "methods", "tune")
+_TABLES = ("grid", "tune")  # of which the command line can set keys
 _AXES = ("data", "partition", "alpha", "classes", "clients", "seed", "rounds", "methods")
 _TUNE = ("seed", "validation", "partition", "alpha", "classes", "clients", "methods")
 
@@ -101,7 +102,7 @@ def read(path: Path, words: Flat | None = None) -> Bench:
 
     Args:
         path: of the file.
-        words: `key=value` of the command line: settings, or axes as `grid.seed=[100]`; they win over the file.
+        words: `key=value` of the command line: settings, `grid.seed=[100]` or `tune.seed=200`; they win over the file.
 
     Raises:
         ConfigError: a key is unknown, or a value is not possible. File and key are named.
@@ -110,10 +111,12 @@ def read(path: Path, words: Flat | None = None) -> Bench:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the bench file {path}: {error}") from error
-    axes = {key.removeprefix("grid."): value for key, value in (words or {}).items() if key.startswith("grid.")}
-    last = {key: value for key, value in (words or {}).items() if not key.startswith("grid.")}
     try:
-        document["grid"] = {**_table(document.get("grid", {}), "grid"), **axes}
+        last = dict(words or {})
+        for name in _TABLES:
+            own = {key.removeprefix(f"{name}."): last.pop(key) for key in list(last) if key.startswith(f"{name}.")}
+            if own or name == "grid":
+                document[name] = {**_table(document.get(name, {}), name), **own}
         return _bench(document, path, last)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
