@@ -255,6 +255,16 @@ def test_teachers_that_are_streamed_or_stacked_give_the_same(rival: str) -> None
 
 
 @pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize(("size", "patch", "chans"), [(28, 4, 1), (96, 16, 3)])
+def test_images_of_other_sizes(rival: str, size: int, patch: int, chans: int) -> None:
+    shape = {"model.img-size": size, "model.patch-size": patch, "model.in-chans": chans}
+    made = fused(rival, **shape, **{"distill.images-per-epoch": 4, "inversion.steps": 2, "inversion.stops": ""})
+    assert made.pool is not None
+    assert made.pool.images.shape == (8, chans, size, size)
+    assert made.pool.images.isfinite().all()
+
+
+@pytest.mark.parametrize("rival", RIVALS)
 def test_colour_and_routes_and_a_chosen_start(rival: str) -> None:
     changes = {"model.in-chans": 3, "data.flip": True, "distill.extrapolate": 0.0, "distill.ema": 0.5}
     changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs", "inversion.route": 0.5}
