@@ -1,28 +1,9 @@
-"""Markdown that the benchmarks have in common."""
+"""Markdown of a folder of measurements; what all tables have in common is in fedmitr_flwr/bench/markup.py."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Its lines."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def figure(value: float) -> str:
-    """Three digits are more than a busy machine can tell."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def origin(content: Mapping[str, Any]) -> str:
-    """The machine, versions and code of a result file."""
-    machine, versions = content["machine"], content["versions"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-    known = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    note = f" {content['note']}" if "note" in content else ""
-    return f"Machine: {device}. {known}. Code {content['fingerprint']}.{note}"
 
 
 def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], maker: str) -> str:

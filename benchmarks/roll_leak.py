@@ -11,10 +11,10 @@ Shapes: g patches along a side, all of them N = g².
 from typing import NamedTuple
 
 import torch
-from markup import table
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmitr_flwr.bench.markup import table
 from fedmitr_flwr.rng import stream
 
 DRAWS = 300

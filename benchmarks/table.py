@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md and docs/performance.md from committed files, so that no number is typed by hand.
+"""Rewrite the results in README.md and docs/ from committed files, so that no number is typed by hand.
 
     python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->,
                                           and so on for speed and routing
@@ -6,34 +6,32 @@
 
 The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py),
 `<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
-benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py.
+benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/benchmark.md are
+bench/*.jsonl, files that `fedmitr bench` has written.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from markup import origin, table
 from speed import document, routes
+
+from fedmitr_flwr.bench.markup import origin, spread, table
+from fedmitr_flwr.bench.results import load
+from fedmitr_flwr.bench.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 UPLOADS = ("Clients alone, mean", "One-round FedAvg")
 STUDENT = ("Ensemble", "Student", "Student - FedAvg", "Student / ensemble, %", "Server, s")
 
+NOTHING = "No results are committed yet."
+
 Row = Mapping[str, Any]
-
-
-def spread(values: Iterable[float | None], digits: int = 1) -> str:
-    """`mean ± std (n)` of the known values; the sample standard deviation (n - 1), which one value does not have."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    deviation = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{digits}f}{deviation} ({len(known)})"
 
 
 def student(row: Row) -> float | None:
@@ -168,7 +166,14 @@ def block(results: Path) -> str:
             ) from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error}); make it again") from error
-    return "\n\n".join("\n".join(section) for section in sections) or "No results are committed yet."
+    return "\n\n".join("\n".join(section) for section in sections) or NOTHING
+
+
+def bench(results: Path) -> str:
+    """The Markdown of all benches."""
+    texts = [markdown(load(path)).rstrip() for path in sorted(results.glob("*.jsonl"))]
+    # A bench's own title is a document's: here it stands one level lower.
+    return "\n\n".join(re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE) for text in texts) or NOTHING
 
 
 def renewed(path: Path, blocks: Mapping[str, str]) -> tuple[str, str]:
@@ -194,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--benchmark", type=Path, default=ROOT / "docs" / "benchmark.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(argv)
     try:
@@ -206,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "routing": routes.block(options.results / "routing"),
                 },
             ),
+            options.benchmark: renewed(options.benchmark, {"bench": bench(options.results / "bench")}),
         }
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # UserError, of a bench's file, is a ValueError
         print(f"table: error: {error}", file=sys.stderr)
         return 2
     stale = {path: new for path, (old, new) in texts.items() if new != old}

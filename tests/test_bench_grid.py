@@ -17,8 +17,8 @@ Write = Callable[[str], Path]
 FULL = """
 [settings]
 local.epochs = 2
-[data.digits]
-[data.small]
+[datasets.digits]
+[datasets.small]
 data.train-limit = 600
 model.width = 32
 [grid]
@@ -167,7 +167,7 @@ def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) ->
         ("[grid]\nmethods = ['fedavg']\nalpha = [0]", "grid.alpha: 0 is not possible; use numbers > 0"),
         ("[grid]\nmethods = ['fedavg']\nclasses = [2]", "grid.classes is for 'classes-per-client', which is not in"),
         ("[grid]\nmethods = ['fedavg']\npartition = ['iidd']", "grid.partition: 'iidd' is unknown; did you mean iid?"),
-        ("[grid]\nmethods = ['fedavg']\ndata = ['cifar']", "describe it in a table [data.cifar]"),
+        ("[grid]\nmethods = ['fedavg']\ndata = ['cifar']", "describe it in a table [datasets.cifar]"),
         (
             "[settings]\nseed = 3\n[grid]\nmethods = ['fedavg']",
             "settings: seed is an axis of the grid; set it in [grid]",

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_fakes
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
 
 import table as results_table
 
+from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -42,17 +44,17 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    marks = {"README.md": ["results"], "performance.md": ["speed", "routing"]}
+    marks = {"README.md": ["results"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
     for name, blocks in marks.items():
         text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for results in ("speed", "routing"):
+    for results in ("speed", "routing", "bench"):
         (tmp_path / "results" / results).mkdir(parents=True)
     return tmp_path
 
 
 def run(folder: Path, *words: str) -> int:
-    documents = [f"--readme={folder / 'README.md'}", f"--performance={folder / 'performance.md'}"]
+    documents = [f"--{name.lower()}={folder / name}.md" for name in ("README", "performance", "benchmark")]
     return results_table.main([*documents, f"--results={folder / 'results'}", *words])
 
 
@@ -274,3 +276,14 @@ def test_no_committed_command_names_a_folder_of_a_machine() -> None:
     for path in found:
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
         assert not re.search(r"(?:^|[\s='\"])[/~]|[A-Za-z]:\\", command), f"{path.name}: {command}"
+
+
+def test_a_bench_becomes_a_section_of_its_document(folder: Path) -> None:
+    made = bench_fakes.results([bench_fakes.an_entry("fedmitr", 50.0), bench_fakes.an_entry("lda", 60.0)])
+    save(made, folder / "results" / "bench" / "fakes.jsonl")
+    assert run(folder) == 0
+    text = (folder / "benchmark.md").read_text(encoding="utf-8")
+    assert "<!-- bench -->\n\n### fakes\n\n#### digits, 4 clients, small ViT, 8 px\n" in text
+    assert "| `lda` | **60.0 (1)** |" in text
+    (folder / "results" / "bench" / "other.jsonl").write_text("{}")
+    assert run(folder) == 2

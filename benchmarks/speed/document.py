@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markup import figure, origin, sections, table
+from markup import sections
+
+from fedmitr_flwr.bench.markup import figure, origin, table
 
 COLUMNS = ("K", "Mode", "Images", "Seconds (min, max)", "Images/s", "× dense", "Bound", "Of the bound", "MFU")
 COSTS = ("Peak MiB (before)", "Loss")

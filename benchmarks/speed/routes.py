@@ -5,7 +5,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from markup import origin, sections, table
+from markup import sections
+
+from fedmitr_flwr.bench.markup import origin, table
 
 HEAD = ("Weights", "Threshold", "Teachers asked, %", "Student", "Ensemble", "Inversion, s")
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from markup import figure, table
+from fedmitr_flwr.bench.markup import figure, table
 
 from .gauges import Cost
 

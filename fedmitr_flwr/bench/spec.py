@@ -24,7 +24,7 @@ CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
-_TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "data", "grid", "methods", "tune")
+_TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "datasets", "grid", "methods", "tune")
 _TABLES = ("grid", "tune")  # of which the command line can set keys
 _AXES = ("data", "partition", "alpha", "classes", "clients", "seed", "rounds", "methods")
 _TUNE = ("seed", "validation", "partition", "alpha", "classes", "clients", "methods")
@@ -127,14 +127,18 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     axes = document["grid"]
     _known(axes, _AXES, "grid.")
     data = {
-        name: _with_base(_table(table, f"data.{name}"), "config", path)
-        for name, table in _table(document.get("data", {}), "data").items()
+        name: _with_base(_table(table, f"datasets.{name}"), "config", path)
+        for name, table in _table(document.get("datasets", {}), "datasets").items()
     } or {"digits": {}}
     chosen = _strings(axes.get("data", list(data)), "grid.data")
     for name in chosen:
-        _one_of(name, data, "grid.data", f"; describe it in a table [data.{name}]")
+        _one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
     settings = _with_base({"base": document.get("base", ""), **_table(document.get("settings", {}), "")}, "base", path)
-    for where, flat in (("settings", settings), ("the command line", last), *((f"data.{n}", data[n]) for n in data)):
+    for where, flat in (
+        ("settings", settings),
+        ("the command line", last),
+        *((f"datasets.{n}", data[n]) for n in data),
+    ):
         _settable(flat, where)
     skews = _skews(axes, "grid")
     seeds = _numbers(axes.get("seed", [0]), "grid.seed", int, 0)
