@@ -40,7 +40,9 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
+    )
     run = commands.add_parser("run", help="local training and server phase in this process", allow_abbrev=False)
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
     fuse = commands.add_parser("fuse", help="the server phase again, on a run's saved uploads", allow_abbrev=False)

@@ -1,6 +1,7 @@
 """The command line: words to settings, one line and status 2 for bad input, the table and the folder at the end."""
 
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -134,8 +135,11 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("central nowhere", "nowhere is not a run folder (no config.toml)"),
         ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
-        ("", "the following arguments are required: run | fuse | central | methods; see fedmitr --help"),
-        ("train", "argument run | fuse | central | methods: invalid choice: 'train'"),
+        (
+            "",
+            "the following arguments are required: run | fuse | central | bench | report | methods; see fedmitr --help",
+        ),
+        ("train", "argument run | fuse | central | bench | report | methods: invalid choice: 'train'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -233,3 +237,39 @@ def test_help_does_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "flwr run ." in done.stdout
     assert "fedmitr fuse" in done.stdout
+
+
+def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[object] = []
+
+    def bench(*given: object, **options: object) -> int:
+        asked.append((*given, options))
+        return 1
+
+    monkeypatch.setitem(sys.modules, "fedmitr_flwr.bench.command", SimpleNamespace(bench=bench))
+    words = ["bench", "file.toml", "grid.seed=[1, 2]", "--out", str(tmp_path), "local.epochs=3", "--any-code"]
+    assert main(words) == 1
+    settings = {"grid.seed": [1, 2], "local.epochs": 3}
+    assert asked == [(Path("file.toml"), settings, tmp_path, None, {"any_code": True, "verbose": False})]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench"], "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
+        (["bench", "nowhere.toml"], "cannot read the bench file nowhere.toml"),
+        (["bench", "--table", "nowhere"], "nowhere is no folder and no results.jsonl of `fedmitr bench`"),
+        (["report", "nowhere"], "nowhere has no result.json: the run has not ended"),
+    ],
+)
+def test_bench_and_report_name_what_is_wrong(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(words) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
