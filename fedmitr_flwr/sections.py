@@ -174,7 +174,7 @@ class InversionConfig(Section):
     mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
     steps: int = 60  # T
     batch_size: int = 250  # images inverted at once
-    lr: float = 0.25
+    lr: float = 0.1
     stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
     drop: float = 0.3  # sparse: share of the alive patches halted at each stop
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)

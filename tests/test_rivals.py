@@ -193,13 +193,14 @@ def same(first: Fused, second: Fused) -> bool:
 def test_adi_has_fedmitr_s_dense_images() -> None:
     log: list[dict[str, Any]] = []
     adi = fused("adi", log, **{"distill.high": 0.7, "relabel.mode": "tokens"})
-    fedmitr = fused("fedmitr", **{"inversion.mode": "dense"})
+    published = {"inversion.mode": "dense", "inversion.start": "noise", "inversion.lr": 0.25}
+    fedmitr = fused("fedmitr", **published)
     assert adi.pool is not None
     assert fedmitr.pool is not None
     assert torch.equal(adi.pool.images, fedmitr.pool.images)
     assert not same(adi, fedmitr)
     by_hand = {"relabel.mode": "none", "distill.high": 0.0, "distill.low": 0.0, "distill.temperature": 4.0}
-    assert same(adi, fused("fedmitr", **by_hand, **{"inversion.mode": "dense"}))
+    assert same(adi, fused("fedmitr", **by_hand, **published))
     assert all(line["low"] == 0 for line in log if line["stage"] == "distillation")
 
 
@@ -207,6 +208,7 @@ def test_adi_has_fedmitr_s_dense_images() -> None:
 def test_what_is_fedmitr_s_own_does_not_touch_the_rivals(rival: str) -> None:
     theirs = {"relabel.mode": "drop", "distill.high": 3.0, "distill.mix": "tokens", "distill.keep": 0.4}
     theirs |= {"distill.temperature": 9.0, "inversion.mode": "pri", "inversion.stops": "0.5", "distill.token": 2.0}
+    theirs |= {"inversion.start": "leaves", "inversion.lr": 0.1}
     if rival != "adi":  # `pri` makes fewer targets of the same number of images
         del theirs["inversion.mode"]
     changed = {**theirs, "inversion.mode": "sparse"}

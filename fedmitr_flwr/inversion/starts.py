@@ -1,7 +1,7 @@
 """What an inversion starts from: white noise, or dead leaves, images of nobody that look more like photographs.
 
 Optimisation changes a start where the teachers look, and hardly elsewhere; patches that are halted stay as they are.
-What the start is like therefore stays visible in the images by which the student learns to see (docs/adr/0010).
+What the start is like therefore stays visible in the images by which the student learns to see (docs/adr/0013).
 
 Shapes: B images, C channels, S x S pixels.
 """
