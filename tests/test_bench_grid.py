@@ -145,6 +145,12 @@ def test_words_of_the_command_line_win(write: Write) -> None:
     assert {cell.config.model.width for cell in made} == {16}
 
 
+def test_a_part_of_the_methods_needs_no_other_file(write: Write) -> None:
+    bench = read(write(FULL), {"grid.methods": ["fedmitr", "short"]})
+    assert {(cell.label, cell.rounds) for cell in cells(bench)} == {("fedmitr", 1), ("short", 3)}
+    assert tune_cells(bench) == {}
+
+
 def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('seed = 5\nmethod = "fedavg"\nlocal.epochs = 4\npartition.alpha = 0.7\n')
     made = cells(read(write('base = "base.toml"\n[grid]\nmethods = ["fedmitr"]\n[settings]\nlocal.lr = 0.5')))

@@ -297,6 +297,18 @@ def test_who_waits_sees_what_the_other_could_not_make(tmp_path: Path, monkeypatc
     assert (tally.done, tally.failed, len(slow.made)) == (12, 1, 11)
 
 
+def test_the_time_that_is_left_by_hand(tmp_path: Path) -> None:
+    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    loop = running._Loop(spec, store, no_flower, running.Tally(12))
+    loop.spent = {"fedavg": [1.0, 3.0], "fedmitr": [14.0]}
+    after = [cell for cell in cells(spec) if cell.seed == 0]
+    # twice each of fedavg (2 s on average), fedmitr (14 s) and lda (not known: 18 / 3 = 6 s)
+    assert loop._left(after) == "about 0:44 left"
+    Slow()(after[0], store)
+    assert loop._left(after) == "about 0:42 left"
+    assert loop._left([]) == "the last one"
+
+
 def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
     hold = "import sys, time; from filelock import FileLock\nlock = FileLock(sys.argv[1]); lock.acquire()\n"
     hold += "print('held', flush=True); time.sleep(60)"

@@ -66,7 +66,7 @@ def run(bench: Bench, store: Store, flower: Runner) -> Tally:
     untuned = cells(bench)
     store.write_manifest(about, [*first, *untuned])
     loop = _Loop(bench, store, flower, Tally(len(first) + len(untuned)))
-    loop.run(first)
+    loop.run(first, untuned)
     grid = cells(bench, choose(trials, store)) if trials else untuned
     store.write_manifest(about, [*first, *grid])
     loop.run(grid)
@@ -79,10 +79,11 @@ class _Loop:
         self.spent: dict[str, list[float]] = {}  # seconds of finished cells by label
         self.started = time.time()
 
-    def run(self, wanted: Sequence[Cell]) -> None:
+    def run(self, wanted: Sequence[Cell], later: Sequence[Cell] = ()) -> None:
+        """Make what is `wanted`; what comes `later` is only counted in the estimate of what is left."""
         todo = list(wanted)
         while todo:
-            left = [cell for place, cell in enumerate(todo) if not self._settle(cell, todo[place + 1 :])]
+            left = [cell for place, cell in enumerate(todo) if not self._settle(cell, [*todo[place + 1 :], *later])]
             if len(left) == len(todo):
                 time.sleep(WAIT_SECONDS)
             todo = left

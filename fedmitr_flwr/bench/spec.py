@@ -3,15 +3,15 @@
 The file's form is told in docs/benchmark.md. Settings are those of any run; what the grid decides cannot be set.
 """
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..settings import flatten, read_flat
+from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
 
@@ -116,24 +116,34 @@ def read(path: Path, words: Flat | None = None) -> Bench:
         for name in _TABLES:
             own = {key.removeprefix(f"{name}."): last.pop(key) for key in list(last) if key.startswith(f"{name}.")}
             if own or name == "grid":
-                document[name] = {**_table(document.get(name, {}), name), **own}
+                document[name] = {**as_table(document.get(name, {}), name), **own}
+        if "grid.methods" in (words or {}):  # a part of them: what the file says of the others is not needed
+            _keep_only(document["grid"]["methods"], document, document.get("tune"))
         return _bench(document, path, last)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def _keep_only(labels: object, *tables: object) -> None:
+    for table in tables:
+        if isinstance(table, dict) and isinstance(table.get("methods"), dict) and isinstance(labels, list):
+            table["methods"] = {label: told for label, told in table["methods"].items() if label in labels}
+
+
 def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
-    _known(document, _TOP, "")
+    require_known(document, _TOP, "")
     axes = document["grid"]
-    _known(axes, _AXES, "grid.")
+    require_known(axes, _AXES, "grid.")
     data = {
-        name: _with_base(_table(table, f"datasets.{name}"), "config", path)
-        for name, table in _table(document.get("datasets", {}), "datasets").items()
+        name: _with_base(as_table(table, f"datasets.{name}"), "config", path)
+        for name, table in as_table(document.get("datasets", {}), "datasets").items()
     } or {"digits": {}}
-    chosen = _strings(axes.get("data", list(data)), "grid.data")
+    chosen = as_texts(axes.get("data", list(data)), "grid.data")
     for name in chosen:
-        _one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
-    settings = _with_base({"base": document.get("base", ""), **_table(document.get("settings", {}), "")}, "base", path)
+        require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
+    settings = _with_base(
+        {"base": document.get("base", ""), **as_table(document.get("settings", {}), "")}, "base", path
+    )
     for where, flat in (
         ("settings", settings),
         ("the command line", last),
@@ -141,15 +151,15 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     ):
         _settable(flat, where)
     skews = _skews(axes, "grid")
-    seeds = _numbers(axes.get("seed", [0]), "grid.seed", int, 0)
-    clients = _numbers(axes.get("clients", [5]), "grid.clients", int, 2)
-    variants = _variants(axes, _table(document.get("methods", {}), "methods"))
+    seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
+    clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
+    variants = _variants(axes, as_table(document.get("methods", {}), "methods"))
     reference = document.get("reference", "fedmitr")
     return Bench(
-        name=_string(document.get("name", path.stem), "name"),
-        reference=_string(reference, "reference"),
-        keep=_one_of(_string(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
-        client_gpus=_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
+        name=as_text(document.get("name", path.stem), "name"),
+        reference=as_text(reference, "reference"),
+        keep=require_one_of(as_text(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
+        client_gpus=as_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
         settings=settings,
         data={name: data[name] for name in chosen},
         skews=skews,
@@ -163,13 +173,13 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
 
 def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
     values: dict[str, Sequence[float | None]] = {
-        "dirichlet": _numbers(axes.get("alpha", [0.3]), f"{where}.alpha", float, 0, open_end=True),
-        "classes-per-client": _numbers(axes.get("classes", [2]), f"{where}.classes", int, 1),
+        "dirichlet": as_numbers(axes.get("alpha", [0.3]), f"{where}.alpha", float, 0, open_end=True),
+        "classes-per-client": as_numbers(axes.get("classes", [2]), f"{where}.classes", int, 1),
         "iid": [None],
     }
-    schemes = _strings(axes.get("partition", ["dirichlet"]), f"{where}.partition")
+    schemes = as_texts(axes.get("partition", ["dirichlet"]), f"{where}.partition")
     for scheme in schemes:
-        _one_of(scheme, SCHEMES, f"{where}.partition")
+        require_one_of(scheme, SCHEMES, f"{where}.partition")
     for axis, scheme in (("alpha", "dirichlet"), ("classes", "classes-per-client")):
         if axis in axes and scheme not in schemes:
             raise ConfigError(
@@ -181,19 +191,19 @@ def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
 def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Variant, ...]:
     from ..methods import available  # here: it imports torch
 
-    rounds = _numbers(axes.get("rounds", [1]), "grid.rounds", int, 1)
-    labels = _strings(axes.get("methods", []), "grid.methods")
+    rounds = as_numbers(axes.get("rounds", [1]), "grid.rounds", int, 1)
+    labels = as_texts(axes.get("methods", []), "grid.methods")
     if unused := [label for label in tables if label not in labels]:
-        raise ConfigError(f"[methods.{_quoted(unused[0])}] is not in grid.methods; add it there or remove the table")
+        raise ConfigError(f"[methods.{quoted(unused[0])}] is not in grid.methods; add it there or remove the table")
     variants = []
     for label in labels:
-        where = f"methods.{_quoted(label)}"
-        flat = flatten(_table(tables.get(label, {}), where))
-        method = _string(flat.pop("method", label), f"{where}.method")
+        where = f"methods.{quoted(label)}"
+        flat = flatten(as_table(tables.get(label, {}), where))
+        method = as_text(flat.pop("method", label), f"{where}.method")
         flower = method.startswith(FLOWER)
-        own = _numbers(flat.pop("rounds", list(rounds if flower else [1])), f"{where}.rounds", int, 1)
+        own = as_numbers(flat.pop("rounds", list(rounds if flower else [1])), f"{where}.rounds", int, 1)
         known = [FLOWER + name for name in STRATEGIES] if flower else [*available(), CENTRAL]
-        _one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
+        require_one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
         if not flower and own != (1,):
             raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")
         _settable(flat, where)
@@ -204,24 +214,24 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Varia
 def _tune(
     told: object, variants: Sequence[Variant], skews: Sequence[Skew], clients: Sequence[int], seeds: Sequence[int]
 ) -> Tune:
-    table = dict(_table(told, "tune"))
-    _known(table, _TUNE, "tune.")
-    seed = _numbers([table.get("seed", 100)], "tune.seed", int, 0)[0]
+    table = dict(as_table(told, "tune"))
+    require_known(table, _TUNE, "tune.")
+    seed = as_numbers([table.get("seed", 100)], "tune.seed", int, 0)[0]
     if seed in seeds:
         raise ConfigError(f"tune.seed = {seed} is in grid.seed as well; choose on a seed that is not reported")
-    validation = _numbers([table.get("validation", 0.2)], "tune.validation", float, 0, open_end=True)[0]
+    validation = as_numbers([table.get("validation", 0.2)], "tune.validation", float, 0, open_end=True)[0]
     single = {key: table[key] if key == "partition" else [table[key]] for key in _AXES[1:4] if key in table}
     if "partition" in single:
         single["partition"] = [single["partition"]]
     skew = _skews(single, "tune")[0] if single else skews[0]
     tried = {}
-    for label, axes in _table(table.get("methods", {}), "tune.methods").items():
-        where = f"tune.methods.{_quoted(label)}"
-        _one_of(label, [variant.label for variant in variants], where, "; it must be in grid.methods")
-        flat = flatten(_table(axes, where))
+    for label, axes in as_table(table.get("methods", {}), "tune.methods").items():
+        where = f"tune.methods.{quoted(label)}"
+        require_one_of(label, [variant.label for variant in variants], where, "; it must be in grid.methods")
+        flat = flatten(as_table(axes, where))
         _settable(flat, where)
-        tried[label] = _product({key: _list(values, f"{where}.{key}") for key, values in flat.items()})
-    wanted = _numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
+        tried[label] = _product({key: as_list(values, f"{where}.{key}") for key, values in flat.items()})
+    wanted = as_numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
     return Tune(seed, validation, skew, wanted, tried)
 
 
@@ -235,7 +245,7 @@ def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
 def _with_base(table: Mapping[str, Any], key: str, path: Path) -> Flat:
     """The settings of a table over those of the config file that it may name."""
     flat = flatten(table)
-    base = _string(flat.pop(key, ""), key)
+    base = as_text(flat.pop(key, ""), key)
     if not base:
         return flat
     ours = {*_GRIDS, *_OURS}  # a file for single runs has them too
@@ -248,58 +258,3 @@ def _settable(flat: Flat, where: str) -> None:
             raise ConfigError(f"{where}: {key} is an axis of the grid; set it in [grid]")
         if key in _OURS:
             raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
-
-
-def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"unknown key '{where}{key}'; {_hint(key, known, where)}")
-
-
-def _hint(key: str, known: Iterable[str], where: str = "") -> str:
-    near = difflib.get_close_matches(key, known := list(known), n=1)
-    return f"did you mean {where}{near[0]}?" if near else f"use one of: {', '.join(where + name for name in known)}"
-
-
-def _one_of(value: str, known: Iterable[str], where: str, more: str = "") -> str:
-    if value not in (known := list(known)):
-        raise ConfigError(f"{where}: {value!r} is unknown; {_hint(value, known)}{more}")
-    return value
-
-
-def _table(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} = {value!r} is not possible; make it a table [{where}]")
-    return value
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{where} = {value!r} is not possible; use text (in quotes)")
-    return value
-
-
-def _list(value: object, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"{where} = {value!r} is not possible; use a list with one entry at least")
-    if any(entry in value[:place] for place, entry in enumerate(value)):
-        raise ConfigError(f"{where} = {value!r} has an entry twice; remove one")
-    return value
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    return tuple(_string(entry, where) for entry in _list(value, where))
-
-
-def _numbers(value: object, where: str, kind: type, low: float, *, open_end: bool = False) -> tuple[Any, ...]:
-    numbers = _list(value, where)
-    for number in numbers:
-        fits = type(number) is kind or (kind is float and type(number) is int)
-        if not fits or number < low or (open_end and number == low):
-            name = "whole numbers" if kind is int else "numbers"
-            raise ConfigError(f"{where}: {number!r} is not possible; use {name} {'>' if open_end else '>='} {low}")
-    return tuple(map(kind, numbers))
-
-
-def _quoted(label: str) -> str:
-    return label if label.replace("-", "").replace("_", "").isalnum() else f'"{label}"'
