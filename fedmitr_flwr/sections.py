@@ -145,6 +145,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
+    teach: str = "logits"  # the same, where it teaches the student; with trim it is as combine
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
     learn_decay: float = 0.99  # learned: of the step, per epoch
@@ -158,6 +159,7 @@ class EnsembleConfig(Section):
         self._one_of("stack", "auto", "always", "never")
         self._one_of("statistics", "none", "lda", "ridge")
         self._one_of("combine", "logits", "logp", "probs")
+        self._one_of("teach", "logits", "logp", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
         self._within(0, 1, "learn_step", "learn_decay")
         self._within(0, 0.5, "trim")

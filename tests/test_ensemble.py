@@ -95,6 +95,24 @@ def test_teachers_are_asked_one_by_one_and_weighted_by_size() -> None:
     torch.testing.assert_close(ensemble(images), wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("teach", COMBINES)
+def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str) -> None:
+    config = settings(**{"ensemble.combine": combine, "ensemble.teach": teach})
+    ensemble = an_ensemble(config)
+    images = some_images(config, 4)
+    patches, ids = patchify(images, 2), torch.arange(16).expand(4, -1)
+    answers = ensemble.answers(images)
+    torch.testing.assert_close(ensemble(images), combine_answers(answers, ensemble.weights, combine))
+    torch.testing.assert_close(ensemble.scores(patches, ids).cls, combine_answers(answers, ensemble.weights, teach))
+
+
+def test_a_trimmed_ensemble_teaches_what_it_decides() -> None:
+    config = settings(**{"ensemble.combine": "probs", "ensemble.teach": "logits", "ensemble.trim": 0.3})
+    assert an_ensemble(config).teach == "probs"
+
+
 def test_teachers_are_frozen_and_in_eval_mode() -> None:
     ensemble = an_ensemble(settings())
     assert not any(parameter.requires_grad for parameter in ensemble.parameters())

@@ -48,6 +48,7 @@ _TINY: dict[str, object] = {
     "local.threads": 1,
     "upload.dtype": "float32",
     "upload.class-counts": False,
+    "screen.mode": "off",
     "ensemble.combine": "logits",
     "ensemble.weights": "size",
     "inversion.mode": "sparse",
@@ -88,7 +89,9 @@ _TINY: dict[str, object] = {
 
 
 def settings(**changes: object) -> Config:
-    return Config.from_flat(_TINY | changes)
+    """The ensemble teaches as it decides, unless told otherwise."""
+    alike = {"ensemble.teach": changes.get("ensemble.combine", _TINY["ensemble.combine"])}
+    return Config.from_flat(_TINY | alike | changes)
 
 
 def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:

@@ -38,7 +38,7 @@ def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.de
 class Weigher:
     """The ensemble's weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
 
-    Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes; they are learned without
+    Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes, and are learned without
     `ensemble.trim`, which then trims by them.
     """
 

@@ -67,11 +67,13 @@ class Recipe:
 def plain(config: Config) -> Config:
     """Settings under which distillation is that of the rivals: only T² KL of the class tokens of whole, unmixed images.
 
-    T is `rival.temperature`. Nothing is relabelled; patch tokens and pseudo-labels have no weight.
+    T is `rival.temperature`, and the ensemble teaches what it decides. Nothing is relabelled; patch tokens and
+    pseudo-labels have no weight.
     """
     forced: dict[str, object] = {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
-    return Config.from_flat(forced | {"distill.temperature": config.rival.temperature}, base=config)
+    forced |= {"distill.temperature": config.rival.temperature, "ensemble.teach": config.ensemble.combine}
+    return Config.from_flat(forced, base=config)
 
 
 def grow(job: Job, recipe: Recipe) -> Fused:

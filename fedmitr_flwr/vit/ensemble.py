@@ -21,7 +21,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) 
 
 
 class Ensemble(nn.Module):
-    """Frozen teachers. `softmax` of its scores is the ensemble's distribution, whichever way answers are combined."""
+    """Frozen teachers. `softmax` of its scores is the ensemble's distribution, whichever way answers are combined.
+
+    It answers in two roles: it decides what an image is (`forward`, `slope`), and it teaches a student (`scores`).
+    """
 
     def __init__(
         self,
@@ -30,7 +33,9 @@ class Ensemble(nn.Module):
         combine: str,
         stack: str = "never",
         trim: float = 0.0,
+        teach: str | None = None,
     ) -> None:
+        """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`."""
         super().__init__()
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.patch: int = self.teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
@@ -38,12 +43,13 @@ class Ensemble(nn.Module):
         self.weights: Tensor
         self.register_buffer("weights", weights_KY)
         self.combine, self.stack, self.trim = combine, stack, trim
+        self.teach = combine if trim or teach is None else teach
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig) -> "Ensemble":
         teachers = Teachers.of(uploads, model, config.teacher_chunk)
         weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
-        return cls(teachers, weights_KY, config.combine, config.stack, config.trim)
+        return cls(teachers, weights_KY, config.combine, config.stack, config.trim, config.teach)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
@@ -67,7 +73,7 @@ class Ensemble(nn.Module):
         return self.answers(images_MCHW, batch_size).softmax(-1)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
-        """Scores of the class token (B, Y) and of each given patch (B, M, Y).
+        """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y).
 
         One teacher's answers at a time, but with `trim`, where they must be put in order.
         """
@@ -75,15 +81,15 @@ class Ensemble(nn.Module):
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
         if self.trim:
             every = zip(*answers, strict=True)
-            return TokenLogits(*(combine_answers(torch.stack(a), self.weights, self.combine, self.trim) for a in every))
+            return TokenLogits(*(combine_answers(torch.stack(a), self.weights, self.teach, self.trim) for a in every))
         for answer, weights_Y in zip(answers, self.weights, strict=True):
-            parts = TokenLogits(*(_part(logits, weights_Y, self.combine) for logits in answer))
+            parts = TokenLogits(*(_part(logits, weights_Y, self.teach) for logits in answer))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
         return total
 
     def _sum(self, total: Tensor, part: Tensor) -> Tensor:
-        return torch.logaddexp(total, part) if self.combine == "probs" else total + part
+        return torch.logaddexp(total, part) if self.teach == "probs" else total + part
 
     def slope(
         self,
