@@ -128,7 +128,7 @@ def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> N
     )
     assert [line["epoch"] for line in metrics if line["stage"] == "distillation"] == [0, 1]
     assert all(math.isfinite(line["loss"]) for line in inversions)
-    assert set(metrics[-1]) == {"stage", "epoch", "high", "low", "kd"}
+    assert set(metrics[-1]) == {"stage", "epoch", "high", "low", "kd", "curve"}
     json.dumps(metrics, allow_nan=False)
     assert set(stopwatch.seconds) == {"inversion", "relabelling", "distillation"}
     assert all(seconds > 0 for seconds in stopwatch.seconds.values())
