@@ -122,6 +122,7 @@ TINY: dict[str, Any] = {
     "model.heads": 2,
     "model.patch-size": 4,
     "local.epochs": 1,
+    "screen.images": 0,
     "inversion.steps": 4,
     "inversion.batch-size": 10,
     "inversion.stops": "0.3,0.6",

@@ -1,0 +1,1 @@
+"""Which uploads are unlike the others, without any data."""

@@ -1,0 +1,302 @@
+"""Screening: by hand on vectors, and on small models of which some were trained honestly and some were not."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import settings
+from torch import Tensor
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.images import DataSet, Images
+from fedmitr_flwr.errors import ModelError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.screening.answers import Names, strange_answers
+from fedmitr_flwr.screening.screen import screen
+from fedmitr_flwr.screening.weights import robust_z, strange_weights
+from fedmitr_flwr.training.local import train_local
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.build import build_vit, initial_weights
+
+CPU = torch.device("cpu")
+START = {"w": torch.zeros(6), "n": torch.tensor(3)}
+
+
+def arrows(*rows: Sequence[float], sizes: Sequence[int] = ()) -> list[Upload]:
+    """Uploads of one vector each; the start is 0."""
+    every = enumerate(zip(rows, sizes or [10] * len(rows), strict=True))
+    return [Upload(k, {"w": torch.tensor(row) * 1.0, "n": torch.tensor(3)}, size, 0.0, "") for k, (row, size) in every]
+
+
+def found(uploads: Sequence[Upload]) -> dict[int, str]:
+    return {finding.client: finding.check for finding in strange_weights(uploads, START)}
+
+
+def similar(count: int, seed: int = 0) -> list[list[float]]:
+    """Arrows that have one direction in common, of lengths that differ by up to a half."""
+    rng = stream(seed, "arrows")
+    spread = torch.rand(count, 6, generator=rng) + torch.tensor([1.0, 0, 0, 0, 0, 0])
+    return (spread * (1 + torch.rand(count, 1, generator=rng) / 2)).tolist()
+
+
+def times(row: Sequence[float], factor: float) -> list[float]:
+    return [factor * value for value in row]
+
+
+def test_robust_z_by_hand() -> None:
+    """Median 3, deviations 2, 1, 0, 1, 97: their median is 1, so the unit is 1.4826."""
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])
+    expected = [(value - 3) / 1.4826 for value in (1, 2, 3, 4, 100)]
+    assert robust_z(values, 0.1).tolist() == pytest.approx(expected)
+    assert robust_z(values, 2.0).tolist() == pytest.approx([-1, -0.5, 0, 0.5, 48.5])
+
+
+@given(st.integers(3, 12), st.integers(0, 1000))
+def test_similar_updates_are_not_strange(count: int, seed: int) -> None:
+    assert found(arrows(*similar(count, seed))) == {}
+
+
+@given(st.integers(5, 12), st.integers(0, 1000), st.data())
+def test_a_scaled_update_and_one_that_did_not_move_are_strange(count: int, seed: int, data: st.DataObject) -> None:
+    rows = similar(count, seed)
+    who = data.draw(st.integers(0, count - 1))
+    for factor in (100.0, 0.001):
+        assert found(arrows(*rows[:who], times(rows[who], factor), *rows[who + 1 :])) == {who: "norm"}
+    assert found(arrows(*rows[:who], [0.0] * 6, *rows[who + 1 :])) == {who: "norm"}
+
+
+@given(st.integers(3, 12), st.integers(0, 1000), st.data())
+def test_a_reversed_update_is_strange_and_the_others_are_not(count: int, seed: int, data: st.DataObject) -> None:
+    rows = similar(count, seed)
+    who = data.draw(st.integers(0, count - 1))
+    assert found(arrows(*rows[:who], times(rows[who], -1), *rows[who + 1 :])) == {who: "direction"}
+
+
+def test_two_of_ten_are_found_together() -> None:
+    rows = similar(10)
+    assert found(arrows(times(rows[0], -1), times(rows[1], -1), *rows[2:])) == {0: "direction", 1: "direction"}
+    assert found(arrows(times(rows[0], 100), times(rows[1], 90), *rows[2:])) == {0: "norm", 1: "norm"}
+
+
+def test_a_client_with_many_images_may_go_a_longer_way() -> None:
+    """60 times the images, and 10 times as far: not much further than a random walk. Without them it is strange."""
+    rows = similar(8)
+    far = [times(rows[0], 10), *rows[1:]]
+    assert found(arrows(*far, sizes=[1500] + [25] * 7)) == {}
+    assert found(arrows(*far, sizes=[150] * 8)) == {0: "norm"}
+
+
+def test_a_copy_counts_once() -> None:
+    rows = similar(5)
+    assert found(arrows(*rows[:4], rows[1])) == {4: "copy"}
+    assert "client 1" in strange_weights(arrows(*rows[:4], times(rows[1], 1.00001)), START)[0].text
+
+
+def test_who_owns_more_than_ten_times_all_others_is_named() -> None:
+    rows = similar(3)
+    assert found(arrows(*rows, sizes=[1001, 50, 50])) == {0: "size"}
+    assert found(arrows(*rows, sizes=[999, 50, 50])) == {}
+    assert found(arrows(rows[0], times(rows[1], 1000), sizes=[1, 20])) == {1: "size"}  # of two, no more can be told
+
+
+def test_names_by_hand() -> None:
+    """Two images of each of three classes; the model calls 0 one, 1 zero, and 2 two in one image of two, else one."""
+    targets = torch.tensor([0, 0, 1, 1, 2, 2])
+    answers = torch.eye(3)[[1, 1, 0, 0, 2, 1]]
+    names = Names.of(answers, targets)
+    assert names.right == pytest.approx(1 / 6)
+    assert names.chance == pytest.approx((2 / 6 + 3 / 6 + 1 / 6) / 3)
+    assert names.best == pytest.approx(5 / 6)
+    assert names.gain == pytest.approx(0.5)
+    assert names.kept == pytest.approx((1 / 6 - 1 / 3) / 0.5)
+    perfect = Names.of(torch.eye(3)[targets], targets)
+    assert (perfect.right, perfect.kept) == (1.0, 1.0)
+    constant = Names.of(torch.eye(3)[[1] * 6], targets)  # knows one class only: nothing can be said of it
+    assert (constant.right, constant.gain, constant.kept) == (pytest.approx(1 / 3), 0.0, 1.0)
+
+
+CLASSES = (
+    (0, 1, 2),
+    (0, 1, 2),
+    (0, 1),
+    (1, 2),
+    (0, 1, 2),
+    (0, 2),
+)  # that each client has images of: bars at the top, ...
+LEARNED: dict[str, Any] = {
+    "model.num-classes": 3,
+    "partition.clients": 6,
+    "local.epochs": 20,
+    "local.batch-size": 8,
+    "local.lr": 3e-3,
+    "ensemble.combine": "probs",
+    "screen.mode": "exclude",
+    "screen.images": 4,
+}
+Learned = tuple[Config, list[Upload], Upload]
+
+
+@pytest.fixture(scope="module")
+def learned(tiny: DataSet) -> Learned:
+    """Six honest clients, and client 1 once more, with 0 for 1, 1 for 2 and 2 for 0."""
+    config = settings(**LEARNED)
+    honest = [learn(config, tiny, client) for client in range(6)]
+    return config, honest, learn(config, tiny, 1, turn=1)
+
+
+def learn(config: Config, data: DataSet, client: int, turn: int = 0) -> Upload:
+    own = [int(label) in CLASSES[client] and i % 2 == client % 2 for i, label in enumerate(data.train.labels)]
+    images = data.train.subset(torch.tensor(own).nonzero().squeeze(1))
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial_weights(config.model, config.seed))
+    labelled = Images(images.pixels, (images.labels + turn) % 3)
+    loss = train_local(vit, labelled, config, stream(0, "bars", client), CPU)
+    return Upload(client, dict(vit.state_dict()), len(images), loss, "c" * 12)
+
+
+def changed(config: Config, upload: Upload, change: Callable[[Tensor, Tensor], Tensor]) -> Upload:
+    """`change(start, update)` of every tensor."""
+    start = initial_weights(config.model, config.seed)
+    return replace(upload, weights={n: change(start[n], w - start[n]) for n, w in upload.weights.items()})
+
+
+Attack = Callable[[Config, Upload], Upload]
+ATTACKS: dict[str, tuple[Attack, str]] = {
+    "scaled": (lambda config, upload: changed(config, upload, lambda start, update: start + 100 * update), "norm"),
+    "reversed": (lambda config, upload: changed(config, upload, lambda start, update: start - update), "direction"),
+    "random": (lambda config, upload: replace(upload, weights=dict(build_vit(config.model, 9).state_dict())), "norm"),
+}
+
+
+def test_nobody_honest_is_strange(learned: Learned) -> None:
+    config, uploads, _ = learned
+    outcome = screen(uploads, config, CPU)
+    assert (outcome.findings, outcome.excluded) == ([], [])
+    assert outcome.kept == uploads
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "permuted"])
+def test_each_attack_is_found_and_nobody_else(learned: Learned, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    config, uploads, turned = learned
+    attack, check = ATTACKS.get(name, (lambda *_: turned, "answers"))
+    if check != "answers":
+        config = settings(**LEARNED | {"screen.images": 0})
+    uploads = [uploads[0], attack(config, uploads[1]), *uploads[2:]]
+    lines: list[dict[str, Any]] = []
+    with caplog.at_level(logging.WARNING, "fedmitr"):
+        outcome = screen(uploads, config, CPU, lambda **values: lines.append(values))
+    assert [(finding.client, finding.check) for finding in outcome.findings] == [(1, check)]
+    assert outcome.excluded == [1]
+    assert outcome.kept == [uploads[0], *uploads[2:]]
+    assert [(line["stage"], line["client"], line["excluded"]) for line in lines] == [("screen", 1, True)]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("client 1 is strange: ")
+    assert warning.endswith("(left out)")
+    assert outcome.facts("exclude")["findings"][0]["check"] == check
+    assert math.isfinite(outcome.findings[0].value)
+
+
+def test_answers_are_not_judged_where_there_are_few_to_judge(learned: Learned) -> None:
+    config, uploads, turned = learned
+    assert strange_answers([uploads[0], turned, *uploads[2:4]], config, CPU) == []
+
+
+def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
+    config, uploads, _ = learned
+    uploads = [ATTACKS["scaled"][0](config, uploads[0]), *uploads[1:]]
+    with caplog.at_level(logging.WARNING, "fedmitr"):
+        warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn", "screen.images": 0}), CPU)
+    assert warned.kept == uploads
+    assert [finding.client for finding in warned.findings] == [0]
+    assert "screen.mode = 'exclude' leaves it out" in caplog.text
+    caplog.clear()
+    off = screen(uploads, settings(**LEARNED | {"screen.mode": "off"}), CPU)
+    assert (off.kept, off.findings, caplog.text) == (uploads, [], "")
+
+
+DIGITS: dict[str, Any] = {"screen.mode": "exclude", "screen.images": 0, "method": "fedavg", "partition.clients": 5}
+
+
+def moved(client: int, by: float = 1.0) -> Upload:
+    """The start, and `by` times an update that is half everybody's and half its own."""
+    config = settings(**DIGITS)
+    start, common, own = initial_weights(config.model, config.seed), stream(0, "common"), stream(0, "own", client)
+    weights = {}
+    for name, tensor in start.items():
+        both = torch.randn(tensor.shape, generator=common) + torch.randn(tensor.shape, generator=own)
+        weights[name] = tensor + by * 0.01 * both
+    return Upload(client, weights, 10 + client, 0.5, "c" * 12)
+
+
+def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    uploads = [moved(0), moved(1), moved(2, -1.0), moved(3, -1.0)]
+    with caplog.at_level(logging.WARNING, "fedmitr"):
+        outcome = screen(uploads, settings(**DIGITS), CPU)
+    assert len(outcome.findings) >= 2
+    assert outcome.excluded == []
+    assert "too many to tell who is right; none is left out" in caplog.text
+
+
+def test_without_the_start_there_is_a_warning_or_with_exclude_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads, lost = [moved(client) for client in range(5)], {"model.weights": str(tmp_path / "gone.safetensors")}
+    with caplog.at_level(logging.WARNING, "fedmitr"):
+        assert screen(uploads, settings(**DIGITS | lost | {"screen.mode": "warn"}), CPU).findings == []
+    assert "not by weights" in caplog.text
+    with pytest.raises(ModelError, match="gone"):
+        screen(uploads, settings(**DIGITS | lost), CPU)
+
+
+def saved(path: Path, uploads: Sequence[Upload], **changes: Any) -> RunFolder:
+    folder = RunFolder.create(settings(**DIGITS | {"out-dir": str(path)} | changes), "run")
+    for upload in uploads:
+        folder.save_upload(upload)
+    return folder
+
+
+def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path) -> None:
+    """The same model as of the honest uploads alone; the strange one stays on disk."""
+    honest = [moved(client) for client in range(4)]
+    folder = saved(tmp_path / "poisoned", [*honest, moved(4, 100.0)])
+    pipeline.serve(folder)
+    alone = saved(tmp_path / "alone", honest, **{"screen.mode": "off", "flower.quorum": 0.8})
+    pipeline.serve(alone)
+    ours, theirs = (load_tensors(run.model_path)[0] for run in (folder, alone))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(folder.upload_paths()) == [0, 1, 2, 3, 4]
+    result = folder.read_result()
+    assert result["screen"]["excluded"] == [4]
+    assert [each["client"] for each in result["screen"]["findings"]] == [4]
+    assert result["accuracy"] == alone.read_result()["accuracy"]
+    assert result["accuracy"]["local"][4] is None
+    lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    assert [(line["client"], line["check"]) for line in lines if line["stage"] == "screen"] == [(4, "norm")]
+    assert alone.read_result()["screen"] == {"mode": "off", "excluded": [], "findings": []}
+
+    # `fedmitr fuse` screens alike, by its own settings.
+    assert pipeline.fuse(folder, "fedavg", {}).read_result()["screen"]["excluded"] == [4]
+    warned = pipeline.fuse(folder, "fedavg", {"screen.mode": "warn"}).read_result()
+    assert (warned["screen"]["excluded"], len(warned["screen"]["findings"])) == ([], 1)
+    assert warned["accuracy"]["fedavg"] != result["accuracy"]["fedavg"]
+
+
+def test_a_warning_does_not_change_a_bit(tmp_path: Path) -> None:
+    made = []
+    for mode in ("off", "warn"):
+        changes = {"screen.mode": mode, "screen.images": 1, "method": "fedmitr", "partition.clients": 3}
+        folder = saved(tmp_path / mode, [moved(client) for client in range(3)], **changes)
+        pipeline.serve(folder)
+        made.append(load_tensors(folder.model_path)[0])
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
