@@ -422,7 +422,7 @@ def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: py
     script.write_text("import sys; print('flower_run: error: too few nodes', file=sys.stderr); sys.exit(1)")
     monkeypatch.setattr(flower, "SCRIPT", script)
     (cell, _) = cells(read(a_bench(tmp_path, FLOWER)))
-    with pytest.raises(RunError, match=r"^Flower: too few nodes$"):
+    with pytest.raises(RunError, match=r"^Flower: too few nodes \(its log, until the next try: .*flower\.log\)$"):
         flower.runner()(cell.config, tmp_path)
     script.write_text("import sys; print('flower_run: run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
     assert flower.runner(0.5)(cell.config, tmp_path) == Path("/there/30.5")

@@ -117,7 +117,11 @@ def scatter(
             _plot(axis, where, looks[label], label)
         axis.set_title(place.partition, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
-    _finish(figure, axes, f"{title}: accuracy in percent, mean ± standard deviation over the seeds")
+    _finish(
+        figure,
+        axes,
+        f"{title}: accuracy in percent, mean ± standard deviation over seeds; equal costs are drawn side by side",
+    )
     return figure
 
 

@@ -54,5 +54,5 @@ def _run(config: Config, scratch: Path, options: list[str]) -> Path:
     found = re.findall(r"^flower_run: run folder: (.+)$", said, re.MULTILINE)
     if status or not found:
         reasons = re.findall(r"^flower_run: error: (.+)$", said, re.MULTILINE) or said.strip().splitlines()[-1:]
-        raise RunError(f"Flower: {(reasons or ['it said nothing'])[-1]}")
+        raise RunError(f"Flower: {(reasons or ['it said nothing'])[-1]} (its log, until the next try: {log})")
     return Path(found[-1])

@@ -142,7 +142,7 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     for name in chosen:
         require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
     settings = _with_base(
-        {"base": document.get("base", ""), **as_table(document.get("settings", {}), "")}, "base", path
+        {"base": document.get("base", ""), **as_table(document.get("settings", {}), "settings")}, "base", path
     )
     for where, flat in (
         ("settings", settings),
