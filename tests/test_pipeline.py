@@ -560,3 +560,45 @@ def test_names_are_free_by_default(tmp_path: Path) -> None:
     assert run.path.parent == tmp_path
     assert run.path.name.startswith("fedavg-")
     assert math.isfinite(run.read_result()["accuracy"]["student"])
+
+
+def test_a_fusion_may_do_with_less_than_was_uploaded_but_not_with_more(tmp_path: Path) -> None:
+    told = {"upload.statistics": True, "upload.variances": True}
+    rich, poor = a_run(tmp_path, "rich", method="fedavg", **told), a_run(tmp_path, "poor", method="fedavg")
+    assert all(torch.equal(a, b) for a, b in zip(_weights(rich), _weights(poor), strict=True))
+    narrow = dict.fromkeys(told, False)
+    (upload, *_) = pipeline.fuse(rich, "fedavg", narrow).load_uploads()
+    assert (upload.class_counts, upload.statistics) == (None, None)
+    (upload, *_) = pipeline.fuse(rich, "lda", {"upload.variances": False}).load_uploads()
+    assert upload.statistics is not None
+    assert set(upload.statistics) == {"sums", "moment"}
+    assert upload.class_counts is not None
+    with pytest.raises(RunError, match=r"upload\.statistics = True, but the uploads were made with False"):
+        pipeline.fuse(poor, "lda", {"upload.statistics": True})
+
+
+def _weights(run: RunFolder) -> list[torch.Tensor]:
+    return [tensor for upload in run.load_uploads() for tensor in upload.weights.values()]
+
+
+def test_a_fusion_with_a_name_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path, method="fedavg")
+    known = judge.lines(run.load_uploads(), run.config)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.fuse(run, "fedmitr", {}, "mine", known)
+    assert list((run.path / "fused" / "mine" / "work").iterdir())
+    folder = pipeline.fuse(run, "fedmitr", {}, "mine", known)
+    assert folder.path == run.path / "fused" / "mine"
+    assert not (folder.path / "work").exists()
+    other = pipeline.fuse(run, "fedmitr", {})
+    assert (folder.path / "model.safetensors").read_bytes() == (other.path / "model.safetensors").read_bytes()
+    ours, theirs = folder.read_result(), other.read_result()
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert (other.path / "partition.png").exists()
+    assert not (folder.path / "partition.png").exists()  # one of many

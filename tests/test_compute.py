@@ -1,0 +1,49 @@
+"""The memory that a piece of work took: what was there before and after it does not count."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmitr_flwr.compute import forget_peak, peak_memory
+
+CPU = torch.device("cpu")
+MEGABYTE = 1_000_000
+
+
+def held(megabytes: int) -> torch.Tensor:
+    """Ones: pages that were really written."""
+    return torch.ones(megabytes * MEGABYTE // 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
+def test_the_peak_is_of_what_was_done_since() -> None:
+    forget_peak(CPU)
+    before = peak_memory(CPU)["ram"]
+    tensor = held(300)
+    del tensor
+    with_it = peak_memory(CPU)["ram"]
+    forget_peak(CPU)
+    after = peak_memory(CPU)["ram"]
+    assert before is not None
+    assert with_it is not None
+    assert after is not None
+    assert with_it - before > 250 * MEGABYTE
+    assert with_it - after > 250 * MEGABYTE
+    assert peak_memory(CPU)["gpu"] is None
+
+
+def test_elsewhere_it_is_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    def no_proc(self: Path, *_: object, **__: object) -> str:
+        raise OSError(f"no {self}")
+
+    monkeypatch.setattr(Path, "read_text", no_proc)
+    monkeypatch.setattr(Path, "write_text", no_proc)
+    forget_peak(CPU)
+    told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_memory(CPU)["ram"] == pytest.approx(told * 1024, rel=0.01)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_memory(CPU)["ram"] == pytest.approx(told, rel=0.01)
