@@ -3,6 +3,7 @@
 Each SuperNode has a folder of its own, with its key, its FLWR_HOME and its log, as it would have on its own machine.
 """
 
+import contextlib
 import os
 import signal
 import ssl
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from processes import MARK, free_ports, in_sessions, marked_sessions, stop  # noqa: E402
+from processes import MARK, free_ports, marked, stop  # noqa: E402
 
 NAME = "federation"  # of the connection in Flower's config.toml
 START_SECONDS = 120.0
@@ -139,25 +140,24 @@ class Federation:
         self._print(["python", "scripts/flower_run.py", *command[2:]])
         return subprocess.Popen([str(word) for word in command], env=self.environment("operator"), **more)
 
-    def kill(self, who: str) -> None:
-        """End a SuperNode or the SuperLink (`server`) as a power cut does, and all that it started."""
-        process = self.link if who == "server" else self.nodes[who]
-        assert process is not None
-        for pid in self.processes("", {process.pid}):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
+    def processes(self, title: str = "", who: str = "") -> list[int]:
+        """Ids of our processes whose command line holds `title`: everybody's, or only one's (by its FLWR_HOME)."""
+        home = f"FLWR_HOME={self.folder / who}" if who else ""
+        return [pid for pid in marked(self.mark, home) if title in _read(pid, "cmdline")]
 
-    def processes(self, title: str, sessions: set[int] | None = None) -> list[int]:
-        """Ids of our processes whose command line holds `title`; of all sessions, or of some."""
-        found = []
-        for pid in in_sessions(sessions or marked_sessions(self.mark)):
-            try:
-                if title in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
-                    found.append(pid)
-            except OSError:  # ended meanwhile
-                continue
-        return found
+    def send(self, number: signal.Signals, title: str = "", who: str = "") -> None:
+        """Send a signal to such processes; SIGKILL to all of one client's is what a power cut does to its machine."""
+        for pid in self.processes(title, who):
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, number)
 
     def _print(self, command: Sequence[str | Path]) -> None:
         if self.show:
             print("$", *(str(word).replace(f"{ROOT}/", "") for word in command), flush=True)
+
+
+def _read(pid: int, what: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{what}").read_text(errors="replace")
+    except OSError:  # ended meanwhile
+        return ""

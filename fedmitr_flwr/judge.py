@@ -15,7 +15,7 @@ from .inversion.scout import scouted_ensemble
 from .methods.contract import Fused
 from .training.average import average
 from .training.upload import Upload
-from .vit.build import build_vit
+from .vit.build import vit_of
 
 
 class Lines(TypedDict):
@@ -47,9 +47,7 @@ def lines(uploads: Sequence[Upload], config: Config) -> Lines:
     device = resolve_device(config.device)
 
     def accuracy(weights: Mapping[str, Tensor]) -> float:
-        vit = build_vit(config.model)
-        vit.load_state_dict(weights)
-        return evaluate_on(vit, images, config, device).accuracy
+        return evaluate_on(vit_of(config.model, weights), images, config, device).accuracy
 
     return {
         "fedavg": accuracy(average(uploads)),

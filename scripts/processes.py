@@ -33,7 +33,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str) -> None:
         mark: what MARK is in their environment.
     """
     # Some of Ray's processes overwrite their environment with a title; their session tells whose they are.
-    sessions = marked_sessions(mark) | {process.pid for process in processes}
+    sessions = {_session(pid) for pid in marked(mark)} - {0} | {process.pid for process in processes}
     for process in processes:
         process.terminate()
         try:
@@ -43,19 +43,21 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str) -> None:
             process.wait()
     _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they are at work
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        for pid in in_sessions(sessions):
+        for pid in _in(sessions):
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(pid, kind)
         _wait_until_gone(sessions, STOP_SECONDS)
 
 
-def marked_sessions(mark: str) -> set[int]:
-    return {_session(pid) for pid in _processes() if _is_marked(pid, mark)} - {0}
+def marked(mark: str, also: str = "") -> list[int]:
+    """Ids of the processes with `mark` in their environment, and with the entry `also`; not of Ray's."""
+    wanted = {f"{MARK}={mark}".encode(), *([also.encode()] if also else [])}
+    return [pid for pid in _processes() if wanted <= _environment(pid)]
 
 
 def _wait_until_gone(sessions: set[int], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while in_sessions(sessions) and time.monotonic() < deadline:
+    while _in(sessions) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
@@ -64,8 +66,7 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
 
 
-def in_sessions(sessions: set[int]) -> list[int]:
-    """Ids of the processes that run there now."""
+def _in(sessions: set[int]) -> list[int]:
     return [pid for pid in _processes() if _session(pid) in sessions]
 
 
@@ -78,8 +79,8 @@ def _session(pid: int) -> int:
     return 0 if state == "Z" else int(session)
 
 
-def _is_marked(pid: int, mark: str) -> bool:
+def _environment(pid: int) -> set[bytes]:
     try:
-        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:  # ended meanwhile, or another user's
-        return False
+        return set()

@@ -56,9 +56,8 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         folder = RunFolder.create(config.with_clients(clients.number), f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
-    initial = initial_weights(config.model, config.seed)
-    strategy = OneShot(folder, clients.nodes, initial)
-    arrays = ArrayRecord(dict(initial))
+    arrays = ArrayRecord(dict(initial_weights(config.model, config.seed)))
+    strategy = OneShot(folder, clients.nodes, arrays.to_torch_state_dict())
     strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
     log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)
 

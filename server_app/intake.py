@@ -26,8 +26,9 @@ class Intake:
     """The way of a reply to the folder of a run."""
 
     def __init__(self, folder: RunFolder, initial: Weights) -> None:
-        """Take uploads of models like `initial`, from which the clients start."""
-        self.folder, self.initial, self.limit = folder, initial, room(initial)
+        """Take uploads of models like `initial`, from which the clients start; only its shape is kept."""
+        shapes = {name: tensor.to("meta") for name, tensor in initial.items()}
+        self.folder, self.initial, self.limit = folder, shapes, room(shapes)
 
     def take(self, reply: Message, client: int, node: int) -> None:
         """Write one upload to disk, accepted or refused, and free its memory.

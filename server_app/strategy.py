@@ -38,6 +38,7 @@ class OneShot(Strategy):
         self.intake, self.collecting = Intake(folder, initial), False
         self.nodes = dict(nodes)
         self.clients = {node: client for client, node in nodes.items()}
+        self.sent = ArrayRecord()
         self.result: dict[str, Any] = {}
 
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
@@ -61,7 +62,7 @@ class OneShot(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         del grid  # the nodes are known
-        self.collecting = True
+        self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
         self.folder.require_room(len(asked), size(self.intake.initial))
@@ -86,6 +87,7 @@ class OneShot(Strategy):
         del server_round, replies  # taken as they arrived
         self.collecting = False
         self.folder.require_uploads(self.config.flower.quorum)
+        self.sent.clear()  # Flower holds on to the start, which nobody needs any more
         outcome = pipeline.serve(self.folder)
         self.result = outcome.result
         if outcome.weights is None and self.config.evaluate.where == "clients":

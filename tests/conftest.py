@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of real deployments take minutes each: they run only where `-m` names them."""
+    if "deploy" not in config.getoption("-m"):
+        items[:] = [item for item in items if not item.get_closest_marker("deploy")]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Tiny tensors gain nothing from more, and equal thread counts make results equal bits."""

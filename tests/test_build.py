@@ -14,7 +14,7 @@ from tiny import a_vit, settings, some_images
 from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.errors import ModelError
 from fedmitr_flwr.training.upload import Weights
-from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
+from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments, vit_of
 from fedmitr_flwr.vit.ensemble import Ensemble
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
 
@@ -209,3 +209,15 @@ def test_deit_tiny_gives_timms_logits(shared: Path) -> None:
     torch.testing.assert_close(forward_tokens(ours, patches, all_positions(patches)).cls, wanted, rtol=1e-4, atol=1e-4)
     alone = Ensemble([ours], torch.ones(1, 1000), "logits")
     torch.testing.assert_close(alone(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small", "vit_tiny_patch16_224"])
+def test_a_network_around_given_weights_copies_none(name: str) -> None:
+    model = ModelConfig(name=name, img_size=32, patch_size=16, in_chans=3)
+    weights = initial_weights(model, 3)
+    around, loaded = vit_of(model, weights), build_vit(model)
+    loaded.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(around(images), loaded(images))
+    assert not around.training
+    assert all(tensor.data_ptr() == weights[key].data_ptr() for key, tensor in around.state_dict().items())

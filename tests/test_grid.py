@@ -109,6 +109,28 @@ def test_replies_come_back_in_the_clients_order() -> None:
     assert [grid.clients[reply.metadata.src_node_id] for reply in replies] == [0, 1, 2, 3, 4]
 
 
+def test_one_reply_is_in_memory_at_a_time() -> None:
+    """Four models of 344 MB at once would be too much for a server; the hook frees each before the next is fetched."""
+    fetched: list[int] = []
+
+    class Counting(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            fetched.append(len(replies))
+            return replies
+
+    local = Counting(echo(), 4)
+    grid = ObservedGrid(local, lambda *_: fetched.append(-1), poll=0)
+    assert len(grid.send_and_receive(questions(local), timeout=10)) == 4
+    assert [sum(fetched[: end + 1]) for end in range(len(fetched))] == [1, 0] * 4
+
+
+def test_the_time_in_the_hook_does_not_count() -> None:
+    local = LocalGrid(echo(), 3)
+    grid = ObservedGrid(local, lambda *_: time.sleep(0.3), poll=0)
+    assert len(grid.send_and_receive(questions(local), timeout=0.2)) == 3
+
+
 def test_a_rejected_message_is_named_and_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     class Picky(LocalGrid):
         def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from local_grid import TINY, LocalGrid, server_context, task_identity
+from sites import Sites, named
 from tiny import timeless
 
-from client_app.app import app as client_app
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
@@ -36,19 +36,6 @@ def shares() -> list[Images]:
 @pytest.fixture
 def folders(shares: list[Images], tmp_path: Path) -> list[Path]:
     return [as_parquet(tmp_path / f"site {client}", images, DIGITS) for client, images in enumerate(shares)]
-
-
-class Sites(LocalGrid):
-    """Nodes that were started with these --node-configs."""
-
-    def __init__(self, nodes: list[dict[str, Any]]) -> None:
-        super().__init__(client_app, len(nodes))
-        for client, told in enumerate(nodes):
-            self.contexts[self.node(client)].node_config = told
-
-
-def named(folders: list[Path]) -> list[dict[str, Any]]:
-    return [{"client-name": name, "data-path": str(path)} for name, path in zip(NAMES, folders, strict=True)]
 
 
 @pytest.fixture
@@ -87,7 +74,7 @@ def test_own_folders_give_the_bits_of_the_shares_in_them(
     federate: Federate, folders: list[Path], dealt: RunFolder, numbered: bool
 ) -> None:
     """Named in whatever order the nodes come; or numbered by hand."""
-    nodes = named(folders)
+    nodes = named(NAMES, folders)
     if numbered:
         nodes = [
             {"partition-id": client, "num-partitions": CLIENTS, "data-path": str(path)}
@@ -107,7 +94,7 @@ def test_own_folders_give_the_bits_of_the_shares_in_them(
 
 def test_class_counts_are_told_by_choice(federate: Federate, folders: list[Path], dealt: RunFolder) -> None:
     changes = {"flower.clients": "|".join(NAMES), "upload.class-counts": True}
-    run = federate(Sites(named(folders)), **changes)
+    run = federate(Sites(named(NAMES, folders)), **changes)
     assert run.read_result()["counts"] == dealt.read_result()["counts"]
     assert run.partition_path.exists()
 
@@ -117,7 +104,7 @@ def test_one_class_one_site_and_many_sizes(federate: Federate, shares: list[Imag
     ones = shares[0].subset((shares[0].labels == 1).nonzero().flatten())
     sites = [ones, *shares[1:]]
     folders = [as_folders(tmp_path / str(number), images, DIGITS) for number, images in enumerate(sites)]
-    run = federate(Sites(named(folders)), **{"flower.clients": "|".join(NAMES), "partition.min-size": 1})
+    run = federate(Sites(named(NAMES, folders)), **{"flower.clients": "|".join(NAMES), "partition.min-size": 1})
     assert [upload.num_examples for upload in run.load_uploads()] == [len(images) for images in sites]
     assert len(ones) < min(len(shares[1]), len(shares[2]))
 
@@ -127,7 +114,7 @@ def test_the_clients_evaluate_without_any_image_at_the_server(
 ) -> None:
     monkeypatch.setattr("fedmitr_flwr.data.own.open_split", lambda *_: pytest.fail("the server read images"))
     changes = {"flower.clients": "|".join(NAMES), "evaluate.where": "clients", "evaluate.holdout": 0.2}
-    run = federate(Sites(named(folders)), **changes)
+    run = federate(Sites(named(NAMES, folders)), **changes)
     result = run.read_result()
     held = sum(round(0.2 * (upload.num_examples / 0.8)) for upload in run.load_uploads())
     assert result["evaluated_on"]["where"] == "clients"
@@ -143,13 +130,13 @@ def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
     train = pipeline.train_local
     monkeypatch.setattr(pipeline, "train_local", lambda *given: (trained.append(1), train(*given))[1])
     changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
-    nodes = named(folders)
+    nodes = named(NAMES, folders)
     nodes[1]["data-path"] = str(folders[1] / "train.parquet")
     federate(Sites(nodes), fails="client factory: this client's data-path is no folder", **changes)
-    grid = Sites(named(folders))
+    grid = Sites(named(NAMES, folders))
     grid.tamper = lambda reply, client: [] if client == 1 else [reply]
     run = federate(grid, fails=r"missing: client 1 \(factory\); run with resume-from", **changes)
-    again = Sites([named(folders)[1]])
+    again = Sites([named(NAMES, folders)[1]])
     resumed = federate(again, **changes, **{"resume-from": str(run.path)})
     assert again.clients_asked("train") == [0]  # its node's place here, where it is alone
     assert len(trained) == CLIENTS
@@ -158,7 +145,7 @@ def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
 
 
 def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, folders: list[Path]) -> None:
-    run = federate(Sites(named(folders)), **{"flower.clients": "|".join(NAMES), "flower.strategy": "fedavg"})
+    run = federate(Sites(named(NAMES, folders)), **{"flower.clients": "|".join(NAMES), "flower.strategy": "fedavg"})
     assert 0 <= run.read_result()["accuracy"]["student"] <= 100
     assert run.config.data.class_names == DIGITS
 
@@ -178,7 +165,7 @@ def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, fol
 def test_contradictions_are_told_before_anybody_trains(
     federate: Federate, folders: list[Path], change: dict[str, Any], settings: dict[str, Any], fails: str
 ) -> None:
-    nodes = named(folders)
+    nodes = named(NAMES, folders)
     nodes[0] = {key: value for key, value in {**nodes[0], **change}.items() if value is not None}
     grid = Sites(nodes)
     changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, **settings}
@@ -189,7 +176,7 @@ def test_contradictions_are_told_before_anybody_trains(
 def test_nodes_of_other_federations_are_left_alone(
     federate: Federate, folders: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    nodes = [*named(folders), {"client-name": "stranger", "data-path": str(folders[0])}]
+    nodes = [*named(NAMES, folders), {"client-name": "stranger", "data-path": str(folders[0])}]
     grid = Sites(nodes)
     federate(grid, **{"flower.clients": "|".join(NAMES)})
     assert grid.clients_asked("train") == [0, 1, 2]

@@ -1,6 +1,7 @@
 """Build a timm vision transformer, and the public weights from which every client starts."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import ModelError
@@ -48,6 +49,14 @@ def build_vit(model: ModelConfig, seed: int = 0) -> VisionTransformer:
         raise ModelError(f"timm cannot build model.name = {name!r} with {arguments}: {error}") from error
     _require_cls_vit(vit, name)
     return vit.eval()
+
+
+def vit_of(model: ModelConfig, weights: Mapping[str, Tensor]) -> VisionTransformer:
+    """The network around these very tensors, to be asked and not trained: nothing is drawn, and nothing is copied."""
+    with torch.device("meta"):
+        vit = build_vit(model)
+    vit.load_state_dict(dict(weights), assign=True)
+    return vit
 
 
 def initial_weights(model: ModelConfig, seed: int) -> Weights:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..data.images import normalisation
 from ..rng import stream
-from .build import build_vit
+from .build import vit_of
 from .tokens import all_positions, forward_tokens, patchify
 
 NOISE_IMAGES = 4
@@ -19,8 +19,7 @@ NOISE_IMAGES = 4
 
 def computes(weights: Mapping[str, Tensor], model: ModelConfig) -> bool:
     """Whether logits and their gradient by the pixels are finite on noise, on black and on white images."""
-    vit = build_vit(model).requires_grad_(False)
-    vit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    vit = vit_of(model, {name: tensor.float() for name, tensor in weights.items()}).requires_grad_(False)
     patches = patchify(_probes(model), model.patch_size).requires_grad_()
     answer = forward_tokens(vit, patches, all_positions(patches))
     confidence = answer.cls.log_softmax(-1).sum() + answer.patches.log_softmax(-1).sum()
