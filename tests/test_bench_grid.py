@@ -145,6 +145,12 @@ def test_words_of_the_command_line_win(write: Write) -> None:
     assert {cell.config.model.width for cell in made} == {16}
 
 
+def test_uploads_are_not_screened_again_for_every_method_unless_it_is_said(write: Write) -> None:
+    text = "[grid]\nmethods = ['fedmitr']\n[settings]\n"
+    assert [cell.config.screen.mode for cell in cells(read(write(text)))] == ["off"]
+    assert [cell.config.screen.mode for cell in cells(read(write(f"{text}screen.mode = 'exclude'")))] == ["exclude"]
+
+
 def test_a_part_of_the_methods_needs_no_other_file(write: Write) -> None:
     bench = read(write(FULL), {"grid.methods": ["fedmitr", "short"]})
     assert {(cell.label, cell.rounds) for cell in cells(bench)} == {("fedmitr", 1), ("short", 3)}

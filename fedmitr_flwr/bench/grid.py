@@ -20,6 +20,8 @@ TOLD: tuple[dict[str, object], ...] = (
     {"upload.statistics": True},
     {"upload.statistics": True, "upload.variances": True},
 )
+# Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
+DEFAULTS: dict[str, object] = {"screen.mode": "off"}
 _PLACES = ("out-dir", "resume-from")
 _PATHS = ("data.path", "model.weights", "distill.pretrained", "feddf.path")
 
@@ -144,7 +146,7 @@ def _tune_cell(bench: Bench, tune: Tune, data: str, variant: Variant, rounds: in
 def _config(
     bench: Bench, data: str, skew: Skew, clients: int, seed: int, variant: Variant, rounds: int, more: Flat
 ) -> Config:
-    shared = {**bench.settings, **bench.data[data], **bench.last}
+    shared = {**DEFAULTS, **bench.settings, **bench.data[data], **bench.last}
     place = {"seed": seed, "partition.clients": clients, **skew.settings}
     if variant.flower:
         own = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}
