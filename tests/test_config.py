@@ -271,8 +271,8 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
         ({"data.validation": 0.5, "data.proxy": 0.5}, "data.proxy = 0.5 is not possible; use less: with"),
         (
             {"ensemble.trim": 0.2, "ensemble.combine": "logp"},
-            "ensemble.trim = 0.2 is of probabilities, but ensemble.combine = 'logp'; set ensemble.combine = 'probs', or "
-            "ensemble.trim = 0",
+            "ensemble.trim = 0.2 is of probabilities, but ensemble.combine = 'logp'; set ensemble.combine = 'probs', "
+            "or ensemble.trim = 0",
         ),
         (
             {"inversion.route": 0.5, "ensemble.weights": "size"},

@@ -4,8 +4,8 @@ Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian p
 features are drawn as the client has images of the class.
 
 Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
-is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied` is
-no Gaussian of the paper's: all classes of a client share its covariance within classes, which needs no variances.
+is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied`
+is no Gaussian of the paper's: all classes of a client share its covariance within classes, which needs no variances.
 
 Shapes: n features of D numbers, Y classes.
 """
