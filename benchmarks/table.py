@@ -24,6 +24,7 @@ from speed import document, routes
 from fedmitr_flwr.bench.markup import origin, spread, table
 from fedmitr_flwr.bench.results import load
 from fedmitr_flwr.bench.table import markdown
+from fedmitr_flwr.report.words import data_set, measure, model, skew
 
 ROOT = Path(__file__).resolve().parents[1]
 UPLOADS = ("Clients alone, mean", "One-round FedAvg")
@@ -135,16 +136,7 @@ def single(name: str, content: Mapping[str, Any]) -> list[str]:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    data = config["data.source"] if config["data.source"] == "digits" else Path(config["data.path"]).name
-    scheme = config["partition.scheme"]
-    limits = {"dirichlet": f"Dirichlet {config['partition.alpha']}", "iid": "IID"}
-    skew = limits.get(scheme, f"{config['partition.classes-per-client']} classes per client")
-    model = f"{config['model.name']} ViT" if config["model.name"] == "small" else config["model.name"]
-    return f"{data}, {skew}, {config['partition.clients']} clients, {model}, {config['model.img-size']} px"
-
-
-def measure(config: Mapping[str, Any]) -> str:
-    return "Validation accuracy" if config.get("data.validation") else "Test accuracy"
+    return f"{data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}"
 
 
 def provenance(content: Mapping[str, Any], command: str) -> list[str]:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..report.words import measure, model
 from .markup import figure, origin, table
 from .results import Results
 from .rows import Place, Row, p_value, places, reference_of, rows
@@ -48,9 +49,7 @@ def markdown(results: Results) -> str:
 
 
 def title(row: Row) -> str:
-    config = row.entries[0]["config"]
-    model = f"{config['model.name']} ViT" if config["model.name"] == "small" else config["model.name"]
-    return f"{row.place.data}, {row.place.clients} clients, {model}, {config['model.img-size']} px"
+    return f"{row.place.data}, {row.place.clients} clients, {model(row.entries[0]['config'])}"
 
 
 def _accuracy(found: Sequence[Row], reference: str) -> list[str]:
@@ -62,9 +61,8 @@ def _accuracy(found: Sequence[Row], reference: str) -> list[str]:
         text = _spread(row.accuracy) + _mark(row, against[row.place])
         return f"**{text}**" if row is best[row.place] else text
 
-    measured = found[0].entries[0]["config"].get("data.validation")
     return [
-        f"{'Validation' if measured else 'Test'} accuracy in percent, last epoch: mean ± sample standard deviation "
+        f"{measure(found[0].entries[0]['config'])} in percent, last epoch: mean ± sample standard deviation "
         f"(seeds). Best in bold, without the lines for reference. ▲ better, ▼ worse than `{reference}` in a paired "
         f"t-test over the seeds, p < {LEVEL}, not corrected for the number of tests.",
         "",

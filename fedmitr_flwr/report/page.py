@@ -18,6 +18,7 @@ from ..settings import toml_value
 from .charts import accuracies, as_svg, confusion, curves
 from .figures import save_partition
 from .run_folder import RunFolder
+from .words import data_set, model, skew
 
 Rows = list[tuple[str, ...]]
 
@@ -99,7 +100,6 @@ def _line(text: str) -> dict[str, Any]:
 
 def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
     config, accuracy = result["config"], result["accuracy"]
-    data = config["data.path"].rstrip("/").rpartition("/")[2] or config["data.source"]
     rounds = config["flower.rounds"] if config["flower.strategy"] != "oneshot" else 1
     known = [value for value in accuracy["local"] if value is not None]
     numbers = [
@@ -111,8 +111,8 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         *([("rounds", str(rounds))] if rounds > 1 else []),
     ]
     return {
-        "title": f"{result['method']} on {data}",
-        "about": f"{result['clients']} clients, {_skew(config)}, seed {result['seed']}, {_model(config)}",
+        "title": f"{result['method']} on {data_set(config)}",
+        "about": f"{result['clients']} clients, {skew(config)}, seed {result['seed']}, {model(config)}",
         "numbers": numbers,
         "evaluated": _evaluated(result.get("evaluated_on")),
         "recall": [(name, _percent(value)) for name, value in accuracy["per_class"].items()],
@@ -126,20 +126,6 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _skew(config: Mapping[str, Any]) -> str:
-    told = {
-        "dirichlet": f"Dirichlet {config['partition.alpha']:g}",
-        "classes-per-client": f"{config['partition.classes-per-client']} classes per client",
-        "iid": "IID",
-    }
-    scheme = config["partition.scheme"]
-    return told.get(scheme, str(scheme))
-
-
-def _model(config: Mapping[str, Any]) -> str:
-    return f"{config['model.name']} vision transformer at {config['model.img-size']} pixels"
 
 
 def _evaluated(on: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,33 @@
+"""What a run was, in words: from its settings as result.json has them."""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+Flat = Mapping[str, Any]
+
+
+def data_set(config: Flat) -> str:
+    """The name of its folder, or of its source."""
+    return PurePath(config["data.path"]).name or str(config["data.source"])
+
+
+def skew(config: Flat) -> str:
+    scheme = config["partition.scheme"]
+    told = {
+        "dirichlet": f"Dirichlet {config['partition.alpha']:g}",
+        "classes-per-client": f"{config['partition.classes-per-client']} classes per client",
+        "iid": "IID",
+        "own": "images of their own",
+    }
+    return told[scheme]
+
+
+def model(config: Flat) -> str:
+    name = config["model.name"]
+    return f"{'small ViT' if name == 'small' else name}, {config['model.img-size']} px"
+
+
+def measure(config: Flat) -> str:
+    """On which images accuracies are; before there were validation images, they were all on test images."""
+    return "Validation accuracy" if config.get("data.validation") else "Test accuracy"
