@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -64,7 +65,8 @@ def describe(message: Message, context: Context) -> Message:
                 look_at_own(place, config)
             except DataError as error:
                 raise DataError(f"client {name or card['partition-id']}: {error}") from error
-    return Message(RecordDict({"card": MetricRecord(card), "name": ConfigRecord({"name": name})}), reply_to=message)
+    texts = ConfigRecord({"name": name, "flwr": version("flwr")})
+    return Message(RecordDict({"card": MetricRecord(card), "name": texts}), reply_to=message)
 
 
 @app.train()
@@ -114,8 +116,19 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _order(message: Message) -> tuple[ConfigRecord, Config]:
-    """What the server wants: Flower's record of the round, and the whole config that the server parsed."""
-    order: ConfigRecord = message.content.config_records["config"]
+    """What the server wants: Flower's record of the round, and the whole config that the server parsed.
+
+    Raises:
+        ConfigError: the server runs other code, or is no server of this app. Its settings are not read then.
+    """
+    order: ConfigRecord = message.content.config_records.get("config", ConfigRecord())
+    theirs = order.get("fingerprint")
+    if theirs != fingerprint().encode():
+        code = theirs.decode(errors="replace")[:12] if isinstance(theirs, bytes) else "which it does not tell"
+        raise ConfigError(
+            f"the server runs other code ({code}) than this client ({fingerprint()}); "
+            "restart the SuperLink and its SuperNodes from one checkout"
+        )
     return order, Config.from_toml(bytes(order["toml"]).decode())  # type: ignore[arg-type]
 
 

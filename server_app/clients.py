@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from logging import getLogger
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.limits import SEPARATOR
+from fedmitr_flwr.releases import FLWR, too_old
 from fedmitr_flwr.sections import OWN
 
 from .grid import ObservedGrid, reason
@@ -21,7 +23,10 @@ from .records import order
 log = getLogger("flwr")
 
 _LONGEST_NAME = 64  # it comes from outside, and is printed
-_WRONG_SET_UP = (1, 2)  # Flower's codes: the ClientApp could not be loaded; it raised
+_NOT_LOADED, _RAISED = 1, 2  # Flower's codes of what the ClientApp did
+_WRONG_SET_UP = (_NOT_LOADED, _RAISED)
+_SAME_CODE = "restart the SuperLink and its SuperNodes from this checkout"
+_LOOK_THERE = f"; its SuperNode's log says why: does it have torch, timm and flwr >= {FLWR}?"
 
 _START_MORE = (
     "start more SuperNodes (each with its own partition-id) or, in simulation, run: "
@@ -46,6 +51,7 @@ class _Card:
     name: str
     own_data: bool
     fingerprint: int
+    flwr: str  # the version that it runs
 
     def __str__(self) -> str:
         return f"client {self.name!r}" if self.name else f"client {self.client}"
@@ -90,9 +96,13 @@ def _describe(grid: Grid, nodes: Iterable[int], config: Config, timeout: float) 
         node = observed.node_of(reply)
         if reply.has_error():
             if reply.error.code in _WRONG_SET_UP:
-                raise RunError(f"node {node} cannot take part: {reason(reply)}")
+                hint = _LOOK_THERE if reply.error.code == _NOT_LOADED else ""
+                raise RunError(f"node {node} cannot take part: {reason(reply)}{hint}")
             continue  # lost, and perhaps replaced in time
-        cards[node] = _read_card(reply)
+        try:
+            cards[node] = _read_card(reply)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RunError(f"node {node} does not say who it is as this app does; {_SAME_CODE}") from error
     return cards
 
 
@@ -105,6 +115,7 @@ def _read_card(reply: Message) -> _Card:
         name=str(names["name"])[:_LONGEST_NAME],
         own_data=bool(told["own-data"]),
         fingerprint=int(told["fingerprint"]),
+        flwr=str(names.get("flwr", ""))[:_LONGEST_NAME],
     )
 
 
@@ -114,6 +125,7 @@ def _roster(cards: dict[int, _Card], config: Config, known: int) -> Clients:
     number = known or len(names)
     nodes: dict[int, int] = {}
     for node, card in sorted(cards.items()):
+        _require_new_flwr(node, card)
         _require_same_code(node, card)
         if names and card.name and card.name not in names:
             log.warning("node %d is %s, which flower.clients does not name: it is not asked", node, card)
@@ -138,13 +150,18 @@ def _roster(cards: dict[int, _Card], config: Config, known: int) -> Clients:
     return Clients(dict(sorted(nodes.items())), number)
 
 
+def _require_new_flwr(node: int, card: _Card) -> None:
+    """As new as the server's, but for the last number."""
+    if problem := too_old(card.flwr, version("flwr")):
+        raise RunError(f"{card} (node {node}): {problem}")
+
+
 def _require_same_code(node: int, card: _Card) -> None:
     own = int(fingerprint(), 16)
     if card.fingerprint != own:
         raise RunError(
             f"{card} (node {node}) runs other code ({card.fingerprint:012x}) than the server "
-            f"({own:012x}); restart the SuperLink and its SuperNodes from this checkout, and do not edit the code "
-            "while a run starts"
+            f"({own:012x}); {_SAME_CODE}, and do not edit the code while a run starts"
         )
 
 

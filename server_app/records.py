@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import UploadError
 from fedmitr_flwr.evaluation import Evaluation
+from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.training.foreign import raw, read_npy
 from fedmitr_flwr.training.upload import Upload, Weights, size
 
@@ -24,8 +25,11 @@ _SAID.maxdict = _SAID.maxlist = _SAID.maxstring = _SAID.maxother = 1000
 
 
 def order(config: Config) -> ConfigRecord:
-    """The whole config for the clients, so that both sides cannot disagree. Bytes, because Flower logs strings."""
-    return ConfigRecord({"toml": config.to_toml().encode()})
+    """The whole config for the clients, so that both sides cannot disagree, and which code they must run.
+
+    Bytes, because Flower logs strings.
+    """
+    return ConfigRecord({"toml": config.to_toml().encode(), "fingerprint": fingerprint().encode()})
 
 
 def room(start: Weights) -> int:
