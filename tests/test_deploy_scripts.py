@@ -1,0 +1,132 @@
+"""The scripts of deploy/: certificates that verify, keys that Flower reads, nothing overwritten, mistakes in one line."""
+
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.common.config import parse_config_args
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="needs openssl and ssh-keygen"
+)
+
+
+def credentials(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["sh", DEPLOY / "credentials.sh", *words], capture_output=True, text=True)
+
+
+def verifies(folder: Path, *words: str) -> bool:
+    command = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", folder / "ca.crt", *words]
+    return subprocess.run([*command, folder / "server.crt"], capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("credentials") / "with space"
+    for words in (["ca"], ["server", "fl.example.org", "203.0.113.7", "2001:db8::1", "localhost"], ["node", "site-a"]):
+        done = credentials(words[0], folder, *words[1:])
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "valid"),
+    [
+        (["-verify_hostname", "fl.example.org"], True),
+        (["-verify_hostname", "localhost"], True),
+        (["-verify_ip", "203.0.113.7"], True),
+        (["-verify_ip", "127.0.0.1"], True),
+        (["-verify_ip", "2001:db8::1"], True),
+        (["-verify_hostname", "other.example.org"], False),
+        (["-verify_ip", "203.0.113.8"], False),
+    ],
+)
+def test_the_server_is_who_it_was_named(made: Path, words: list[str], valid: bool) -> None:
+    assert verifies(made, *words) == valid
+
+
+def test_another_authority_does_not_vouch_for_it(made: Path, tmp_path: Path) -> None:
+    credentials("ca", tmp_path)
+    shutil.copy(made / "server.crt", tmp_path)
+    assert not verifies(tmp_path)
+
+
+def test_secrets_are_the_owner_s_alone(made: Path) -> None:
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
+    assert {modes[name] for name in ("ca.key", "server.key", "site-a")} == {0o600}
+    assert {modes[name] for name in ("ca.crt", "server.crt")} == {0o644}
+    assert set(modes) <= {"ca.crt", "ca.key", "ca.srl", "server.crt", "server.key", "site-a", "site-a.pub"}
+
+
+def test_flower_reads_the_key(made: Path) -> None:
+    private = load_ssh_private_key((made / "site-a").read_bytes(), None)
+    public = load_ssh_public_key((made / "site-a.pub").read_bytes())
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    assert private.public_key() == public
+    assert private.curve.name == "secp384r1"
+
+
+@pytest.mark.parametrize("words", [["ca"], ["server", "x"], ["node", "site-a"]])
+def test_nothing_is_overwritten(made: Path, words: list[str]) -> None:
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    done = credentials(words[0], made, *words[1:])
+    assert done.returncode == 2
+    assert "is there already; move it away" in done.stderr
+    assert {path: path.read_bytes() for path in made.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "usage: credentials.sh ca DIR"),
+        (["ca"], "usage:"),
+        (["cert", "DIR"], "'cert' is none of: ca, server, node"),
+        (["server", "DIR"], "give the names and addresses"),
+        (["server", "DIR", "x"], "there is no .*ca.key; run: credentials.sh ca"),
+        (["node", "DIR"], "give one name"),
+        (["node", "DIR", "a", "b"], "give one name"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], told: str) -> None:
+    done = credentials(*(str(tmp_path) if word == "DIR" else word for word in words))
+    assert done.returncode == 2
+    assert done.stderr.startswith("credentials.sh: error: ")
+    assert done.stderr.count("\n") == 1
+    assert re.search(told, done.stderr)
+
+
+@pytest.mark.parametrize("script", ["superlink.sh", "supernode.sh"])
+def test_a_service_without_its_words_says_which(script: str) -> None:
+    done = subprocess.run(["sh", DEPLOY / script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: error: usage: {script} CREDENTIALS")
+
+
+def test_a_supernode_is_told_its_name_and_its_images(tmp_path: Path) -> None:
+    """Flower's command is replaced by one that prints its words; blanks in a path survive."""
+    images, fake = tmp_path / "the images", tmp_path / "bin"
+    for folder in (images, fake, tmp_path / "keys"):
+        folder.mkdir()
+    (fake / "flower-supernode").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (fake / "flower-supernode").chmod(0o755)
+    script = (DEPLOY / "supernode.sh").read_text().replace("$here/../.venv/bin", str(fake))
+    (tmp_path / "supernode.sh").write_text(script)
+    words = ["sh", tmp_path / "supernode.sh", tmp_path / "keys", "fl.example.org:8443", "site-a", images, "9100"]
+    environment = {"PATH": "/usr/bin:/bin", "NODE_CONFIG": 'label-column="a finding"'}
+    said = subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    given = dict(zip(said[::2], said[1::2], strict=True))
+    assert parse_config_args([given["--node-config"]]) == {
+        "client-name": "site-a",
+        "data-path": str(images),
+        "label-column": "a finding",
+    }
+    assert given["--superlink"] == "fl.example.org:8443"
+    assert given["--auth-supernode-private-key"] == str(tmp_path / "keys" / "site-a")
+    assert given["--port"] == "9100"
