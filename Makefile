@@ -24,6 +24,11 @@ deploy-demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered
 
+# Real SuperNodes that are killed, and the like: an hour on a busy machine; ONLY=smoke is the short form.
+ONLY ?= deploy
+test-deploy: $(STAMP)
+	$(BIN)/python -m pytest -v -m "deploy and $(ONLY)" tests/test_deploy.py
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check

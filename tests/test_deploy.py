@@ -7,69 +7,47 @@ Excluded unless asked for by `-m deploy`. Nothing here depends on how fast the m
 before it.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults import (
+    DEADLINE,
+    DIGITS,
+    NAMES,
+    PATIENCE,
+    SETTINGS,
+    Row,
+    Stage,
+    files_in,
+    fill,
+    messages,
+    slowed,
+    small_disk,
+)
 from local_grid import TINY, server_context, task_identity
 from sites import Sites, named
+from test_flwr_run import Run as SimulatedRun
 from tiny import timeless
 
 from deploy.demo_data import as_parquet
 from deploy.federation import Federation
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config, DataConfig, ModelConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.report.run_folder import RunFolder
 from server_app.app import app as server_app
 
 pytestmark = pytest.mark.deploy
-
-PATIENCE = 900.0  # seconds for one step on a machine that is busy with other things
-DEADLINE = 120.0  # in which `a` is done on any machine, and `b`, which is slowed down, on none
-NAMES = ("a", "b")
-DIGITS = tuple("0123456789")
-SETTINGS: dict[str, Any] = TINY | {
-    "method": "fedmitr",
-    "data.train-limit": 0,
-    "partition.scheme": "own",
-    "partition.clients": len(NAMES),
-    "flower.clients": " | ".join(NAMES),
-    "flower.node-wait": PATIENCE,
-    "flower.upload-timeout": PATIENCE,
-    "local.epochs": 400,
-    "inversion.steps": 150,
-    "inversion.batch-size": 10,
-    "distill.epochs": 2,
-    "distill.images-per-epoch": 20,
-    "distill.passes": 40,
-}
-
-
-@dataclass
-class Row:
-    """One line of docs/faults.md."""
-
-    fault: str
-    reads: list[str] = field(default_factory=list)
-    disk: list[str] = field(default_factory=list)
-    status: int = 0
-    goes_on: str = ""
-    asked: list[str] = field(default_factory=list)
-    trained: list[str] = field(default_factory=list)
-    same_bits: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -113,106 +91,6 @@ def undisturbed(sites: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return RunFolder.open(path)
 
 
-class Run:
-    """`flower_run` as a process, and its output."""
-
-    def __init__(self, stage: "Stage", settings: dict[str, Any]) -> None:
-        self.path = stage.folder / f"run-{len(list(stage.folder.glob('run-*')))}.log"
-        words = [f"{key}={value}" for key, value in settings.items()]
-        with self.path.open("wb") as log:
-            self.process = stage.federation.run(*words, stdout=log, stderr=subprocess.STDOUT)
-
-    @property
-    def log(self) -> str:
-        return re.sub(r"\x1b\[[0-9;]*m", "", self.path.read_text(errors="replace"))
-
-    def end(self) -> int:
-        return int(self.process.wait(PATIENCE))
-
-
-class Stage:
-    """One case: its run, its row of the table, and what to wait for."""
-
-    def __init__(self, federation: Federation, folder: Path, undisturbed: RunFolder, row: Row) -> None:
-        self.federation, self.folder, self.undisturbed, self.row = federation, folder, undisturbed, row
-        self.out = folder / "runs"
-        self.marks = {who: len(self._node_log(who)) for who in NAMES}
-        self.runs: list[Run] = []
-
-    def start(self, **settings: Any) -> Run:
-        self.runs.append(Run(self, SETTINGS | {"out-dir": str(self.out)} | settings))
-        return self.runs[-1]
-
-    def resume(self, **settings: Any) -> Run:
-        return self.start(**settings, **{"resume-from": str(self.run_folder().path)})
-
-    def run_folder(self) -> RunFolder:
-        (path,) = self.out.iterdir()
-        return RunFolder.open(path)
-
-    def prepared(self) -> RunFolder:
-        """A run folder that has all uploads, as after a server that died at once."""
-        config = Config.from_flat({"out-dir": str(self.out)}, base=self.undisturbed.config)
-        folder = RunFolder.create(config, "run")
-        shutil.copytree(self.undisturbed.uploads_path, folder.uploads_path, dirs_exist_ok=True)
-        return folder
-
-    def _node_log(self, who: str) -> str:
-        return self.federation.log_of(who).read_text(errors="replace")
-
-    def told(self, who: str) -> str:
-        """The log of one SuperNode since this case began."""
-        return self._node_log(who)[self.marks[who] :]
-
-    def trained(self) -> list[str]:
-        """Who began to train since this case began, once for each time."""
-        return [who for who in NAMES for _ in re.findall(r"client \d+: training on", self.told(who))]
-
-    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while not (value := condition()):
-            assert time.monotonic() < deadline, f"{what}: not in time\n{self.runs[-1].log}\n{self.told('b')}"
-            assert self.runs[-1].process.poll() is None, f"{what}: the run has ended\n{self.runs[-1].log}"
-            time.sleep(0.05)
-        return value
-
-    def has_uploaded(self, client: int) -> bool:
-        folders = list(self.out.glob("*/config.toml"))
-        return bool(folders) and client in self.run_folder().upload_paths()
-
-    def disturbed(self, run: Run, status: int = 1) -> None:
-        """Record what the user reads and what is on disk after a run that was disturbed."""
-        assert run.end() == status, run.log
-        self.row.status, self.row.reads = status, self.messages(run)
-        root = self.run_folder().path
-        files = [path.relative_to(root) for path in sorted(root.rglob("[!.]*")) if path.is_file()]
-        self.row.disk = [str(path) for path in files]
-
-    def messages(self, run: Run) -> list[str]:
-        """The warnings and errors in what the user sees, without times, ids and this machine's paths."""
-        lines = [line.strip() for line in run.log.splitlines()]
-        wanted = [line for line in lines if re.match(r"WARNING|ERROR|flower_run: (error|the log)", line)]
-        plain = [re.sub(r"^(WARNING|ERROR) *: *", "", line).replace(str(self.out), "OUT") for line in wanted]
-        plain = [re.sub(r"\d{6,}", "N", re.sub(r"OUT/\w+-\d+", "RUN", line)) for line in plain]
-        return list(dict.fromkeys(plain))
-
-    def completed(self, run: Run, goes_on: str, asked: list[str], trained: list[str]) -> None:
-        """The run must have ended in the undisturbed bits, after asking and training these clients and no others."""
-        assert run.end() == 0, run.log
-        folder = self.run_folder()
-        numbers = re.findall(r"asking \d+ of \d+ clients: \[([\d, ]*)\]", run.log)
-        self.row.asked = [NAMES[int(number)] for number in (numbers[-1].split(", ") if numbers else [])]
-        self.row.goes_on, self.row.trained = goes_on, self.trained()
-        assert (self.row.asked, self.row.trained) == (asked, trained)
-        for name in ("model.safetensors", "pool.safetensors"):
-            assert timeless(folder.path / name) == timeless(self.undisturbed.path / name), name
-        for client, path in folder.upload_paths().items():
-            assert timeless(path) == timeless(self.undisturbed.upload_paths()[client]), path
-        assert folder.finished
-        assert not folder.work_path.exists()
-        self.row.same_bits = True
-
-
 Set = Callable[[str], Stage]
 
 
@@ -222,6 +100,8 @@ def stage(federation: Federation, undisturbed: RunFolder, table: list[Row], tmp_
     begun: list[Stage] = []
 
     def begin(fault: str) -> Stage:
+        for name in NAMES:  # no client has kept an upload of an earlier case
+            shutil.rmtree(federation.folder / name / "fedmitr", ignore_errors=True)
         begun.append(Stage(federation, tmp_path, undisturbed, Row(fault)))
         return begun[-1]
 
@@ -330,50 +210,6 @@ def test_the_serverapp_is_killed_in_the_server_phase(
     assert "batch 1 is of an earlier start" in case.runs[-1].log
 
 
-@contextlib.contextmanager
-def slowed(federation: Federation, who: str) -> Iterator[None]:
-    """Let a client work one second in six, so that it still sends its signs of life."""
-    done = threading.Event()
-
-    def hold() -> None:
-        while not done.is_set():
-            for number, seconds in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 1.0)):
-                federation.send(number, "flwr-clientapp", who)
-                done.wait(seconds)
-        federation.send(signal.SIGCONT, "flwr-clientapp", who)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[None]:
-    """A disk of its own for a folder; the machine's administrator can make one."""
-    path.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
-def fill(path: Path) -> Path:
-    """Take all room that is left on a disk."""
-    target = path / ".filler"
-    with target.open("wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1024))
-            file.flush()
-    return target
-
-
 def test_the_disk_is_full_when_an_upload_comes(stage: Set) -> None:
     case = stage("disk of the run folder full when an upload comes, and room made later")
     with small_disk(case.out, "4m"):
@@ -396,3 +232,33 @@ def test_the_disk_is_full_in_the_server_phase(stage: Set) -> None:
         filler.unlink()
         assert not list(folder.path.rglob("*.tmp"))
         case.completed(case.resume(), "room made, resume-from", [], [])
+
+
+def test_a_ray_actor_is_killed_in_simulation(table: list[Row], tmp_path: Path) -> None:
+    """Flower gives the next clients to the dead actor; they are asked again, and only its own client is lost."""
+    row, clients = Row("one Ray actor killed in simulation (Flower hands it the next clients, too)"), 4
+    out = tmp_path / "runs"
+    out.mkdir()
+    slow = {"local.epochs": 600}
+    run = SimulatedRun(out, tmp_path / "home", clients, slow)
+    run.wait_for(run.folder)
+    actors = run.wait_for(lambda: run.processes("ray::ClientAppActor.run"))
+    time.sleep(1)
+    os.kill(actors[0], signal.SIGKILL)
+    row.status = run.end(PATIENCE)
+    folder = run.folder()
+    assert (row.status, folder is not None) == (1, True)
+    assert folder is not None
+    row.reads, row.disk = messages(run.log, out), files_in(folder.path)
+    (missing,) = folder.missing(clients)
+    again = SimulatedRun(out, tmp_path / "home", clients, slow | {"resume-from": str(folder.path)})
+    assert again.end(PATIENCE) == 0, again.log
+    row.goes_on, row.asked = "resume-from", [str(missing)]
+    trained = re.findall(r"client (\d+): training on", run.log), re.findall(r"client (\d+): training on", again.log)
+    assert trained[1] == row.asked
+    row.trained = sorted([*trained[0], *trained[1]])
+    config = Config.from_flat(TINY | slow | {"partition.clients": clients, "out-dir": str(tmp_path / "line")})
+    straight = pipeline.run(config, "line")
+    assert timeless(folder.model_path) == timeless(straight.model_path)
+    row.same_bits = True
+    table.append(row)

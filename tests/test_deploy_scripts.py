@@ -1,4 +1,4 @@
-"""The scripts of deploy/: certificates that verify, keys that Flower reads, nothing overwritten, mistakes in one line."""
+"""The scripts of deploy/: certificates that verify, keys that Flower reads, nothing overwritten, one-line mistakes."""
 
 import re
 import shutil

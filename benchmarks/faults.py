@@ -1,0 +1,87 @@
+"""Write docs/faults.md anew: what the tests of a deployment's faults and the soak have recorded.
+
+FEDMITR_FAULTS=benchmarks/results/faults.json make test-deploy
+python benchmarks/soak.py --json benchmarks/results/soak.json
+python benchmarks/faults.py
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fedmitr_flwr.bench.markup import origin, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "docs" / "faults.md"
+
+INTRODUCTION = """# Faults
+
+What happens when something breaks, and how it goes on. Made by `python benchmarks/faults.py` from what
+`make test-deploy` ([tests/test_deploy.py](../tests/test_deploy.py)) and
+[benchmarks/soak.py](../benchmarks/soak.py) recorded; nothing is typed by hand. How to run a federation is in
+[deploy/README.md](../deploy/README.md).
+
+## One fault at a time
+
+A SuperLink with TLS and two authenticated SuperNodes, `a` and `b`, each with images of its own, on one machine. RUN
+is the run folder. In every line the run ended in the weights and synthetic images of an undisturbed run, bit by bit,
+and all uploads were as there: a test that does not get there records nothing. "Training" counts every start of a
+local training, the one that was disturbed included: a client that has finished one does not begin a second one.
+"""
+
+SOAK = """
+## Fifty clients of which ten fail
+
+Flower's simulation engine; for each seed ten clients are drawn, of which seven raise, two send NaN and one takes its
+Ray actor with it. After each step all uploads on disk had the bits of an undisturbed run's; a run that failed named
+exactly the clients that were missing; and the run that was completed ended in the bits of an undisturbed run.
+"""
+
+
+def fault_lines(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["Fault", "What one reads", "On disk then", "How it goes on", "Asked then", "Training"]
+    return table(head, [[*map(_cell, _told(row))] for row in rows if row["fault"] != "nothing"])
+
+
+def _told(row: dict[str, Any]) -> list[str]:
+    reads = "<br>".join(f"`{line}`" for line in row["reads"]) or "nothing"
+    asked = ", ".join(row["asked"]) or "nobody"
+    starts = Counter(row["trained"])
+    training = ", ".join(f"{who} {times}x" if times > 1 else who for who, times in sorted(starts.items())) or "nobody"
+    return [row["fault"], reads, "<br>".join(_files(row["disk"])), row["goes_on"], asked, training]
+
+
+def _files(names: list[str]) -> list[str]:
+    """Uploads and checkpoints; everything else only where the run has ended."""
+    if "result.json" in names:
+        return ["everything"]
+    return [f"`{name}`" for name in names if name.startswith(("uploads/", "work/"))] or ["no upload"]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def soak_lines(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["Seed", "Step", "Asked", "Run", "Uploads on disk", "Refused", "Seconds"]
+    cells = [
+        [str(row["seed"]), row["step"], str(row["asked"]), "failed" if row["status"] else "completed"]
+        + [str(row[key]) for key in ("uploads", "refused")]
+        + [f"{row['seconds']:.0f}"]
+        for row in rows
+    ]
+    return table(head, cells)
+
+
+def document() -> str:
+    faults = json.loads((RESULTS / "faults.json").read_text(encoding="utf-8"))
+    soak = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+    lines = [INTRODUCTION, *fault_lines(faults), SOAK, *soak_lines(soak["rows"])]
+    return "\n".join([*lines, "", f"Command: `{soak['command']}`", "", f"{origin(soak)}"]) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(document(), encoding="utf-8")
