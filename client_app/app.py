@@ -17,6 +17,7 @@ from fedmitr_flwr.data.own import Place, look_at_own
 from fedmitr_flwr.errors import ConfigError, DataError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.training.private import require_opacus
 from fedmitr_flwr.training.upload import Weights
 from fedmitr_flwr.vit.build import initial_weights
 
@@ -60,6 +61,7 @@ def describe(message: Message, context: Context) -> Message:
         card |= dict(zip(("partition-id", "num-partitions"), _numbers(context), strict=True))
     if "config" in message.content:
         _, config = _order(message)
+        _require_privacy(context, config)
         if place and config.partition.scheme == OWN:
             try:
                 look_at_own(place, config)
@@ -74,6 +76,7 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train on this client's images and upload the result."""
     order, config = _order(message)
+    _require_privacy(context, config)
     client = _client(context, config)
     upload = pipeline.train_client(
         config,
@@ -91,6 +94,8 @@ def train(message: Message, context: Context) -> Message:
         "fingerprint": int(upload.fingerprint, 16),
         "seconds": upload.seconds or 0.0,
     }
+    if upload.epsilon is not None:
+        numbers["epsilon"] = upload.epsilon
     if upload.class_counts is not None:
         numbers["class-counts"] = list(upload.class_counts)
     content = RecordDict({"arrays": ArrayRecord(dict(upload.weights)), "metrics": MetricRecord(numbers)})
@@ -130,6 +135,21 @@ def _order(message: Message) -> tuple[ConfigRecord, Config]:
             "restart the SuperLink and its SuperNodes from one checkout"
         )
     return order, Config.from_toml(bytes(order["toml"]).decode())  # type: ignore[arg-type]
+
+
+def _require_privacy(context: Context, config: Config) -> None:
+    """The server writes the settings; the node has the last word on how much may be told of its images.
+
+    Raises:
+        ConfigError: the server asks for more than the node's `max-epsilon`, or the library is missing.
+    """
+    require_opacus(config)
+    limit = float(context.node_config.get("max-epsilon", 0.0))
+    if limit and not 0 < config.privacy.epsilon <= limit:
+        raise ConfigError(
+            f"this node wants privacy.epsilon of at most {limit:g}, and the server's is {config.privacy.epsilon:g} "
+            "(0: none); lower it there, or raise the node's max-epsilon"
+        )
 
 
 def _name(context: Context) -> str:

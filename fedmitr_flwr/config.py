@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, cast
 from .errors import ConfigError
 from .limits import Section, check
 from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
-from .protection import KrumConfig, ScreenConfig
+from .protection import KrumConfig, PrivacyConfig, ScreenConfig
 from .sections import (
     OWN,
     DataConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "RelabelConfig",
     "RivalConfig",
     "ScreenConfig",
@@ -66,6 +67,7 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     screen: ScreenConfig = field(default_factory=ScreenConfig)
     krum: KrumConfig = field(default_factory=KrumConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
@@ -98,6 +100,7 @@ class Config(Section):
                 "images out at the clients; set data.validation = 0, or evaluate.where = 'server'"
             )
         self._check_own()
+        self._check_privacy()
         if self.partition.scheme == "classes-per-client":
             check(
                 "partition.classes-per-client",
@@ -128,6 +131,27 @@ class Config(Section):
             if own and value:
                 key = f"data.{name}"
                 raise ConfigError(f"{key} = {value} is of one data set, but partition.scheme = 'own'; set {key} = 0")
+
+    def _check_privacy(self) -> None:
+        """What would tell of the images beside the noise, or spend more than is said."""
+        if not self.privacy.epsilon:
+            return
+        beside = {
+            "upload.class-counts": self.upload.class_counts,
+            "upload.statistics": self.upload.statistics,
+            "local.prior-adjust": self.local.prior_adjust,
+        }
+        for key, value in beside.items():
+            if value:
+                raise ConfigError(
+                    f"{key} = {toml_value(value)} tells of the images without noise, but privacy.epsilon = "
+                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)(0))}"
+                )
+        if self.flower.rounds > 1:
+            raise ConfigError(
+                f"privacy.epsilon = {self.privacy.epsilon} is spent in one round, and flower.rounds = "
+                f"{self.flower.rounds} would spend it in each; set flower.rounds = 1"
+            )
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object], base: "Config | None" = None) -> Self:

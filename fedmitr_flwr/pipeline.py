@@ -31,19 +31,30 @@ from .methods.contract import Fused, Job, Stopwatch
 from .report import result as report
 from .report.figures import save_images, save_partition
 from .report.run_folder import RunFolder
-from .rng import stream
+from .rng import secret, stream
 from .screening.screen import screen
 from .sections import OWN
 from .statistics.moments import frozen_features, measure
 from .training import kept
 from .training.local import train_local
+from .training.private import train_privately
 from .training.upload import Upload, Weights, size
 from .vit.build import build_vit, initial_weights, timm_arguments
 
 log = logging.getLogger("fedmitr")
 
 # Settings that decide an upload. A run can be continued, or fused again, only if they stay as they were.
-UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.", "evaluate.where", "evaluate.holdout")
+UPLOAD_SETTINGS = (
+    "seed",
+    "data.",
+    "partition.",
+    "model.",
+    "local.",
+    "upload.",
+    "privacy.",
+    "evaluate.where",
+    "evaluate.holdout",
+)
 
 # Of these, what only tells more beside the weights: a fusion may do with less than was uploaded.
 NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances")
@@ -104,9 +115,13 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     with threads(config.local.threads):
         statistics = _statistics(vit, images, config)  # first: of the weights that training changes
         rng = stream(config.seed, "local", server_round, client)
-        loss = train_local(vit, images, config, rng, resolve_device(config.device), prox_mu)
+        device, loss, epsilon = resolve_device(config.device), 0.0, None
+        if config.privacy.epsilon:  # the loss would tell of the images without noise
+            epsilon = train_privately(vit, images, config, rng, secret(), device, prox_mu)
+        else:
+            loss = train_local(vit, images, config, rng, device, prox_mu)
+            log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
     seconds = time.perf_counter() - started
-    log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
     dtype = getattr(torch, config.upload.dtype)
     counts = torch.bincount(images.labels, minlength=config.model.num_classes)
     return Upload(
@@ -118,6 +133,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
         seconds=seconds,
         statistics=statistics,
+        epsilon=epsilon,
     )
 
 
@@ -253,6 +269,8 @@ def _report(
         pool.save(folder.pool_path)
         save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, folder.images_path)
         facts["synthetic_images"] = len(pool)
+    if config.privacy.epsilon:
+        facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)
     if config.upload.statistics:
         facts["bytes_statistics"] = by_client(config, uploads, lambda upload: size(upload.statistics or {}))
     start = size(build_vit(config.model).state_dict())  # what each client got, in float32

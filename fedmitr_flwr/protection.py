@@ -1,4 +1,4 @@
-"""The settings that protect: the server from uploads that would spoil the model."""
+"""The settings that protect: the server from uploads that would spoil the model, and the clients' images."""
 
 from dataclasses import dataclass
 
@@ -27,3 +27,18 @@ class KrumConfig(Section):
 
     def __post_init__(self) -> None:
         self._at_least(0, "hostile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Section):
+    """Differential privacy at the client, for each single image (DP-SGD); needs opacus."""
+
+    section = "privacy"
+    epsilon: float = 0.0  # what an upload may tell of any one image, as a bound ε; 0: no bound and no noise
+    delta: float = 1e-5  # with which probability the bound may fail; well below 1 / images
+    clip: float = 1.0  # length to which each image's gradient is cut; in place of local.grad-clip
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "epsilon")
+        self._above(0, "clip")
+        self._within(1e-15, 0.1, "delta")

@@ -1,6 +1,7 @@
 """Randomness is an argument: one private generator per purpose, named by a path."""
 
 import hashlib
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,11 @@ def stream(seed: int, *path: str | int) -> torch.Generator:
     Draws are made on the CPU and moved afterwards, so they do not depend on the device or on the order of calls.
     """
     return torch.Generator().manual_seed(derive(seed, *path))
+
+
+def secret() -> torch.Generator:
+    """A CPU generator that nobody can repeat: its seed is of the operating system's entropy, and is told to nobody."""
+    return torch.Generator().manual_seed(secrets.randbits(63))
 
 
 @contextmanager

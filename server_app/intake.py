@@ -90,6 +90,7 @@ class Intake:
             images=upload.num_examples,
             loss=upload.train_loss,
             seconds=upload.seconds,
+            epsilon=upload.epsilon,
         )
         log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
 

@@ -64,6 +64,7 @@ def read_upload(reply: Message, client: int, with_counts: bool, limit: int, *, w
         fingerprint=f"{_get(numbers, 'fingerprint', int, client):012x}",
         class_counts=_whole_numbers(numbers, "class-counts", client) if with_counts else None,
         seconds=_get(numbers, "seconds", float, client),
+        epsilon=_get(numbers, "epsilon", float, client) if "epsilon" in numbers else None,
         statistics=_read_arrays(records["statistics"], client, limit) if with_statistics else None,
     )
 

@@ -47,7 +47,7 @@ def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     elsewhere = ("device", "threads", "method")  # in every key already
     no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "strategy.", "feddf.")
     no_piece += ("krum.", "screen.")  # the uploads themselves are in the key
-    in_uploads = ("data.", "partition.", "local.", "upload.")
+    in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")
     for key in Config().to_flat():
         assert key.startswith((*loop.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
     assert set(loop.IMAGE_SETTINGS) < set(loop.STUDENT_SETTINGS)

@@ -40,6 +40,7 @@ class Upload:
     class_counts: tuple[int, ...] | None = None
     seconds: float | None = None  # that the training took
     statistics: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    epsilon: float | None = None  # that the training spent; None: it was not private
 
     @property
     def num_bytes(self) -> int:
@@ -161,6 +162,8 @@ def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | N
         return f"its training loss is {upload.train_loss}; lower local.lr"
     if upload.seconds is not None and not 0 <= upload.seconds < math.inf:
         return f"its training took {upload.seconds} seconds; do not edit uploads"
+    if upload.epsilon is not None and not 0 < upload.epsilon < math.inf:
+        return f"it spent a privacy budget of {upload.epsilon}; do not edit uploads"
     counts = upload.class_counts
     if counts is None:
         return None
@@ -201,6 +204,7 @@ def save(upload: Upload, path: Path, **more: str) -> None:
         "fingerprint": upload.fingerprint,
         "class_counts": upload.class_counts,
         "seconds": upload.seconds,
+        "epsilon": upload.epsilon,
     }
     statistics = {STATISTICS + name: tensor for name, tensor in (upload.statistics or {}).items()}
     if upload.statistics is not None:
@@ -234,5 +238,6 @@ def _from_file(stored: StoredWeights) -> Upload:
         fingerprint=header["fingerprint"],
         class_counts=None if counts is None else tuple(counts),
         seconds=header.get("seconds"),
+        epsilon=header.get("epsilon"),
         statistics=statistics,
     )

@@ -1,0 +1,253 @@
+"""Private training: plain SGD without noise, images clipped by hand, what is spent by formula, a secret that is one."""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from local_grid import TINY, LocalGrid, server_context, task_identity
+from timm.models.vision_transformer import VisionTransformer
+from tiny import a_vit, settings
+
+from client_app.app import app as client_app
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.images import DataSet, Images, prepare
+from fedmitr_flwr.errors import ConfigError, RunError
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.rng import secret, stream
+from fedmitr_flwr.training import private
+from fedmitr_flwr.training.losses import label_loss
+from fedmitr_flwr.training.private import epsilon_of, noise_for, require_opacus, train_privately
+from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
+from server_app.app import app as server_app
+from server_app.records import order
+
+CPU = torch.device("cpu")
+needs_opacus = pytest.mark.skipif(
+    importlib.util.find_spec("opacus") is None, reason="needs opacus, an optional library"
+)
+
+
+def whispering(**changes: Any) -> Config:
+    """One full batch at once, plain SGD without momentum's help: one step of learning rate 1."""
+    base = {
+        "privacy.epsilon": 5.0,
+        "privacy.clip": 1e6,
+        "local.optimizer": "sgd",
+        "local.lr": 1.0,
+        "local.schedule": "constant",
+        "local.weight-decay": 0.0,
+        "local.augment": False,
+        "local.batch-size": 60,
+        "model.num-classes": 3,
+        "model.depth": 1,
+    }
+    return settings(**base | changes)
+
+
+def trained(
+    config: Config, images: Images, secret_seed: int = 0, vit: VisionTransformer | None = None
+) -> tuple[list[torch.Tensor], float]:
+    vit = vit or a_vit(config, 1)
+    before = [weight.detach().clone() for weight in vit.parameters()]
+    spent = train_privately(vit, images, config, stream(0, "r"), stream(secret_seed, "secret"), CPU)
+    return [new.detach() - old for new, old in zip(vit.parameters(), before, strict=True)], spent
+
+
+def gradients(config: Config, images: Images) -> list[list[torch.Tensor]]:
+    """Of each image by itself, by plain autograd."""
+    vit, every = a_vit(config, 1), []
+    for row in range(len(images)):
+        one = images.subset(torch.tensor([row]))
+        patches = patchify(prepare(one.pixels, 8), 2)
+        loss = label_loss(forward_tokens(vit, patches, all_positions(patches)), one.labels, 0.0, 0.5)
+        every.append(list(torch.autograd.grad(loss, list(vit.parameters()))))
+    return every
+
+
+def length(gradient: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(part.square().sum().item() for part in gradient))
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No noise."""
+    monkeypatch.setattr(private, "noise_for", lambda *_: 0.0)
+    monkeypatch.setattr(private, "epsilon_of", lambda *_: math.inf)
+
+
+@needs_opacus
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("together", [7, 32])
+def test_without_noise_and_clipping_a_step_is_plain_sgds(
+    tiny: DataSet, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private, "TOGETHER", together)
+    config = whispering()
+    moved, _ = trained(config, tiny.train)
+    every = gradients(config, tiny.train)
+    for number, step in enumerate(moved):
+        mean = torch.stack([gradient[number] for gradient in every]).mean(0)
+        torch.testing.assert_close(step, -mean, atol=1e-5, rtol=1e-3)
+
+
+@needs_opacus
+@pytest.mark.usefixtures("silent")
+def test_every_image_is_clipped_by_itself(tiny: DataSet) -> None:
+    config, images = whispering(**{"privacy.clip": 0.5, "local.batch-size": 6}), tiny.train.subset(torch.arange(6))
+    moved, _ = trained(config, images)
+    every = gradients(config, images)
+    assert min(map(length, every)) > 0.5  # all are cut
+    for number, step in enumerate(moved):
+        cut = [gradient[number] * 0.5 / length(gradient) for gradient in every]
+        torch.testing.assert_close(step, -torch.stack(cut).mean(0), atol=1e-5, rtol=1e-3)
+    assert length(moved) <= 0.5 + 1e-5
+
+
+@needs_opacus
+def test_the_noise_is_as_large_as_the_accountant_was_told(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each weight: clip · multiplier / images, in one step of full batches; nearly 2,000 weights say how much."""
+    monkeypatch.setattr(private, "noise_for", lambda *_: 3.0)
+    config = whispering(**{"privacy.clip": 1e-6})  # the images themselves hardly count
+    moved, _ = trained(config, tiny.train)
+    flat = torch.cat([step.flatten() for step in moved]).double()
+    expected = 1e-6 * 3.0 / 60
+    assert flat.std().item() == pytest.approx(expected, rel=0.1)
+    assert abs(flat.mean().item()) < 5 * expected / math.sqrt(len(flat))
+
+
+def rdp_epsilon(noise: float, steps: int, delta: float) -> float:
+    """Of the Gaussian mechanism without sampling (Mironov 2017; conversion by Balle et al. 2020), on a grid of α."""
+    alphas = np.linspace(1.01, 200, 200_000)
+    rdp = steps * alphas / (2 * noise**2)
+    return float((rdp + np.log((alphas - 1) / alphas) - (np.log(delta) + np.log(alphas)) / (alphas - 1)).min())
+
+
+@needs_opacus
+@pytest.mark.parametrize(("noise", "steps", "delta"), [(4.0, 10, 1e-5), (10.0, 100, 1e-6)])
+def test_what_is_spent_by_formula(noise: float, steps: int, delta: float) -> None:
+    assert epsilon_of(noise, 1.0, steps, delta) == pytest.approx(rdp_epsilon(noise, steps, delta), rel=0.02)
+    assert epsilon_of(noise, 0.1, steps, delta) < epsilon_of(noise, 1.0, steps, delta)  # hidden among others
+
+
+@needs_opacus
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+def test_no_more_is_spent_than_was_allowed(epsilon: float) -> None:
+    config = whispering(**{"privacy.epsilon": epsilon})
+    noise = noise_for(config, 0.25, 40)
+    assert 0.97 * epsilon <= epsilon_of(noise, 0.25, 40, 1e-5) <= epsilon
+    assert noise_for(config, 0.25, 80) > noise
+
+
+@needs_opacus
+def test_the_public_seed_does_not_give_the_noise_away(tiny: DataSet) -> None:
+    config = whispering(**{"local.epochs": 2, "local.batch-size": 20})
+    (first, spent), (again, _), (other, _) = (trained(config, tiny.train, seed) for seed in (1, 1, 2))
+    assert 0 < spent <= 5.0
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # by the secret alone
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert secret().initial_seed() != secret().initial_seed()
+    small = settings(**{"privacy.epsilon": 20.0, "model.depth": 1})
+    start = initial_weights(small.model, 0)
+    one, two = (pipeline.train_client(small, 0, start) for _ in range(2))
+    assert not torch.equal(one.weights["head.weight"], two.weights["head.weight"])
+    assert one.epsilon == two.epsilon
+    assert one.train_loss == 0.0  # it would tell of the images
+
+
+@needs_opacus
+@pytest.mark.usefixtures("silent")
+def test_an_empty_draw_and_the_pull_to_the_start(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is drawn, and nothing is heard: the weights stay, but for what pulls them."""
+    monkeypatch.setattr(private, "_sampler", lambda *_: [[]])
+    still, _ = trained(whispering(), tiny.train)
+    assert length(still) == 0
+    config = whispering(**{"local.pull": 0.1})
+    monkeypatch.setattr(private, "_sampler", lambda *_: [list(range(60)), []])
+    pulled, _ = trained(config, tiny.train)
+    free, _ = trained(whispering(), tiny.train)
+    # One step of g; then momentum 0.9 g once more, and back by 0.1 of the way.
+    for step, unpulled in zip(pulled, free, strict=True):
+        torch.testing.assert_close(step, unpulled - 0.1 * unpulled / 1.9, atol=1e-6, rtol=1e-3)
+
+
+@needs_opacus
+def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
+    config = settings(
+        **{
+            "privacy.epsilon": 50.0,
+            "model.num-classes": 3,
+            "local.epochs": 15,
+            "local.batch-size": 20,
+            "local.lr": 5e-3,
+            "local.augment": False,
+        }
+    )
+    vit = a_vit(config, 1)
+    trained(config, tiny.train, vit=vit)
+    answers = vit(prepare(tiny.test.pixels, 8)).argmax(1)
+    assert (answers == tiny.test.labels).float().mean() > 0.6  # of three classes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"upload.class-counts": True}, "upload.class-counts = true tells of the images without noise"),
+        ({"local.prior-adjust": 0.5}, "local.prior-adjust = 0.5 tells of the images without noise"),
+        ({"flower.rounds": 2, "flower.strategy": "fedavg"}, "would spend it in each; set flower.rounds = 1"),
+    ],
+)
+def test_what_would_tell_beside_the_noise_is_refused(changes: dict[str, Any], message: str) -> None:
+    Config.from_flat(changes)
+    with pytest.raises(ConfigError) as refused:
+        Config.from_flat({"privacy.epsilon": 3.0, **changes})
+    assert message in str(refused.value)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    require_opacus(Config())
+    with pytest.raises(
+        ConfigError, match=r"privacy.epsilon = 3.0 needs opacus at every client; run there: pip install"
+    ):
+        require_opacus(Config.from_flat({"privacy.epsilon": 3.0}))
+
+
+@pytest.fixture
+def _identity() -> Iterator[None]:
+    with task_identity():
+        yield
+
+
+@pytest.mark.usefixtures("_identity")
+@pytest.mark.parametrize(("limit", "epsilon", "refused"), [(2.0, 8.0, True), (2.0, 0.0, True), (8.0, 8.0, False)])
+@needs_opacus
+def test_a_node_may_want_more_privacy_than_the_server(limit: float, epsilon: float, refused: bool) -> None:
+    grid = LocalGrid(client_app, 2)
+    grid.contexts[grid.node(0)].node_config["max-epsilon"] = limit
+    config = Config.from_flat(TINY | {"partition.clients": 2, "privacy.epsilon": epsilon})
+    content = RecordDict({"arrays": ArrayRecord(), "config": order(config)})
+    for kind in ("query.describe", "train"):
+        (reply,) = grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])
+        assert reply.has_error() == refused
+        if refused:
+            assert reply.error.reason.startswith("this node wants privacy.epsilon of at most 2, and the server's is ")
+
+
+@needs_opacus
+@pytest.mark.usefixtures("_identity")
+def test_what_was_spent_is_in_the_run(tmp_path: Any) -> None:
+    flat = TINY | {"out-dir": str(tmp_path), "privacy.epsilon": 8.0}
+    server_app(LocalGrid(client_app, 3), server_context(flat))
+    (path,) = tmp_path.iterdir()
+    result = RunFolder.open(path).read_result()
+    assert all(7.5 < spent <= 8.0 for spent in result["epsilon"])
+    assert [upload.epsilon for upload in RunFolder.open(path).load_uploads()] == result["epsilon"]
+    with pytest.raises(RunError, match=r"privacy\.epsilon"):
+        pipeline.fuse(RunFolder.open(path), "fedavg", {"privacy.epsilon": 0.0})
