@@ -23,10 +23,13 @@ from .records import order
 log = getLogger("flwr")
 
 _LONGEST_NAME = 64  # it comes from outside, and is printed
-_NOT_LOADED, _RAISED = 1, 2  # Flower's codes of what the ClientApp did
-_WRONG_SET_UP = (_NOT_LOADED, _RAISED)
+_NOT_LOADED, _RAISED, _UNSIGNED = 1, 2, 7  # Flower's codes of what the ClientApp did, or was not let do
 _SAME_CODE = "restart the SuperLink and its SuperNodes from this checkout"
-_LOOK_THERE = f"; its SuperNode's log says why: does it have torch, timm and flwr >= {FLWR}?"
+_HINTS = {
+    _NOT_LOADED: f"; its SuperNode's log says why: does it have torch, timm and flwr >= {FLWR}?",
+    _RAISED: "",
+    _UNSIGNED: "; it accepts signed apps only (--trusted-entities), see deploy/README.md",
+}
 
 _START_MORE = (
     "start more SuperNodes (each with its own partition-id) or, in simulation, run: "
@@ -95,9 +98,8 @@ def _describe(grid: Grid, nodes: Iterable[int], config: Config, timeout: float) 
     for reply in observed.send_and_receive(questions, timeout=timeout) if questions else []:
         node = observed.node_of(reply)
         if reply.has_error():
-            if reply.error.code in _WRONG_SET_UP:
-                hint = _LOOK_THERE if reply.error.code == _NOT_LOADED else ""
-                raise RunError(f"node {node} cannot take part: {reason(reply)}{hint}")
+            if reply.error.code in _HINTS:
+                raise RunError(f"node {node} cannot take part: {reason(reply)}{_HINTS[reply.error.code]}")
             continue  # lost, and perhaps replaced in time
         try:
             cards[node] = _read_card(reply)

@@ -225,6 +225,19 @@ def test_a_node_that_is_silent_is_told_from_one_that_is_absent() -> None:
         meet(Mute(client_app, 2), quick())
 
 
+def test_a_node_that_wants_signed_apps_is_told_at_once() -> None:
+    class Strict(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            sent = []
+            for message in messages:
+                sent += super().push_messages([message])
+                self._arrived[sent[-1]] = [Message(Error(7, "The FAB could not be verified."), reply_to=message)]
+            return sent
+
+    with pytest.raises(RunError, match=r"cannot take part: The FAB .* signed apps only .* see deploy/README\.md"):
+        meet(Strict(client_app, 2), quick(node_wait=600.0))
+
+
 def test_more_nodes_asked_for_than_there_are_clients() -> None:
     with pytest.raises(RunError, match=r"3 clients in all, flower.min-nodes = 8; .*num-supernodes=8"):
         meet(LocalGrid(client_app, 3), quick(min_nodes=8, node_wait=600.0))
