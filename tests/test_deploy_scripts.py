@@ -120,7 +120,9 @@ def test_a_supernode_is_told_its_name_and_its_images(tmp_path: Path) -> None:
     (tmp_path / "supernode.sh").write_text(script)
     words = ["sh", tmp_path / "supernode.sh", tmp_path / "keys", "fl.example.org:8443", "site-a", images, "9100"]
     environment = {"PATH": "/usr/bin:/bin", "NODE_CONFIG": 'label-column="a finding"'}
+    environment["SUPERNODE_OPTIONS"] = "--trusted-entities x.yaml"
     said = subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    assert said[:2] == ["--trusted-entities", "x.yaml"]
     given = dict(zip(said[::2], said[1::2], strict=True))
     assert parse_config_args([given["--node-config"]]) == {
         "client-name": "site-a",
