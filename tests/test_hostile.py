@@ -271,7 +271,9 @@ def numbers_that_are_missing(content: RecordDict, rng: Rng) -> None:
 
 @case
 def numbers_that_are_no_numbers(content: RecordDict, rng: Rng) -> None:
-    content["metrics"][rng.choice(["train_loss", "seconds", "epsilon"])] = rng.choice([float("nan"), float("inf"), float("-inf")])
+    content["metrics"][rng.choice(["train_loss", "seconds", "epsilon"])] = rng.choice(
+        [float("nan"), float("inf"), float("-inf")]
+    )
 
 
 @case
