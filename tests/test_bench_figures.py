@@ -24,7 +24,8 @@ def many() -> list[Row]:
     made = []
     for place, (partition, _) in enumerate(PLACES.items()):
         for number, label in enumerate((*ONE_SHOT, *variants)):
-            made += [an_entry(label, 20.0 + 15 * place + number + seed, seed, partition) for seed in (0, 1)]
+            spent = {"server_seconds": 0.1 * 10 ** (number % 4)}
+            made += [an_entry(label, 20.0 + 15 * place + number + seed, seed, partition, **spent) for seed in (0, 1)]
         for number, name in enumerate(STRATEGIES):
             for rounds in (1, 10):
                 made.append(an_entry(f"flower:{name}", 30.0 + 15 * place + number, 0, partition, rounds))
@@ -92,6 +93,24 @@ def test_nothing_is_on_top_of_anything(name: str) -> None:
     assert legend.x0 >= 0
     assert legend.x1 <= figure.bbox.width
     assert legend.y0 >= -1  # of a pixel
+
+
+@pytest.mark.parametrize("name", ["bytes", "seconds", "recall"])
+def test_a_small_picture_holds_its_title(name: str) -> None:
+    found = rows(results([an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]))
+    looks = styles(found, "fedmitr")
+    title = "a data set with a long name, 10 clients"
+    figure = {
+        "bytes": scatter(found, looks, "bytes_up", 1e6, "MB", title),
+        "seconds": scatter(found, looks, "server_seconds", 1.0, "s", title),
+        "recall": recall(found, found[0].place),
+    }[name]
+    assert figure is not None
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.get_suptitle() and figure._suptitle.get_window_extent(canvas.get_renderer())  # type: ignore[no-untyped-call]
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_skew_is_in_order_and_has_the_rounds_with_most() -> None:

@@ -1,6 +1,7 @@
 """The pictures of a bench: accuracy against bytes, skew and server seconds, and recall by class."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ MARKERS = "osDXPv^<>hp"  # 11, so that with 6 colours 66 methods differ; the sta
 SCHEMES = ("classes-per-client", "dirichlet", "iid")  # from the most skewed
 _PANEL = (4.0, 3.1)  # inches
 _ACROSS = 3
-_SPREAD = 0.045  # of the width of an axis: between points that would lie on each other
+_SPREAD = 0.03  # of the width of an axis: between points that would lie on each other
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def draw(results: Results, folder: Path) -> int:
                 looks,
                 "bytes_up",
                 1e6,
-                "MB uploaded by each client, all rounds",
+                "MB uploaded by each client, all rounds; equal ones side by side",
                 title,
             ),
             "seconds": scatter(
@@ -113,14 +114,14 @@ def scatter(
     for axis, place in zip(axes, columns, strict=True):
         here = points([row for row in shown if row.place == place], lambda row: (row.cost(cost) or 0) / unit)
         axis.set_xscale("log")
-        for label, where in apart(here, log=True).items():
+        for label, where in (apart(here, log=True) if cost == "bytes_up" else here).items():
             _plot(axis, where, looks[label], label)
         axis.set_title(place.partition, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
     _finish(
         figure,
         axes,
-        f"{title}: accuracy in percent, mean ± standard deviation over seeds; equal costs are drawn side by side",
+        f"{title}: accuracy, mean ± standard deviation over seeds",
     )
     return figure
 
@@ -176,7 +177,8 @@ def recall(found: Sequence[Row], place: Place) -> Figure | None:
         for x, value in enumerate(values):
             text = "-" if math.isnan(value) else f"{value:.0f}"
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value < 55 else "black")
-    axis.set_title(f"{place.data}, {place.clients} clients, {place.partition}: recall by class", fontsize=10)
+    title = f"{place.data}, {place.clients} clients, {place.partition}: recall by class"
+    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
     return figure
 
 
@@ -247,7 +249,7 @@ def _finish(figure: Figure, axes: Sequence[Any], title: str) -> None:
     axes[0].set_ylabel("accuracy, %", fontsize=9)
     across = max(2, int(figure.get_figwidth() / 2.1))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=across, frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
 
 
 def _slug(text: str) -> str:
