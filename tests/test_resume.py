@@ -210,7 +210,7 @@ def test_a_phase_killed_in_its_evaluation_only_evaluates(
     work.reset()
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_judge", power_cut)
+        patched.setattr(pipeline, "judge", power_cut)
         with pytest.raises(KilledError):
             pipeline.serve(folder)
     assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
