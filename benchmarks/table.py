@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from security import document as security
 from speed import document, routes
 
 from fedmitr_flwr.bench.markup import origin, spread, table
@@ -191,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--security", type=Path, default=ROOT / "docs" / "security.md")
     parser.add_argument("--benchmark", type=Path, default=ROOT / "docs" / "benchmark.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(argv)
@@ -202,6 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 {
                     "speed": document.block(options.results / "speed"),
                     "routing": routes.block(options.results / "routing"),
+                },
+            ),
+            options.security: renewed(
+                options.security,
+                {
+                    "hostile": security.hostile(options.results / "security"),
+                    "privacy": security.privacy(options.results / "privacy"),
                 },
             ),
             options.benchmark: renewed(options.benchmark, {"bench": bench(options.results / "bench")}),

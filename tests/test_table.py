@@ -45,16 +45,17 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     marks = {"README.md": ["results"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
+    marks["security.md"] = ["hostile", "privacy"]
     for name, blocks in marks.items():
         text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for results in ("speed", "routing", "bench"):
+    for results in ("speed", "routing", "bench", "security", "privacy"):
         (tmp_path / "results" / results).mkdir(parents=True)
     return tmp_path
 
 
 def run(folder: Path, *words: str) -> int:
-    documents = [f"--{name.lower()}={folder / name}.md" for name in ("README", "performance", "benchmark")]
+    documents = [f"--{name.lower()}={folder / name}.md" for name in ("README", "performance", "benchmark", "security")]
     return results_table.main([*documents, f"--results={folder / 'results'}", *words])
 
 

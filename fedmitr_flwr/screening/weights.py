@@ -1,7 +1,7 @@
 """Strange uploads, by their weights: an update that is too long or too short, points away, is a copy, or owns all.
 
 Robust z-scores [C]: distance from the median over clients, in units of the median absolute deviation. All that follows
-from them here is ours [M]; the numbers were chosen on development seeds (docs/adr/0013).
+from them here is ours [M]; the numbers were chosen on development seeds (docs/adr/0017).
 
 Shapes: K uploads.
 """

@@ -1,0 +1,1 @@
+"""Hostile uploads, and the tables of docs/security.md."""
