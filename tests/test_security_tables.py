@@ -57,7 +57,9 @@ def test_permuted_labels_are_the_only_difference(
     assert len({a for a, _ in names}) == len({b for _, b in names}) == len(names)  # an exchange of names
     assert any(a != b for a, b in names)
     # With the labels as they were, the same call gives the honest upload.
-    monkeypatch.setattr(attacks.torch, "randperm", lambda count, **_: torch.arange(count))
+    draw = torch.randperm
+    names_as_they_are = lambda count, **how: torch.arange(10) if count == 10 else draw(count, **how)  # noqa: E731
+    monkeypatch.setattr(attacks.torch, "randperm", names_as_they_are)
     same = attacks.permuted(upload, config)
     assert all(torch.equal(same.weights[name], tensor) for name, tensor in upload.weights.items())
     assert not torch.equal(turned.weights["head.weight"], upload.weights["head.weight"])
