@@ -13,7 +13,11 @@ from fedmitr_flwr.settings import parse_assignment
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "fedmitr.md"
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "deploy").glob("*.md")),
+]
 
 _FUNCTION = re.compile(r"`([\w/]+)\.py:([\w.]+)`")
 _ROW = re.compile(r"^\| `([a-z]+\.[a-z-]+)` \| (`?)([^|`]+)\2 \|", re.MULTILINE)
