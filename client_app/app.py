@@ -26,8 +26,10 @@ log = logging.getLogger("flwr")
 logging.getLogger("fedmitr").parent = log  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
-# Quoted, or else up to the next punctuation mark: file names may hold spaces, and names of people.
-_PATH = re.compile(r"""'[^']*[/\\][^']*'|"[^"]*[/\\][^"]*"|[^\s'"]*[/\\][^;:]*""")
+# Quoted, or else up to the end of the clause: file names may hold spaces, times of day, and names of people.
+_PATH = re.compile(
+    r"""'(?=[^']*[/\\])(?:[^'\\]|\\.)*'|"(?=[^"]*[/\\])(?:[^"\\]|\\.)*"|[^\s'"]*[/\\].*?(?=[;:](?:\s|$)|$)"""
+)
 
 Answer = Callable[[Message, Context], Message]
 Numbers = int | float | list[int] | list[float]

@@ -1,5 +1,6 @@
 """What a client replies: the shape that every strategy of Flower takes, and no more than it must tell."""
 
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 from local_grid import TINY, LocalGrid, task_identity
 
 from client_app.app import app as client_app
+from client_app.app import discreet
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DataError
@@ -135,6 +139,31 @@ def test_an_error_tells_neither_data_nor_paths(
     assert reply.error.reason == told
     assert reply.error.code == 2
     assert str(error).splitlines()[0] in caplog.text  # the client's own log has it all
+
+
+# What a file may be called, but for a clause's end inside the name.
+names = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=12).filter(
+    lambda name: "/" not in name and not re.search(r"[;:]\s|[;:]$|\\$", name) and name.strip() == name
+)
+
+
+@given(
+    st.lists(names, min_size=1, max_size=4),
+    st.sampled_from(["{}: it is cut short; get it again", "{} is bad", "in {!r}, row 3"]),
+)
+def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str) -> None:
+    secret = [f"s3cret{part}s3cret" for part in parts]
+    path = "/" + "/".join(secret)
+
+    @discreet
+    def fail(message: Message, context: Any) -> Message:
+        del message, context
+        raise DataError(form.format(path))
+
+    with task_identity():
+        told = fail(Message(RecordDict(), 1, "train"), None).error.reason
+    assert "s3cret" not in told
+    assert "<path>" in told
 
 
 def test_a_message_of_another_server_fails_cleanly() -> None:
