@@ -2,8 +2,8 @@
 
 For each seed the clients train once; an attack is made on copies of their uploads, and every defence fuses the same
 ones. To be cheap, clients train for 50 epochs, and the student has fewer images, steps and passes than by default
-(`SMALL`): accuracies are for comparison within this study only. Thresholds of the screen and `TRIM` were chosen on seeds
-100 and 101 and validation images.
+(`SMALL`): accuracies are for comparison within this study only. Thresholds of the screen and `TRIM` were chosen
+on seeds 100 and 101 and validation images.
 
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json
 """
