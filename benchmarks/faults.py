@@ -1,20 +1,23 @@
-"""Write docs/faults.md anew: what the tests of a deployment's faults and the soak have recorded.
+"""Write docs/faults.md anew: what the tests of a deployment's faults, the soak and large demonstrations have recorded.
 
-FEDMITR_FAULTS=benchmarks/results/faults.json make test-deploy
-python benchmarks/soak.py --json benchmarks/results/soak.json
+FEDMITR_FAULTS=benchmarks/results/faults/one.json make test-deploy
+python benchmarks/soak.py --json benchmarks/results/faults/soak.json
+python deploy/demo.py --clients 4 --json benchmarks/results/faults/memory_vit_base.json ...
 python benchmarks/faults.py
 """
 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmitr_flwr.bench.markup import origin, table
+from fedmitr_flwr.report.words import model
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "faults"
 TARGET = ROOT / "docs" / "faults.md"
 
 INTRODUCTION = """# Faults
@@ -38,6 +41,16 @@ SOAK = """
 Flower's simulation engine; for each seed ten clients are drawn, of which seven raise, two send NaN and one takes its
 Ray actor with it. After each step all uploads on disk had the bits of an undisturbed run's; a run that failed named
 exactly the clients that were missing; and the run that was completed ended in the bits of an undisturbed run.
+"""
+
+
+MEMORY = """
+## Memory
+
+Uploads are fetched one at a time and written to disk before the next one is; averaging reads them one at a time, too.
+Peak resident memory while the whole federation ran on one machine, as Linux counts it (VmHWM), of the largest process
+of each kind; bytes are of one upload. With a method that makes images the server phase takes more, by the model, the
+images at once and `ensemble.teacher-chunk`.
 """
 
 
@@ -76,11 +89,30 @@ def soak_lines(rows: list[dict[str, Any]]) -> list[str]:
     return table(head, cells)
 
 
-def document() -> str:
-    faults = json.loads((RESULTS / "faults.json").read_text(encoding="utf-8"))
-    soak = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
-    lines = [INTRODUCTION, *fault_lines(faults), SOAK, *soak_lines(soak["rows"])]
-    return "\n".join([*lines, "", f"Command: `{soak['command']}`", "", f"{origin(soak)}"]) + "\n"
+def memory_lines(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    head = ["Model", "Method", "Clients", "Upload, MB", "ServerApp, GB", "SuperLink, GB", "ClientApp, GB", "Seconds"]
+    cells = []
+    for run in runs:
+        config, peaks = run["config"], run["peak_bytes"]
+        sizes = [config["method"], str(config["partition.clients"]), f"{max(run['bytes_up']) / 1e6:.0f}"]
+        peaks = [f"{peaks[title] / 1e9:.2f}" for title in ("flwr-serverapp", "flower-superlink", "flwr-clientapp")]
+        cells.append([model(config), *sizes, *peaks, f"{run['wall_seconds']:.0f}"])
+    return table(head, cells)
+
+
+def provenance(content: Mapping[str, Any]) -> list[str]:
+    return ["", f"Command: `{content['command']}`", "", origin(content)]
+
+
+def document(results: Path = RESULTS) -> str:
+    faults, soak = (json.loads((results / name).read_text(encoding="utf-8")) for name in ("one.json", "soak.json"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("memory_*.json"))]
+    codes = ", ".join(sorted({row["code"] for row in faults}))
+    lines = [INTRODUCTION, *fault_lines(faults), "", f"Code {codes}.", SOAK, *soak_lines(soak["rows"])]
+    lines += [*provenance(soak), MEMORY, *memory_lines(runs)]
+    for run in runs:
+        lines += provenance(run)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

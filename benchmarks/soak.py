@@ -9,7 +9,7 @@ Of the ten, by a draw of the seed, seven raise, two send NaN, and one takes its 
 
 The app is the checkout's, in a copy whose ClientApp has one modifier more, which makes the failures.
 
-    python benchmarks/soak.py --seeds 0,1,2 --json benchmarks/results/soak.json
+    python benchmarks/soak.py --seeds 0,1,2 --json benchmarks/results/faults/soak.json
 """
 
 import argparse

@@ -7,11 +7,16 @@ and has ended when this ends. The run folder stays.
 
 import argparse
 import contextlib
+import json
+import shlex
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,23 +24,28 @@ from deploy.demo_data import as_folders, as_parquet
 from deploy.federation import ROOT, Federation
 from fedmitr_flwr.config import DataConfig, ModelConfig
 from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.report.run_folder import RunFolder
 
 SITES = ("hospital-a", "factory", "university", "observatory", "library", "museum")
 DIGITS = tuple("0123456789")
+
+_FOLDER = b"flower_run: run folder: "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return what the run returned: 0 if it completed."""
     options = _parse(argv)
-    names = SITES[: options.clients]
+    names, started, folder = SITES[: options.clients], time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="fedmitr-demo-") as scratch:
         folders = make_sites(Path(scratch) / "images", names, options.images)
         with Federation(Path(scratch), show=True) as federation:
             for name, images in folders.items():
                 federation.add(name, images)
             words = ["-c", str(ROOT / "configs/deployment.toml"), f"flower.clients={' | '.join(names)}"]
-            process = federation.run(*words, *options.settings)
             with watched(federation) as peak:
+                process = federation.run(*words, *options.settings, stdout=subprocess.PIPE)
+                assert process.stdout is not None
+                folder = passed_on(process.stdout)
                 status: int = process.wait()
             print(federation.call("flwr", "supernode", "list", "federation"))
             if status:
@@ -45,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                         *federation.log_of(who).read_text().splitlines()[-20:],
                         sep="\n",
                     )
-    print(f"demo: peak memory of the ServerApp: {peak.get('flwr-serverapp', 0) / 2**30:.2f} GiB")
+    seconds = time.monotonic() - started
+    print(f"demo: {seconds:.0f} s; peak memory of the ServerApp: {peak.get('flwr-serverapp', 0) / 1e9:.2f} GB")
+    if options.json and not status:
+        facts = told(RunFolder.open(folder).read_result(), peak, seconds)
+        command = shlex.join(["python", "deploy/demo.py", *(sys.argv[1:] if argv is None else argv)])
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"command": command, **facts}, indent=1) + "\n")
     return status
 
 
@@ -54,7 +70,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run")
     parser.add_argument("--clients", type=int, default=3, choices=range(2, len(SITES) + 1), help="default: %(default)s")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="of each client; 0: all that there are")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what it took, if it completed")
     return parser.parse_intermixed_args(argv)
+
+
+def passed_on(lines: Iterable[bytes]) -> str:
+    """Print a run's log as it comes; gives the run folder that it names, or nothing."""
+    folder = ""
+    for line in lines:
+        sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+        if line.startswith(_FOLDER):
+            folder = line.removeprefix(_FOLDER).decode().strip()
+    return folder
+
+
+def told(result: Mapping[str, Any], peak: Mapping[str, int], seconds: float) -> dict[str, Any]:
+    """What a run took, and of which code, machine and settings; no path of this machine.
+
+    Args:
+        result: its result.json.
+        peak: bytes by program.
+        seconds: from before the first key was made until everything had ended.
+    """
+    config = {key: value for key, value in result["config"].items() if key not in ("out-dir", "resume-from")}
+    about = {key: result[key] for key in ("fingerprint", "versions", "machine", "bytes_up")}
+    return {**about, "config": config, "peak_bytes": dict(peak), "wall_seconds": round(seconds, 1)}
 
 
 def make_sites(folder: Path, names: Sequence[str], most: int = 0) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from tiny import timeless
 
 from deploy.federation import Federation
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
 
 PATIENCE = 900.0  # seconds for one step on a machine that is busy with other things
@@ -53,6 +54,7 @@ class Row:
     asked: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     same_bits: bool = False
+    code: str = field(default_factory=fingerprint)
 
 
 def messages(log: str, out: Path) -> list[str]:

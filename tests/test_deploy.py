@@ -60,6 +60,7 @@ def table() -> Iterator[list[Row]]:
         known = json.loads(path.read_text()) if path.exists() else []
         new = {row.fault: asdict(row) for row in rows}
         kept = [new.pop(row["fault"], row) for row in known]
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([*kept, *new.values()], indent=1) + "\n")
 
 
