@@ -1,5 +1,6 @@
 """Where the arithmetic runs: the device, a fixed number of CPU threads, and the memory that it takes."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -65,3 +66,10 @@ def _peak_ram() -> int:
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used  # bytes there, kilobytes elsewhere
+
+
+def return_memory() -> None:
+    """Give what was freed back to the operating system: where threads took it, glibc keeps whole models' worth."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,7 @@
-"""How good is a model on real images?"""
+"""How good is a model on real images?
+
+Shapes: B or M images, Y classes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +32,6 @@ class Evaluation:
     confusion: tuple[tuple[int, ...], ...] = ()
 
 
-@torch.no_grad()
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     images: Images,
@@ -39,15 +41,24 @@ def evaluate(
     device: torch.device,
 ) -> Evaluation:
     """`predict` maps normalised images (B, C, S, S) to scores (B, Y), of which softmax gives probabilities."""
-    cells = torch.zeros(num_classes**2, dtype=torch.int64)
-    loss = 0.0
-    for rows in torch.arange(len(images)).split(batch_size):
-        labels = images.labels[rows]
-        scores = predict(prepare(images.pixels[rows], img_size).to(device)).float().cpu()
-        loss += F.cross_entropy(scores, labels, reduction="sum").item()
-        cells += torch.bincount(labels * num_classes + scores.argmax(-1), minlength=num_classes**2)
+    return graded(scores_of(predict, images, img_size, batch_size, device), images.labels, num_classes)
+
+
+@torch.no_grad()
+def scores_of(
+    predict: Callable[[Tensor], Tensor], images: Images, img_size: int, batch_size: int, device: torch.device
+) -> Tensor:
+    """What `predict` says of all images (M, Y), on the CPU."""
+    batches = images.pixels.split(batch_size)
+    return torch.cat([predict(prepare(pixels, img_size).to(device)).float().cpu() for pixels in batches])
+
+
+def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:
+    """How good these answers are."""
+    loss = F.cross_entropy(scores_MY, labels_M).item()
+    cells = torch.bincount(labels_M * num_classes + scores_MY.argmax(-1), minlength=num_classes**2)
     confusion_YY = cells.view(num_classes, num_classes)
-    right, count = confusion_YY.diag().double(), len(images)
+    right, count = confusion_YY.diag().double(), len(labels_M)
     recall = tuple((100 * right / confusion_YY.sum(1)).tolist())
     answers = tuple(map(tuple, confusion_YY.tolist()))
-    return Evaluation(100 * right.sum().item() / count, loss / count, recall, count, answers)
+    return Evaluation(100 * right.sum().item() / count, loss, recall, count, answers)

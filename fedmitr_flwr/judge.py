@@ -6,16 +6,18 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .compute import resolve_device
+from .compute import resolve_device, return_memory
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
-from .evaluation import Evaluation, evaluate
-from .inversion.scout import scouted_ensemble
+from .evaluation import Evaluation, evaluate, graded, scores_of
+from .inversion.scout import FROM_IMAGES, scouted_ensemble
 from .methods.contract import Fused
+from .statistics.frozen import teachers_of
 from .training.average import average
 from .training.upload import Upload
 from .vit.build import vit_of
+from .vit.ensemble import Ensemble, combine_answers, teacher_weights
 
 
 class Lines(TypedDict):
@@ -31,14 +33,37 @@ def judge(
     """Accuracy on the server's test images: the result, and the lines it is compared with."""
     images, classes = server_images(config)
     student = evaluate_on(fused.predict, images, config, device)
-    ensemble = fused.ensemble if known or fused.ensemble else scouted_ensemble(uploads, config, device)
+    compared = known or lines(uploads, config)  # before all teachers may have to be in memory
+    ensemble: float | None = None
+    if fused.ensemble:
+        ensemble = evaluate_on(fused.ensemble, images, config, device).accuracy
+    elif not known:
+        ensemble = ensemble_alone(uploads, images, config, device).accuracy
     return {
         "student": student.accuracy,
         "per_class": dict(zip(classes, student.per_class, strict=True)),
         "confusion": student.confusion,
-        **(known or lines(uploads, config)),
-        "ensemble": evaluate_on(ensemble, images, config, device).accuracy if ensemble else None,
+        **compared,
+        "ensemble": ensemble,
     }
+
+
+def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Evaluation:
+    """The ensemble that no method has asked; without weights that need images, one teacher at a time is in memory."""
+    if config.ensemble.weights in FROM_IMAGES:
+        return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
+    teachers, model, settings = teachers_of(uploads, config), config.model, config.ensemble
+
+    def answers(teacher: Upload) -> Tensor:
+        return_memory()
+        one = Ensemble.of([teacher], model, settings).to(device)
+        return scores_of(
+            lambda batch: one.answers(batch)[0], images, model.img_size, config.evaluate.batch_size, device
+        )
+
+    weights_KY = teacher_weights(teachers, model.num_classes, settings.weights)
+    scores = combine_answers(torch.stack(list(map(answers, teachers))), weights_KY, settings.combine, settings.trim)
+    return graded(scores, images.labels, model.num_classes)
 
 
 def lines(uploads: Sequence[Upload], config: Config) -> Lines:
@@ -47,6 +72,7 @@ def lines(uploads: Sequence[Upload], config: Config) -> Lines:
     device = resolve_device(config.device)
 
     def accuracy(weights: Mapping[str, Tensor]) -> float:
+        return_memory()
         return evaluate_on(vit_of(config.model, weights), images, config, device).accuracy
 
     return {

@@ -14,6 +14,7 @@ from fedmitr_flwr.errors import RunError
 
 log = getLogger("flwr")
 
+STUMBLE = 300.0  # seconds for which a SuperLink may do nothing but fail
 TRIES = 3  # how often a client is asked that only dead actors were handed
 _DEAD_ACTOR = re.compile(r"ActorDiedError.*?actor_id: (\w+)", re.DOTALL)
 
@@ -48,6 +49,7 @@ class ObservedGrid(Grid):
         self._asked: dict[str, int] = {}  # message id -> node; a lost node's reply names the SuperLink as its source
         self._dead_actors: set[str] = set()
         self._in_hook = 0.0  # seconds
+        self._stumbling: float | None = None  # since when the SuperLink does nothing but fail
 
     def set_run(self, run: Any) -> None:
         self.inner.set_run(run)
@@ -88,9 +90,23 @@ class ObservedGrid(Grid):
         """Fetch replies one by one: no more than one is in memory before the hook has seen it, and freed it perhaps."""
         replies: list[Message] = []
         for message_id in list(message_ids):
-            for reply in self.inner.pull_messages([message_id]):
+            for reply in self._fetch(message_id):
                 self._show(reply)
                 replies.append(reply)
+        return replies
+
+    def _fetch(self, message_id: str) -> Iterable[Message]:
+        """The reply to a message, none if there is none yet, or if the SuperLink stumbled over the question."""
+        try:
+            replies = self.inner.pull_messages([message_id])
+        except Exception as error:
+            now = time.monotonic()
+            self._stumbling = self._stumbling or now
+            if not _is_stumble(error) or now - self._stumbling > STUMBLE:
+                raise
+            log.warning("the SuperLink failed when it was asked for replies; it is asked again (%s)", _line(error))
+            return []
+        self._stumbling = None
         return replies
 
     def _show(self, reply: Message) -> None:
@@ -155,8 +171,22 @@ class ObservedGrid(Grid):
 
 def reason(reply: Message) -> str:
     """The first line of an error reply's reason, with its code."""
-    lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
-    return f"{lines[0][:300]} (Flower's error code {reply.error.code})"
+    return f"{_line(reply.error.reason or 'no reason given')} (Flower's error code {reply.error.code})"
+
+
+def _line(said: object) -> str:
+    return (str(said).strip().splitlines() or ["no reason given"])[0][:300]
+
+
+def _is_stumble(error: Exception) -> bool:
+    """Did the SuperLink fail (HTTP 5xx) before it gave a reply away?
+
+    Its database is locked for seconds where a slow disk takes in large uploads, and Flower does not ask again. Behind
+    `pull-messages` a reply counts as delivered: a failure there cannot be mended by asking.
+    """
+    response, request = getattr(error, "response", None), getattr(error, "_request", None)
+    status, path = getattr(response, "status_code", 0), getattr(getattr(request, "url", None), "path", "")
+    return bool(status >= 500 and path.endswith("/pull-messages"))
 
 
 def _again(message: Message) -> Message:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flwr.app import Message
 
+from fedmitr_flwr.compute import return_memory
 from fedmitr_flwr.errors import DiskError, UploadError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -46,8 +47,9 @@ class Intake:
             name, told = f"client {client}", str(error)
             path = _however_long(name, lambda: self.folder.refuse_upload(name, tensors, told, said))
             log.warning("refused: %s (kept in %s)", error, path)
-        for name, record in list(reply.content.items()):
-            reply.content[name] = type(record)()
+        for name in list(reply.content):  # no variable holds on to a record
+            reply.content[name] = type(reply.content[name])()
+        return_memory()
         log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
 
     def _checked(self, reply: Message, client: int, node: int) -> Upload:

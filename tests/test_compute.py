@@ -1,12 +1,13 @@
 """The memory that a piece of work took: what was there before and after it does not count."""
 
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedmitr_flwr.compute import forget_peak, peak_memory
+from fedmitr_flwr.compute import forget_peak, peak_memory, return_memory
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -35,8 +36,6 @@ def test_the_peak_is_of_what_was_done_since() -> None:
 
 
 def test_elsewhere_it_is_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    import resource
-
     def no_proc(self: Path, *_: object, **__: object) -> str:
         raise OSError(f"no {self}")
 
@@ -47,3 +46,19 @@ def test_elsewhere_it_is_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch
     assert peak_memory(CPU)["ram"] == pytest.approx(told * 1024, rel=0.01)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert peak_memory(CPU)["ram"] == pytest.approx(told, rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it does nothing")
+def test_what_was_freed_is_returned_although_something_behind_it_is_in_use() -> None:
+    before = resident()
+    pieces = [torch.ones(16_000) for _ in range(5000)]  # too small for glibc to map each by itself
+    last = torch.ones(16_000)
+    assert resident() - before > 250 * MEGABYTE
+    del pieces
+    return_memory()
+    assert resident() - before < 100 * MEGABYTE
+    assert last.sum() == 16_000
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -284,3 +285,41 @@ def test_everything_else_is_the_inner_grids() -> None:
     assert [info.node_id for info in grid.get_nodes()] == local.get_node_ids()
     with pytest.raises(RuntimeError, match="deprecated in Flower"):
         grid.create_message(RecordDict({"m": MetricRecord()}), "train", 1, "")
+
+
+class Stumbling(LocalGrid):
+    """A SuperLink that answers some of the looks for replies with an error."""
+
+    def __init__(self, count: int, status: int, path: str, times: int) -> None:
+        super().__init__(echo(), count)
+        request = httpx.Request("POST", f"https://127.0.0.1:8443/v1/runtime/{path}")
+        self.error = httpx.HTTPStatusError("no\nmore", request=request, response=httpx.Response(status))
+        self.left = times
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return super().pull_messages(message_ids)
+
+
+def test_a_superlink_that_stumbles_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    inner = Stumbling(3, 500, "pull-messages", times=5)
+    replies = ObservedGrid(inner, poll=0.0).send_and_receive(questions(inner))
+    assert [inner.client(reply.metadata.src_node_id) for reply in replies] == [0, 1, 2]
+    assert caplog.text.count("it is asked again (no)") == 5
+
+
+@pytest.mark.parametrize(("status", "path"), [(500, "pull-object"), (403, "pull-messages")])
+def test_other_errors_end_the_run(status: int, path: str) -> None:
+    inner = Stumbling(1, status, path, times=1)
+    with pytest.raises(httpx.HTTPStatusError):
+        ObservedGrid(inner, poll=0.0).send_and_receive(questions(inner))
+
+
+def test_a_superlink_that_does_nothing_but_stumble_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.grid.STUMBLE", 0.3)
+    inner = Stumbling(1, 503, "pull-messages", times=10**9)
+    with pytest.raises(httpx.HTTPStatusError):
+        ObservedGrid(inner, poll=0.01).send_and_receive(questions(inner))
+    assert inner.left < 10**9 - 2

@@ -22,6 +22,8 @@ from .invert import invert
 IMAGES_PER_CLASS = 10
 STEPS = 20
 
+FROM_IMAGES = ("estimated", "learned")  # weights that cannot be had without images
+
 LEARN_BATCH = 128  # images that a step of learned weights sees, as in Co-Boosting's code [C]
 
 
@@ -30,7 +32,7 @@ def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.de
     teachers = teachers_of(uploads, config)
     ensemble = Ensemble.of(teachers, config.model, config.ensemble).to(device)
     weigher = Weigher(ensemble, teachers, config)
-    if weigher.how in ("estimated", "learned"):
+    if weigher.how in FROM_IMAGES:
         weigher.scout()
     return ensemble
 

@@ -1,11 +1,12 @@
 """Does a stranger's model compute? Weights may all be finite and still give NaN, which would spoil every mean.
 
-Shapes: B images, Y classes.
+Shapes: B images, M patches, E numbers in a patch.
 """
 
 from collections.abc import Mapping
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -20,10 +21,15 @@ NOISE_IMAGES = 4
 def computes(weights: Mapping[str, Tensor], model: ModelConfig) -> bool:
     """Whether logits and their gradient by the pixels are finite on noise, on black and on white images."""
     vit = vit_of(model, {name: tensor.float() for name, tensor in weights.items()}).requires_grad_(False)
-    patches = patchify(_probes(model), model.patch_size).requires_grad_()
-    answer = forward_tokens(vit, patches, all_positions(patches))
+    return all(_is_finite(vit, patchify(image, model.patch_size)) for image in _probes(model).split(1))
+
+
+def _is_finite(vit: VisionTransformer, patches_BME: Tensor) -> bool:
+    """One image at a time, since a gradient holds on to every layer's activations."""
+    patches_BME.requires_grad_()
+    answer = forward_tokens(vit, patches_BME, all_positions(patches_BME))
     confidence = answer.cls.log_softmax(-1).sum() + answer.patches.log_softmax(-1).sum()
-    (slope,) = torch.autograd.grad(confidence, patches)
+    (slope,) = torch.autograd.grad(confidence, patches_BME)
     return bool(torch.isfinite(confidence) and torch.isfinite(slope).all())
 
 

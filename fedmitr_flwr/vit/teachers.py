@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ModelConfig
 from ..training.upload import Upload
-from .build import build_vit
+from .build import build_vit, vit_of
 
 # (network, patches (B, M, E), positions (B, M)) -> tensors: `forward_cls`, `forward_tokens`
 Question = Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]
@@ -34,7 +34,7 @@ class Teachers(nn.Module):
     def of(cls, uploads: Sequence[Upload], model: ModelConfig, chunk: int) -> "Teachers":
         """At most `chunk` networks in memory, 0 for all: where more are wanted, the last one's place is for guests."""
         resident = len(uploads) if not chunk or len(uploads) <= chunk else chunk - 1
-        networks = [_network(upload.weights, model) for upload in uploads[:resident]]
+        networks = [vit_of(model, upload.weights) for upload in uploads[:resident]]
         streamed = [upload.weights for upload in uploads[resident:]]
         if streamed:
             networks.append(build_vit(model))
@@ -49,7 +49,8 @@ class Teachers(nn.Module):
         if k < own:
             return self.residents[k]
         guest: VisionTransformer = self.residents[-1]
-        guest.load_state_dict(self.streamed[k - own])
+        for name, tensor in guest.state_dict().items():  # not load_state_dict, which would read all of them first
+            tensor.copy_(self.streamed[k - own][name])
         return guest
 
     def ask_stacked(self, question: Question, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
@@ -81,9 +82,3 @@ class _Asking(nn.Module):
 
     def forward(self, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
         return self.question(self.network, patches_BME, positions_BM)
-
-
-def _network(weights: Mapping[str, Tensor], model: ModelConfig) -> VisionTransformer:
-    network = build_vit(model)
-    network.load_state_dict(weights)
-    return network
