@@ -7,23 +7,15 @@ the same uploads. All other settings are the defaults. The last epoch is reporte
 """
 
 import tempfile
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import torch
-from study import facts, run
-from torch import Tensor
+from study import facts, remembered, run
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.vit.ensemble import Ensemble
-
-Memory = dict[bytes, Inverted]
 
 INVERSION = ("dense", "sparse", "pri")
 RELABEL = ("none", "drop", "tokens")
@@ -35,18 +27,6 @@ def row(folder: RunFolder) -> dict[str, Any]:
     kept = ("seed", "accuracy", "seconds", "synthetic_images", "partition_sha256")
     settings = {key: result["config"][key] for key in ("inversion.mode", "relabel.mode")}
     return settings | {key: result[key] for key in kept}
-
-
-def remembered(memory: Memory) -> Callable[..., Inverted]:
-    """`invert`, done once for all relabellings: equal settings, targets and random stream give equal images."""
-
-    def invert_once(ensemble: Ensemble, targets: Tensor, *settings: Any, rng: torch.Generator, **more: Any) -> Inverted:
-        key = repr((settings, targets.tolist(), rng.initial_seed())).encode()
-        if key not in memory:
-            memory[key] = invert(ensemble, targets, *settings, rng=rng, **more)
-        return memory[key]
-
-    return invert_once
 
 
 def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

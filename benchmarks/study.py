@@ -1,4 +1,4 @@
-"""What the studies over seeds have in common: their options, seeds side by side, and the file they write."""
+"""What the studies over seeds have in common: their options, seeds side by side, images made once, and their file."""
 
 import argparse
 import json
@@ -8,9 +8,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.vit.ensemble import Ensemble
 
 Rows = list[dict[str, Any]]
+Memory = dict[bytes, Inverted]
 Part = tuple[Rows, dict[str, Any]]  # one seed's rows, and the facts of its uploads
 
 
@@ -19,6 +26,18 @@ def facts(uploads: RunFolder) -> dict[str, Any]:
     result = uploads.read_result()
     del result["config"]["out-dir"]
     return {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
+
+
+def remembered(memory: Memory) -> Callable[..., Inverted]:
+    """`invert`, done once for all relabellings: equal settings, targets and random stream give equal images."""
+
+    def invert_once(ensemble: Ensemble, targets: Tensor, *settings: Any, rng: torch.Generator, **more: Any) -> Inverted:
+        key = repr((settings, targets.tolist(), rng.initial_seed())).encode()
+        if key not in memory:
+            memory[key] = invert(ensemble, targets, *settings, rng=rng, **more)
+        return memory[key]
+
+    return invert_once
 
 
 def run(script: str, about: str | None, one_seed: Callable[[int], Part]) -> Rows:

@@ -6,8 +6,9 @@
 
 The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py),
 `<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
-benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/benchmark.md are
-bench/*.jsonl, files that `fedmitr bench` has written.
+benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/ablation.md are
+ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md bench/*.jsonl, files that
+`fedmitr bench` has written.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import ablation
 from security import document as security
 from speed import document, routes
 
@@ -193,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--security", type=Path, default=ROOT / "docs" / "security.md")
+    parser.add_argument("--ablation", type=Path, default=ROOT / "docs" / "ablation.md")
     parser.add_argument("--benchmark", type=Path, default=ROOT / "docs" / "benchmark.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(argv)
@@ -213,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "privacy": security.privacy(options.results / "privacy"),
                 },
             ),
+            options.ablation: renewed(options.ablation, {"ablation": ablation.block(options.results / "ablation")}),
             options.benchmark: renewed(options.benchmark, {"bench": bench(options.results / "bench")}),
         }
     except (OSError, ValueError) as error:  # UserError, of a bench's file, is a ValueError

@@ -240,13 +240,15 @@ class DistillConfig(Section):
     lr: float = 1e-3
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
-    temperature: float = 2.0  # of the class-token distillation term
+    soft: str = "auto"  # soft labels: mse of logits | kl at the temperatures | auto: mse if the ensemble teaches logits
+    temperature: float = 2.0  # soft = kl: of the class-token distillation term
     high: float = 0.1  # weight of the pseudo-label term (class token and high-density tokens)
     token: float = 0.5  # within it, weight of the high-density patch tokens
     low: float = 1.0  # weight of the relabelled low-density tokens
     kd: float = 1.0  # weight of the class-token distillation
     mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
     keep: float = 0.5  # teachers = again: a batch shows at most this share of an image's patches, drawn anew each time
+    shift: bool = False  # teachers = again: each image is moved by up to half a patch, anew each time
     teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
     grad_clip: float = 1.0  # 0: none
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
@@ -255,6 +257,7 @@ class DistillConfig(Section):
         self._one_of("init", "average", "initial", "statistics", "pretrained")
         self._one_of("optimizer", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
+        self._one_of("soft", "auto", "kl", "mse")
         self._one_of("mix", "none", "blend", "tokens")
         self._within(0.01, 1, "keep")
         self._one_of("teachers", "cached", "again")
@@ -262,6 +265,12 @@ class DistillConfig(Section):
         self._above(0, "lr", "temperature")
         self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
         self._within(0, 1, "ema")
+
+    def soft_from(self, teach: str) -> str:
+        """`soft` without auto, where the ensemble teaches by `teach`."""
+        if self.soft != "auto":
+            return self.soft
+        return "mse" if teach == "logits" else "kl"
 
     @property
     def chooses_start(self) -> bool:

@@ -118,13 +118,15 @@ def test_every_image_is_seen_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[:10] != seen[10:]
 
 
+@pytest.mark.parametrize("soft", ["kl", "mse"])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("teachers", ["cached", "again"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_student_that_is_its_teacher_stays(mode: str, teachers: str, keep: float) -> None:
+def test_a_student_that_is_its_teacher_stays(mode: str, teachers: str, keep: float, soft: str) -> None:
     """With soft labels only, the gradient is zero: whatever was mixed up on the way would move the weights."""
     changes = {"relabel.mode": mode, "distill.teachers": teachers, "distill.keep": keep, "distill.high": 0.0}
     changes |= {"distill.optimizer": "sgd", "distill.lr": 0.5, "distill.grad-clip": 0.0, "distill.weight-decay": 0.0}
+    changes |= {"distill.soft": soft, "distill.shift": True}
     config = settings(**changes, **{"data.flip": True, "relabel.temperature": 2.0})
     if teachers == "again":
         config = Config.from_flat({"distill.mix": "tokens"}, base=config)
@@ -237,6 +239,32 @@ def test_teachers_asked_again_see_what_the_student_sees(batches: list[Batch]) ->
             torch.testing.assert_close(each.token_scores, wanted.patches)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("patch", [2, 4])
+def test_images_are_shifted_by_up_to_half_a_patch(batches: list[Batch], patch: int, shift: bool) -> None:
+    """Every batch shows each image at one of (2h + 1)² places, h half a patch, and not always at the same."""
+    changes = {"distill.teachers": "again", "distill.shift": shift, "distill.passes": 20, "model.patch-size": patch}
+    config = settings(**changes, **{"inversion.roll": 0})
+    ensemble, reach = alone(config), patch // 2
+    every = torch.arange((8 // patch) ** 2).expand(10, -1)
+    images = some_images(config, 10)
+    made = Inverted(images, every, every < 2, every < 2, torch.arange(10), torch.zeros(10))
+    trained(config, ensemble, Pool.of(made, relabel(ensemble, made, config.relabel)))
+    padded = torch.nn.functional.pad(images, (reach,) * 4, mode="replicate")
+    places = {
+        (dy, dx): patchify(padded[:, :, reach + dy :, reach + dx :][:, :, :8, :8], patch)
+        for dy in range(-reach, reach + 1)
+        for dx in range(-reach, reach + 1)
+    }
+    seen = [
+        [place for place, shown in places.items() if (shown == patches).flatten(1).all(1).any()]
+        for batch in batches
+        for patches in batch.patches
+    ]
+    assert all(len(ways) == 1 for ways in seen)
+    assert {ways[0] for ways in seen} == (set(places) if shift else {(0, 0)})
+
+
 @pytest.mark.parametrize(("inversion", "mode"), [("sparse", "tokens"), ("sparse", "drop"), ("pri", "drop")])
 def test_cached_answers_are_of_the_image_as_it_was_made(batches: list[Batch], inversion: str, mode: str) -> None:
     """Neither rolled nor flipped nor thinned, whatever the settings, since the answers would no longer fit.
@@ -244,7 +272,7 @@ def test_cached_answers_are_of_the_image_as_it_was_made(batches: list[Batch], in
     Each image has its own answers, class and density, also in a pool of two in which some images are not looked at.
     """
     changes = {"inversion.mode": inversion, "relabel.mode": mode, "inversion.roll": 2, "data.flip": True}
-    config = settings(**changes, **{"distill.teachers": "cached", "distill.keep": 0.3})
+    config = settings(**changes, **{"distill.teachers": "cached", "distill.keep": 0.3, "distill.shift": True})
     ensemble = alone(config)
     pool = join([inverted_pool(config, ensemble, 5), inverted_pool(config, ensemble, 5, first=3)])
     trained(config, ensemble, pool)

@@ -322,11 +322,21 @@ def by_hand(image: Tensor, dy: int, dx: int, mirror: bool) -> Tensor:
     return moved.flip(-1) if mirror else moved
 
 
-@pytest.mark.parametrize(("size", "reach", "flip"), [(8, 1, True), (8, 1, False), (16, 2, False), (5, 1, False)])
-def test_shift_and_flip_by_hand(size: int, reach: int, flip: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "reach", "flip", "most"),
+    [
+        (8, 1, True, None),
+        (8, 1, False, None),
+        (16, 2, False, None),
+        (5, 1, False, None),
+        (8, 2, False, 2),
+        (8, 0, True, 0),
+    ],
+)
+def test_shift_and_flip_by_hand(size: int, reach: int, flip: bool, most: int | None) -> None:
     images = torch.randn(400, 2, size, size, generator=stream(0))
     images = images[:1].expand_as(images).clone()  # one image, so that each way is made by hand once
-    result = shift_and_flip(images, flip=flip, rng=stream(1))
+    result = shift_and_flip(images, flip=flip, rng=stream(1), most=most)
     found = torch.zeros(400)
     for dy in range(-reach, reach + 1):
         for dx in range(-reach, reach + 1):

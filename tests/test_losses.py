@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.config import DistillConfig
-from fedmitr_flwr.distillation.losses import Labels, Parts, distillation_loss, soft_divergence
+from fedmitr_flwr.distillation.losses import Labels, Parts, distillation_loss, logit_distance, soft_divergence
 from fedmitr_flwr.distillation.mix import mix, thin
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions
@@ -89,6 +89,47 @@ def test_the_gradients_scale_does_not_depend_on_temperature() -> None:
     (gradient,) = torch.autograd.grad(soft_divergence(teacher, ours, 1000.0), ours)
     difference = ours - teacher
     torch.testing.assert_close(gradient, (difference - difference.mean()) / Y, rtol=1e-2, atol=1e-3)
+
+
+def test_logit_distance_by_hand() -> None:
+    """(4, 0, 2) and (1, 1, 1) without their means: (2, -2, 0) and 0; 8 of three classes. Offsets are no difference."""
+    found = logit_distance(torch.tensor([4.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]))
+    assert found.item() == pytest.approx(8 / 3)
+    assert logit_distance(normal(Y, seed=1), normal(Y, seed=1) + 7).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_logit_distance_is_the_limit_of_the_divergence() -> None:
+    teacher, ours = normal(5, Y, seed=1).double(), normal(5, Y, seed=2).double()
+    torch.testing.assert_close(
+        logit_distance(teacher, ours), 2 * soft_divergence(teacher, ours, 1e4), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("soft", "teach", "by_logits"),
+    [
+        ("auto", "logits", True),
+        ("auto", "probs", False),
+        ("auto", "logp", False),
+        ("mse", "probs", True),
+        ("kl", "logits", False),
+    ],
+)
+def test_soft_labels_are_followed_as_they_were_combined(soft: str, teach: str, by_logits: bool) -> None:
+    """Logarithms of small probabilities, unlike logits, are all tail: they are followed by KL unless one insists."""
+    ours, asked = student(), labels(half())
+    parts = distillation_loss(ours, [asked], config(soft=soft, temperature=3.0), 2.0, teach)
+    low = 1 - half()
+    if by_logits:
+        kd, tokens = logit_distance(asked.scores, ours.cls), logit_distance(asked.token_scores, ours.patches)
+    else:
+        kd, tokens = (soft_divergence(*pair, t) for *pair, t in _asked(asked, ours))
+    torch.testing.assert_close(parts.kd, kd.mean())
+    torch.testing.assert_close(parts.low, (low * tokens).sum() / low.sum())
+
+
+def _asked(asked: Labels, ours: TokenLogits) -> list[tuple[Tensor, Tensor, float]]:
+    return [(asked.scores, ours.cls, 3.0), (asked.token_scores, ours.patches, 2.0)]
 
 
 def test_each_part_by_hand() -> None:

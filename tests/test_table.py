@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
 
+import ablation
 import table as results_table
 
 from fedmitr_flwr.bench.results import save
@@ -45,17 +46,19 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     marks = {"README.md": ["results"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
+    marks["ablation.md"] = ["ablation"]
     marks["security.md"] = ["hostile", "privacy"]
     for name, blocks in marks.items():
         text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for results in ("speed", "routing", "bench", "security", "privacy"):
+    for results in ("speed", "routing", "bench", "security", "privacy", "ablation"):
         (tmp_path / "results" / results).mkdir(parents=True)
     return tmp_path
 
 
 def run(folder: Path, *words: str) -> int:
-    documents = [f"--{name.lower()}={folder / name}.md" for name in ("README", "performance", "benchmark", "security")]
+    names = ("README", "performance", "ablation", "benchmark", "security")
+    documents = [f"--{name.lower()}={folder / name}.md" for name in names]
     return results_table.main([*documents, f"--results={folder / 'results'}", *words])
 
 
@@ -277,6 +280,32 @@ def test_no_committed_command_names_a_folder_of_a_machine() -> None:
     for path in found:
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
         assert not re.search(r"(?:^|[\s='\"])[/~]|[A-Za-z]:\\", command), f"{path.name}: {command}"
+
+
+def ablated(seed: int, changes: dict[str, Any], student: float) -> dict[str, Any]:
+    accuracy = {"student": student, "fedavg": 40.0, "ensemble": 80.0}
+    return {"seed": seed, "part": "Images", "changes": changes, "accuracy": accuracy, "seconds": {"inversion": 12.5}}
+
+
+def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None:
+    """Seed by seed 2 and 6 points more than the defaults: 4.0 ± 2.8, although both spread more than that."""
+    rows = [ablated(seed, {}, 50.0 + 10 * seed) for seed in (0, 1)]
+    rows += [ablated(seed, {"distill.shift": True}, student) for seed, student in ((0, 52.0), (1, 66.0))]
+    write(folder, "ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
+    assert run(folder) == 0
+    text = (folder / "ablation.md").read_text(encoding="utf-8")
+    shared = "80.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 12 ± 0 (2) |"
+    assert f"| Images | `defaults` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}" in text
+    assert f"| Images | `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
+
+
+def test_an_ablation_changes_something_in_every_line() -> None:
+    defaults = Config.from_flat(ablation.UPLOADS)
+    lines = [changes for part in ablation.PARTS.values() for changes in part]
+    assert len({ablation.named(changes) for changes in lines}) == len(lines)
+    for changes in lines:
+        changed = Config.from_flat({**ablation.UPLOADS, **changes}).to_flat()
+        assert all(changed[key] != value for key, value in defaults.to_flat().items() if key in changes), changes
 
 
 def test_a_bench_becomes_a_section_of_its_document(folder: Path) -> None:

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Config
+from ..training.local import shift_and_flip
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
 from ..vit.tokens import TokenLogits, forward_tokens, patchify, roll_and_flip, take
@@ -55,7 +56,7 @@ def distil(
                 mixed = mixed._replace(patches=perturb(ensemble, mixed.patches, mixed.positions, rng))
             labels = _labels(pool, view, chosen, mixed, config, ensemble)
             answers = forward_tokens(student, mixed.patches, mixed.positions)
-            parts = distillation_loss(answers, labels, config.distill, config.relabel.temperature)
+            parts = distillation_loss(answers, labels, config.distill, config.relabel.temperature, ensemble.teach)
             if view.soft == "cls":  # R2: the class token carries the soft labels of low density
                 parts = Parts(parts.high, parts.kd, torch.zeros_like(parts.kd))
             stepper.step(parts.total(config.distill))
@@ -75,16 +76,18 @@ def _batches(pool: Pool, batch_size: int, rng: torch.Generator) -> list[tuple[Vi
 
 
 def _augmented(pool: Pool, view: View, chosen: Tensor, config: Config, rng: torch.Generator) -> Mixed:
-    """Patches and positions of the chosen images: mixed and, where the teachers see it too, rolled, flipped, thinned.
+    """Patches and positions of the chosen images: mixed and, where the teachers see it too, moved, flipped, thinned.
 
     Cached answers are of the image as it was made; a rolled one may be of another class (a digit moved by a patch is).
+    Shifts are by at most half a patch: most of what a token then shows is of its own patch, and so is its density.
     """
-    model = config.model
+    model, again = config.model, config.distill.teachers == "again"
     chosen = chosen.to(pool.images.device)
-    given = view.given[chosen]
-    patches = take(patchify(pool.images[view.rows[chosen]], model.patch_size), given)
-    mixed = mix(patches, given, config.distill.mix, rng)
-    if config.distill.teachers == "cached":
+    given, images = view.given[chosen], pool.images[view.rows[chosen]]
+    if again and config.distill.shift:
+        images = shift_and_flip(images, flip=False, rng=rng, most=model.patch_size // 2)
+    mixed = mix(take(patchify(images, model.patch_size), given), given, config.distill.mix, rng)
+    if not again:
         return mixed
     patches, positions = roll_and_flip(
         mixed.patches,

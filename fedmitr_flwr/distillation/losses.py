@@ -37,13 +37,16 @@ class Parts(NamedTuple):
 
 
 def distillation_loss(
-    student: TokenLogits, labels: list[Labels], config: DistillConfig, low_temperature: float
+    student: TokenLogits, labels: list[Labels], config: DistillConfig, low_temperature: float, teach: str = "probs"
 ) -> Parts:
     """Of the student's answers on one batch, against the labels of each of the mixed images.
 
     L_high = CE(g_cls, y) + token · mean over high-density tokens of CE(g_i, y)
     L_low  = mean over low-density tokens of τ² KL(softmax(A_i / τ) ‖ softmax(g_i / τ))
     L_kd   = T² KL(softmax(A / T) ‖ softmax(g_cls / T))
+
+    Where the soft labels, which the ensemble combined by `teach`, are to be followed by "mse" (`config.soft`),
+    `logit_distance` stands in place of either divergence.
 
     Decoupled into a sparsity mask and a relabelling term as in the paper [S]; the forms are ours [M].
     """
@@ -55,8 +58,13 @@ def distillation_loss(
             for each in labels
         ]
     )
-    low = _mean([(each.low, soft_divergence(each.token_scores, student.patches, low_temperature)) for each in labels])
-    kd = _mean([(each.share, soft_divergence(each.scores, student.cls, config.temperature)) for each in labels])
+    by_logits = config.soft_from(teach) == "mse"
+
+    def soft(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
+        return logit_distance(teacher_Y, student_Y) if by_logits else soft_divergence(teacher_Y, student_Y, temperature)
+
+    low = _mean([(each.low, soft(each.token_scores, student.patches, low_temperature)) for each in labels])
+    kd = _mean([(each.share, soft(each.scores, student.cls, config.temperature)) for each in labels])
     return Parts(hard + config.token * high, low, kd)
 
 
@@ -65,6 +73,15 @@ def soft_divergence(teacher_Y: Tensor, student_Y: Tensor, temperature: float) ->
     wanted = (teacher_Y / temperature).log_softmax(-1)
     given = (student_Y / temperature).log_softmax(-1)
     return temperature**2 * F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def logit_distance(teacher_Y: Tensor, student_Y: Tensor) -> Tensor:
+    """Mean squared difference of centred logits over the last axis (Ba and Caruana 2014).
+
+    Logits that differ by a constant are the same answer, hence centred. It is twice `soft_divergence` at τ → ∞.
+    """
+    difference = teacher_Y - student_Y
+    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
 
 
 def _spread(targets_B: Tensor, like_BJ: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def plain(config: Config) -> Config:
     """
     forced: dict[str, object] = {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
-    forced |= {"distill.temperature": config.rival.temperature, "ensemble.teach": config.ensemble.combine}
+    forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
+    forced |= {"ensemble.teach": config.ensemble.combine}
     return Config.from_flat(forced, base=config)
 
 

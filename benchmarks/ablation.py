@@ -1,0 +1,146 @@
+"""Digits, Dirichlet 0.3, 5 clients: what each part of FedMITR is worth, one change from the defaults at a time.
+
+For each seed the clients train once, and every line fuses the same uploads; only a change of the clients' training has
+uploads of its own, of the same partition. Differences are to the default's student of the same seed. Nothing is chosen
+here: defaults come from other seeds and validation images.
+
+    python benchmarks/ablation.py --seeds 0,1,2 --json benchmarks/results/ablation/digits.json
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from markup import sections
+from study import facts, remembered, run
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.bench.markup import origin, spread, table
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.methods import fedmitr
+from fedmitr_flwr.report.run_folder import RunFolder
+
+Changes = dict[str, object]
+Row = Mapping[str, Any]
+
+PARTS: dict[str, list[Changes]] = {
+    "Nothing": [{}],
+    "Ensemble": [
+        {"ensemble.weights": "uniform"},
+        {"ensemble.weights": "size"},
+        {"ensemble.weights": "counts"},
+        {"ensemble.weights": "learned"},
+        {"ensemble.combine": "logits"},
+        {"ensemble.combine": "logp"},
+        {"ensemble.teach": "probs"},
+    ],
+    "Images": [
+        {"inversion.mode": "dense"},
+        {"inversion.mode": "pri"},
+        {"inversion.start": "noise"},
+        {"inversion.disagree": 1.0},
+        {"inversion.steps": 30, "distill.images-per-epoch": 500, "distill.passes": 10},
+    ],
+    "Relabelling": [{"relabel.mode": "none"}, {"relabel.mode": "drop"}, {"relabel.mode": "complement"}],
+    "Distillation": [
+        {"distill.soft": "kl"},
+        {"distill.high": 0.0},
+        {"distill.high": 1.0},
+        {"distill.low": 0.0},
+        {"distill.mix": "none"},
+        {"distill.keep": 1.0},
+        {"distill.shift": True},
+        {"distill.teachers": "cached"},
+        {"distill.ema": 0.998},
+    ],
+    "Start of the student": [{"distill.init": "initial"}, {"distill.extrapolate": 0.0}],
+    "Clients": [
+        {"local.prior-adjust": 1.0},
+        {"local.token-loss": 0.0},
+        {"local.label-smoothing": 0.1},
+        {"local.average": 0.5},
+        {"local.pull": 0.01},
+    ],
+}
+SAME_IMAGES = ("relabel.", "distill.soft", "distill.high", "distill.low", "distill.mix", "distill.keep")
+SAME_IMAGES += ("distill.shift", "distill.teachers", "distill.ema", "distill.init", "distill.extrapolate")
+UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True}
+
+
+def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All lines of one seed; and what the runs say of code, machine and settings."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Config.from_flat({"seed": seed, "out-dir": scratch, **UPLOADS})
+        uploads = pipeline.run(base, f"seed-{seed}")
+        remember = remembered({})
+        for part, changes in ((part, changes) for part, all_changes in PARTS.items() for changes in all_changes):
+            own = any(key.startswith("local.") for key in changes)
+            source = pipeline.run(Config.from_flat(changes, base=base), f"seed-{seed}-{len(rows)}") if own else uploads
+            shared = all(key.startswith(SAME_IMAGES) for key in changes)
+            fedmitr.invert = remember if shared else invert
+            row = {"seed": seed, "part": part, "changes": changes, **told(pipeline.fuse(source, "fedmitr", changes))}
+            if shared and rows:  # the images were remembered: report what they cost when they were made
+                row["seconds"]["inversion"] = rows[0]["seconds"]["inversion"]
+            rows.append(row)
+            print(f"seed {seed} {named(changes):40} {row['accuracy']['student']:.2f}", flush=True)
+        return rows, facts(uploads)
+
+
+def told(folder: RunFolder) -> dict[str, Any]:
+    result = folder.read_result()
+    return {key: result[key] for key in ("accuracy", "seconds", "synthetic_images", "partition_sha256")}
+
+
+def named(changes: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items()) or "defaults"
+
+
+def block(results: Path) -> str:
+    """The Markdown of all files of a folder."""
+    return sections(results, section, "ablation.py")
+
+
+def section(content: Mapping[str, Any]) -> list[str]:
+    """One file: a table for each part, and where they come from."""
+    rows, config = content["rows"], content["config"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    return [
+        f"{config['data.source']}, Dirichlet {config['partition.alpha']}, {config['partition.clients']} clients, seeds "
+        f"{seeds}; test accuracy in percent, last epoch, mean ± sample standard deviation (n). The difference is the "
+        "student's to the defaults', seed by seed.",
+        "",
+        *table(["Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Server, s"], cells(rows)),
+        "",
+        f"Command: `{content['command']}`",
+        "",
+        origin(content),
+    ]
+
+
+def cells(rows: Iterable[Row]) -> list[list[str]]:
+    """One line for each change, over its seeds."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(named(row["changes"]), []).append(row)
+    default = {row["seed"]: row["accuracy"]["student"] for row in found["defaults"]}
+    lines = []
+    for name, same in found.items():
+        lines.append(
+            [
+                same[0]["part"],
+                f"`{name}`",
+                spread(row["accuracy"]["student"] for row in same),
+                spread(row["accuracy"]["student"] - default[row["seed"]] for row in same),
+                spread(row["accuracy"]["ensemble"] for row in same),
+                spread(row["accuracy"]["fedavg"] for row in same),
+                spread((sum(row["seconds"].values()) for row in same), 0),
+            ]
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    run("ablation.py", __doc__, one_seed)
