@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.settings import parse_assignment, read_flat
 from fedmitr_flwr.vit.ensemble import Ensemble
 
 Rows = list[dict[str, Any]]
@@ -40,17 +45,28 @@ def remembered(memory: Memory) -> Callable[..., Inverted]:
     return invert_once
 
 
-def run(script: str, about: str | None, one_seed: Callable[[int], Part]) -> Rows:
-    """Run `one_seed` for each seed of the command line, write the file, and give back all rows."""
+def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_settings: bool = False) -> Rows:
+    """Run `one_seed` for each seed of the command line, write the file, and give back all rows.
+
+    With `takes_settings`, the command line may name a file of settings and single ones, which `one_seed` gets, flat.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once; each runs on one thread")
     parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
+    if takes_settings:
+        parser.add_argument("-c", "--config", type=Path, help="a file of settings")
+        parser.add_argument("settings", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    if takes_settings:
+        flat = read_flat(arguments.config) if arguments.config else {}
+        flat |= dict(map(parse_assignment, arguments.settings))
+        Config.from_flat(flat)  # refuses at once what is no setting
+        one_seed = partial(one_seed, settings=flat)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
     rows = [cell for cells, _ in parts for cell in cells]
-    command = f"python benchmarks/{script} --seeds {arguments.seeds} --jobs {arguments.jobs} --json {arguments.json}"
+    command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
     return rows

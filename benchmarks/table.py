@@ -4,7 +4,7 @@
                                           and so on for speed and routing
     python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
-The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py),
+The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py or seeds.py),
 `<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
 benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/ablation.md are
 ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md bench/*.jsonl, files that
@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -85,6 +85,7 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
     rows, config = content["rows"], content["config"]
     seeds = {row["seed"]: row for row in rows}
     references = (local_mean, fedavg)
+    head = [*UPLOADS, *(f"Ensemble, by {name}" for name in rows[0].get("ensembles", {}))]
     for row in rows:
         if any(line(row) != line(seeds[row["seed"]]) for line in references):
             raise ValueError(f"{name}: the cells of seed {row['seed']} are not of the same uploads")
@@ -94,12 +95,18 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
         f"Seeds {', '.join(map(str, sorted(seeds)))}. {measure(config)} in percent, last epoch; mean ± sample standard "
         "deviation (n). All lines are of the same uploads.",
         "",
-        *table(UPLOADS, [[spread(map(line, seeds.values())) for line in references]]),
+        *table(head, [[spread(map(line, seeds.values())) for line in references] + ensembles(seeds.values())]),
         "",
         *table(["Inversion", "Relabelling", *STUDENT], cells(rows, config)),
         "",
         *provenance(content, f"`{content['command']}`"),
     ]
+
+
+def ensembles(rows: Collection[Row]) -> list[str]:
+    """Where a study tells them (benchmarks/seeds.py): the mixtures of probabilities that need no images."""
+    names = next(iter(rows)).get("ensembles", {})
+    return [spread(row["ensembles"][name] for row in rows) for name in names]
 
 
 def cells(rows: Iterable[Row], config: Mapping[str, Any]) -> list[list[str]]:

@@ -1,0 +1,57 @@
+"""FedMITR with the settings of a file, over seeds: the student, one-round FedAvg, and four ways to weigh the ensemble.
+
+For each seed the clients train once. They also tell their class counts, for the line that needs them; FedMITR's own
+weights are those of the settings, by default "estimated", which does not look at counts. A seed runs on one thread.
+
+    python benchmarks/seeds.py -c configs/fashion_mnist.toml --seeds 0,1,2 --json benchmarks/results/fashion_mnist.json
+"""
+
+import tempfile
+from typing import Any
+
+import torch
+from study import facts, run
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.evaluation import graded, scores_of
+from fedmitr_flwr.judge import lines
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
+
+WEIGHTS = ("uniform", "size", "counts")  # those that need no images
+
+
+def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row; and what the run says of code, machine and settings."""
+    with tempfile.TemporaryDirectory() as scratch:
+        own = {"seed": seed, "method": "fedavg", "out-dir": scratch, "threads": 1, "upload.class-counts": True}
+        uploads = pipeline.run(Config.from_flat({**settings, **own}), f"seed-{seed}")
+        known = lines(uploads.load_uploads(), uploads.config)
+        result = pipeline.fuse(uploads, "fedmitr", {}, lines=known).read_result()
+        kept = ("seed", "accuracy", "seconds", "client_seconds", "synthetic_images", "partition_sha256")
+        row = {key: result["config"][key] for key in ("inversion.mode", "relabel.mode")}
+        row |= {key: result[key] for key in kept} | {"ensembles": ensembles(uploads)}
+        print(f"seed {seed} {row['accuracy']} {row['ensembles']} {row['seconds']}", flush=True)
+        return [row], facts(uploads)
+
+
+def ensembles(folder: RunFolder) -> dict[str, float]:
+    """Test accuracy in percent of mixtures of the teachers' probabilities, by their weights."""
+    config, uploads = folder.config, folder.load_uploads()
+    images, _ = server_images(config)
+    model, device = config.model, torch.device("cpu")
+    answers = []
+    for upload in uploads:
+        one = Ensemble.of([upload], model, config.ensemble)
+        answers.append(scores_of(lambda batch, one=one: one.answers(batch)[0], images, model.img_size, 256, device))
+    found = {}
+    for weights in WEIGHTS:
+        mixed = combine_answers(torch.stack(answers), teacher_weights(uploads, model.num_classes, weights), "probs")
+        found[weights] = graded(mixed, images.labels, model.num_classes).accuracy
+    return found
+
+
+if __name__ == "__main__":
+    run("seeds.py", __doc__, one_seed, takes_settings=True)
