@@ -1,7 +1,8 @@
 """Digits, Dirichlet 0.3, 10 clients, of which 0, 1 or 2 are hostile: what is left of the model.
 
 For each seed the clients train once; an attack is made on copies of their uploads, and every defence fuses the same
-ones. To be cheap, clients train for 50 epochs, and the student has one epoch of few and rough images (`SMALL`): accuracies are for comparison within this study only. Thresholds of the screen and `TRIM` were chosen
+ones. To be cheap, clients train for 50 epochs, and the student has one epoch of few and rough images (`SMALL`):
+accuracies are for comparison within this study only. Thresholds of the screen and `TRIM` were chosen
 on seeds 100 and 101 and validation images.
 
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json

@@ -2,8 +2,8 @@
 
 For each seed and each ε the clients train once, by DP-SGD; ε = 0 is the same training without clipping and noise.
 Batch, epochs and learning rate are this study's (`LOCAL`), chosen on seed 100 and validation images, for all ε alike.
-The student has one epoch of few and rough images (`hostile.SMALL`). Noise comes from the operating system: nobody can repeat it,
-and another run of this script gives other figures.
+The student has one epoch of few and rough images (`hostile.SMALL`). Noise comes from the operating system:
+nobody can repeat it, and another run of this script gives other figures.
 
     python benchmarks/privacy.py --seeds 0,1,2 --json benchmarks/results/privacy/digits.json
 """
