@@ -16,6 +16,7 @@ mkdir -p "$2"
 cd "$2" # what an app writes to a relative path lands here
 PATH=$here/../.venv/bin:$PATH
 export PATH FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE="${HF_HUB_OFFLINE-1}" PYTHONUNBUFFERED=1
-exec flower-superlink --ssl-ca-certfile "$credentials/ca.crt" --ssl-certfile "$credentials/server.crt" \
-    --ssl-keyfile "$credentials/server.key" --enable-supernode-auth --disable-runtime-dependency-installation \
+exec python -P "$here/patient.py" flower-superlink --ssl-ca-certfile "$credentials/ca.crt" \
+    --ssl-certfile "$credentials/server.crt" --ssl-keyfile "$credentials/server.key" \
+    --enable-supernode-auth --disable-runtime-dependency-installation \
     --database "$PWD/state.db" --host "${3:-127.0.0.1}" --port "${4:-8443}"

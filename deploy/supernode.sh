@@ -17,8 +17,6 @@ credentials=$(CDPATH='' cd -- "$1" && pwd)
 images=$(CDPATH='' cd -- "$4" && pwd)
 PATH=$here/../.venv/bin:$PATH
 export PATH FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 HF_HUB_OFFLINE="${HF_HUB_OFFLINE-1}" PYTHONUNBUFFERED=1
-# One piece of an upload at a time: where many clients write to it at once, the SuperLink's database is locked for too long.
-export FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES="${FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES-1}"
 # shellcheck disable=SC2086 # several options are several words
 exec flower-supernode ${SUPERNODE_OPTIONS-} --root-certificates "$credentials/ca.crt" --superlink "$2" --port "${5:-9094}" \
     --auth-supernode-private-key "$credentials/$3" \

@@ -4,6 +4,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,23 @@ def test_a_supernode_is_told_its_name_and_its_images(tmp_path: Path) -> None:
     assert given["--superlink"] == "fl.example.org:8443"
     assert given["--auth-supernode-private-key"] == str(tmp_path / "keys" / "site-a")
     assert given["--port"] == "9100"
+
+
+PATIENT = """
+import contextlib, io, runpy, sqlite3, sys
+sys.argv = ["patient.py", "flower-superlink", "--help"]
+said = io.StringIO()
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):
+    runpy.run_path({script!r}, run_name="__main__")
+from flwr.supercore import sql_mixin
+connection = sqlite3.connect(":memory:")
+sql_mixin._set_sqlite_pragmas(connection, None)
+print(connection.execute("PRAGMA busy_timeout").fetchone()[0], "--database" in said.getvalue())
+"""
+
+
+def test_the_superlink_waits_longer_for_its_database() -> None:
+    """Flower's own command has run in that process, and what opens its databases sets the other patience."""
+    code = PATIENT.format(script=str(DEPLOY / "patient.py"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "25000 True\n", done.stderr
