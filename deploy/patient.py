@@ -4,7 +4,7 @@
 
 All that the SuperLink is asked writes to its SQLite database, and with large models a single change takes many seconds:
 when the last client has the message, Flower deletes the model in it. flwr 1.41 waits for 5 seconds and then fails with
-"database is locked", which its clients take for final; there is no option for it (docs/adr/0020-patience.md).
+"database is locked", which its clients take for final; there is no option for it (docs/adr/0021-patience.md).
 """
 
 import sys
