@@ -196,8 +196,7 @@ def small_disk(path: Path, size: str) -> Iterator[None]:
 def fill(path: Path) -> Path:
     """Take all room that is left on a disk."""
     target = path / ".filler"
-    with target.open("wb") as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), target.open("wb", buffering=0) as file:  # nothing is left to write at the end
         while True:
             file.write(bytes(1024))
-            file.flush()
     return target

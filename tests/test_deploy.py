@@ -242,8 +242,8 @@ def test_a_ray_actor_is_killed_in_simulation(table: list[Row], tmp_path: Path) -
     out.mkdir()
     slow = {"local.epochs": 600}
     run = SimulatedRun(out, tmp_path / "home", clients, slow)
-    run.wait_for(run.folder)
-    actors = run.wait_for(lambda: run.processes("ray::ClientAppActor.run"))
+    run.wait_for(run.folder, PATIENCE)
+    actors = run.wait_for(lambda: run.processes("ray::ClientAppActor.run"), PATIENCE)
     time.sleep(1)
     os.kill(actors[0], signal.SIGKILL)
     row.status = run.end(PATIENCE)
