@@ -2,7 +2,8 @@
 
 For each seed the clients train once, and every line fuses the same uploads; only a change of the clients' training has
 uploads of its own, of the same partition. Differences are to the default's student of the same seed. Nothing is chosen
-here: defaults come from other seeds and validation images.
+here: defaults come from other seeds and validation images. "Agreement", for reading this table only, is the share of
+synthetic images of which a model that was trained on all clients' images in one place says the intended class.
 
     python benchmarks/ablation.py --seeds 0,1,2 --json benchmarks/results/ablation/digits.json
 """
@@ -12,15 +13,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from markup import sections
 from study import facts, remembered, run
+from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.markup import origin, spread, table
+from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.vit.build import vit_of
 
 Changes = dict[str, object]
 Row = Mapping[str, Any]
@@ -66,6 +72,7 @@ PARTS: dict[str, list[Changes]] = {
 }
 SAME_IMAGES = ("relabel.", "distill.soft", "distill.high", "distill.low", "distill.mix", "distill.keep")
 SAME_IMAGES += ("distill.shift", "distill.teachers", "distill.ema", "distill.init", "distill.extrapolate")
+HEAD = ("Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Agreement", "Server, s")
 UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True}
 
 
@@ -75,18 +82,37 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         base = Config.from_flat({"seed": seed, "out-dir": scratch, **UPLOADS})
         uploads = pipeline.run(base, f"seed-{seed}")
+        outsider = model_of(train_centrally(uploads))
         remember = remembered({})
         for part, changes in ((part, changes) for part, all_changes in PARTS.items() for changes in all_changes):
             own = any(key.startswith("local.") for key in changes)
             source = pipeline.run(Config.from_flat(changes, base=base), f"seed-{seed}-{len(rows)}") if own else uploads
             shared = all(key.startswith(SAME_IMAGES) for key in changes)
             fedmitr.invert = remember if shared else invert
-            row = {"seed": seed, "part": part, "changes": changes, **told(pipeline.fuse(source, "fedmitr", changes))}
+            folder = pipeline.fuse(source, "fedmitr", changes)
+            row = {
+                "seed": seed,
+                "part": part,
+                "changes": changes,
+                "agreement": agreement(outsider, folder),
+                **told(folder),
+            }
             if shared and rows:  # the images were remembered: report what they cost when they were made
                 row["seconds"]["inversion"] = rows[0]["seconds"]["inversion"]
             rows.append(row)
             print(f"seed {seed} {named(changes):40} {row['accuracy']['student']:.2f}", flush=True)
         return rows, facts(uploads)
+
+
+def model_of(folder: RunFolder) -> VisionTransformer:
+    return vit_of(folder.config.model, load_tensors(folder.model_path)[0]).eval()
+
+
+@torch.no_grad()
+def agreement(outsider: VisionTransformer, folder: RunFolder) -> float:
+    """In percent."""
+    pool, _ = load_tensors(folder.pool_path)
+    return 100 * (outsider(pool["images"]).argmax(1) == pool["targets"]).float().mean().item()
 
 
 def told(folder: RunFolder) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def section(content: Mapping[str, Any]) -> list[str]:
         f"{seeds}; test accuracy in percent, last epoch, mean ± sample standard deviation (n). The difference is the "
         "student's to the defaults', seed by seed.",
         "",
-        *table(["Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Server, s"], cells(rows)),
+        *table(HEAD, cells(rows)),
         "",
         f"Command: `{content['command']}`",
         "",
@@ -136,6 +162,7 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
                 spread(row["accuracy"]["student"] - default[row["seed"]] for row in same),
                 spread(row["accuracy"]["ensemble"] for row in same),
                 spread(row["accuracy"]["fedavg"] for row in same),
+                spread(row["agreement"] for row in same),
                 spread((sum(row["seconds"].values()) for row in same), 0),
             ]
         )

@@ -293,7 +293,8 @@ def test_no_committed_command_names_a_folder_of_a_machine() -> None:
 
 def ablated(seed: int, changes: dict[str, Any], student: float) -> dict[str, Any]:
     accuracy = {"student": student, "fedavg": 40.0, "ensemble": 80.0}
-    return {"seed": seed, "part": "Images", "changes": changes, "accuracy": accuracy, "seconds": {"inversion": 12.5}}
+    row = {"seed": seed, "part": "Images", "changes": changes, "accuracy": accuracy, "agreement": 90.0}
+    return row | {"seconds": {"inversion": 12.5}}
 
 
 def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None:
@@ -303,7 +304,7 @@ def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None
     write(folder, "ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
     assert run(folder) == 0
     text = (folder / "ablation.md").read_text(encoding="utf-8")
-    shared = "80.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 12 ± 0 (2) |"
+    shared = "80.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 90.0 ± 0.0 (2) | 12 ± 0 (2) |"
     assert f"| Images | `defaults` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}" in text
     assert f"| Images | `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
 
