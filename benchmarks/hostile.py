@@ -1,9 +1,9 @@
 """Digits, Dirichlet 0.3, 10 clients, of which 0, 1 or 2 are hostile: what is left of the model.
 
 For each seed the clients train once; an attack is made on copies of their uploads, and every defence fuses the same
-ones. To be cheap, clients train for 50 epochs, and the student has one epoch of few and rough images (`SMALL`):
-accuracies are for comparison within this study only. Thresholds of the screen and `TRIM` were chosen
-on seeds 100 and 101 and validation images.
+ones. To be cheap, the model has two blocks, clients train for 50 epochs, and the student has one epoch of few and
+rough images (`MODEL`, `SMALL`): accuracies are for comparison within this study only.
+Thresholds of the screen and `TRIM` were chosen on seeds 100 and 101 and validation images.
 
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json
 """
@@ -23,7 +23,8 @@ from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.training.upload import Upload
 
-UPLOADS = {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
+MODEL = {"model.depth": 2}
+UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
 UPLOADS |= {"local.epochs": 50, "flower.quorum": 0.5}
 SMALL = {"inversion.steps": 20, "distill.epochs": 1, "distill.images-per-epoch": 80, "distill.passes": 40}
 TRIM = 0.2  # of the weight, at each end: what two of ten have

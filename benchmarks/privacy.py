@@ -2,8 +2,8 @@
 
 For each seed and each ε the clients train once, by DP-SGD; ε = 0 is the same training without clipping and noise.
 Batch, epochs and learning rate are this study's (`LOCAL`), chosen on seed 100 and validation images, for all ε alike.
-The student has one epoch of few and rough images (`hostile.SMALL`). Noise comes from the operating system:
-nobody can repeat it, and another run of this script gives other figures.
+To be cheap, the model has two blocks, and the student one epoch of few and rough images (`hostile.MODEL`, `SMALL`).
+Noise comes from the operating system: nobody can repeat it, and another run of this script gives other figures.
 
     python benchmarks/privacy.py --seeds 0,1,2 --json benchmarks/results/privacy/digits.json
 """
@@ -12,7 +12,7 @@ import tempfile
 from statistics import mean
 from typing import Any
 
-from hostile import SMALL
+from hostile import MODEL, SMALL
 from study import facts, run
 
 from fedmitr_flwr import pipeline
@@ -27,7 +27,8 @@ def one_seed(seed: int, changes: dict[str, Any] | None = None) -> Any:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for epsilon in BUDGETS:
-            flat = {"seed": seed, "method": "fedmitr", "out-dir": scratch, "privacy.epsilon": epsilon, **LOCAL, **SMALL}
+            flat = {"seed": seed, "method": "fedmitr", "out-dir": scratch, "privacy.epsilon": epsilon}
+            flat |= MODEL | LOCAL | SMALL
             folder = pipeline.run(Config.from_flat(flat | (changes or {})), f"seed-{seed}-{epsilon:g}")
             accuracy = dict(folder.read_result()["accuracy"])
             accuracy["local"] = mean(accuracy["local"])
