@@ -12,6 +12,8 @@ import torch
 
 from .errors import ConfigError
 
+_M_ARENA_MAX = -8  # of malloc.h
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; any other name is torch's own (`cpu`, `cuda:1`)."""
@@ -68,8 +70,20 @@ def _peak_ram() -> int:
     return used if sys.platform == "darwin" else 1024 * used  # bytes there, kilobytes elsewhere
 
 
+def share_memory() -> None:
+    """Let threads that begin from here on take memory from one heap: of each other one, glibc keeps up to 64 MB.
+
+    Flower fetches models in threads of their own, which end with each fetch.
+    """
+    _glibc("mallopt", _M_ARENA_MAX, 1)
+
+
 def return_memory() -> None:
-    """Give what was freed back to the operating system: where threads took it, glibc keeps whole models' worth."""
+    """Give what was freed back to the operating system: otherwise, glibc keeps whole models' worth."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *numbers: int) -> None:
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError, AttributeError):  # musl has no such functions
+            getattr(ctypes.CDLL(None), function)(*numbers)

@@ -6,6 +6,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmitr_flwr import methods, pipeline
+from fedmitr_flwr.compute import share_memory
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.own import named_classes
 from fedmitr_flwr.errors import ConfigError
@@ -30,6 +31,7 @@ ONE_SHOT = "oneshot"
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment."""
+    share_memory()
     config = Config.from_flat(context.run_config)
     if config.partition.scheme == OWN:
         config = named_classes(config)

@@ -468,6 +468,16 @@ def test_an_array_comes_back_as_numpy_wrote_it(shape: tuple[int, ...], kind: str
     assert np.array_equal(tensor.numpy(), array)
 
 
+def test_a_good_array_is_not_copied_and_an_odd_one_is() -> None:
+    array, data = npy_bytes((3, 4), "float32", fortran=False)
+    lies = np.frombuffer(data, np.uint8).ctypes.data
+    assert lies < read_npy(data).data_ptr() < lies + len(data)
+    odd = header("(3,4)", body=array.tobytes())
+    crooked = read_npy(odd if odd.index(array.tobytes()) % 4 else header("(3, 4)", body=array.tobytes()))
+    assert crooked.data_ptr() % 4 == 0
+    assert torch.equal(crooked, torch.from_numpy(array))
+
+
 @settings(max_examples=300, deadline=None)
 @given(shapes, kinds, st.data())
 def test_foreign_bytes_are_read_as_numpy_would_or_refused(

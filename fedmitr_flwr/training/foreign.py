@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -18,7 +19,7 @@ _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def read_npy(data: bytes) -> Tensor:
-    """One array in numpy's file format, copied.
+    """One array in numpy's file format, which lies in these bytes where it can: do not write to it.
 
     numpy's own reader allocates whatever the header asks for; here it must be what the bytes hold.
 
@@ -38,7 +39,9 @@ def read_npy(data: bytes) -> Tensor:
         raise UploadError(f"declares the shape {reprlib.repr(shape)} and holds {held} bytes")
     flat = np.frombuffer(data, dtype, offset=file.tell())
     array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-    return torch.from_numpy(np.array(array, order="C"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"]))
 
 
 def raw(data: bytes) -> Tensor:
