@@ -1,6 +1,7 @@
 """Where the arithmetic runs: the device, a fixed number of CPU threads, and the memory that it takes."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -79,7 +80,8 @@ def share_memory() -> None:
 
 
 def return_memory() -> None:
-    """Give what was freed back to the operating system: otherwise, glibc keeps whole models' worth."""
+    """Give what nobody uses back to the operating system: otherwise, Python and glibc keep whole models' worth."""
+    gc.collect()
     _glibc("malloc_trim", 0)
 
 

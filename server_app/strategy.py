@@ -39,6 +39,7 @@ class OneShot(Strategy):
         self.nodes = dict(nodes)
         self.clients = {node: client for client, node in nodes.items()}
         self.sent = ArrayRecord()
+        self.observed: ObservedGrid | None = None
         self.result: dict[str, Any] = {}
 
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
@@ -48,7 +49,8 @@ class OneShot(Strategy):
         else:
             kwargs["num_rounds"] = 1
         kwargs.setdefault("timeout", self.config.flower.upload_timeout)
-        return super().start(ObservedGrid(grid, self.receive, self.clients), *args, **kwargs)
+        self.observed = ObservedGrid(grid, self.receive, self.clients)
+        return super().start(self.observed, *args, **kwargs)
 
     def summary(self) -> None:
         config, missing = self.config, self.folder.missing(self.config.partition.clients)
@@ -78,6 +80,8 @@ class OneShot(Strategy):
 
     def receive(self, reply: Message, node: int) -> None:
         """Take in a reply as it arrives; what it calls itself does not matter, but what was asked."""
+        if self.observed and self.observed.sends_copies:
+            self.sent.clear()  # everybody has been asked
         if self.collecting:
             self.intake.take(reply, self.clients[node], node)
 

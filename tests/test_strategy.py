@@ -3,7 +3,7 @@
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,25 @@ def test_the_memory_of_an_upload_is_freed_when_it_is_on_disk(federate: Federate)
     federate(LocalGrid(client_app, 3, tamper=keep))
     assert len(replies) == 3
     assert all(not len(reply.content["arrays"]) for reply in replies)
+
+
+class HttpGrid(LocalGrid):
+    """As Flower's grid of this name, it has sent copies; `left` is what the senders still hold when replies come."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self.held: list[Message] = [*getattr(self, "held", []), *messages]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.left = [len(message.content["arrays"]) for message in self.held if "arrays" in message.content]
+        return super().pull_messages(message_ids)
+
+
+def test_the_start_is_freed_when_everybody_has_it_but_not_in_a_simulation(federate: Federate) -> None:
+    plain = federate(LocalGrid(client_app, 3))
+    grid = HttpGrid(client_app, 3)
+    assert all_bits(federate(grid)) == all_bits(plain)
+    assert grid.left == [0, 0, 0]
 
 
 def test_clients_evaluate_where_the_server_has_no_test_images(federate: Federate, tmp_path: Path) -> None:
