@@ -124,8 +124,9 @@ class Soak:
             text=True,
         )
         (self.scratch / "last.log").write_text(done.stdout)
-        (path,) = set(re.findall(r"^flower_run: run folder: (.+)$", done.stdout, re.MULTILINE))
-        return {"log": done.stdout, "folder": RunFolder.open(path), "status": done.returncode, "start": started}
+        paths = set(re.findall(r"^flower_run: run folder: (.+)$", done.stdout, re.MULTILINE))
+        require("flower_run", len(paths) == 1, f"not one run folder\n{done.stdout[-3000:]}")
+        return {"log": done.stdout, "folder": RunFolder.open(paths.pop()), "status": done.returncode, "start": started}
 
     def step(self, name: str, failing: Collection[int], status: int, good: int, **changes: object) -> dict[str, Any]:
         """One run, which must end with this status and so many good uploads, all of them in the right bits."""
