@@ -112,7 +112,7 @@ class Soak:
         """Run through Flower while these clients fail; what came of it."""
         plan = self.scratch / "plan.json"
         plan.write_text(json.dumps({client: self.plan[client] for client in failing}))
-        words = [f"{key}={value}" for key, value in (self.config.to_flat() | _dotted(changes)).items()]
+        words = [f"{key}={json.dumps(value)}" for key, value in (self.config.to_flat() | _dotted(changes)).items()]
         command = [sys.executable, str(self.script), *words, f"--clients={CLIENTS}", f"--flwr-home={self.scratch}/home"]
         started = time.monotonic()
         done = subprocess.run(
