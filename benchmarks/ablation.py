@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from markup import sections
+from markup import provenance, sections
 from study import facts, remembered, run
 from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.bench.markup import origin, spread, table
+from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.files import load_tensors
@@ -140,9 +140,7 @@ def section(content: Mapping[str, Any]) -> list[str]:
         "",
         *table(HEAD, cells(rows)),
         "",
-        f"Command: `{content['command']}`",
-        "",
-        origin(content),
+        *provenance(content),
     ]
 
 

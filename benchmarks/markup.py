@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedmitr_flwr.bench.markup import origin
+
 
 def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], maker: str) -> str:
     """The Markdown of all files of a folder, in the order of their names; `maker` is the script that wrote them."""
@@ -15,3 +17,8 @@ def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], m
         except (LookupError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a file of benchmarks/{maker} ({error!r}); make it again") from error
     return "\n\n".join(texts) or "No measurements are committed yet."
+
+
+def provenance(content: Mapping[str, Any]) -> list[str]:
+    """The last lines of a section: how its file was made, and where."""
+    return [f"Command: `{content['command']}`", "", origin(content)]

@@ -15,10 +15,10 @@ from study import facts, run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.evaluation import graded, scores_of
-from fedmitr_flwr.judge import lines
+from fedmitr_flwr.evaluation import graded
+from fedmitr_flwr.judge import answers_of, lines
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
+from fedmitr_flwr.vit.ensemble import combine_answers, teacher_weights
 
 WEIGHTS = ("uniform", "size", "counts")  # those that need no images
 
@@ -41,15 +41,12 @@ def ensembles(folder: RunFolder) -> dict[str, float]:
     """Test accuracy in percent of mixtures of the teachers' probabilities, by their weights."""
     config, uploads = folder.config, folder.load_uploads()
     images, _ = server_images(config)
-    model, device = config.model, torch.device("cpu")
-    answers = []
-    for upload in uploads:
-        one = Ensemble.of([upload], model, config.ensemble)
-        answers.append(scores_of(lambda batch, one=one: one.answers(batch)[0], images, model.img_size, 256, device))
+    classes = config.model.num_classes
+    answers_KMY = answers_of(uploads, images, config, torch.device("cpu"))
     found = {}
     for weights in WEIGHTS:
-        mixed = combine_answers(torch.stack(answers), teacher_weights(uploads, model.num_classes, weights), "probs")
-        found[weights] = graded(mixed, images.labels, model.num_classes).accuracy
+        mixed_MY = combine_answers(answers_KMY, teacher_weights(uploads, classes, weights), "probs")
+        found[weights] = graded(mixed_MY, images.labels, classes).accuracy
     return found
 
 

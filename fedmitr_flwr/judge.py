@@ -52,18 +52,24 @@ def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, de
     """The ensemble that no method has asked; without weights that need images, one teacher at a time is in memory."""
     if config.ensemble.weights in FROM_IMAGES:
         return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
-    teachers, model, settings = teachers_of(uploads, config), config.model, config.ensemble
+    teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
+    weights_KY = teacher_weights(teachers, classes, settings.weights)
+    answers_KMY = answers_of(teachers, images, config, device)
+    return graded(combine_answers(answers_KMY, weights_KY, settings.combine, settings.trim), images.labels, classes)
+
+
+def answers_of(teachers: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
+    """Each teacher's logits on all images (K, M, Y), with one teacher at a time in memory."""
+    model = config.model
 
     def answers(teacher: Upload) -> Tensor:
         return_memory()
-        one = Ensemble.of([teacher], model, settings).to(device)
+        one = Ensemble.of([teacher], model, config.ensemble).to(device)
         return scores_of(
             lambda batch: one.answers(batch)[0], images, model.img_size, config.evaluate.batch_size, device
         )
 
-    weights_KY = teacher_weights(teachers, model.num_classes, settings.weights)
-    scores = combine_answers(torch.stack(list(map(answers, teachers))), weights_KY, settings.combine, settings.trim)
-    return graded(scores, images.labels, model.num_classes)
+    return torch.stack(list(map(answers, teachers)))
 
 
 def lines(uploads: Sequence[Upload], config: Config) -> Lines:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markup import sections
+from markup import provenance, sections
 
-from fedmitr_flwr.bench.markup import origin, spread, table
+from fedmitr_flwr.bench.markup import spread, table
 
 Row = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def _hostile(content: Mapping[str, Any]) -> list[str]:
         "",
         *table(["Hostile of 10", *DEFENCES.values(), "Left out: hostile, honest"], lines),
         "",
-        *_provenance(content),
+        *provenance(content),
     ]
 
 
@@ -74,13 +74,9 @@ def _privacy(content: Mapping[str, Any]) -> list[str]:
         "",
         *table(["ε of each client", "Clients alone, mean", "One-round FedAvg", "Ensemble", "Student"], lines),
         "",
-        *_provenance(content),
+        *provenance(content),
     ]
 
 
 def _seeds(rows: Iterable[Row]) -> str:
     return ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-
-
-def _provenance(content: Mapping[str, Any]) -> list[str]:
-    return [f"Command: `{content['command']}`", "", origin(content)]

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from markup import sections
+from markup import provenance, sections
 
-from fedmitr_flwr.bench.markup import origin, table
+from fedmitr_flwr.bench.markup import table
 
 HEAD = ("Weights", "Threshold", "Teachers asked, %", "Student", "Ensemble", "Inversion, s")
 
@@ -29,9 +29,7 @@ def section(content: Mapping[str, Any]) -> list[str]:
         "",
         *arms(rows),
         "",
-        f"Command: `{content['command']}`",
-        "",
-        origin(content),
+        *provenance(content),
     ]
 
 
