@@ -5,9 +5,9 @@ import os
 import re
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import version
 from pathlib import Path
 
+import flwr
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -69,7 +69,7 @@ def describe(message: Message, context: Context) -> Message:
                 look_at_own(place, config)
             except DataError as error:
                 raise DataError(f"client {name or card['partition-id']}: {error}") from error
-    texts = ConfigRecord({"name": name, "flwr": version("flwr")})
+    texts = ConfigRecord({"name": name, "flwr": flwr.__version__})
     return Message(RecordDict({"card": MetricRecord(card), "name": texts}), reply_to=message)
 
 

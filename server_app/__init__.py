@@ -1,7 +1,7 @@
 """Flower, server side."""
 
-from importlib.metadata import version
+import flwr
 
 from fedmitr_flwr import releases
 
-releases.require(version("flwr"))  # before anything is imported from it
+releases.require(flwr.__version__)  # before anything newer is imported from it

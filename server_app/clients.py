@@ -3,10 +3,10 @@
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from logging import getLogger
 from typing import Any
 
+import flwr
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -154,7 +154,7 @@ def _roster(cards: dict[int, _Card], config: Config, known: int) -> Clients:
 
 def _require_new_flwr(node: int, card: _Card) -> None:
     """As new as the server's, but for the last number."""
-    if problem := too_old(card.flwr, version("flwr")):
+    if problem := too_old(card.flwr, flwr.__version__):
         raise RunError(f"{card} (node {node}): {problem}")
 
 

@@ -56,7 +56,7 @@ def test_older_is_by_number_and_not_by_letter() -> None:
 @pytest.mark.parametrize("app", ["client_app", "server_app"])
 def test_an_app_under_an_older_flower_says_so_before_it_imports_from_it(app: str) -> None:
     code = (
-        "import importlib.metadata as m, sys; m.version = lambda name: '1.30.0'; sys.modules['flwr'] = None\n"
+        "import sys, types; old = sys.modules['flwr'] = types.ModuleType('flwr'); old.__version__ = '1.30.0'\n"
         f"import {app}.app"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
