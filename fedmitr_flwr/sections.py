@@ -236,8 +236,8 @@ class DistillConfig(Section):
     init: str = "average"  # average (of uploads) | initial (the clients' start) | statistics (it, by lda) | pretrained
     extrapolate: float = 1.0  # init = average: so far from the clients' start towards it, or past it; 0: chosen
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
-    optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
-    lr: float = 1e-3
+    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
+    lr: float = 3e-3
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
     soft: str = "auto"  # soft labels: mse of logits | kl at the temperatures | auto: mse if the ensemble teaches logits
@@ -255,7 +255,7 @@ class DistillConfig(Section):
 
     def __post_init__(self) -> None:
         self._one_of("init", "average", "initial", "statistics", "pretrained")
-        self._one_of("optimizer", "adamw", "sgd")
+        self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("soft", "auto", "kl", "mse")
         self._one_of("mix", "none", "blend", "tokens")

@@ -68,7 +68,7 @@ def test_batches_are_counted_as_they_run(mode: str, inversion: str) -> None:
     distil(student, ensemble, pool, config, stepper, stream(0), lambda images, parts: seen.append((images, parts)))
     assert len(seen) == count_batches(pool.views, config)
     assert sum(images for images, _ in seen) == 3 * sum(len(view) for view in pool.views)
-    assert stepper.schedule.get_last_lr() == [0.0, 0.0]  # the cosine ends with the last batch
+    assert stepper.schedules[0].get_last_lr() == [0.0, 0.0]  # the cosine ends with the last batch
     assert all(isinstance(parts, Parts) for _, parts in seen)
     assert not student.training
 

@@ -142,7 +142,7 @@ def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monk
 
     def spy(stepper: Stepper, loss: torch.Tensor) -> None:
         step(stepper, loss)
-        rates.append(stepper.schedule.get_last_lr()[0])
+        rates.append(stepper.schedules[0].get_last_lr()[0])
 
     monkeypatch.setattr(Stepper, "step", spy)
     changes = {"inversion.mode": inversion, "relabel.mode": "complement", "distill.epochs": 3, "distill.passes": 2}

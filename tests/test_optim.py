@@ -7,13 +7,14 @@ import torch
 from tiny import a_vit, settings
 from torch import nn
 
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import DistillConfig
 from fedmitr_flwr.training.optim import Stepper
 
 
-def local(**changes: object) -> Config:
+def optim(**changes: object) -> DistillConfig:
+    """Of distillation, which knows every optimizer; local training has the same settings."""
     plain = {"optimizer": "sgd", "lr": 0.5, "weight-decay": 0.0, "schedule": "constant", "grad-clip": 0.0}
-    return settings(**{f"local.{name}": value for name, value in (plain | changes).items()})
+    return settings(**{f"distill.{name}": value for name, value in (plain | changes).items()}).distill
 
 
 def a_parameter(*values: float) -> nn.Parameter:
@@ -23,7 +24,7 @@ def a_parameter(*values: float) -> nn.Parameter:
 def test_sgd_with_momentum_by_hand() -> None:
     """Gradient 1 at each step, lr 1/2, momentum 0.9: velocities 1, 1.9, 2.71 -> -0.5, -1.45, -2.805."""
     parameter = a_parameter(0.0)
-    stepper = Stepper([parameter], local().local, total_steps=3)
+    stepper = Stepper([parameter], optim(), total_steps=3)
     path = []
     for _ in range(3):
         stepper.step(parameter.sum())
@@ -33,23 +34,37 @@ def test_sgd_with_momentum_by_hand() -> None:
 
 def test_the_first_step_of_adamw_has_the_length_of_the_learning_rate() -> None:
     parameter = a_parameter(1.0, 1.0)
-    stepper = Stepper([parameter], local(optimizer="adamw", lr=0.01).local, total_steps=1)
+    stepper = Stepper([parameter], optim(optimizer="adamw", lr=0.01), total_steps=1)
     stepper.step((parameter * torch.tensor([[5.0, -1e-3]])).sum())
     assert parameter[0].tolist() == pytest.approx([0.99, 1.01], abs=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_step_of_muon_is_orthogonal_and_has_the_size_of_adamw(scale: float) -> None:
+    """Of a gradient U S Vᵀ, of shape (A, B), it is U Vᵀ · 0.2 lr √max(A, B); singular values are near 1 only."""
+    gradient = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    matrix, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(3))
+    stepper = Stepper([matrix, bias], optim(optimizer="muon", lr=0.01), total_steps=1)
+    stepper.step((matrix * gradient).sum() + bias.sum())
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    step = left.T @ -matrix.detach() @ right.T / (0.01 * 0.2 * math.sqrt(6))
+    assert ((step.diagonal() > 0.65) & (step.diagonal() < 1.25)).all()
+    assert (step - torch.diag(step.diagonal())).abs().max() < 0.05
+    assert bias.tolist() == pytest.approx([-0.01] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> None:
     parameter = a_parameter(1.0)
-    stepper = Stepper([parameter], local(optimizer=optimizer, schedule="cosine").local, total_steps=8)
+    stepper = Stepper([parameter], optim(optimizer=optimizer, schedule="cosine"), total_steps=8)
     rates = []
     for _ in range(8):
-        rates.append(stepper.schedule.get_last_lr()[0])
+        rates.append(stepper.schedules[0].get_last_lr()[0])
         stepper.step(parameter.sum())
     assert rates == pytest.approx([0.5 * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
     assert rates[0] == 0.5
     assert rates[4] == pytest.approx(0.25)
-    assert stepper.schedule.get_last_lr() == [0.0, 0.0]
+    assert {rate for each in stepper.schedules for rate in each.get_last_lr()} == {0.0}
     at_the_end = parameter.item()
     for _ in range(3):  # it stays at zero, and does not rise again
         stepper.step(parameter.sum())
@@ -58,18 +73,18 @@ def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> Non
 
 def test_constant_stays() -> None:
     parameter = a_parameter(1.0)
-    stepper = Stepper([parameter], local().local, total_steps=2)
+    stepper = Stepper([parameter], optim(), total_steps=2)
     for _ in range(5):
         stepper.step(parameter.sum())
-        assert stepper.schedule.get_last_lr() == [0.5, 0.5]
+        assert stepper.schedules[0].get_last_lr() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str) -> None:
     vit = a_vit(settings(), 0)
     before = {name: tensor.detach().clone() for name, tensor in vit.named_parameters()}
-    config = local(optimizer=optimizer, lr=0.1, **{"weight-decay": 0.5})
-    Stepper(vit.parameters(), config.local, total_steps=1).step(sum(p.sum() * 0 for p in vit.parameters()))
+    config = optim(optimizer=optimizer, lr=0.1, **{"weight-decay": 0.5})
+    Stepper(vit.parameters(), config, total_steps=1).step(sum(p.sum() * 0 for p in vit.parameters()))
     spared = vit.no_weight_decay() | {name for name in before if name.endswith("bias") or "norm" in name}
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= spared
     assert {"head.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc1.weight"}.isdisjoint(spared)
@@ -78,10 +93,11 @@ def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str) ->
         torch.testing.assert_close(parameter.data, wanted, msg=name)
 
 
-def test_every_parameter_is_in_one_group() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_every_parameter_is_in_one_group(optimizer: str) -> None:
     vit = a_vit(settings(), 0)
-    groups = Stepper(vit.parameters(), local().local, total_steps=1).optimizer.param_groups
-    members = [id(parameter) for group in groups for parameter in group["params"]]
+    optimizers = Stepper(vit.parameters(), optim(optimizer=optimizer), total_steps=1).optimizers
+    members = [id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]]
     assert sorted(members) == sorted(map(id, vit.parameters()))
 
 
@@ -89,24 +105,24 @@ def test_every_parameter_is_in_one_group() -> None:
 def test_gradients_are_clipped_by_their_common_norm(limit: float, wanted: list[float]) -> None:
     """Gradient (3, 4) of norm 5, over two parameters, lr 1/2."""
     first, second = a_parameter(0.0), a_parameter(0.0)
-    stepper = Stepper([first, second], local(**{"grad-clip": limit}).local, total_steps=1)
+    stepper = Stepper([first, second], optim(**{"grad-clip": limit}), total_steps=1)
     stepper.step(3 * first.sum() + 4 * second.sum())
     assert [first.item(), second.item()] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_gradients_of_earlier_steps_are_forgotten() -> None:
     parameter = a_parameter(0.0)
-    stepper = Stepper([parameter], local().local, total_steps=2)
+    stepper = Stepper([parameter], optim(), total_steps=2)
     stepper.step(parameter.sum())
     stepper.step(parameter.sum())
     assert parameter.grad.item() == 1.0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("done", [0, 1, 3, 6])
 def test_a_restored_stepper_goes_on_in_the_same_bits(optimizer: str, schedule: str, done: int) -> None:
-    config = local(optimizer=optimizer, schedule=schedule, lr=0.1, **{"weight-decay": 0.1, "grad-clip": 1.0}).local
+    config = optim(optimizer=optimizer, schedule=schedule, lr=0.1, **{"weight-decay": 0.1, "grad-clip": 1.0})
 
     def start() -> list[nn.Parameter]:
         return [a_parameter(1.0, -2.0), nn.Parameter(torch.tensor([3.0])), a_parameter(0.5)]
@@ -123,9 +139,9 @@ def test_a_restored_stepper_goes_on_in_the_same_bits(optimizer: str, schedule: s
     assert state["steps"] == done
     second = Stepper([nn.Parameter(each.detach().clone()) for each in first.parameters], config, total_steps=6)
     second.restore(first.state())
-    assert second.schedule.get_last_lr() == first.schedule.get_last_lr()
+    assert second.schedules[0].get_last_lr() == first.schedules[0].get_last_lr()
     go(second, range(done, 6))
     for ours, theirs in zip(second.parameters, whole.parameters, strict=True):
         assert torch.equal(ours, theirs)
     assert all(torch.equal(value, state[name]) for name, value in first.state().items())  # the first one's are its own
-    assert second.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert second.schedules[0].get_last_lr() == whole.schedules[0].get_last_lr()

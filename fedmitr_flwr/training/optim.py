@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class OptimConfig(Protocol):
@@ -31,44 +33,68 @@ class Stepper:
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig, total_steps: int) -> None:
         self.parameters = list(parameters)
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() in (2, 4)], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if p.dim() not in (2, 4)], "weight_decay": 0.0},
-        ]
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, lr=config.lr)
-            if config.optimizer == "adamw"
-            else torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-        )
+        self.optimizers = _optimizers(self.parameters, config)
         self.factor = lambda step: _factor(step, total_steps, config.schedule)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
+        self.schedules = [LambdaLR(optimizer, self.factor) for optimizer in self.optimizers]
         self.grad_clip = config.grad_clip
 
     def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
         if self.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-        self.optimizer.step()
-        self.schedule.step()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on beside the parameters: how many were made, and moments."""
-        state = self.optimizer.state_dict()["state"]
-        moments = {f"{number}.{name}": value for number, of_one in state.items() for name, value in of_one.items()}
-        return {"steps": torch.tensor(self.schedule.last_epoch), **moments}
+        moments = {
+            f"{which}.{number}.{name}": value
+            for which, optimizer in enumerate(self.optimizers)
+            for number, of_one in optimizer.state_dict()["state"].items()
+            for name, value in of_one.items()
+        }
+        return {"steps": torch.tensor(self.schedules[0].last_epoch), **moments}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another stepper, of the same settings and parameters, gave this `state`."""
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for key, value in state.items():
-            number, _, name = key.partition(".")
+            which, _, rest = key.partition(".")
+            number, _, name = rest.partition(".")
             if name:
-                moments.setdefault(int(number), {})[name] = value.clone()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                moments[int(which)].setdefault(int(number), {})[name] = value.clone()
+        for optimizer, of_all in zip(self.optimizers, moments, strict=True):
+            optimizer.load_state_dict({"state": of_all, "param_groups": optimizer.state_dict()["param_groups"]})
         steps = int(state["steps"])
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor, last_epoch=steps - 1)
+        self.schedules = [LambdaLR(optimizer, self.factor, last_epoch=steps - 1) for optimizer in self.optimizers]
+
+
+def _optimizers(parameters: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
+    """One for all parameters; with `muon`, Muon (Jordan et al. 2024) for the matrices and AdamW for the rest.
+
+    Muon's steps are scaled to the usual size of AdamW's (Liu et al. 2025, "match_rms_adamw"), so that one rate does.
+    """
+    matrices = [p for p in parameters if p.dim() == 2]
+    others = [p for p in parameters if p.dim() != 2]
+    if config.optimizer == "muon":
+        muon = torch.optim.Muon(
+            matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        return [muon, torch.optim.AdamW(_by_decay(others, config.weight_decay), lr=config.lr)]
+    groups = _by_decay(parameters, config.weight_decay)
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, lr=config.lr)]
+    return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
+
+
+def _by_decay(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in parameters if p.dim() in (2, 4)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() not in (2, 4)], "weight_decay": 0.0},
+    ]
 
 
 def _factor(step: int, total: int, schedule: str) -> float:
