@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Checkpoints:
     config: Config
     uploads: Sequence[Upload]
     device: torch.device
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def has(self, name: str, settings: tuple[str, ...]) -> bool:
         """Whether `load` would give something."""
@@ -97,5 +98,5 @@ class Checkpoints:
             "code": fingerprint(),
             "versions": versions(),
             "device": self.device.type,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
         }

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ class Progress:
         self._done = 0
         self._values: dict[str, float] = {}
         self._bar: Any = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
@@ -39,7 +41,11 @@ class Progress:
             _log.info("%s", self._line("stopped after" if kind else "done in"))
 
     def update(self, n: int = 1, **values: float) -> None:
-        """`n` more units are done; `values` (loss=..., alive=...) are shown beside them."""
+        """`n` more units are done; `values` (loss=..., alive=...) are shown beside them. Any thread may say so."""
+        with self._lock:
+            self._update(n, values)
+
+    def _update(self, n: int, values: dict[str, float]) -> None:
         self._done += n
         self._values |= values
         now = time.monotonic()

@@ -175,7 +175,7 @@ class InversionConfig(Section):
     section = "inversion"
     mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
     steps: int = 60  # T
-    batch_size: int = 250  # images inverted at once
+    batch_size: int = 125  # images inverted at once
     lr: float = 0.1
     stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
     drop: float = 0.3  # sparse: share of the alive patches halted at each stop
@@ -229,9 +229,9 @@ class RelabelConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
     section = "distill"
-    epochs: int = 4  # E: each inverts new images, then passes over the whole pool
+    epochs: int = 2  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
-    passes: int = 20  # over the pool, per epoch
+    passes: int = 60  # over the pool, per epoch
     batch_size: int = 64
     init: str = "average"  # average (of uploads) | initial (the clients' start) | statistics (it, by lda) | pretrained
     extrapolate: float = 1.0  # init = average: so far from the clients' start towards it, or past it; 0: chosen

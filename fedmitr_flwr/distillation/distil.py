@@ -1,11 +1,13 @@
 """Train the student on the pool."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..compute import ahead, side_by_side
 from ..config import Config
 from ..training.local import shift_and_flip
 from ..training.optim import Stepper
@@ -46,25 +48,47 @@ def distil(
     """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`.
 
     `ema` takes in the weights after each step; the student itself keeps the last ones. With `perturb`, which changes
-    each batch once more, teachers are to be asked again.
+    each batch once more, teachers are to be asked again. On two CPU threads or more, half of them ask the teachers
+    about the next batch while the others train the student on this one.
     """
     student.train()
+    by_cpu = pool.images.device.type == "cpu"
+    with side_by_side(2 if by_cpu else 1) as at_once:
+        lessons = _lessons(ensemble, pool, config, rng, perturb)
+        for lesson in ahead(lessons) if at_once == 2 else lessons:
+            answers = forward_tokens(student, lesson.patches, lesson.positions)
+            loss = distillation_loss(answers, lesson.labels, config.distill, config.relabel.temperature, ensemble.teach)
+            if lesson.soft == "cls":  # R2: the class token carries the soft labels of low density
+                loss = Parts(loss.high, loss.kd, torch.zeros_like(loss.kd))
+            stepper.step(loss.total(config.distill))
+            if ema:
+                ema.update(student)
+            if on_batch:
+                on_batch(len(lesson.patches), loss)
+    student.eval()
+
+
+class _Lesson(NamedTuple):
+    """A batch as the student sees it, and what it is to answer."""
+
+    patches: Tensor  # (B, J, E)
+    positions: Tensor  # (B, J)
+    labels: list[Labels]
+    soft: str  # who carries the soft labels, `View.soft`
+
+
+def _lessons(
+    ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, perturb: Perturb | None
+) -> Iterator[_Lesson]:
+    """All of one distillation. None depends on the student, so they may be made ahead of it."""
     for _ in range(config.distill.passes):
         for view, chosen in _batches(pool, config.distill.batch_size, rng):
             mixed = _augmented(pool, view, chosen, config, rng)
             if perturb:
                 mixed = mixed._replace(patches=perturb(ensemble, mixed.patches, mixed.positions, rng))
-            labels = _labels(pool, view, chosen, mixed, config, ensemble)
-            answers = forward_tokens(student, mixed.patches, mixed.positions)
-            parts = distillation_loss(answers, labels, config.distill, config.relabel.temperature, ensemble.teach)
-            if view.soft == "cls":  # R2: the class token carries the soft labels of low density
-                parts = Parts(parts.high, parts.kd, torch.zeros_like(parts.kd))
-            stepper.step(parts.total(config.distill))
-            if ema:
-                ema.update(student)
-            if on_batch:
-                on_batch(len(chosen), parts)
-    student.eval()
+            yield _Lesson(
+                mixed.patches, mixed.positions, _labels(pool, view, chosen, mixed, config, ensemble), view.soft
+            )
 
 
 def _batches(pool: Pool, batch_size: int, rng: torch.Generator) -> list[tuple[View, Tensor]]:

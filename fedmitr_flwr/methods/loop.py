@@ -6,12 +6,16 @@ finished, so that a run that was killed goes on behind them.
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..compute import side_by_side
 from ..config import Config
 from ..distillation.distil import Perturb, count_batches, distil
 from ..distillation.ema import Ema
@@ -112,7 +116,7 @@ def grow(job: Job, recipe: Recipe) -> Fused:
 
 
 def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, recipe: Recipe, job: Job) -> list[Pool]:
-    """Make and relabel one epoch's images, batch by batch; batches that an earlier start has made are taken back."""
+    """Make and relabel one epoch's images, batches side by side; those that an earlier start has made are taken back."""
     config = job.config
     chunks = dict(enumerate(_targets(epoch, config)))
     pools = {number: pool for number in chunks if (pool := _kept_batch(epoch, number, recipe, job)) is not None}
@@ -120,9 +124,23 @@ def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, reci
     if missing:
         label = f"{recipe.stage} {epoch + 1}/{config.distill.epochs}"
         total = recipe.steps * sum(map(len, missing.values()))
-        with Progress(label, total, unit="img·step") as progress:
-            for number, chunk in missing.items():
-                pools[number] = _make_batch(ensemble, student, chunk, (epoch, number), recipe, progress, job)
+        over = Event()
+        workers = len(missing) if ensemble.by_many else 1
+        with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
+
+            def make(number: int) -> _Made:
+                return _make_batch(ensemble, student, missing[number], (epoch, number), recipe, progress, over, config)
+
+            with ThreadPoolExecutor(at_once) as threads:
+                batches = threads.map(make, missing)
+                try:
+                    for number in missing:
+                        watch = Stopwatch()
+                        with watch.stage(recipe.stage):  # until it is there: the sum of these is the whole time
+                            made = next(batches)
+                        pools[number] = _relabelled(made, ensemble, (epoch, number), watch, recipe, job)
+                finally:
+                    over.set()
     return [pools[number] for number in chunks]
 
 
@@ -148,6 +166,12 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     return targets.sort().values if config.inversion.route else targets
 
 
+class _Made(NamedTuple):
+    images: Inverted
+    targets: Tensor
+    series: Series  # loss and alive share, by step
+
+
 def _make_batch(
     ensemble: Ensemble,
     student: VisionTransformer,
@@ -155,26 +179,35 @@ def _make_batch(
     place: tuple[int, int],
     recipe: Recipe,
     progress: Progress,
-    job: Job,
-) -> Pool:
+    over: Event,
+    config: Config,
+) -> _Made:
     """One batch; its `place` is (epoch, number)."""
-    config, watch, series = job.config, Stopwatch(), Series()
+    series = Series()
 
     def on_step(loss: float, alive: float) -> None:
+        if over.is_set():
+            raise InterruptedError("another batch has failed, or the run was interrupted")
         series.add(loss=loss, alive=alive)
         progress.update(len(targets), loss=loss, alive=alive)
 
-    with watch.stage(recipe.stage):
-        rng = stream(config.seed, recipe.stage, *place)
-        inverted = recipe.make(ensemble, student, targets, config, rng, on_step)
+    rng = stream(config.seed, recipe.stage, *place)
+    return _Made(recipe.make(ensemble, student, targets, config, rng, on_step), targets, series)
+
+
+def _relabelled(
+    made: _Made, ensemble: Ensemble, place: tuple[int, int], watch: Stopwatch, recipe: Recipe, job: Job
+) -> Pool:
+    """The batch with its labels, kept on disk."""
+    config, inverted = job.config, made.images
     with watch.stage("relabelling"):
         pool = Pool.of(inverted, relabel(ensemble, inverted, config.relabel))
     job.stopwatch.add(watch.seconds)
     epoch, number = place
     alive = inverted.alive.float().mean().item()
-    asked = route(ensemble.weights, targets.to(job.device), config.inversion.route).share
+    asked = route(ensemble.weights, made.targets.to(job.device), config.inversion.route).share
     loss = inverted.loss.mean().item()
-    told = {"loss": loss, "alive": alive, "teachers_asked": asked, "curve": series.thin()}
+    told = {"loss": loss, "alive": alive, "teachers_asked": asked, "curve": made.series.thin()}
     job.log(stage=recipe.stage, epoch=epoch, batch=number, **told)
     facts = {"soft": pool.soft, "seconds": watch.seconds}
     job.checkpoints.save(_name(*place), _image_settings(recipe), pool.tensors(), **facts)

@@ -88,6 +88,11 @@ class Ensemble(nn.Module):
         assert total is not None, "an ensemble has teachers"
         return total
 
+    @property
+    def by_many(self) -> bool:
+        """Whether threads may ask it at the same time: one's guest or stacked weights would be another's teacher."""
+        return self.weights.device.type == "cpu" and not self.teachers.streamed and self.stack != "always"
+
     def _sum(self, total: Tensor, part: Tensor) -> Tensor:
         return torch.logaddexp(total, part) if self.teach == "probs" else total + part
 
