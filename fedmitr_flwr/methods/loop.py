@@ -116,7 +116,7 @@ def grow(job: Job, recipe: Recipe) -> Fused:
 
 
 def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, recipe: Recipe, job: Job) -> list[Pool]:
-    """Make and relabel one epoch's images, batches side by side; those that an earlier start has made are taken back."""
+    """Make and relabel one epoch's images, batches side by side; batches of an earlier start are taken back."""
     config = job.config
     chunks = dict(enumerate(_targets(epoch, config)))
     pools = {number: pool for number in chunks if (pool := _kept_batch(epoch, number, recipe, job)) is not None}
