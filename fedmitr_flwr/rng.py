@@ -4,8 +4,11 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
+
+_GLOBAL = RLock()
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -29,7 +32,10 @@ def secret() -> torch.Generator:
 
 @contextmanager
 def seeded_init(seed: int, *path: str | int) -> Iterator[None]:
-    """Give code that can only draw from torch's global generator (module initialisers) a private stream."""
-    with torch.random.fork_rng(devices=[]):
+    """Give code that can only draw from torch's global generator (module initialisers) a private stream.
+
+    One thread at a time: the generator is global.
+    """
+    with _GLOBAL, torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, *path))
         yield

@@ -1,13 +1,15 @@
-"""The memory that a piece of work took: what was there before and after it does not count."""
+"""Threads that share the cores; and the memory that a piece of work took, without what was there before and after."""
 
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
-from fedmitr_flwr.compute import forget_peak, peak_memory, return_memory
+from fedmitr_flwr.compute import ahead, forget_peak, peak_memory, return_memory, side_by_side, threads
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -63,3 +65,52 @@ def test_what_was_freed_is_returned_although_something_behind_it_is_in_use() -> 
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(("cores", "jobs", "at_once", "each"), [(1, 2, 1, 1), (2, 2, 2, 1), (4, 3, 3, 1), (4, 1, 1, 4)])
+def test_jobs_share_the_threads(cores: int, jobs: int, at_once: int, each: int) -> None:
+    with threads(cores):
+        with side_by_side(jobs) as count:
+            assert (count, torch.get_num_threads()) == (at_once, each)
+        assert torch.get_num_threads() == cores
+
+
+def test_the_next_item_is_made_while_one_is_in_use() -> None:
+    second = Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        second.set()
+        yield from (1, 2)
+
+    seen = []
+    for item in ahead(items()):
+        assert second.wait(10)  # for ever, if it were made only when it is asked for
+        seen.append(item)
+    assert seen == [0, 1, 2]
+    assert list(ahead(iter(()))) == []
+
+
+def test_what_fails_ahead_fails_in_its_turn() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise ValueError("the second")
+
+    made = ahead(items())
+    assert next(made) == 0
+    with pytest.raises(ValueError, match="the second"):
+        next(made)
+
+
+def test_what_is_no_longer_wanted_is_not_made() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            made.append(item)
+            yield item
+
+    wanted = ahead(items())
+    next(wanted)
+    wanted.close()
+    assert made == [0, 1]

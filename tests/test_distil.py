@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.compute import threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation import distil as module
 from fedmitr_flwr.distillation.distil import count_batches, distil
@@ -53,6 +54,19 @@ def trained(config: Config, ensemble: Ensemble, pool: Pool, seed: int = 7, rng_s
     student = a_vit(config, seed)
     distil(student, ensemble, pool, config, a_stepper(student, config, pool), stream(rng_seed))
     return student
+
+
+@pytest.mark.parametrize("mode", ["tokens", "complement"])
+def test_teachers_that_are_asked_ahead_give_the_same_bits(mode: str) -> None:
+    config = settings(
+        **{"relabel.mode": mode, "distill.batch-size": 4, "distill.teachers": "again", "distill.keep": 0.5}
+    )
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    in_turn = trained(config, ensemble, pool).state_dict()
+    with threads(2):
+        ahead = trained(config, ensemble, pool).state_dict()
+    assert all(torch.equal(ahead[name], tensor) for name, tensor in in_turn.items())
 
 
 @pytest.mark.parametrize("mode", MODES)

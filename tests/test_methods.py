@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from tiny import a_vit, an_upload, settings, some_images
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.compute import threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.methods.loop import balanced_targets
 from fedmitr_flwr.rng import stream
@@ -132,6 +135,39 @@ def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> N
     json.dumps(metrics, allow_nan=False)
     assert set(stopwatch.seconds) == {"inversion", "relabelling", "distillation"}
     assert all(seconds > 0 for seconds in stopwatch.seconds.values())
+
+
+MANY = {"distill.images-per-epoch": 9, "inversion.batch-size": 3, "distill.epochs": 2}
+
+
+@pytest.mark.parametrize("method", ["fedmitr", "dense"])
+def test_batches_that_are_made_side_by_side_are_those_made_in_turn(method: str) -> None:
+    config = settings(method=method, **MANY)
+    told: list[dict[str, Any]] = []
+    in_turn = fused(config)
+    with threads(2):
+        beside = fused(config, told)
+    assert torch.equal(in_turn.pool.images, beside.pool.images)
+    assert all(torch.equal(tensor, beside.weights[name]) for name, tensor in in_turn.weights.items())
+    stage = "inversion" if method == "fedmitr" else "generation"
+    batches = [(each["epoch"], each["batch"]) for each in told if each["stage"] == stage]
+    assert sorted(batches) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_when_one_batch_fails_the_others_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have a million steps to go, which would take hours."""
+    invert, begun = fedmitr.invert, Event()
+
+    def fails_second(ensemble: Ensemble, targets: torch.Tensor, *rest: Any, rng: torch.Generator, **more: Any) -> Any:
+        if rng.initial_seed() == stream(0, "inversion", 0, 1).initial_seed():
+            assert begun.wait(10)
+            raise ValueError("the second")
+        begun.set()
+        return invert(ensemble, targets, *rest, rng=rng, **more)
+
+    monkeypatch.setattr(fedmitr, "invert", fails_second)
+    with threads(2), pytest.raises(ValueError, match="the second"):
+        fused(settings(method="fedmitr", **MANY | {"inversion.steps": 1_000_000, "seed": 0}))
 
 
 @pytest.mark.parametrize("inversion", ["sparse", "pri"])

@@ -6,7 +6,7 @@ finished, so that a run that was killed goes on behind them.
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
 from typing import NamedTuple
@@ -128,19 +128,20 @@ def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, reci
         workers = len(missing) if ensemble.by_many else 1
         with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
 
-            def make(number: int) -> _Made:
-                return _make_batch(ensemble, student, missing[number], (epoch, number), recipe, progress, over, config)
+            def make(number: int) -> tuple[int, _Made]:
+                place = (epoch, number)
+                return number, _make_batch(ensemble, student, missing[number], place, recipe, progress, over, config)
 
             with ThreadPoolExecutor(at_once) as threads:
-                batches = threads.map(make, missing)
+                batches = as_completed([threads.submit(make, number) for number in missing])
                 try:
-                    for number in missing:
+                    for _ in missing:
                         watch = Stopwatch()
-                        with watch.stage(recipe.stage):  # until it is there: the sum of these is the whole time
-                            made = next(batches)
+                        with watch.stage(recipe.stage):  # until one is there: the sum of these is the whole time
+                            number, made = next(batches).result()
                         pools[number] = _relabelled(made, ensemble, (epoch, number), watch, recipe, job)
                 finally:
-                    over.set()
+                    over.set()  # who is still at work need not be: another has failed, or the run is interrupted
     return [pools[number] for number in chunks]
 
 
