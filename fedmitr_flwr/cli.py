@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +147,8 @@ def _report(folder: "RunFolder") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), or 130 after Ctrl-C.
+    The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), 130 after Ctrl-C, or
+    141 where nobody reads what it prints any longer, as behind `| head`.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
@@ -156,10 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         arguments = _parse(argv)
-        return commands[arguments.command](arguments) or 0
+        status = commands[arguments.command](arguments) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print("fedmitr: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedmitr: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+        return 141

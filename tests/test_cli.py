@@ -1,6 +1,7 @@
 """The command line: words to settings, one line and status 2 for bad input, the table and the folder at the end."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -273,3 +274,13 @@ def test_bench_and_report_name_what_is_wrong(
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedmitr_flwr", "methods"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
