@@ -5,16 +5,18 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import torch
 
 from .errors import ConfigError
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 _M_ARENA_MAX = -8  # of malloc.h
@@ -68,6 +70,22 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not nothing:
             coming = worker.submit(next, items, nothing)
             yield item  # type: ignore[misc]
+
+
+def as_made(make: Callable[[A, Event], T], arguments: Iterable[A], at_once: int) -> Generator[tuple[A, T], None, None]:
+    """Each argument with `make(argument, over)`, in the order in which they are done by so many threads.
+
+    `over` is set once nobody wants the others, for one has failed or whoever asked is interrupted: raise then. Use it
+    in `contextlib.closing`.
+    """
+    over = Event()
+    with ThreadPoolExecutor(at_once) as workers:
+        coming = {workers.submit(make, argument, over): argument for argument in arguments}
+        try:
+            for done in as_completed(coming):
+                yield coming[done], done.result()
+        finally:
+            over.set()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

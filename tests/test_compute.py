@@ -3,13 +3,14 @@
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
 
-from fedmitr_flwr.compute import ahead, forget_peak, peak_memory, return_memory, side_by_side, threads
+from fedmitr_flwr.compute import ahead, as_made, forget_peak, peak_memory, return_memory, side_by_side, threads
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -114,3 +115,35 @@ def test_what_is_no_longer_wanted_is_not_made() -> None:
     next(wanted)
     wanted.close()
     assert made == [0, 1]
+
+
+def test_results_come_as_they_are_done() -> None:
+    last = Event()
+
+    def make(number: int, _over: Event) -> int:
+        if number == 0:
+            assert last.wait(10)
+        return number**2
+
+    seen = []
+    for number, square in as_made(make, [0, 3], at_once=2):
+        seen.append((number, square))
+        last.set()
+    assert seen == [(3, 9), (0, 0)]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_who_is_still_at_work_is_told_that_it_is_over(fails: bool) -> None:
+    """Another has failed, or nobody asks any longer. It would wait for ten seconds, and then fail the assertion."""
+    told = []
+
+    def make(number: int, over: Event) -> int:
+        if number == 0:
+            told.append(over.wait(10))
+        elif fails:
+            raise ValueError("the second")
+        return number
+
+    with closing(as_made(make, [0, 1], at_once=2)) as results, suppress(ValueError):
+        next(results)
+    assert told == [True]

@@ -161,6 +161,16 @@ def killed(folder: RunFolder, work: Work, after: int) -> None:
     work.reset()
 
 
+@pytest.mark.parametrize("after", [0, 2, BATCHES + 3, EPOCHS * (BATCHES + 1) - 1])
+def test_so_does_one_that_made_batches_side_by_side(
+    start: Callable[..., RunFolder], undisturbed: Callable[..., list[bytes]], work: Work, after: int
+) -> None:
+    """How many were done when the power went is chance here; the bytes are not, and are those of one thread."""
+    folder = start("killed", threads=2, **{"distill.teachers": "again"})
+    killed(folder, work, after)
+    assert served(folder) == undisturbed(**{"distill.teachers": "again"})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("after", "batches", "epochs"),

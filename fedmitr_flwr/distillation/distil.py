@@ -59,7 +59,7 @@ def distil(
             answers = forward_tokens(student, lesson.patches, lesson.positions)
             loss = distillation_loss(answers, lesson.labels, config.distill, config.relabel.temperature, ensemble.teach)
             if lesson.soft == "cls":  # R2: the class token carries the soft labels of low density
-                loss = Parts(loss.high, loss.kd, torch.zeros_like(loss.kd))
+                loss = loss._replace(low=loss.kd, kd=torch.zeros_like(loss.kd))
             stepper.step(loss.total(config.distill))
             if ema:
                 ema.update(student)

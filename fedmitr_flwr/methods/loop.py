@@ -6,7 +6,7 @@ finished, so that a run that was killed goes on behind them.
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Event
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..compute import side_by_side
+from ..compute import as_made, side_by_side
 from ..config import Config
 from ..distillation.distil import Perturb, count_batches, distil
 from ..distillation.ema import Ema
@@ -124,24 +124,18 @@ def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, reci
     if missing:
         label = f"{recipe.stage} {epoch + 1}/{config.distill.epochs}"
         total = recipe.steps * sum(map(len, missing.values()))
-        over = Event()
         workers = len(missing) if ensemble.by_many else 1
         with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
 
-            def make(number: int) -> tuple[int, _Made]:
-                place = (epoch, number)
-                return number, _make_batch(ensemble, student, missing[number], place, recipe, progress, over, config)
+            def make(number: int, over: Event) -> _Made:
+                return _make_batch(ensemble, student, missing[number], (epoch, number), recipe, progress, over, config)
 
-            with ThreadPoolExecutor(at_once) as threads:
-                batches = as_completed([threads.submit(make, number) for number in missing])
-                try:
-                    for _ in missing:
-                        watch = Stopwatch()
-                        with watch.stage(recipe.stage):  # until one is there: the sum of these is the whole time
-                            number, made = next(batches).result()
-                        pools[number] = _relabelled(made, ensemble, (epoch, number), watch, recipe, job)
-                finally:
-                    over.set()  # who is still at work need not be: another has failed, or the run is interrupted
+            with closing(as_made(make, missing, at_once)) as batches:
+                for _ in missing:
+                    watch = Stopwatch()
+                    with watch.stage(recipe.stage):  # until the next one is there: the sum of these is the whole time
+                        number, made = next(batches)
+                    pools[number] = _relabelled(made, ensemble, (epoch, number), watch, recipe, job)
     return [pools[number] for number in chunks]
 
 
