@@ -241,12 +241,12 @@ def _distil(
     config = job.config
     label = f"distillation {epoch + 1}/{config.distill.epochs}"
     images = config.distill.passes * sum(len(view) for view in pool.views)
-    series = Series()
+    series, alive = Series(), pool.alive.float().mean().item()
     with Progress(label, total=images, unit="img") as progress:
 
         def on_batch(count: int, parts: Parts) -> None:
             series.add(**{name: part.item() for name, part in parts._asdict().items()})
-            progress.update(count, loss=parts.total(config.distill).item(), alive=pool.alive.float().mean().item())
+            progress.update(count, loss=parts.total(config.distill).item(), alive=alive)
 
         rng = stream(config.seed, "distillation", epoch)
         distil(student, ensemble, pool, config, stepper, rng, on_batch=on_batch, ema=ema, perturb=recipe.perturb)
