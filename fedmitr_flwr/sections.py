@@ -95,10 +95,10 @@ class LocalConfig(Section):
     """Training at the client."""
 
     section = "local"
-    epochs: int = 100
+    epochs: int = 50
     batch_size: int = 32
-    optimizer: str = "adamw"  # adamw | sgd (momentum 0.9)
-    lr: float = 1e-3
+    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
+    lr: float = 3e-3
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
     label_smoothing: float = 0.0
@@ -111,7 +111,7 @@ class LocalConfig(Section):
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
-        self._one_of("optimizer", "adamw", "sgd")
+        self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._at_least(1, "epochs", "batch_size", "threads")
         self._above(0, "lr")

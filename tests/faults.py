@@ -161,12 +161,12 @@ class Stage:
 
 @contextlib.contextmanager
 def slowed(federation: Federation, who: str) -> Iterator[None]:
-    """Let a client work one second in six, so that it still sends its signs of life."""
+    """Let a client work half a second in ten, so that it still sends its signs of life."""
     done = threading.Event()
 
     def hold() -> None:
         while not done.is_set():
-            for number, seconds in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 1.0)):
+            for number, seconds in ((signal.SIGSTOP, 9.5), (signal.SIGCONT, 0.5)):
                 federation.send(number, "flwr-clientapp", who)
                 done.wait(seconds)
         federation.send(signal.SIGCONT, "flwr-clientapp", who)

@@ -21,6 +21,7 @@ from fedmitr_flwr.errors import ConfigError, RunError
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.rng import secret, stream
 from fedmitr_flwr.training import private
+from fedmitr_flwr.training.local import train_local
 from fedmitr_flwr.training.losses import label_loss
 from fedmitr_flwr.training.private import epsilon_of, noise_for, require_opacus, train_privately
 from fedmitr_flwr.vit.build import initial_weights
@@ -95,6 +96,21 @@ def test_without_noise_and_clipping_a_step_is_plain_sgds(
     for number, step in enumerate(moved):
         mean = torch.stack([gradient[number] for gradient in every]).mean(0)
         torch.testing.assert_close(step, -mean, atol=1e-5, rtol=1e-3)
+
+
+@needs_opacus
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_without_noise_and_clipping_it_is_ordinary_training(tiny: DataSet, optimizer: str) -> None:
+    """Four steps of full batches; only the order in which gradients are summed differs."""
+    config = whispering(**{"local.optimizer": optimizer, "local.lr": 0.01, "local.epochs": 4, "local.grad-clip": 0.0})
+    moved, _ = trained(config, tiny.train)
+    vit = a_vit(config, 1)
+    before = [weight.detach().clone() for weight in vit.parameters()]
+    train_local(vit, tiny.train, config, stream(0, "r"), CPU)
+    plain = torch.cat([(new - old).flatten() for new, old in zip(vit.parameters(), before, strict=True)])
+    private_ones = torch.cat([step.flatten() for step in moved])
+    assert (private_ones - plain).norm() < 0.1 * plain.norm()  # Muon rounds to bfloat16
 
 
 @needs_opacus
@@ -181,7 +197,7 @@ def test_an_empty_draw_and_the_pull_to_the_start(tiny: DataSet, monkeypatch: pyt
 def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
     config = settings(
         **{
-            "privacy.epsilon": 50.0,
+            "privacy.epsilon": 500.0,
             "model.num-classes": 3,
             "local.epochs": 15,
             "local.batch-size": 20,

@@ -44,6 +44,10 @@ class Stepper:
         loss.backward()
         if self.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.advance()
+
+    def advance(self) -> None:
+        """The step itself, by the gradients that are there."""
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()

@@ -18,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 
 from ..config import Config
 from ..data.images import Images, prepare
@@ -74,8 +73,7 @@ def train_privately(
     noise = noise_for(config, rate, steps)
     mu, start = prox_mu + local.pull, [weight.detach().clone() for weight in vit.parameters()]
     stepper = Stepper(vit.parameters(), local, steps)
-    (optimizer,), (schedule,) = stepper.optimizers, stepper.schedules  # adamw or sgd: one
-    mechanism = _mechanism(optimizer, noise, privacy.clip, expected, secret)
+    mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     for step, chosen in enumerate(_sampler(len(images), rate, steps, secret)):
         # At least one part, if only of no images: a step without images has its noise, too.
@@ -86,8 +84,7 @@ def train_privately(
         mechanism.scale_grad()
         if mu:  # of the weights alone: nothing to hide
             _pull(vit, start, mu)
-        optimizer.step()
-        schedule.step()
+        stepper.advance()
         mechanism.zero_grad()
         if (step + 1) % batches == 0 and step // batches >= first:
             mean.add(vit)
@@ -134,11 +131,12 @@ def _any_order() -> Iterator[None]:
         yield
 
 
-def _mechanism(optimizer: Optimizer, noise: float, clip: float, expected: int, secret: torch.Generator) -> Any:
+def _mechanism(vit: VisionTransformer, noise: float, clip: float, expected: int, secret: torch.Generator) -> Any:
+    """Clipping and noise of opacus for all weights; the optimizer it asks for names them, and never steps."""
     from opacus.optimizers import DPOptimizer
 
     return DPOptimizer(
-        optimizer,
+        torch.optim.SGD(vit.parameters()),
         noise_multiplier=noise,
         max_grad_norm=clip,
         expected_batch_size=expected,
