@@ -72,7 +72,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")
     initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
-    folder = continued(config) if config.resume_from else RunFolder.create(config, name or _free_name(config))
+    folder = continued(config) if config.resume_from else created(config, name or _free_name(config))
     log.info("run folder: %s", folder.path)
     for client in folder.missing(config.partition.clients):
         folder.save_upload(train_client(config, client, initial))
@@ -81,6 +81,13 @@ def run(config: Config, name: str | None = None) -> RunFolder:
         weights = _global_weights(folder)
         conclude_on_clients(folder, [evaluate_client(config, k, weights) for k in range(config.partition.clients)])
     return folder
+
+
+def created(config: Config, name: str) -> RunFolder:
+    """A new run folder. Test images that cannot be read are told now, not after the training, and leave none."""
+    if config.evaluate.where == "server":
+        server_images(config)
+    return RunFolder.create(config, name)
 
 
 def train_client(

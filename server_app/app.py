@@ -55,7 +55,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         clients = meet_again(grid, folder)
     else:
         clients = meet(grid, config)
-        folder = RunFolder.create(config.with_clients(clients.number), f"{config.method}-{run_id}")
+        folder = pipeline.created(config.with_clients(clients.number), f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
     arrays = ArrayRecord(dict(initial_weights(config.model, config.seed)))

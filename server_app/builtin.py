@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import parts_of, server_images
@@ -79,7 +80,7 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
     clients = meet(grid, config)
     config = config.with_clients(clients.number)
-    folder = RunFolder.create(config, f"{config.flower.strategy}-{run_id}")
+    folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
     session = _Session(folder, clients)
     initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))

@@ -16,7 +16,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import ConfigError, ModelError, RunError
+from fedmitr_flwr.errors import ConfigError, ModelError, RunError, UserError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.fingerprint import fingerprint
@@ -56,6 +56,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(pipeline, "train_client", spy)
     return clients
+
+
+def test_images_that_cannot_be_read_leave_no_run_folder(tmp_path: Path, trained: list[int]) -> None:
+    absent = {"data.source": "parquet", "data.path": str(tmp_path / "absent")}
+    with pytest.raises(UserError, match=r"data\.path"):
+        a_run(tmp_path / "runs", **absent)
+    assert not (tmp_path / "runs").exists()
+    assert not trained
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, LocalConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UserError
 from fedmitr_flwr.files import load_tensors
@@ -101,6 +101,17 @@ def bits(path: Path) -> dict[str, bytes]:
 
 def all_bits(folder: RunFolder) -> list[dict[str, bytes]]:
     return [bits(path) for path in [*folder.upload_paths().values(), folder.model_path]]
+
+
+@pytest.mark.parametrize("strategy", ["oneshot", "fedavg"])
+def test_a_server_without_its_test_images_asks_no_client(tmp_path: Path, strategy: str) -> None:
+    grid = LocalGrid(client_app, 2)
+    absent = {"data.source": "parquet", "data.path": str(tmp_path / "absent"), "flower.strategy": strategy}
+    with task_identity(), pytest.raises(UserError, match=r"data\.path"):
+        server_app(grid, server_context(TINY | {"out-dir": str(tmp_path / "out")} | absent))
+    assert not (tmp_path / "out").exists()
+    assert ("train", 0) not in grid.asked
+    assert ("train", 1) not in grid.asked
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmitr"])
@@ -209,7 +220,8 @@ def test_a_server_phase_that_broke_off_is_repeated_without_the_clients(
 def test_resume_names_the_setting_that_differs(federate: Federate) -> None:
     folder = federate(LocalGrid(client_app, 3, tamper=only(2, failed)), fails="missing")
     changed = {"local.lr": 0.5, "resume-from": str(folder.path)}
-    federate(LocalGrid(client_app, 3), fails="local.lr = 0.5, but the uploads were made with 0.001", **changed)
+    differs = f"local.lr = 0.5, but the uploads were made with {LocalConfig().lr}"
+    federate(LocalGrid(client_app, 3), fails=differs, **changed)
 
 
 def test_resume_with_another_number_of_clients_is_refused(federate: Federate) -> None:
