@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -46,7 +47,7 @@ def remembered(memory: Memory) -> Callable[..., Inverted]:
 
 
 def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_settings: bool = False) -> Rows:
-    """Run `one_seed` for each seed of the command line, write the file, and give back all rows.
+    """Run `one_seed` for each seed of the command line, write the file after each, and give back all rows.
 
     With `takes_settings`, the command line may name a file of settings and single ones, which `one_seed` gets, flat.
     """
@@ -63,10 +64,23 @@ def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_
         flat |= dict(map(parse_assignment, arguments.settings))
         Config.from_flat(flat)  # refuses at once what is no setting
         one_seed = partial(one_seed, settings=flat)
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(one_seed, map(int, arguments.seeds.split(","))))
-    rows = [cell for cells, _ in parts for cell in cells]
+    seeds = list(map(int, arguments.seeds.split(",")))
     command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"command": command, **parts[0][1], "rows": rows}, indent=1) + "\n")
+    rows = finished(arguments.json, command, seeds)
+    missing = [seed for seed in seeds if seed not in {row["seed"] for row in rows}]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for new, told in pool.map(one_seed, missing):
+            rows += new
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps({"command": command, **told, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+def finished(path: Path, command: str, seeds: Sequence[int]) -> Rows:
+    """What the same command has left in its file, with the same code, before it was stopped; after its end, nothing."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    rows: Rows = content["rows"]
+    same = content["command"] == command and content["fingerprint"] == fingerprint()
+    return rows if same and {row["seed"] for row in rows} != set(seeds) else []
