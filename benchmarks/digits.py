@@ -1,13 +1,15 @@
 """Digits, Dirichlet 0.3, 5 clients: the student against its rivals, and the ablation, on identical uploads.
 
-For each seed the clients train once; every cell of {dense, sparse, pri} x {none, drop, tokens} then fuses
-the same uploads. All other settings are the defaults. The last epoch is reported; no setting was chosen on these seeds.
+For each seed the clients train once; every cell of {dense, sparse, pri} x {none, drop, tokens} then fuses the same
+uploads. All other settings are those of `make demo`, configs/digits.toml. The last epoch is reported; no setting was
+chosen on these seeds.
 
     python benchmarks/digits.py --seeds 0,1,2 --json benchmarks/results/digits_dirichlet0.3.json
 """
 
 import tempfile
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from study import facts, remembered, run
@@ -17,6 +19,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.report.run_folder import RunFolder
 
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "digits.toml"
 INVERSION = ("dense", "sparse", "pri")
 RELABEL = ("none", "drop", "tokens")
 
@@ -33,7 +36,8 @@ def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All cells of one seed, on the same uploads; and what the runs say of code, machine and settings."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        config = Config.from_flat({"seed": seed, "method": "fedavg", "out-dir": scratch, "threads": 1})
+        own = {"seed": seed, "method": "fedavg", "out-dir": scratch, "threads": 1}
+        config = Config.from_flat(own, base=Config.from_file(DEMO))
         uploads = pipeline.run(config, f"seed-{seed}")
         fedmitr.invert = remembered({})
         for inversion, relabel in product(INVERSION, RELABEL):
