@@ -120,10 +120,15 @@ def test_names_by_hand() -> None:
     assert names.best == pytest.approx(5 / 6)
     assert names.gain == pytest.approx(0.5)
     assert names.kept == pytest.approx((1 / 6 - 1 / 3) / 0.5)
+    assert names.sure == pytest.approx(2 / 3)
+    assert names.told == pytest.approx(math.log(3) / 3 + math.log(2) / 2 + math.log(6) / 6)  # of its names 2, 3, 1
     perfect = Names.of(torch.eye(3)[targets], targets)
     assert (perfect.right, perfect.kept) == (1.0, 1.0)
     constant = Names.of(torch.eye(3)[[1] * 6], targets)  # knows one class only: nothing can be said of it
     assert (constant.right, constant.gain, constant.kept) == (pytest.approx(1 / 3), 0.0, 1.0)
+    assert (constant.sure, constant.told) == (pytest.approx(2 / 3), 0.0)
+    guess = Names.of(torch.full((6, 3), 1 / 3), targets)
+    assert (guess.sure, guess.told) == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
 CLASSES = (
@@ -205,6 +210,25 @@ def test_each_attack_is_found_and_nobody_else(learned: Learned, name: str, caplo
     assert warning.endswith("(left out)")
     assert outcome.facts("exclude")["findings"][0]["check"] == check
     assert math.isfinite(outcome.findings[0].value)
+
+
+def test_who_was_not_trained_is_found_by_its_answers_alone(learned: Learned) -> None:
+    """Fresh weights are as far from the start as long training goes: their length need not tell."""
+    config, uploads, _ = learned
+    fresh = ATTACKS["random"][0](config, uploads[1])
+    (finding,) = strange_answers([uploads[0], fresh, *uploads[2:]], config, CPU)
+    assert (finding.client, finding.check) == (1, "unsure")
+
+
+def test_a_client_of_one_class_is_not_strange(learned: Learned, tiny: DataSet) -> None:
+    """It gives every image the same answer, too, but is sure of it."""
+    config, uploads, _ = learned
+    own = tiny.train.subset((tiny.train.labels == 1).nonzero().squeeze(1))
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial_weights(config.model, config.seed))
+    train_local(vit, own, config, stream(0, "bars", 1), CPU)
+    one_class = replace(uploads[1], weights=dict(vit.state_dict()))
+    assert strange_answers([uploads[0], one_class, *uploads[2:]], config, CPU) == []
 
 
 def test_answers_are_not_judged_where_there_are_few_to_judge(learned: Learned) -> None:

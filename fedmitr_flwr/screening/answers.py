@@ -1,8 +1,10 @@
-"""Strange uploads, by what they answer: a model that sees the classes and calls them by other names.
+"""Strange uploads, by what they answer: a model that calls the classes by other names, or that sees nothing.
 
 Synthetic images are made by the other teachers, a fold of the clients left out at a time; who was left out answers. A
 client that lacks classes gives the names that it knows to images of others, but what it knows it calls by its name.
-Permuted labels call it by another one, and no fewer images [M].
+Permuted labels call it by another one, and no fewer images [M]. Who was not trained is sure of nothing, where even a
+client that lacks most classes is sure of those it has; and it answers every image alike, as else only a client of one
+class does, who is sure of that [M].
 
 Shapes: M images, Y classes, C answers (as many).
 """
@@ -10,6 +12,7 @@ Shapes: M images, Y classes, C answers (as many).
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -30,6 +33,8 @@ FEWEST = 5  # uploads: images by one or two others have too much of their own
 SUSPECT = 0.5  # of `Names.kept`: below it a client is judged again, by all others
 STRANGE = 0.3
 INFORMED = 0.18  # of `Names.gain`: below it a model says too little about any class to be judged
+UNSURE = 0.9  # of the clients' median of `Names.sure`
+ALIKE = 0.35  # of the clients' median of `Names.told`
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,16 @@ class Names:
         right: mean probability of the class.
         chance: what answers as frequent would be right by chance.
         best: `right`, if the model's names were exchanged among each other for the best.
+        sure: mean probability of whatever class is the likeliest, less that of an even guess.
+        told: in nats, what an answer says of the image that it was given to: the entropy of the mean answer, less the
+            mean entropy of an answer.
     """
 
     right: float
     chance: float
     best: float
+    sure: float
+    told: float
 
     @property
     def gain(self) -> float:
@@ -63,34 +73,60 @@ class Names:
         share_YC = share_YC.index_add_(0, targets_M, probabilities_MC.double()) / len(targets_M)
         chance = (share_YC.sum(1) * share_YC.sum(0)).sum().item()
         rows, names = linear_sum_assignment(share_YC.cpu().numpy(), maximize=True)
-        return cls(share_YC.diag().sum().item(), chance, share_YC[rows, names].sum().item())
+        sure = probabilities_MC.max(1).values.mean().item() - 1 / classes
+        told = (_entropy(probabilities_MC.mean(0)) - _entropy(probabilities_MC).mean()).item()
+        return cls(share_YC.diag().sum().item(), chance, share_YC[rows, names].sum().item(), sure, told)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """In nats, over the last axis."""
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
+    return entropy
 
 
 def strange_answers(uploads: Sequence[Upload], config: Config, device: torch.device) -> list[Finding]:
-    """Of uploads that are not strange otherwise: who knows the classes by wrong names.
+    """Of uploads that are not strange otherwise: who is sure of nothing, and who knows the classes by wrong names.
 
-    Two looks: with `FOLDS` folds, which is cheap, and, at those who are suspect, with twice the images by all others.
+    Two looks: with `FOLDS` folds, which is cheap, and, at those whose names are suspect, with twice the images by all
+    others.
     """
     if len(uploads) < FEWEST:
         return []
-    folds = min(FOLDS, len(uploads))
-    suspects = [
-        upload
+    folds, images = min(FOLDS, len(uploads)), config.screen.images
+    first = [
+        answer
         for fold in range(folds)
-        for upload, names in _judged(uploads[fold::folds], uploads, config.screen.images, config, device, fold)
-        if names.gain > INFORMED and names.kept < SUSPECT
+        for answer in _judged(uploads[fold::folds], uploads, images, config, device, fold)
     ]
-    found = []
-    for upload in suspects:
-        ((_, names),) = _judged([upload], uploads, 2 * config.screen.images, config, device, folds + upload.client)
-        log.info("screening: client %d calls %.0f %% of what it sees by its name", upload.client, 100 * names.kept)
-        if names.gain > INFORMED and names.kept < STRANGE:
-            text = (
-                f"it sees the classes in the others' images, but calls only {100 * max(0.0, names.kept):.0f} % of what "
-                "it sees by its name: permuted labels? compare its class list with the others'"
-            )
-            found.append(Finding(upload.client, "answers", names.kept, text))
+    found = list(_unsure(first))
+    unsure = {finding.client for finding in found}
+    for upload, names in first:
+        if upload.client not in unsure and names.gain > INFORMED and names.kept < SUSPECT:
+            ((_, again),) = _judged([upload], uploads, 2 * images, config, device, folds + upload.client)
+            found += _misnamed(upload, again)
     return found
+
+
+def _unsure(answers: Sequence[tuple[Upload, Names]]) -> Iterator[Finding]:
+    sure = median(names.sure for _, names in answers)
+    told = median(names.told for _, names in answers)
+    for upload, names in answers:
+        if names.sure < UNSURE * sure and names.told < ALIKE * told:
+            text = (
+                f"it answers all images nearly alike and is sure of none ({names.told:.2f} nats an image, the median "
+                f"is {told:.2f}): was it trained at all?"
+            )
+            yield Finding(upload.client, "unsure", names.told, text)
+
+
+def _misnamed(upload: Upload, names: Names) -> Iterator[Finding]:
+    log.info("screening: client %d calls %.0f %% of what it sees by its name", upload.client, 100 * names.kept)
+    if names.gain > INFORMED and names.kept < STRANGE:
+        text = (
+            f"it sees the classes in the others' images, but calls only {100 * max(0.0, names.kept):.0f} % of what "
+            "it sees by its name: permuted labels? compare its class list with the others'"
+        )
+        yield Finding(upload.client, "answers", names.kept, text)
 
 
 def _judged(

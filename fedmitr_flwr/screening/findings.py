@@ -9,7 +9,7 @@ class Finding:
 
     Attributes:
         client: whose upload it is.
-        check: norm | direction | copy | size | answers.
+        check: norm | direction | copy | size | answers | unsure.
         value: the number that was looked at.
         text: what is strange, in words, and the fix.
     """
