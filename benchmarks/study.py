@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.files import write_text
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
@@ -68,11 +69,11 @@ def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_
     command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
     rows = finished(arguments.json, command, seeds)
     missing = [seed for seed in seeds if seed not in {row["seed"] for row in rows}]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for new, told in pool.map(one_seed, missing):
             rows += new
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps({"command": command, **told, "rows": rows}, indent=1) + "\n")
+            write_text(arguments.json, json.dumps({"command": command, **told, "rows": rows}, indent=1) + "\n")
     return rows
 
 
