@@ -50,7 +50,7 @@ def scores_of(
 ) -> Tensor:
     """What `predict` says of all images (M, Y), on the CPU."""
     batches = images.pixels.split(batch_size)
-    return torch.cat([predict(prepare(pixels, img_size).to(device)).float().cpu() for pixels in batches])
+    return torch.cat([predict(prepare(pixels.to(device), img_size)).float().cpu() for pixels in batches])
 
 
 def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:

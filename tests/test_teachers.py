@@ -37,14 +37,15 @@ def target_loss(ensemble: Ensemble, patches: Tensor, ids: Tensor, targets: Tenso
     return list(ensemble.slope(lambda scores, _: cross_entropy(scores, targets), patches, ids, routing))
 
 
-def answers(ensemble: Ensemble) -> list[Tensor]:
+def answers(ensemble: Ensemble, device: str = "cpu") -> list[Tensor]:
     """Everything that is asked of an ensemble."""
-    patches, ids = some_patches()
+    patches, ids = (each.to(device) for each in some_patches())
+    targets = TARGETS.to(device)
     with torch.no_grad():
-        images = ensemble(some_images(settings(), 4))
+        images = ensemble(some_images(settings(), 4).to(device))
         scores = ensemble.scores(patches, ids)
-    loss = target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights))
-    return [images, *scores, *loss, ensemble.importance(patches, ids, TARGETS)]
+    loss = target_loss(ensemble, patches, ids, targets, everyone(ensemble.weights))
+    return [images, *scores, *loss, ensemble.importance(patches, ids, targets)]
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -68,6 +69,14 @@ def test_a_chunk_that_holds_all_streams_none(chunk: int) -> None:
 def test_stacked_teachers_are_the_ensemble(combine: str) -> None:
     for found, wanted in zip(answers(an_ensemble(combine, stack="always")), answers(an_ensemble(combine)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stack", ["always", "never"])
+def test_a_gpu_answers_as_the_cpu_does(stack: str) -> None:
+    on_gpu = answers(an_ensemble(stack=stack).to("cuda"), "cuda")
+    for found, wanted in zip(on_gpu, answers(an_ensemble()), strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_the_loss_and_its_gradient_are_autograds() -> None:

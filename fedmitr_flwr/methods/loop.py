@@ -245,8 +245,9 @@ def _distil(
     with Progress(label, total=images, unit="img") as progress:
 
         def on_batch(count: int, parts: Parts) -> None:
-            series.add(**{name: part.item() for name, part in parts._asdict().items()})
-            progress.update(count, loss=parts.total(config.distill).item(), alive=alive)
+            loss, *values = torch.stack([parts.total(config.distill), *parts]).tolist()  # a GPU is waited for once
+            series.add(**dict(zip(parts._fields, values, strict=True)))
+            progress.update(count, loss=loss, alive=alive)
 
         rng = stream(config.seed, "distillation", epoch)
         distil(student, ensemble, pool, config, stepper, rng, on_batch=on_batch, ema=ema, perturb=recipe.perturb)

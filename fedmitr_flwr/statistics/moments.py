@@ -77,7 +77,7 @@ def total(parts: Iterable[Statistics]) -> Statistics:
 def frozen_features(vit: VisionTransformer, images: Images, img_size: int, device: torch.device) -> Tensor:
     """What the head gets of each whole, unaugmented image: (n, D), float64 on the CPU."""
     vit.to(device).eval()
-    batches = (prepare(pixels, img_size).to(device) for pixels in images.pixels.split(_BATCH))
+    batches = (prepare(pixels.to(device), img_size) for pixels in images.pixels.split(_BATCH))
     features = [vit.forward_head(vit.forward_features(batch), pre_logits=True).cpu() for batch in batches]
     return torch.cat(features).double()
 

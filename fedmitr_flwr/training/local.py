@@ -37,9 +37,9 @@ def train_local(
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     epoch_loss = 0.0
     for epoch in range(local.epochs):
-        losses = []
-        for batch in torch.randperm(len(images), generator=rng).split(local.batch_size):
-            pixels = prepare(images.pixels[batch], config.model.img_size).to(device)
+        losses, shuffled = [], torch.randperm(len(images), generator=rng).split(local.batch_size)
+        for batch in shuffled:
+            pixels = prepare(images.pixels[batch].to(device), config.model.img_size)
             labels = images.labels[batch].to(device)
             if local.augment:
                 pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
@@ -47,8 +47,9 @@ def train_local(
             logits = forward_tokens(vit, patches, all_positions(patches))
             loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
             stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
-            losses.append(loss.item() * len(batch))
-        epoch_loss = sum(losses) / len(images)
+            losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
+        told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
+        epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)
         if epoch >= first:
             mean.add(vit)
     mean.write(vit)

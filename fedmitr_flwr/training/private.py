@@ -165,7 +165,7 @@ def _gradients(
     vit: VisionTransformer, weights: dict[str, Tensor], images: Images, config: Config, rng: torch.Generator
 ) -> dict[str, Tensor]:
     local, network, device = config.local, _Tokens(vit), next(iter(weights.values())).device
-    pixels = prepare(images.pixels, config.model.img_size).to(device)
+    pixels = prepare(images.pixels.to(device), config.model.img_size)
     if local.augment:
         pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
 

@@ -4,7 +4,6 @@ Shapes: K teachers, B images, M given patches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,9 +65,8 @@ class Teachers(nn.Module):
             )
             return tuple(answers)
 
-        # vmap has no rule for the CPU's fused attention, and would loop over the teachers.
-        kernels = nullcontext() if patches_BME.is_cuda else sdpa_kernel(SDPBackend.MATH)
-        with kernels:
+        # vmap would loop over the teachers at the CPU's fused attention, and at CUDA's it has no valid gradient.
+        with sdpa_kernel(SDPBackend.MATH):
             stacked: tuple[Tensor, ...] = torch.vmap(one)(*self._stack)
         return stacked
 
