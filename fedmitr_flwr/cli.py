@@ -58,6 +58,7 @@ def _parser() -> _Parser:
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
     bench.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: ~/fedmitr-runs/bench-<name>)")
     bench.add_argument("--table", type=Path, metavar="PATH", help="run nothing; a bench's folder or its results.jsonl")
+    bench.add_argument("--known", type=Path, metavar="PATH", help="results whose cells are not run again; as --table")
     bench.add_argument("--any-code", action="store_true", help="keep what other versions of the code have made")
     bench.add_argument("--verbose", action="store_true", help="let every run tell what it does")
     report = commands.add_parser("report", help="one page, report.html, of a run", allow_abbrev=False)
@@ -121,7 +122,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     words = dict(parse_assignment(word) for word in arguments.settings)
     chosen = arguments.file, words, arguments.out, arguments.table
-    return bench(*chosen, any_code=arguments.any_code, verbose=arguments.verbose)
+    return bench(*chosen, known=arguments.known, any_code=arguments.any_code, verbose=arguments.verbose)
 
 
 def _report_page(arguments: argparse.Namespace) -> None:

@@ -157,6 +157,16 @@ def test_a_part_of_the_methods_needs_no_other_file(write: Write) -> None:
     assert tune_cells(bench) == {}
 
 
+def test_a_part_of_the_partitions_needs_no_other_numbers(write: Write) -> None:
+    text = "[grid]\nmethods = ['fedmitr']\npartition = ['dirichlet', 'classes-per-client', 'iid']\nalpha = [0.1, 0.5]\n"
+    path = write(text + "classes = [2]\n")
+    part = read(path, {"grid.partition": ["dirichlet"]})
+    assert [skew.name for skew in part.skews] == ["Dirichlet 0.1", "Dirichlet 0.5"]
+    assert [skew.name for skew in read(path, {"grid.partition": ["iid"]}).skews] == ["IID"]
+    with pytest.raises(ConfigError, match=r"grid\.classes is for 'classes-per-client'"):
+        read(path, {"grid.partition": ["dirichlet"], "grid.classes": [3]})
+
+
 def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('seed = 5\nmethod = "fedavg"\nlocal.epochs = 4\npartition.alpha = 0.7\n')
     made = cells(read(write('base = "base.toml"\n[grid]\nmethods = ["fedmitr"]\n[settings]\nlocal.lr = 0.5')))

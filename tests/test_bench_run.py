@@ -408,6 +408,33 @@ def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told
     assert "strategy.eta = 0.01 (40.0), strategy.eta = 0.1 (60.0), strategy.eta = 1.0 (failed)" in text
 
 
+def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp_path: Path, made: Made) -> None:
+    grid = TUNED.replace('methods = ["', 'methods = ["fedavg", "')
+    path, flower = a_bench(tmp_path, grid), Federation({0.01: 40.0, 0.1: 60.0, 1.0: 20.0})
+    before = Store(tmp_path / "before")
+    running.run(read(path), before, flower)
+    write(before.path, before.path)
+    ran, fused = len(flower.ran), len(made.fused)
+    assert (ran, fused) == (8, 1)
+
+    known = load(before.path / "results.jsonl")
+    after = Store(tmp_path / "after")
+    assert running.run(read(path), after, flower, known).failed == 0
+    write(after.path, after.path)
+    assert (len(flower.ran), len(made.fused)) == (ran, fused)
+    assert load(after.path) == known
+    assert (after.path / "table.md").read_text() == (before.path / "table.md").read_text()
+
+    # another seed is made, by the choice that is known; so is a cell whose settings are others
+    more = Store(tmp_path / "more")
+    running.run(read(path, {"grid.seed": [0, 1]}), more, flower, known)
+    assert [(each.seed, each.strategy.eta) for each in flower.ran[ran:]] == [(1, 0.1)] * 2
+    assert len(made.fused) == fused + 1
+    other = Store(tmp_path / "other")
+    running.run(read(path, {"local.epochs": 2}), other, Federation({0.1: 60.0}), known)
+    assert len(made.fused) == fused + 2
+
+
 def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:
     spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
     flower = Federation({0.01: 50.0, 0.1: 50.0, 1.0: 50.0})

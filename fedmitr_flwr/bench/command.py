@@ -18,6 +18,7 @@ def bench(
     out: Path | None = None,
     table: Path | None = None,
     *,
+    known: Path | None = None,
     any_code: bool = False,
     verbose: bool = False,
 ) -> int:
@@ -28,11 +29,14 @@ def bench(
         words: settings and axes of the command line.
         out: the folder of the results; default: `bench-<name>` beside the run folders.
         table: a bench's folder, or its results.jsonl, that is there already; nothing is run.
+        known: results of an earlier bench, a folder or a results.jsonl, whose cells are not run again.
         any_code: keep what other versions of the code have made.
         verbose: let every run tell what it does.
     """
     if (file is None) == (table is None):
         raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")
+    if known is not None and file is None:
+        raise ConfigError("--known is for a bench file, whose finished cells it tells; give one, or leave it out")
     if table is not None:
         write(table, out or (table if table.is_dir() else table.parent))
         return 0
@@ -40,11 +44,12 @@ def bench(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Flower's processes are stopped in good order
     logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
     log.setLevel(logging.INFO)
-    return _run(file, words, out, any_code=any_code)
+    return _run(file, words, out, known, any_code=any_code)
 
 
-def _run(file: Path, words: Mapping[str, object], out: Path | None, *, any_code: bool) -> int:
+def _run(file: Path, words: Mapping[str, object], out: Path | None, known: Path | None, *, any_code: bool) -> int:
     from .flower import runner
+    from .results import load
     from .run import run
     from .spec import read
     from .store import Store
@@ -52,7 +57,8 @@ def _run(file: Path, words: Mapping[str, object], out: Path | None, *, any_code:
     spec = read(file, words)
     folder = (out or HOME / f"bench-{spec.name}").expanduser().absolute()
     log.info("bench folder: %s", folder)
-    tally = run(spec, Store(folder, any_code), runner(spec.client_gpus))
+    told = load(known.expanduser()) if known else None
+    tally = run(spec, Store(folder, any_code), runner(spec.client_gpus), told)
     write(folder, folder)
     if tally.failed:
         log.warning("%d of %d cells failed; see %s", tally.failed, tally.total, folder / "failed")

@@ -27,6 +27,8 @@ from ..report.run_folder import RunFolder
 from ..vit.build import initial_weights
 from .flower import Runner
 from .grid import TOLD, Cell, cells
+from .known import adopt, chosen_in
+from .results import Results
 from .spec import Bench
 from .store import Store
 from .tune import choose, tuning
@@ -49,25 +51,30 @@ class Tally:
     failed: int = 0
 
 
-def run(bench: Bench, store: Store, flower: Runner) -> Tally:
+def run(bench: Bench, store: Store, flower: Runner, known: Results | None = None) -> Tally:
     """Run all cells that are not finished, first those that settings are chosen by.
 
     Args:
         bench: the file.
         store: where results go.
         flower: runs a cell of Flower's own strategies.
+        known: results of an earlier bench, whose cells are not run again.
 
     Returns:
         How many there are and how many failed; tuning runs count.
     """
     trials = tuning(bench)
+    choices = dict(chosen_in(known, trials)) if known else {}
+    trials = {place: tried for place, tried in trials.items() if place not in choices}
     about = {"name": bench.name, "reference": bench.reference, "core": core()}
     first = [cell for tried in trials.values() for _, cell in tried]
-    untuned = cells(bench)
+    untuned = cells(bench, choices)
     store.write_manifest(about, [*first, *untuned])
     loop = _Loop(bench, store, flower, Tally(len(first) + len(untuned)))
     loop.run(first, untuned)
-    grid = cells(bench, choose(trials, store)) if trials else untuned
+    grid = cells(bench, {**choices, **choose(trials, store)}) if trials else untuned
+    if known:
+        adopt(known, grid, store)
     store.write_manifest(about, [*first, *grid])
     loop.run(grid)
     return loop.tally

@@ -22,6 +22,7 @@ STRATEGIES = (
 )
 CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
+_NUMBERS = {"alpha": "dirichlet", "classes": "classes-per-client"}  # the axis of a scheme
 _GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
 _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "datasets", "grid", "methods", "tune")
@@ -112,13 +113,16 @@ def read(path: Path, words: Flat | None = None) -> Bench:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the bench file {path}: {error}") from error
     try:
-        last = dict(words or {})
+        words = words or {}
+        last = dict(words)
         for name in _TABLES:
             own = {key.removeprefix(f"{name}."): last.pop(key) for key in list(last) if key.startswith(f"{name}.")}
             if own or name == "grid":
                 document[name] = {**as_table(document.get(name, {}), name), **own}
-        if "grid.methods" in (words or {}):  # a part of them: what the file says of the others is not needed
+        if "grid.methods" in words:  # a part of them: what the file says of the others is not needed
             _keep_only(document["grid"]["methods"], document, document.get("tune"))
+        if "grid.partition" in words:
+            _leave_out(document["grid"], words)
         return _bench(document, path, last)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -128,6 +132,13 @@ def _keep_only(labels: object, *tables: object) -> None:
     for table in tables:
         if isinstance(table, dict) and isinstance(table.get("methods"), dict) and isinstance(labels, list):
             table["methods"] = {label: told for label, told in table["methods"].items() if label in labels}
+
+
+def _leave_out(axes: dict[str, Any], words: Flat) -> None:
+    """The file's numbers of partitions that the command line has left out."""
+    for axis, scheme in _NUMBERS.items():
+        if f"grid.{axis}" not in words and isinstance(axes["partition"], list) and scheme not in axes["partition"]:
+            axes.pop(axis, None)
 
 
 def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
@@ -180,7 +191,7 @@ def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
     schemes = as_texts(axes.get("partition", ["dirichlet"]), f"{where}.partition")
     for scheme in schemes:
         require_one_of(scheme, SCHEMES, f"{where}.partition")
-    for axis, scheme in (("alpha", "dirichlet"), ("classes", "classes-per-client")):
+    for axis, scheme in _NUMBERS.items():
         if axis in axes and scheme not in schemes:
             raise ConfigError(
                 f"{where}.{axis} is for {scheme!r}, which is not in {where}.partition; add it or remove it"

@@ -9,6 +9,7 @@ from .store import Store
 Place = tuple[str, str, int]  # data set, label, rounds
 Trials = Mapping[Place, list[tuple[Flat, Cell]]]
 Choices = Mapping[Place, Mapping[str, object]]
+Plan = tuple[int, str, list[Flat]]  # the seed, where, and what is tried in turn
 
 
 def tuning(bench: Bench) -> Trials:
@@ -33,7 +34,13 @@ def _choice(tried: list[tuple[Flat, Cell]], store: Store) -> dict[str, object]:
         accuracies.append(None if result is None else float(result["accuracy"]["student"]))
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     chosen = dict(tried[accuracies.index(max(known))][0]) if known else {}
-    listed = [{**flat, "accuracy": accuracy} for (flat, _), accuracy in zip(tried, accuracies, strict=True)]
+    seed, where, settings = planned(tried)
+    listed = [{**flat, "accuracy": accuracy} for flat, accuracy in zip(settings, accuracies, strict=True)]
+    return {"chosen": chosen, "tried": listed, "seed": seed, "on": where}
+
+
+def planned(tried: list[tuple[Flat, Cell]]) -> Plan:
+    """What is to be tried, and on what: equal for equal trials."""
     cell = tried[0][1]
     where = f"{cell.data}, {cell.skew.name}, K {cell.clients}, validation images"
-    return {"chosen": chosen, "tried": listed, "seed": cell.seed, "on": where}
+    return cell.seed, where, [flat for flat, _ in tried]

@@ -1,0 +1,50 @@
+"""Go on from results that were made elsewhere: their cells are finished, and what was chosen there is chosen.
+
+A committed results.jsonl holds no uploads and no code; who names it vouches for the code that made it, which every
+result, and so the table, still names.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..files import write_text
+from .grid import Cell
+from .results import Results
+from .spec import Flat
+from .store import Store
+from .tune import Choices, Place, Plan, Trials, planned
+
+_CHANGES = ("tuned", "tuning")  # of a cell's facts: not its place in the grid
+
+
+def chosen_in(known: Results, trials: Trials) -> Choices:
+    """The choices that these results already tell, if the same settings were tried, on the same seed."""
+    choices: dict[Place, Mapping[str, object]] = {}
+    for entry in known.entries:
+        about, tuned = entry["bench"], entry["bench"]["tuned"]
+        place = about["data"], about["label"], about["rounds"]
+        if tuned and tuned["chosen"] and place in trials and _tried(tuned) == planned(trials[place]):
+            choices[place] = tuned
+    return choices
+
+
+def _tried(tuned: Mapping[str, Any]) -> Plan:
+    settings: list[Flat] = [{key: value for key, value in one.items() if key != "accuracy"} for one in tuned["tried"]]
+    return tuned["seed"], tuned["on"], settings
+
+
+def adopt(known: Results, grid: Iterable[Cell], store: Store) -> None:
+    """Put each result into the folder of its cell, unless it has one: equal in place and all settings."""
+    by_place = {_place(entry["bench"]): entry for entry in known.entries}
+    for cell in grid:
+        entry = by_place.get(_place(cell.facts))
+        if entry and cell.is_of(entry["config"]) and store.result(cell) is None:
+            result = {key: value for key, value in entry.items() if key != "bench"}
+            folder = store.place(cell)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _place(facts: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple(value for key, value in sorted(facts.items()) if key not in _CHANGES)
