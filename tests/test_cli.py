@@ -248,10 +248,11 @@ def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return 1
 
     monkeypatch.setitem(sys.modules, "fedmitr_flwr.bench.command", SimpleNamespace(bench=bench))
-    words = ["bench", "file.toml", "grid.seed=[1, 2]", "--out", str(tmp_path), "local.epochs=3", "--any-code", "--known", "r.jsonl"]
-    assert main(words) == 1
+    words = ["bench", "file.toml", "grid.seed=[1, 2]", "--out", str(tmp_path), "local.epochs=3", "--any-code"]
+    assert main([*words, "--known", "r.jsonl"]) == 1
     settings = {"grid.seed": [1, 2], "local.epochs": 3}
-    assert asked == [(Path("file.toml"), settings, tmp_path, None, {"known": Path("r.jsonl"), "any_code": True, "verbose": False})]
+    switches = {"known": Path("r.jsonl"), "any_code": True, "verbose": False}
+    assert asked == [(Path("file.toml"), settings, tmp_path, None, switches)]
 
 
 @pytest.mark.parametrize(
