@@ -1,19 +1,17 @@
 """Rewrite the results in README.md and docs/ from committed files, so that no number is typed by hand.
 
-    python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->,
-                                          and so on for speed and routing
+    python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->, and so on
     python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
 The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py or seeds.py),
 `<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
 benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/ablation.md are
-ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md bench/*.jsonl, files that
-`fedmitr bench` has written.
+ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md bench/*/results.jsonl, files that
+`fedmitr bench` has written; of one of them are the rivals of README.md.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +19,11 @@ from statistics import mean
 from typing import Any
 
 import ablation
+import benches
 from security import document as security
 from speed import document, routes
 
 from fedmitr_flwr.bench.markup import origin, spread, table
-from fedmitr_flwr.bench.results import load
-from fedmitr_flwr.bench.table import markdown
 from fedmitr_flwr.report.words import data_set, measure, model, skew
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,13 +168,6 @@ def block(results: Path) -> str:
     return "\n\n".join("\n".join(section) for section in sections) or NOTHING
 
 
-def bench(results: Path) -> str:
-    """The Markdown of all benches."""
-    texts = [markdown(load(path)).rstrip() for path in sorted(results.glob("*.jsonl"))]
-    # A bench's own title is a document's: here it stands one level lower.
-    return "\n\n".join(re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE) for text in texts) or NOTHING
-
-
 def renewed(path: Path, blocks: Mapping[str, str]) -> tuple[str, str]:
     """A document's text as it is, and with each block between the two marks of its name."""
     old = new = path.read_text(encoding="utf-8")
@@ -208,7 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         texts = {
-            options.readme: renewed(options.readme, {"results": block(options.results)}),
+            options.readme: renewed(
+                options.readme,
+                {"rivals": benches.headline(options.results / "bench"), "results": block(options.results)},
+            ),
             options.performance: renewed(
                 options.performance,
                 {
@@ -224,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 },
             ),
             options.ablation: renewed(options.ablation, {"ablation": ablation.block(options.results / "ablation")}),
-            options.benchmark: renewed(options.benchmark, {"bench": bench(options.results / "bench")}),
+            options.benchmark: renewed(options.benchmark, {"bench": benches.block(options.results / "bench")}),
         }
     except (OSError, ValueError) as error:  # UserError, of a bench's file, is a ValueError
         print(f"table: error: {error}", file=sys.stderr)

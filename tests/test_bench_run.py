@@ -62,12 +62,13 @@ distill.passes = 1
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """`fedmitr bench` sets levels and a signal handler for its process."""
-    before = signal.getsignal(signal.SIGTERM)
+    """`fedmitr bench` sets levels and signal handlers for its process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     loggers = [logging.getLogger(name) for name in ("fedmitr", "fedmitr.bench")]
     levels = [logger.level for logger in loggers]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 
@@ -464,6 +465,21 @@ def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: py
 def start(bench: Path, out: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "fedmitr_flwr", "bench", str(bench), "--out", str(out)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_in_the_background_can_be_stopped(tmp_path: Path, number: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does; the process inherits it
+    try:
+        process = start(a_bench(tmp_path, GRID), tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stderr is not None
+    assert "bench folder" in process.stderr.readline()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith("fedmitr: interrupted\n")
 
 
 @pytest.mark.slow

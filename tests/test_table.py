@@ -45,7 +45,7 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    marks = {"README.md": ["results"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
+    marks = {"README.md": ["results", "rivals"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
     marks["ablation.md"] = ["ablation"]
     marks["security.md"] = ["hostile", "privacy"]
     for name, blocks in marks.items():
@@ -79,7 +79,7 @@ def test_a_study_becomes_a_table(folder: Path) -> None:
     assert run(folder) == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- results -->\n\n### digits, Dirichlet 0.3, 5 clients, small ViT, 8 px\n")
-    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "<!-- /results -->\nafter\n" in text
     assert "old" not in text
     assert "| 25.0 ± 0.0 (3) | 40.0 ± 0.0 (3) |\n" in text  # the uploads' own, once for each seed
     # 10, 14 and 24 points over FedAvg; 62.5, 67.5 and 80 % of the ensemble: mean 70, √(56.25 + 6.25 + 100) / √2 = 9.01
@@ -217,7 +217,7 @@ def test_speeds_become_a_table(folder: Path) -> None:
     assert "Command: `python benchmarks/inversion_speed.py --teachers 2`" in text
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert readme == "before\n<!-- results -->\n\nNo results are committed yet.\n\n<!-- /results -->\nafter\n"
+    assert readme.startswith("before\n<!-- results -->\n\nNo results are committed yet.\n\n<!-- /results -->\nafter\n")
 
 
 def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Path) -> None:
@@ -318,12 +318,27 @@ def test_an_ablation_changes_something_in_every_line() -> None:
         assert all(changed[key] != value for key, value in defaults.to_flat().items() if key in changes), changes
 
 
-def test_a_bench_becomes_a_section_of_its_document(folder: Path) -> None:
+def test_a_bench_becomes_a_section_of_its_document_with_its_pictures(folder: Path) -> None:
     made = bench_fakes.results([bench_fakes.an_entry("fedmitr", 50.0), bench_fakes.an_entry("lda", 60.0)])
-    save(made, folder / "results" / "bench" / "fakes.jsonl")
+    bench = folder / "results" / "bench" / "cpu"
+    (bench / "figures").mkdir(parents=True)
+    save(made, bench / "results.jsonl")
+    for name in ("digits-K4-bytes", "digits-K4-recall-iid"):
+        (bench / "figures" / f"{name}.png").touch()
     assert run(folder) == 0
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     assert "<!-- bench -->\n\n### fakes\n\n#### digits, 4 clients, small ViT, 8 px\n" in text
     assert "| `lda` | **60.0 (1)** |" in text
-    (folder / "results" / "bench" / "other.jsonl").write_text("{}")
+    path = "benchmarks/results/bench/cpu/figures/digits-K4"
+    assert text.index(f"![cpu: digits K4 bytes](../{path}-bytes.png)") < text.index(f"(../{path}-recall-iid.png)")
+
+    readme = (folder / "README.md").read_text(encoding="utf-8").partition("<!-- rivals -->")[2]
+    assert "| `lda` | **60.0 (1)** |" in readme
+    assert re.findall(r"!\[.*?\]\((.*?)\)", readme) == [f"{path}-bytes.png"]
+    assert "fedmitr bench configs/bench/cpu.toml" in readme
+    assert "Recall of the worst class" in text
+    assert "Recall of the worst class" not in readme
+
+    (folder / "results" / "bench" / "other").mkdir()
+    (folder / "results" / "bench" / "other" / "results.jsonl").write_text("{}")
     assert run(folder) == 2

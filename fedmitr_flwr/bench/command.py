@@ -41,7 +41,8 @@ def bench(
         write(table, out or (table if table.is_dir() else table.parent))
         return 0
     assert file is not None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Flower's processes are stopped in good order
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)  # Flower's processes are stopped in good order
     logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
     log.setLevel(logging.INFO)
     return _run(file, words, out, known, any_code=any_code)

@@ -37,7 +37,7 @@ def markdown(results: Results) -> str:
         lines += [
             f"### {title(own[0])}",
             "",
-            *_accuracy(own, results.reference),
+            *accuracy(own, results.reference),
             "",
             *_worst(own),
             "",
@@ -52,7 +52,8 @@ def title(row: Row) -> str:
     return f"{row.place.data}, {row.place.clients} clients, {model(row.entries[0]['config'])}"
 
 
-def _accuracy(found: Sequence[Row], reference: str) -> list[str]:
+def accuracy(found: Sequence[Row], reference: str) -> list[str]:
+    """The table of accuracies, methods by place, with what its marks mean."""
     columns = places(found)
     best = {place: max(_in_race(found, place), key=lambda row: row.accuracy.mean, default=None) for place in columns}
     against = {place: reference_of(found, place, reference) for place in columns}
