@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.competence import competence, estimate, evidence
+from fedmitr_flwr.vit.competence import competence, estimate, evidence, tells_apart
 
 CLASSES = 6
 
@@ -57,6 +57,28 @@ def test_by_hand() -> None:
     torch.testing.assert_close(weights, torch.tensor([[sure, 1 - sure], [1 - sure, sure]]))
     plain = 0.5 + rho.item() * (0.95 / (0.95 + 0.55) - 0.5)
     assert estimate(answers, torch.tensor([30.0, 30.0]), targets, sharpness=1)[0, 0].item() == pytest.approx(plain)
+
+
+def test_what_a_teacher_says_of_other_images_too_is_no_knowledge_by_hand() -> None:
+    """0.8 of its images and 0.6 of others: 0.2 / (0.3 · 0.8); 1 of all images: nothing; 0.8 and 0.5: enough."""
+    says = torch.tensor([[[0.8, 0.2]] * 2 + [[0.6, 0.4]] * 2, [[1.0, 0.0]] * 4, [[0.8, 0.2]] * 2 + [[0.5, 0.5]] * 2])
+    found = tells_apart(says, torch.tensor([[0.8, 0.4], [1.0, 0.0], [0.8, 0.5]]), torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(found, torch.tensor([[0.2 / 0.24, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_a_client_of_one_class_does_not_hide_all_others() -> None:
+    """It says its class of everything; those that tell classes apart know no more of its class than half the truth."""
+    targets = torch.arange(400) % 4
+    truth = torch.eye(4)[targets]
+    one = torch.eye(4)[torch.zeros(400, dtype=torch.long)]
+    other = 0.1 * truth + 0.9 * (truth * torch.tensor([0.5, 1, 1, 1]) + torch.tensor([0.0, 0.2, 0.2, 0.2]))
+    answers = torch.stack([one, *[other / other.sum(1, keepdim=True)] * 3])
+    sizes = torch.tensor([100.0, 100.0, 100.0, 100.0])
+    weights = estimate(answers, sizes, targets)
+    assert weights[0, 0] <= 0.25
+    assert right(weights, answers, targets) == 400
+    alone = torch.tensor([[1.0, 0, 0, 0], *[[0.0, 1 / 3, 1 / 3, 1 / 3]] * 3])
+    assert right(alone, answers, targets) == 100
 
 
 def test_size_counts_between_teachers_of_equal_competence() -> None:

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 SHARPNESS = 3.0  # γ; 2 to 4 are alike on the development seeds, below that teachers that do not know a class count
+TELLS = 0.3  # of its competence: what a teacher must say less of other images; 0.05 to 0.5 are alike
 SHARES = 20  # mixtures that are tried between the weights by size and the most that the evidence allows
 
 
 def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor, sharpness: float = SHARPNESS) -> Tensor:
     """The weight (K, Y) of each teacher for each class; each column sums to 1.
 
-    w_ky = (1 - λ) n_k / Σ_j n_j + λ n_k r_ky^γ / Σ_j n_j r_jy^γ, with r_ky the teacher's `competence`. λ is the largest
-    share up to the `evidence` ρ with which the mixture Σ_k w_ky p_k(y|x) gets no fewer images right than by size:
-    a hard test while the images are those of the ensemble weighted by size, which they favour.
+    w_ky = (1 - λ) n_k / Σ_j n_j + λ n_k c_ky^γ / Σ_j n_j c_jy^γ, with c_ky the teacher's `competence` r_ky, less where
+    it does not tell the class from others (`tells_apart`). λ is the largest share up to the `evidence` ρ with which the
+    mixture Σ_k w_ky p_k(y|x) gets no fewer images right than by size: a hard test while the images are those of the
+    ensemble weighted by size, which they favour.
 
     Equal teachers, an empty pool and classes without an image are weighted by size.
 
@@ -30,8 +32,9 @@ def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor, shar
     by_size_KY = shares_K1.expand(-1, answers_KMY.shape[2])
     images_Y = torch.bincount(targets_M, minlength=answers_KMY.shape[2])
     competence_KY = competence(answers_KMY, shares_K1, targets_M)
-    best_Y = competence_KY.max(0).values
-    sharp_KY = shares_K1 * (competence_KY / best_Y.clamp_min(1e-30)) ** sharpness
+    knows_KY = competence_KY * tells_apart(answers_KMY, competence_KY, targets_M)
+    best_Y = knows_KY.max(0).values
+    sharp_KY = shares_K1 * (knows_KY / best_Y.clamp_min(1e-30)) ** sharpness
     by_competence_KY = torch.where(best_Y > 0, sharp_KY / sharp_KY.sum(0).clamp_min(1e-30), by_size_KY)
     limit = evidence(competence_KY, shares_K1, images_Y)
     share = limit * _harmless(answers_KMY, by_size_KY, torch.lerp(by_size_KY, by_competence_KY, limit), targets_M)
@@ -49,6 +52,19 @@ def competence(probabilities_KMY: Tensor, shares_K1: Tensor, targets_M: Tensor) 
     total_KY = torch.zeros_like(shares_K1 * images_Y).index_add_(1, targets_M, sure_KM)
     mean_Y = (shares_K1 * total_KY).sum(0) / images_Y.clamp_min(1)
     return (total_KY + mean_Y) / (images_Y + 1)
+
+
+def tells_apart(probabilities_KMY: Tensor, competence_KY: Tensor, targets_M: Tensor) -> Tensor:
+    """In 0..1, (K, Y): 0 for a teacher that says y of all images alike, 1 where it says it `TELLS` less of the others.
+
+    A client of one class is sure of it whatever it sees. By competence alone it would have the class to itself, and the
+    ensemble would see that class everywhere (docs/adr/0009).
+    """
+    images_Y = torch.bincount(targets_M, minlength=probabilities_KMY.shape[2])
+    own_KM = probabilities_KMY[:, torch.arange(len(targets_M), device=targets_M.device), targets_M]
+    own_KY = torch.zeros_like(competence_KY).index_add_(1, targets_M, own_KM)
+    elsewhere_KY = (probabilities_KMY.sum(1) - own_KY) / (len(targets_M) - images_Y).clamp_min(1)
+    return ((competence_KY - elsewhere_KY) / (TELLS * competence_KY).clamp_min(1e-30)).clamp(0, 1)
 
 
 def evidence(competence_KY: Tensor, shares_K1: Tensor, images_Y: Tensor) -> Tensor:
