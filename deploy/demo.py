@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ _FOLDER = b"flower_run: run folder: "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return what the run returned: 0 if it completed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # everything is stopped in good order
     options = _parse(argv)
     names, started, folder = SITES[: options.clients], time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="fedmitr-demo-") as scratch:

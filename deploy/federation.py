@@ -135,10 +135,14 @@ class Federation:
         return self.folder / f"{who}.log"
 
     def run(self, *words: str | Path, **more: Any) -> subprocess.Popen[Any]:
-        """Submit the app, as a process whose output is the run's log and whose status is 0 if the run completed."""
+        """Submit the app, as a process whose output is the run's log and whose status is 0 if the run completed.
+
+        It has a session of its own, as all that is started here: what is left of it ends with the federation.
+        """
         command = [sys.executable, ROOT / "scripts/flower_run.py", "--superlink", NAME, *words]
         self._print(["python", "scripts/flower_run.py", *command[2:]])
-        return subprocess.Popen([str(word) for word in command], env=self.environment("operator"), **more)
+        words = [str(word) for word in command]
+        return subprocess.Popen(words, env=self.environment("operator"), start_new_session=True, **more)
 
     def processes(self, title: str = "", who: str = "") -> list[int]:
         """Ids of our processes whose command line holds `title`: everybody's, or only one's (by its FLWR_HOME)."""

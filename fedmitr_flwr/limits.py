@@ -1,5 +1,7 @@
 """Limits of settings, checked by name: the base of every section."""
 
+import math
+
 from .errors import ConfigError
 
 SEPARATOR = "|"  # of names in one setting: names of classes hold commas
@@ -44,3 +46,8 @@ class Section:
         good = all(found) and len(set(found)) == len(found)
         check(self._key(name), value, good, "different names, separated by |, such as 'cat | dog'")
         return found
+
+
+def needed(quorum: float, clients: int) -> int:
+    """How many of so many clients a quorum asks for; a product like 0.56 * 25 = 14.000000000000002 is 14."""
+    return max(1, math.ceil(round(quorum * clients, 6)))

@@ -219,7 +219,7 @@ class InversionConfig(Section):
 class RelabelConfig(Section):
     section = "relabel"
     mode: str = "tokens"  # none | drop | tokens (R1) | complement (R2)
-    temperature: float = 1.0  # of the ensemble's soft labels for low-density patches
+    temperature: float = 1.0  # soft = kl: of the ensemble's soft labels for low-density patches
 
     def __post_init__(self) -> None:
         self._one_of("mode", "none", "drop", "tokens", "complement")

@@ -40,6 +40,7 @@ PATHS = {
     "out-dir": (),
     "resume-from": (),
     "data.path": (),
+    "feddf.path": (),
     "model.weights": ("none", "timm"),
     "distill.pretrained": ("timm",),
 }

@@ -32,8 +32,9 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str) -> None:
         processes: each the first of a session of its own.
         mark: what MARK is in their environment.
     """
-    # Some of Ray's processes overwrite their environment with a title; their session tells whose they are.
-    sessions = {_session(pid) for pid in marked(mark)} - {0} | {process.pid for process in processes}
+    # Some of Ray's processes overwrite their environment with a title; their session tells whose they are. Ours, with
+    # the terminal that we run in, is never theirs.
+    sessions = {_session(pid) for pid in marked(mark)} - {0, os.getsid(0)} | {process.pid for process in processes}
     for process in processes:
         process.terminate()
         try:

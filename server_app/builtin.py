@@ -124,11 +124,14 @@ def _size(message: Message) -> int:
 
 
 class _CountingGrid(ObservedGrid):
-    """With a hook on every message that is sent, too."""
+    """With a hook on every message that is sent, too; a strategy sees no node that is none of the clients."""
 
     def __init__(self, on_message: Callable[[Message], None], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_message = on_message
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in super().get_node_ids() if node in self.clients]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         kept = list(messages)
@@ -199,9 +202,9 @@ class _Session:
         result = report.build(
             config=self.config,
             device=str(self.device),
-            bytes_up=list(self.bytes_up.values()),
-            bytes_down=list(self.bytes_down.values()),
-            client_seconds=list(self.client_seconds.values()),
+            bytes_up=self._by_client(self.bytes_up),
+            bytes_down=self._by_client(self.bytes_down),
+            client_seconds=self._by_client(self.client_seconds),
             server_seconds=self.stopwatch.seconds.get("aggregation", 0.0),
             peak_memory=peak_memory(self.device),
             seconds={"rounds": time.monotonic() - self.started, **self.stopwatch.seconds},
@@ -211,6 +214,10 @@ class _Session:
         result["method"] = self.config.flower.strategy
         self.folder.write_result(result)
         return report.accuracy_table(result)
+
+    def _by_client(self, counted: Mapping[int, Any]) -> list[Any]:
+        """None for a client that was not there."""
+        return [counted.get(client) for client in range(self.clients.number)]
 
     def _scores(self, flower_result: Result) -> dict[str, Any]:
         if self.last is not None:

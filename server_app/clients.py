@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
 from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.limits import SEPARATOR
+from fedmitr_flwr.limits import SEPARATOR, needed
 from fedmitr_flwr.releases import FLWR, too_old
 from fedmitr_flwr.sections import OWN
 
@@ -204,7 +204,7 @@ def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int],
         )
     if len(here) == clients.number:
         return True
-    enough = clients.nodes and len(here) >= flower.quorum * clients.number
+    enough = clients.nodes and len(here) >= needed(flower.quorum, clients.number)
     if late and enough:
         log.warning("going on with %d of %d clients, as flower.quorum allows", len(here), clients.number)
     return bool(late and enough)

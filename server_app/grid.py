@@ -11,6 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.limits import needed
 
 log = getLogger("flwr")
 
@@ -157,7 +158,7 @@ class ObservedGrid(Grid):
         for number in sorted(set(waiting.values()) - set(answers)):
             log.warning("%s did not reply in time", self.name_of(questions[number].metadata.dst_node_id))
         good = sum(reply.has_content() for reply in answers.values())
-        if good < self.quorum * len(questions):
+        if questions and self.quorum and good < needed(self.quorum, len(questions)):
             raise RunError(f"{good} of {len(questions)} clients replied well, fewer than flower.quorum = {self.quorum}")
         return [answers[number] for number in sorted(answers)]
 

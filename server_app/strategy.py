@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation
+from fedmitr_flwr.limits import needed
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.upload import Weights, size
 
@@ -118,8 +119,12 @@ class OneShot(Strategy):
         if self.config.evaluate.where != "clients":
             return None
         evaluations = [found for reply in replies if reply.has_content() and (found := self._evaluation(reply))]
-        if not evaluations:
-            raise RunError("no client evaluated the model, and evaluate.where = 'clients'; see the failures above")
+        wanted = needed(self.config.flower.quorum, self.config.partition.clients)
+        if len(evaluations) < wanted:
+            raise RunError(
+                f"{len(evaluations)} clients evaluated the model, flower.quorum asks for {wanted}; see the failures "
+                f"above, and run with resume-from = '{self.folder.root}' to ask them again"
+            )
         self.result = pipeline.conclude_on_clients(self.folder, evaluations)
         return MetricRecord({"accuracy": self.result["accuracy"]["student"], "clients": len(evaluations)})
 

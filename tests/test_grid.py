@@ -13,6 +13,8 @@ from local_grid import LocalGrid, task_identity
 from client_app.app import app as client_app
 from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.limits import needed
+from server_app.builtin import _CountingGrid
 from server_app.clients import meet
 from server_app.grid import ObservedGrid
 
@@ -155,6 +157,17 @@ def test_the_quorum_of_one_question() -> None:
     assert len(ObservedGrid(local, poll=0.01, quorum=0.75).send_and_receive(questions(local), timeout=0.1)) == 3
     with pytest.raises(RunError, match=r"3 of 4 clients .* flower.quorum = 0.8"):
         ObservedGrid(local, poll=0.01, quorum=0.8).send_and_receive(questions(local), timeout=0.1)
+
+
+def test_a_quorum_is_not_raised_by_floating_point() -> None:
+    """0.56 * 25 is 14.000000000000002 in binary."""
+    assert [needed(0.56, 25), needed(0.28, 50), needed(0.5, 5), needed(0.01, 3), needed(1.0, 7)] == [14, 14, 3, 1, 7]
+
+
+def test_a_strategy_of_flower_s_sees_the_clients_only() -> None:
+    local = LocalGrid(echo(), 3)
+    grid = _CountingGrid(lambda _: None, local, None, {local.node(0): 0, local.node(2): 1})
+    assert set(grid.get_node_ids()) == {local.node(0), local.node(2)}
 
 
 def test_meeting_maps_random_nodes_to_clients() -> None:

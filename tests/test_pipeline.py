@@ -552,7 +552,7 @@ def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
 
 
 def test_an_ensemble_has_no_model_to_send_to_the_clients(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"'ensemble' makes no single model to evaluate; use evaluate\.where = 'server'"):
+    with pytest.raises(ConfigError, match=r"'ensemble' makes no single model .*; use evaluate\.where = 'server'"):
         a_run(tmp_path, method="ensemble", **{"evaluate.where": "clients"})
 
 

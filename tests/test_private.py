@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,13 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """No noise."""
     monkeypatch.setattr(private, "noise_for", lambda *_: 0.0)
     monkeypatch.setattr(private, "epsilon_of", lambda *_: math.inf)
+
+
+@needs_opacus
+def test_a_delta_that_promises_nothing_is_refused_before_training(tiny: DataSet) -> None:
+    config = replace(whispering(), privacy=replace(whispering().privacy, delta=0.1))
+    with pytest.raises(ConfigError, match=rf"promises nothing to one of {len(tiny.train)} images; use less than 1 / "):
+        trained(config, tiny.train)
 
 
 @needs_opacus

@@ -317,9 +317,12 @@ def test_clients_are_not_asked_to_evaluate_otherwise(federate: Federate) -> None
     assert not grid.clients_asked("evaluate")
 
 
-def test_clients_cannot_evaluate_an_ensemble(federate: Federate) -> None:
-    changes = {"evaluate.where": "clients", "method": "ensemble"}
-    federate(LocalGrid(client_app, 2), fails="no single model", **changes)
+def test_one_evaluation_of_two_is_no_quorum(federate: Federate) -> None:
+    def unable(reply: Message, client: int) -> list[Message]:
+        return failed(reply) if client and reply.metadata.message_type == "evaluate" else [reply]
+
+    changes = {"evaluate.where": "clients", "evaluate.holdout": 0.3}
+    federate(LocalGrid(client_app, 2, tamper=unable), fails="1 clients evaluated the model", **changes)
 
 
 def test_no_client_that_can_evaluate_is_a_failure(federate: Federate) -> None:
@@ -327,7 +330,11 @@ def test_no_client_that_can_evaluate_is_a_failure(federate: Federate) -> None:
         return failed(reply) if reply.metadata.message_type == "evaluate" else [reply]
 
     changes = {"evaluate.where": "clients", "evaluate.holdout": 0.3}
-    federate(LocalGrid(client_app, 2, tamper=unable), fails="no client evaluated the model", **changes)
+    federate(
+        LocalGrid(client_app, 2, tamper=unable),
+        fails="0 clients evaluated the model, flower.quorum asks for 2",
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("by_position", [False, True])
@@ -442,6 +449,20 @@ def test_bad_settings_fail_before_any_client_is_asked(settings: dict[str, Any], 
         server_app(grid, server_context(TINY | settings))
     assert message in str(caught.value)
     assert not grid.asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "krum"}, "krum.hostile = 1 needs 4 uploads, not 3"),  # the default of partition.clients is 5
+        ({"method": "ensemble", "evaluate.where": "clients"}, "no single model"),
+    ],
+)
+def test_a_method_is_checked_with_the_clients_that_there_are(settings: dict[str, Any], message: str) -> None:
+    grid = LocalGrid(client_app, 3)
+    with task_identity(), pytest.raises(ConfigError, match=message):
+        server_app(grid, server_context(TINY | settings))
+    assert not grid.clients_asked("train")
 
 
 def test_an_upload_that_cannot_be_written_is_held_until_it_can(

@@ -38,6 +38,7 @@ def bench(
     if known is not None and file is None:
         raise ConfigError("--known is for a bench file, whose finished cells it tells; give one, or leave it out")
     if table is not None:
+        table = table.expanduser()
         write(table, out or (table if table.is_dir() else table.parent))
         return 0
     assert file is not None

@@ -1,7 +1,17 @@
 """All teachers kept and asked together: not one model, but the line to which a distilled student is compared."""
 
+from ..config import Config
+from ..errors import ConfigError
 from ..inversion.scout import scouted_ensemble
 from .contract import Fused, Job
+
+
+def check(config: Config) -> None:
+    """Clients can evaluate one model, but not K that they must not see."""
+    if config.evaluate.where == "clients":
+        raise ConfigError(
+            "method = 'ensemble' makes no single model for clients to evaluate; use evaluate.where = 'server'"
+        )
 
 
 def fuse(job: Job) -> Fused:

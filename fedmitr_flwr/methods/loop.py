@@ -74,7 +74,8 @@ def plain(config: Config) -> Config:
     T is `rival.temperature`, and the ensemble teaches what it decides. Nothing is relabelled; patch tokens and
     pseudo-labels have no weight.
     """
-    forced: dict[str, object] = {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
+    forced: dict[str, object] = {"inversion.mode": "dense"}  # `pri` makes fewer targets of as many images
+    forced |= {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
     forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
     forced |= {"ensemble.teach": config.ensemble.combine}

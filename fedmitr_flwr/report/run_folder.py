@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import DiskError, RunError
 from ..files import save_tensors, write_text
+from ..limits import needed
 from ..training.upload import Upload, load, narrowed, save
 
 log = logging.getLogger("fedmitr")
@@ -201,10 +202,9 @@ class RunFolder:
         """
         clients = self.config.partition.clients
         missing = self.missing(clients)
-        needed = max(1, math.ceil(round(quorum * clients, 6)))
-        if clients - len(missing) < needed:
+        if clients - len(missing) < (wanted := needed(quorum, clients)):
             raise RunError(
-                f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {needed} are needed; "
+                f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {wanted} are needed; "
                 f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(self.config.flower.label, missing))}; "
                 f"run with resume-from = '{self.root}' to ask only them, or lower flower.quorum"
             )

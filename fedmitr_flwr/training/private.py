@@ -60,12 +60,17 @@ def train_privately(
         images: the client's own.
         config: `privacy` says how much may be spent.
         rng: of the augmentation.
-        secret: of the noise and of the choice of images. Whoever can repeat it can take the noise away again.
+        secret: of the noise and of the choice of images, on the CPU. Whoever can repeat it can take the noise away.
         device: where to train.
         prox_mu: FedProx's μ.
     """
     require_opacus(config)
     local, privacy = config.local, config.privacy
+    if privacy.delta * len(images) >= 1:
+        raise ConfigError(
+            f"privacy.delta = {privacy.delta:g} promises nothing to one of {len(images)} images; "
+            f"use less than 1 / {len(images)}"
+        )
     vit.to(device).train()
     expected = min(local.batch_size, len(images))
     batches = -(-len(images) // expected)
@@ -92,8 +97,6 @@ def train_privately(
     vit.eval()
     spent = epsilon_of(noise, rate, steps, privacy.delta)
     log.info("private training: ε = %.3f at δ = %g, %d steps with noise %.3f", spent, privacy.delta, steps, noise)
-    if privacy.delta * len(images) >= 1:
-        log.warning("privacy.delta = %g promises nothing to one of %d images; lower it", privacy.delta, len(images))
     return spent
 
 
@@ -135,6 +138,9 @@ def _mechanism(vit: VisionTransformer, noise: float, clip: float, expected: int,
     """Clipping and noise of opacus for all weights; the optimizer it asks for names them, and never steps."""
     from opacus.optimizers import DPOptimizer
 
+    device = next(vit.parameters()).device
+    if device.type != "cpu":  # the noise is drawn where the weights are: by a generator there, of the same secret
+        secret = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, (1,), generator=secret)))
     return DPOptimizer(
         torch.optim.SGD(vit.parameters()),
         noise_multiplier=noise,
