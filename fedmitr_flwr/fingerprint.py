@@ -23,6 +23,17 @@ def core() -> str:
     return _of_folder(Path(__file__).parent, _ABOUT_RESULTS)
 
 
+@cache
+def of_flower() -> str:
+    """`core` with the two apps, which have the values that Flower's strategies get where no setting says otherwise."""
+    return _with_apps(core(), Path(__file__).parents[1])
+
+
+def _with_apps(code: str, beside: Path) -> str:
+    parts = [code, *(_of_folder(beside / app) for app in ("server_app", "client_app"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
 def _of_folder(root: Path, without: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):

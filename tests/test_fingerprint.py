@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.fingerprint import _ABOUT_RESULTS, _of_folder, core, fingerprint
+from fedmitr_flwr.fingerprint import _ABOUT_RESULTS, _of_folder, _with_apps, core, fingerprint, of_flower
 
 PACKAGE = Path(__file__).parent.parent / "fedmitr_flwr"
 
@@ -82,3 +82,11 @@ def test_the_core_is_what_can_change_a_number(copy: Path, changed: str, counts: 
     assert (_of_folder(copy, _ABOUT_RESULTS) != before[0]) == counts
     assert _of_folder(copy) != before[1]
     assert core() != fingerprint()
+
+
+def test_flower_s_strategies_depend_on_the_apps_too(tmp_path: Path) -> None:
+    for app in ("server_app", "client_app"):
+        shutil.copytree(PACKAGE.parent / app, tmp_path / app, ignore=shutil.ignore_patterns("__pycache__"))
+    assert _with_apps(core(), tmp_path) == of_flower() != core()
+    (tmp_path / "server_app" / "builtin.py").write_text("")
+    assert _with_apps(core(), tmp_path) != of_flower()

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import RunError
 from ..files import write_text
-from ..fingerprint import core
+from ..fingerprint import core, of_flower
 from .grid import Cell
 
 MANIFEST = "bench.json"
@@ -52,7 +52,8 @@ class Store:
         return self.uploads(cell) / "fused" / cell.folder
 
     def _group(self, kind: str, cell: Cell) -> Path:
-        own = self.path / kind / f"{cell.group}.{core()[:8]}"
+        code = of_flower() if kind == "flower" else core()
+        own = self.path / kind / f"{cell.group}.{code[:8]}"
         if self.any_code and not own.exists():
             others = sorted(own.parent.glob(f"{cell.group}.*"), key=lambda path: path.stat().st_mtime)
             return others[-1] if others else own
