@@ -245,7 +245,7 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
 
 
 def _free_name(config: Config) -> str:
-    return f"{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{config.method}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedmitr_flwr.compute import return_memory
-from fedmitr_flwr.errors import DiskError, UploadError, UserError
+from fedmitr_flwr.errors import DiskError, RunError, UploadError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.statistics import moments
@@ -85,15 +85,12 @@ class Intake:
 
     def _accept(self, upload: Upload) -> None:
         path = _however_long(f"client {upload.client}", lambda: self.folder.save_upload(upload))
-        self.folder.log_metrics(
-            stage="upload",
-            client=upload.client,
-            bytes=upload.num_bytes,
-            images=upload.num_examples,
-            loss=upload.train_loss,
-            seconds=upload.seconds,
-            epsilon=upload.epsilon,
-        )
+        told: dict[str, object] = {"client": upload.client, "bytes": upload.num_bytes, "images": upload.num_examples}
+        told |= {"loss": upload.train_loss, "seconds": upload.seconds, "epsilon": upload.epsilon}
+        try:
+            self.folder.log_metrics(stage="upload", **told)
+        except RunError as error:  # no reason to refuse what is on disk
+            log.error("client %d: its upload is on disk, but not in the metrics: %s", upload.client, error)
         log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
 
 

@@ -465,6 +465,23 @@ def test_a_method_is_checked_with_the_clients_that_there_are(settings: dict[str,
     assert not grid.clients_asked("train")
 
 
+def test_an_upload_whose_line_in_the_metrics_cannot_be_written_is_no_refused_one(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_metrics = RunFolder.log_metrics
+
+    def full(folder: RunFolder, **values: Any) -> None:
+        if values.get("stage") == "upload" and values["client"] == 1:
+            raise RunError("cannot write metrics.jsonl: No space left on device")
+        log_metrics(folder, **values)
+
+    monkeypatch.setattr(RunFolder, "log_metrics", full)
+    folder = federate(LocalGrid(client_app, 2))
+    assert len(folder.load_uploads()) == 2
+    assert not list(folder.refused_path.iterdir())
+    assert "client 1: its upload is on disk, but not in the metrics" in caplog.text
+
+
 def test_an_upload_that_cannot_be_written_is_held_until_it_can(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
