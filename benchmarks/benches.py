@@ -36,7 +36,7 @@ def headline(results: Path) -> str:
     found = rows(bench)
     first = places(found)[0]
     own = [row for row in found if row.place[:2] == first[:2]]
-    drawn = sorted((path.parent / "figures").glob(f"{first.data}-K{first.clients}-bytes.png"))
+    drawn = sorted((path.parent / "figures").glob(f"*-K{first.clients}-bytes.png"))
     parts = [f"### {title(own[0])}", "\n".join(accuracy(own, bench.reference))]
     parts += [_picture(picture, FROM_ROOT) for picture in drawn]
     parts += [f"Command: `fedmitr bench configs/bench/{HEADLINE}.toml`", *dict.fromkeys(map(origin, bench.entries))]
