@@ -48,8 +48,7 @@ def competence(probabilities_KMY: Tensor, shares_K1: Tensor, targets_M: Tensor) 
     image of a class, 0.
     """
     images_Y = torch.bincount(targets_M, minlength=probabilities_KMY.shape[2])
-    sure_KM = probabilities_KMY[:, torch.arange(len(targets_M), device=targets_M.device), targets_M]
-    total_KY = torch.zeros_like(shares_K1 * images_Y).index_add_(1, targets_M, sure_KM)
+    total_KY = _said_of_own(probabilities_KMY, targets_M)
     mean_Y = (shares_K1 * total_KY).sum(0) / images_Y.clamp_min(1)
     return (total_KY + mean_Y) / (images_Y + 1)
 
@@ -61,10 +60,16 @@ def tells_apart(probabilities_KMY: Tensor, competence_KY: Tensor, targets_M: Ten
     ensemble would see that class everywhere (docs/adr/0009).
     """
     images_Y = torch.bincount(targets_M, minlength=probabilities_KMY.shape[2])
-    own_KM = probabilities_KMY[:, torch.arange(len(targets_M), device=targets_M.device), targets_M]
-    own_KY = torch.zeros_like(competence_KY).index_add_(1, targets_M, own_KM)
-    elsewhere_KY = (probabilities_KMY.sum(1) - own_KY) / (len(targets_M) - images_Y).clamp_min(1)
+    elsewhere_KY = (probabilities_KMY.sum(1) - _said_of_own(probabilities_KMY, targets_M)) / (
+        len(targets_M) - images_Y
+    ).clamp_min(1)
     return ((competence_KY - elsewhere_KY) / (TELLS * competence_KY).clamp_min(1e-30)).clamp(0, 1)
+
+
+def _said_of_own(probabilities_KMY: Tensor, targets_M: Tensor) -> Tensor:
+    """The sum (K, Y) of p_k(y|x) over the images made for y."""
+    own_KM = probabilities_KMY[:, torch.arange(len(targets_M), device=targets_M.device), targets_M]
+    return torch.zeros_like(probabilities_KMY.sum(1)).index_add_(1, targets_M, own_KM)
 
 
 def evidence(competence_KY: Tensor, shares_K1: Tensor, images_Y: Tensor) -> Tensor:
