@@ -68,7 +68,7 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
-    methods.check(config)
+    methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")
     initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
@@ -216,7 +216,7 @@ def fuse(
     """
     before = run_folder.config
     config = Config.from_flat({**overrides, "method": method}, base=before)
-    methods.check(config)
+    methods.check(config, config.partition.clients)
     require_same_uploads(before, config, "to change it, make a new run")
     run_folder.require_uploads(config.flower.quorum)
     folder = run_folder.sub(method, config) if name is None else run_folder.begun(name, config)

@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.partition.scheme == OWN:
         config = named_classes(config)
     if config.flower.strategy == ONE_SHOT:
-        methods.load(config.method)  # an unknown one is known before anybody is waited for
+        methods.check(config)  # what cannot work is known before anybody is waited for
         one_shot(grid, config, context.run_id)
     else:
         builtin.check(config)
@@ -56,7 +56,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     else:
         clients = meet(grid, config)
         config = config.with_clients(clients.number)
-        methods.check(config)  # what cannot work is known now, not after an hour of training
+        methods.check(config, clients.number)
         folder = pipeline.created(config, f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
@@ -69,7 +69,8 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
 def resume(config: Config) -> RunFolder:
     """Open the run to continue: its uploads must fit the new settings, which its server phase then follows."""
     number = RunFolder.open(config.resume_from).config.partition.clients
-    methods.check(config := config.with_clients(number))
+    config = config.with_clients(number)
+    methods.check(config, number)
     folder = pipeline.continued(config)
     stale = [upload.client for upload in folder.load_uploads() if upload.fingerprint != fingerprint()]
     if stale:

@@ -179,7 +179,7 @@ def _least(flat: Flat) -> Config:
     for told in TOLD:
         try:
             config = Config.from_flat({**told, **flat})
-            methods.check(config)
+            methods.check(config, config.partition.clients)
         except ConfigError as error:
             problems.append(error)
         else:

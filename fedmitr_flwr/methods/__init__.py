@@ -1,7 +1,8 @@
 """One file per method. A method is a module with `fuse(job: Job) -> Fused`; its file's name is its name.
 
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
-client trains, and raises ConfigError where the settings do not give what it needs.
+client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
+`check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
 """
 
 import pkgutil
@@ -19,11 +20,16 @@ def available() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NOT_METHODS)
 
 
-def check(config: Config) -> None:
-    """Raise ConfigError if there is no method `config.method`, or if these settings do not give what it needs."""
+def check(config: Config, clients: int | None = None) -> None:
+    """Raise ConfigError if there is no method `config.method`, or if these settings do not give what it needs.
+
+    Of how many `clients`: None while nobody knows.
+    """
     module = load(config.method)
     if hasattr(module, "check"):
         module.check(config)
+    if clients is not None and hasattr(module, "check_clients"):
+        module.check_clients(config, clients)
 
 
 def load(name: str) -> ModuleType:

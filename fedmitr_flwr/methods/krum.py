@@ -15,9 +15,9 @@ from .contract import Fused, Job
 log = logging.getLogger("fedmitr")
 
 
-def check(config: Config) -> None:
+def check_clients(config: Config, clients: int) -> None:
     """Krum needs a neighbour beside the hostile clients and two more."""
-    _require(config.partition.clients, config.krum.hostile)
+    _require(clients, config.krum.hostile)
 
 
 def fuse(job: Job) -> Fused:
