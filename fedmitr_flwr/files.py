@@ -15,6 +15,7 @@ from .errors import DiskError, RunError
 
 # One entry only: safetensors writes several in random order, and equal contents shall give equal bytes.
 _HEADER = "fedmitr"
+_FULL = ("No space left on device", "Disk quota exceeded")  # as the system says, and safetensors repeats
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise DiskError(f"cannot write {path}: {error}; make room there, and go on with resume-from") from error
+        fix = "make room there" if any(text in str(error) for text in _FULL) else "mend that"
+        raise DiskError(f"cannot write {path}: {error}; {fix}, and go on with resume-from") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -71,6 +71,10 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")
+    if name and config.resume_from:
+        raise ConfigError(
+            f"--name {name} is of a new run folder, and resume-from goes on in an old one; give one of them"
+        )
     initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
     folder = continued(config) if config.resume_from else created(config, name or _free_name(config))
     log.info("run folder: %s", folder.path)
@@ -148,7 +152,7 @@ def evaluate_client(config: Config, client: int, weights: Weights, place: Place 
     """The global model on the part that the client held out of training (evaluate.where = clients)."""
     held = client_images(config, client, place)[1]
     vit = build_vit(config.model)
-    vit.load_state_dict(weights)
+    vit.load_state_dict(weights)  # a copy: some of Flower's strategies make float64 of them
     with threads(config.local.threads):
         return evaluate_on(vit, held, config, resolve_device(config.device))
 

@@ -150,6 +150,7 @@ class _Session:
         self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
         self.stopwatch, self.started = Stopwatch(), time.monotonic()
         self.last: Evaluation | None = None
+        self.held: dict[int, int] = {}  # images that each client evaluated on
         forget_peak(self.device)
 
     def grid(self, inner: Grid) -> ObservedGrid:
@@ -160,10 +161,16 @@ class _Session:
                 self.bytes_down[nodes[message.metadata.dst_node_id]] += _size(message)
 
         def received(reply: Message, node: int) -> None:
-            if reply.metadata.message_type == MessageType.TRAIN and node in nodes:
-                self.bytes_up[nodes[node]] += _size(reply)
-                for numbers in reply.content.metric_records.values():
-                    self.client_seconds[nodes[node]] += float(numbers["seconds"])  # type: ignore[arg-type]
+            if node not in nodes:
+                return
+            client, kind = nodes[node], reply.metadata.message_type
+            if kind == MessageType.TRAIN:
+                self.bytes_up[client] += _size(reply)
+            for numbers in reply.content.metric_records.values():
+                if kind == MessageType.TRAIN:
+                    self.client_seconds[client] += float(numbers["seconds"])  # type: ignore[arg-type]
+                elif kind == MessageType.EVALUATE:
+                    self.held[client] = int(numbers["num-examples"])  # type: ignore[arg-type]
 
         return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
 
@@ -184,7 +191,7 @@ class _Session:
             return None
         config = self.config
         vit = build_vit(config.model)
-        vit.load_state_dict(arrays.to_torch_state_dict())
+        vit.load_state_dict(arrays.to_torch_state_dict())  # some strategies make float64 of them
         (images, _), model = server_images(config), config.model
         with threads(config.threads), self.stopwatch.stage("evaluation"):
             self.last = evaluate(
@@ -232,7 +239,7 @@ class _Session:
         for server_round, metrics in sorted(rounds.items()):
             self.folder.log_metrics(round=server_round, accuracy=metrics["accuracy"], loss=metrics["eval_loss"])
         accuracy: Any = rounds[max(rounds)]["accuracy"] if rounds else None
-        return {"student": accuracy}
+        return {"student": accuracy, "evaluated_on": {"where": "clients", "images": sum(self.held.values())}}
 
     def _data_facts(self) -> dict[str, Any]:
         """Who holds what, where the server has dealt it out."""

@@ -398,6 +398,12 @@ def test_a_run_whose_clients_have_not_evaluated_goes_on(tmp_path: Path, trained:
     assert resumed.read_result()["accuracy"]["student"] == wanted
 
 
+def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
+    config = a_config(tmp_path, **{"resume-from": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=r"--name other is of a new run folder.*; give one of them"):
+        pipeline.run(config, "other")
+
+
 def test_resume_from_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run folder"):
         pipeline.run(a_config(tmp_path, **{"resume-from": str(tmp_path / "none")}))

@@ -1,9 +1,12 @@
 """Reference lines: heads on frozen features, FedDF's real images, and all images in one place."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -215,6 +218,18 @@ def test_parquet_files_of_other_classes_will_do(shared: Path) -> None:
     path = str(shared / "data" / "cifar10")
     pixels = proxy_pixels(proxy_settings(**{"feddf.path": path, "feddf.limit": 3, "model.num-classes": 2}))
     assert pixels.shape == (3, 1, 32, 32)
+
+
+def test_parquet_files_need_no_labels_either(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(buffer, "PNG")
+    pictures = {"picture": [buffer.getvalue()] * 3}
+    config = proxy_settings(**{"feddf.path": str(tmp_path), "data.image-column": "of the training images"})
+    pq.write_table(pa.table(pictures), tmp_path / "train.parquet")
+    assert torch.equal(proxy_pixels(config).reshape(3, 64), torch.arange(64, dtype=torch.uint8).expand(3, 64))
+    pq.write_table(pa.table({**pictures, "thumb": pictures["picture"]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"several .* for feddf.path keep one .* columns: picture \(binary\), thumb"):
+        proxy_pixels(config)
 
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Run folders: what is written, what is refused, and what can be read back."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError, DiskError, RunError
-from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.files import load_tensors, write_text
 from fedmitr_flwr.report.run_folder import RunFolder, plain
 from fedmitr_flwr.training.upload import Upload
 
@@ -272,3 +273,16 @@ def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(
     run.require_room(0, 10**12)
     with pytest.raises(DiskError, match=r"has 30 MB free, and 4 uploads take 40 MB; make room there, or set out-dir"):
         run.require_room(4, 10_000_000)
+
+
+def test_only_a_full_disk_asks_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DiskError, match=r"No such file or directory.*; mend that, and go on with resume-from"):
+        write_text(tmp_path / "none" / "x", "y")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=r"No space left on device; make room there, and go on with resume-from"):
+        write_text(tmp_path / "x", "y")
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config, LocalConfig
+from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UserError
 from fedmitr_flwr.files import load_tensors
@@ -423,7 +424,10 @@ def test_flowers_strategies_can_evaluate_at_the_clients(federate: Federate) -> N
     grid = LocalGrid(client_app, 3)
     folder = federate(grid, **{"flower.strategy": "fedavg", "evaluate.where": "clients", "evaluate.holdout": 0.3})
     assert grid.clients_asked("evaluate") == [0, 1, 2]
-    assert 0 <= folder.read_result()["accuracy"]["student"] <= 100
+    result = folder.read_result()
+    assert 0 <= result["accuracy"]["student"] <= 100
+    held = sum(client_images(folder.config, client)[1].labels.numel() for client in range(3))
+    assert result["evaluated_on"] == {"where": "clients", "images": held}
 
 
 def test_flowers_strategies_need_the_quorum_too(federate: Federate) -> None:

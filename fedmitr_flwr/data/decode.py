@@ -20,7 +20,17 @@ Rows = NDArray[np.int64]
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-class Split(Protocol):
+class Encoded(Protocol):
+    """Images before decoding."""
+
+    def where(self, row: int) -> str:
+        """The place of a row, for messages."""
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        """The encoded images of `rows` (rising), in that order."""
+
+
+class Split(Encoded, Protocol):
     """A train or test split before decoding."""
 
     @property
@@ -31,14 +41,8 @@ class Split(Protocol):
     def classes(self) -> tuple[str, ...] | None:
         """Class names, where the source knows them."""
 
-    def where(self, row: int) -> str:
-        """The place of a row, for messages."""
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
-        """The encoded images of `rows` (rising), in that order."""
-
-
-def decode(split: Split, rows: Rows, in_chans: int, img_size: int) -> Tensor:
+def decode(split: Encoded, rows: Rows, in_chans: int, img_size: int) -> Tensor:
     """Decode each of `rows` once, to uint8 (n, C, H, W).
 
     Images of one size keep it. If sizes differ, every image is resized to `img_size` as it is decoded, so that large

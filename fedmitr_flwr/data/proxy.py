@@ -1,6 +1,5 @@
 """Real images without labels at the server, for methods that have some. FedMITR has none."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +7,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import ConfigError, DataError
-from .decode import Split, decode
+from .decode import Encoded, decode
 from .sources import FolderSplit, images_in, kept, load_proxy_share
-from .tables import ParquetSplit, find_files
+from .tables import ParquetImages, find_files
 
 
 def require_proxy(config: Config) -> None:
@@ -34,8 +33,8 @@ def proxy_pixels(config: Config) -> Tensor:
     if not feddf.path:
         pixels = load_proxy_share(config.data, model)
         return pixels[torch.from_numpy(kept(len(pixels), feddf.limit, "proxy"))]
-    split = _open(_folder(config), config)
-    return decode(split, kept(len(split.labels), feddf.limit, "proxy"), model.in_chans, model.img_size)
+    images, number = _open(_folder(config), feddf.path)
+    return decode(images, kept(number, feddf.limit, "proxy"), model.in_chans, model.img_size)
 
 
 def _folder(config: Config) -> Path:
@@ -45,11 +44,13 @@ def _folder(config: Config) -> Path:
     return folder
 
 
-def _open(folder: Path, config: Config) -> Split:
-    if images_in(folder):
-        return FolderSplit([folder], (folder.name,))
+def _open(folder: Path, path: str) -> tuple[Encoded, int]:
+    """The images and their number."""
+    if files := images_in(folder):
+        return FolderSplit([folder], (folder.name,)), len(files)
     try:
         files = find_files(folder, ("train",))
     except DataError as error:
-        raise DataError(f"feddf.path = {config.feddf.path!r}: neither images nor train*.parquet in {folder}") from error
-    return ParquetSplit(replace(config.data, image_column="", label_column=""), files)
+        raise DataError(f"feddf.path = {path!r}: neither images nor train*.parquet in {folder}") from error
+    images = ParquetImages(files, fix="for feddf.path keep one of encoded images among its columns")
+    return images, len(images)

@@ -19,28 +19,25 @@ from .decode import Rows
 TEST_NAMES = ("test", "validation", "val")  # the first of these that is there is the test split
 _USUAL_LABELS = ("label", "labels", "fine_label")
 _BATCH = 1000
+_SET = "set data.{}-column to one of its columns"
 
 
-class ParquetSplit:
-    """The shards of one split, read one row group at a time."""
+class ParquetImages:
+    """The images of one split's shards, read one row group at a time."""
 
-    def __init__(self, data: DataConfig, files: list[Path], *, named: bool = False) -> None:
-        """Read the labels; `named` lets them be text, too."""
+    def __init__(self, files: list[Path], image_column: str = "", fix: str = _SET) -> None:
+        """Find the column: the one of this name, or the only one that can be meant; what cannot be has this `fix`."""
         self.files = files
         self._parquet = [_open(file) for file in files]
-        schema = self._parquet[0].schema_arrow
-        self.image, self.label = find_columns(schema, data, str(files[0]), named=named)
+        self.schema = self._parquet[0].schema_arrow
+        self.image = find_images(self.schema, image_column, str(files[0]), fix)
         for file, parquet in zip(files, self._parquet, strict=True):
-            if not parquet.schema_arrow.equals(schema, check_metadata=False):
+            if not parquet.schema_arrow.equals(self.schema, check_metadata=False):
                 raise DataError(f"{file} has other columns than {files[0]}; shards of one split must agree")
-        columns = [_read(parquet, file, self.label) for file, parquet in zip(files, self._parquet, strict=True)]
-        self._ends = np.cumsum([len(column) for column in columns]).tolist()
-        self.labels: Rows
-        self.classes: tuple[str, ...] | None
-        if _is_text(schema.field(self.label).type):
-            self.labels, self.classes = _from_text(columns, self.where)
-        else:
-            self.labels, self.classes = _to_labels(columns, self.where), _class_names(schema, self.label)
+        self._ends = np.cumsum([parquet.metadata.num_rows for parquet in self._parquet]).tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
     def where(self, row: int) -> str:
         shard = bisect.bisect_right(self._ends, row)
@@ -58,6 +55,26 @@ class ParquetSplit:
                     yield from _cells(column, places, file.parent)
                 start = stop
 
+    def column(self, name: str) -> list[pa.ChunkedArray]:
+        """A whole column, shard by shard."""
+        return [_read(parquet, file, name) for file, parquet in zip(self.files, self._parquet, strict=True)]
+
+
+class ParquetSplit(ParquetImages):
+    """With their labels."""
+
+    def __init__(self, data: DataConfig, files: list[Path], *, named: bool = False) -> None:
+        """Read the labels; `named` lets them be text, too."""
+        super().__init__(files, data.image_column)
+        self.label = find_labels(self.schema, data.label_column, str(files[0]), named=named)
+        columns = self.column(self.label)
+        self.labels: Rows
+        self.classes: tuple[str, ...] | None
+        if _is_text(self.schema.field(self.label).type):
+            self.labels, self.classes = _from_text(columns, self.where)
+        else:
+            self.labels, self.classes = _to_labels(columns, self.where), _class_names(self.schema, self.label)
+
 
 class HubSplit:
     """One split of a `datasets.Dataset`."""
@@ -66,7 +83,8 @@ class HubSplit:
         self.place = f"{data.path}, split {name!r},"
         self._dataset = dataset
         schema = dataset.features.arrow_schema
-        self.image, self.label = find_columns(schema, data, self.place)
+        self.image = find_images(schema, data.image_column, self.place)
+        self.label = find_labels(schema, data.label_column, self.place)
         column = dataset.select_columns([self.label]).with_format("arrow")[:].column(self.label)
         self.labels = _to_labels([column], self.where)
         self.classes = _class_names(schema, self.label)
@@ -98,34 +116,35 @@ def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     raise DataError(f"{folder} has no {names[0]}*.parquet (nor has its data/); data.path must be a folder with them")
 
 
-def find_columns(schema: pa.Schema, data: DataConfig, place: str, *, named: bool = False) -> tuple[str, str]:
-    """The image and the label column: as configured, else the only ones that can be meant.
-
-    Labels are whole numbers, or with `named` also text.
+def find_images(schema: pa.Schema, configured: str, place: str, fix: str = _SET) -> str:
+    """The image column: as configured, else the only one that can be meant.
 
     Raises:
-        DataError: a column is missing, of an unsuitable type, or ambiguous; the columns there are listed.
+        DataError: it is missing, of an unsuitable type, or ambiguous; the columns there are listed.
     """
     features = _features(schema, place)
     images = [field.name for field in schema if _holds_images(field.type)]
     typed = [name for name in images if isinstance(features[name], datasets.Image)]
+    return _choose("image", configured, images, typed if len(typed) == 1 else images, schema, place, fix)
+
+
+def find_labels(schema: pa.Schema, configured: str, place: str, *, named: bool = False) -> str:
+    """The label column, as `find_images`: whole numbers, or with `named` also text."""
+    features = _features(schema, place)
     suitable = [field.name for field in schema if pa.types.is_integer(field.type) or (named and _is_text(field.type))]
     labels = [name for name in suitable if isinstance(features[name], datasets.ClassLabel)]
     if len(labels) != 1:
         labels = [name for name in _USUAL_LABELS if name in suitable][:1] or suitable
-    return (
-        _choose("image", data.image_column, images, typed if len(typed) == 1 else images, schema, place),
-        _choose("label", data.label_column, suitable, labels, schema, place),
-    )
+    return _choose("label", configured, suitable, labels, schema, place, _SET)
 
 
 def _choose(
-    kind: str, configured: str, suitable: list[str], candidates: list[str], schema: pa.Schema, place: str
+    kind: str, configured: str, suitable: list[str], candidates: list[str], schema: pa.Schema, place: str, fix: str
 ) -> str:
     if configured in suitable or (not configured and len(candidates) == 1):
         return configured or candidates[0]
     there = ", ".join(f"{field.name} ({_short(field.type)})" for field in schema)
-    fix = f"set data.{kind}-column to one of its columns: {there}"
+    fix = f"{fix.format(kind)}: {there}"
     wanted = "encoded images" if kind == "image" else "class numbers"
     if configured and configured in schema.names:
         raise DataError(f"{place} column {configured!r} does not hold {wanted}; {fix}")

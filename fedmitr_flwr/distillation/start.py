@@ -7,7 +7,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from ..config import Config
-from ..errors import ModelError
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
 from ..training.average import average
@@ -38,10 +37,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
     elif distill.init == "initial":
         student.load_state_dict(initial_weights(config.model, config.seed))
     else:
-        try:
-            load_pretrained(student, config.model, distill.pretrained)
-        except ModelError as error:
-            raise ModelError(f"distill.init = 'pretrained': {error}") from error
+        load_pretrained(student, config.model, distill.pretrained, "distill.pretrained")
     return student
 
 

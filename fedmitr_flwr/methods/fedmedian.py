@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..training.updates import side_by_side
-from ..vit.build import build_vit
+from ..training.updates import stacked
+from ..vit.build import vit_of
 from .contract import Fused, Job
 
 
 def fuse(job: Job) -> Fused:
     """Every number is the median of the clients'; numbers of images do not count."""
-    weights = {name: median(stacked).to(stacked.dtype) for name, stacked in side_by_side(job.uploads)}
-    vit = build_vit(job.config.model)
-    vit.load_state_dict(weights)
-    return Fused(vit.to(job.device), weights)
+    weights = {name: median(values).to(values.dtype) for name, values in stacked(job.uploads)}
+    return Fused(vit_of(job.config.model, weights).to(job.device), weights)
 
 
 def median(values_K: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..training.updates import gram, squared_distances
 from ..training.upload import Upload
-from ..vit.build import build_vit
+from ..vit.build import vit_of
 from .contract import Fused, Job
 
 log = logging.getLogger("fedmitr")
@@ -26,9 +26,7 @@ def fuse(job: Job) -> Fused:
     job.log(stage="krum", client=chosen.client)
     log.info("krum: the upload of client %d", chosen.client)
     weights = dict(chosen.weights)
-    vit = build_vit(job.config.model)
-    vit.load_state_dict(weights)
-    return Fused(vit.to(job.device), weights)
+    return Fused(vit_of(job.config.model, weights).to(job.device), weights)
 
 
 def choose(uploads: Sequence[Upload], hostile: int) -> Upload:

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ..config import Config
 from ..errors import ConfigError
 from ..training.upload import Upload, Weights
-from ..vit.build import build_vit, initial_weights
+from ..vit.build import initial_weights, vit_of
 from .heads import Head, closed_form
 from .moments import Statistics, total
 
@@ -42,9 +42,8 @@ def frozen_weights(config: Config, head: Head) -> Weights:
 
 def frozen_model(config: Config, head: Head, device: torch.device) -> tuple[VisionTransformer, Weights]:
     """The network with these weights, and the weights."""
-    weights, vit = frozen_weights(config, head), build_vit(config.model)
-    vit.load_state_dict(weights)
-    return vit.to(device), weights
+    weights = frozen_weights(config, head)
+    return vit_of(config.model, weights).to(device), weights
 
 
 def closed_form_model(

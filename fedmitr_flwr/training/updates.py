@@ -11,7 +11,7 @@ from torch import Tensor
 from .upload import Upload
 
 
-def side_by_side(uploads: Sequence[Upload]) -> Iterator[tuple[str, Tensor]]:
+def stacked(uploads: Sequence[Upload]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of all uploads, (K, ...); one at a time, so that uploads on disk take no more memory than that."""
     for name in uploads[0].weights:
         yield name, torch.stack([upload.weights[name] for upload in uploads])
@@ -20,7 +20,7 @@ def side_by_side(uploads: Sequence[Upload]) -> Iterator[tuple[str, Tensor]]:
 def gram(uploads: Sequence[Upload], origin: Mapping[str, Tensor]) -> Tensor:
     """Inner products (K, K) of the updates `upload - origin`, over all floating tensors, in float64."""
     products_KK = torch.zeros(len(uploads), len(uploads), dtype=torch.float64)
-    for name, weights in side_by_side(uploads):
+    for name, weights in stacked(uploads):
         if weights.is_floating_point():
             updates_KP = (weights.double() - origin[name].double()).flatten(1)
             products_KK += updates_KP @ updates_KP.T

@@ -70,13 +70,17 @@ def initial_weights(model: ModelConfig, seed: int) -> Weights:
     """
     vit = build_vit(model, seed)
     if model.weights != "none":
-        load_pretrained(vit, model, model.weights)
+        load_pretrained(vit, model, model.weights, "model.weights")
     return {name: tensor.clone() for name, tensor in vit.state_dict().items()}
 
 
-def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str) -> None:
-    """Load `source` (`timm` or a safetensors file) into `vit`, except a head for another number of classes."""
-    state = _from_hub(model) if source == "timm" else _from_file(Path(source).expanduser())
+def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key: str) -> None:
+    """Load `source` (`timm` or a safetensors file) into `vit`, except a head for another number of classes.
+
+    Raises:
+        ModelError: the hub cannot be reached, or the file does not fit; the setting `key`, which named it, is told.
+    """
+    state = _from_hub(model, key) if source == "timm" else _from_file(Path(source).expanduser(), key)
     state = checkpoint_filter_fn(state, vit)
     weight = "patch_embed.proj.weight"
     if weight in state and state[weight].shape[1] != model.in_chans:
@@ -95,28 +99,28 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str) -> 
     ] + [f"{name} is missing" for name in missing]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ModelError(f"the weights of {source!r} do not fit model.name = {model.name!r}: {wrong[0]}{more}")
+        raise ModelError(f"{key}: the weights of {source!r} do not fit model.name = {model.name!r}: {wrong[0]}{more}")
     vit.load_state_dict(state, strict=False)
 
 
-def _from_hub(model: ModelConfig) -> Weights:
+def _from_hub(model: ModelConfig, key: str) -> Weights:
     if model.name == SMALL:
-        raise ModelError(f"model.weights = 'timm', but there are none for model.name = {SMALL!r}; name a timm model")
+        raise ModelError(f"{key} = 'timm', but there are none for model.name = {SMALL!r}; name a timm model")
     try:
         return dict(timm.create_model(model.name, pretrained=True).state_dict())
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"cannot fetch the timm weights of {model.name!r} ({reason}); set model.weights to a safetensors file"
+            f"cannot fetch the timm weights of {model.name!r} ({reason}); set {key} to a safetensors file"
         ) from error
 
 
-def _from_file(path: Path) -> Weights:
+def _from_file(path: Path, key: str) -> Weights:
     try:
         state: Weights = load_file(path)
         return state
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"model.weights: cannot read {path} as safetensors: {error}") from error
+        raise ModelError(f"{key}: cannot read {path} as safetensors: {error}") from error
 
 
 def _require_cls_vit(vit: Any, name: str) -> None:
