@@ -1,6 +1,7 @@
 """What the studies over seeds have in common: their options, seeds side by side, images made once, and their file."""
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -19,6 +20,7 @@ from fedmitr_flwr.files import write_text
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
+from fedmitr_flwr.report.result import versions
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.settings import parse_assignment, read_flat
 from fedmitr_flwr.vit.ensemble import Ensemble
@@ -73,15 +75,27 @@ def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for new, told in pool.map(one_seed, missing):
             rows += new
-            write_text(arguments.json, json.dumps({"command": command, **told, "rows": rows}, indent=1) + "\n")
+            content = {"command": command, "scripts": scripts(), **told, "rows": rows}
+            write_text(arguments.json, json.dumps(content, indent=1) + "\n")
     return rows
 
 
 def finished(path: Path, command: str, seeds: Sequence[int]) -> Rows:
-    """What the same command has left in its file, with the same code, before it was stopped; after its end, nothing."""
+    """What the same command has left in its file before it was stopped; after its end, nothing.
+
+    With the same code, of the package and of the study, and the same versions of the libraries.
+    """
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     rows: Rows = content["rows"]
-    same = content["command"] == command and content["fingerprint"] == fingerprint()
+    now = {"command": command, "scripts": scripts(), "fingerprint": fingerprint(), "versions": versions()}
+    same = now.items() <= content.items()
     return rows if same and {row["seed"] for row in rows} != set(seeds) else []
+
+
+def scripts() -> str:
+    """12 hexadecimal characters over the modules of this folder that are in use."""
+    files = {Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+    own = sorted(path for path in files if path.parent == Path(__file__).parent)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:12]

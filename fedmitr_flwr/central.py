@@ -32,7 +32,7 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
     Raises:
         ConfigError: the clients' images are not here, or there are none to judge by.
     """
-    config = run.config
+    config = folder.config if folder else run.config
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own': the clients' images are not here to be trained on")
     if config.evaluate.where != "server":

@@ -29,6 +29,12 @@ def of_flower() -> str:
     return _with_apps(core(), Path(__file__).parents[1])
 
 
+def changed() -> bool:
+    """Whether the code on disk, which a new process would run, is no longer that of this process's first question."""
+    before = of_flower()
+    return _with_apps(_of_folder(Path(__file__).parent, _ABOUT_RESULTS), Path(__file__).parents[1]) != before
+
+
 def _with_apps(code: str, beside: Path) -> str:
     parts = [code, *(_of_folder(beside / app) for app in ("server_app", "client_app"))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]

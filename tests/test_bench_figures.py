@@ -149,5 +149,7 @@ def test_all_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     saved: list[str] = []
     monkeypatch.setattr(figures, "save", lambda _, path: saved.append(path.name))
     made = [an_entry(label, 50.0, 0, partition) for label in ("fedmitr", "lda") for partition in ("2 classes", "IID")]
+    (tmp_path / "digits-K4-recall-dirichlet-0.1.png").write_bytes(b"of an earlier grid")
     assert draw(results(made), tmp_path) == 5
+    assert not list(tmp_path.iterdir())
     assert saved == [f"digits-K4-{name}.png" for name in ("bytes", "seconds", "skew", "recall-2-classes", "recall-iid")]

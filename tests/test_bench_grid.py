@@ -145,6 +145,28 @@ def test_words_of_the_command_line_win(write: Write) -> None:
     assert {cell.config.model.width for cell in made} == {16}
 
 
+def test_a_word_that_is_tried_is_refused(write: Write) -> None:
+    with pytest.raises(
+        ConfigError, match=r"strategy\.eta is set .* \[tune\.methods\.\"flower:fedadam\"\] tries values"
+    ):
+        read(write(FULL), {"strategy.eta": 0.5})
+    assert read(write(FULL), {"strategy.eta": 0.5, "grid.methods": ["short"]}).last == {"strategy.eta": 0.5}
+
+
+def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("local.epochs = 4\nlocal.lr = 0.1\nmodel.width = 16\ndistill.passes = 9\n")
+    (tmp_path / "small.toml").write_text("local.epochs = 5\nlocal.lr = 0.2\nmodel.width = 32\n")
+    text = 'base = "base.toml"\n[settings]\nlocal.epochs = 6\nlocal.lr = 0.3\n[datasets.a]\nconfig = "small.toml"\n'
+    (only,) = cells(read(write(text + 'local.lr = 0.4\n[grid]\nmethods = ["fedavg"]')))
+    config = only.config
+    assert (config.local.epochs, config.local.lr, config.model.width, config.distill.passes) == (6, 0.4, 32, 9)
+
+
+def test_uploads_of_another_device_are_others(write: Write) -> None:
+    groups = {cells(read(write(FULL), {"device": device}))[0].group for device in ("cpu", "cuda")}
+    assert len(groups) == 2
+
+
 def test_uploads_are_not_screened_again_for_every_method_unless_it_is_said(write: Write) -> None:
     text = "[grid]\nmethods = ['fedmitr']\n[settings]\n"
     assert [cell.config.screen.mode for cell in cells(read(write(text)))] == ["off"]
@@ -199,6 +221,10 @@ def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) ->
         ("[grid]\nmethods = ['fedavg']\n[methods.fedavg]\nrounds = [2]", "fedavg is one shot; only Flower's own"),
         ("[grid]\nmethods = ['fedavg']\n[tune]\nseed = 0", "tune.seed = 0 is in grid.seed as well"),
         ("[grid]\nmethods = ['fedavg']\n[tune]\n[tune.methods.adi]\n", "tune.methods.adi: 'adi' is unknown"),
+        (
+            "reference = 'fedmtir'\n[grid]\nmethods = ['fedmitr']",
+            "reference: 'fedmtir' is unknown; did you mean fedmitr?; it must be in",
+        ),
         ("keep = 'none'\n[grid]\nmethods = ['fedavg']", "keep: 'none' is unknown; use one of: all, results"),
         ("grid = 1", "grid = 1 is not possible; make it a table [grid]"),
         ("[grid\n", "cannot read the bench file"),

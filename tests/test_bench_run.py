@@ -28,6 +28,7 @@ from fedmitr_flwr.bench.store import Store
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import RunError
 from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.report.result import build
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.upload import size
@@ -392,6 +393,16 @@ def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path) -> None:
     assert len(flower.ran) == 2
 
 
+def test_what_flower_ran_with_code_that_changed_meanwhile_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "changed", lambda: True)
+    spec, store = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out")
+    assert running.run(spec, store, Federation({0.0: 40.0})).failed == 2
+    assert all(store.result(cell) is None for cell in cells(spec))
+    assert "the code has changed since this bench began; start it again" in store.error_path(cells(spec)[0]).read_text()
+
+
 def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told(tmp_path: Path) -> None:
     spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
     flower = Federation({0.01: 40.0, 0.1: 60.0})
@@ -426,14 +437,23 @@ def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp
     assert load(after.path) == known
     assert (after.path / "table.md").read_text() == (before.path / "table.md").read_text()
 
-    # another seed is made, by the choice that is known; so is a cell whose settings are others
+    # a cell that was taken over is a whole run: one can look at its page
+    averaged = cells(read(path))[0]
+    assert (after.result(averaged) or {})["config"]["data.path"] == ""
+    assert write_page(after.place(averaged)).is_file()
+
+    # another seed is made, by the choice that is known
     more = Store(tmp_path / "more")
     running.run(read(path, {"grid.seed": [0, 1]}), more, flower, known)
     assert [(each.seed, each.strategy.eta) for each in flower.ran[ran:]] == [(1, 0.1)] * 2
     assert len(made.fused) == fused + 1
-    other = Store(tmp_path / "other")
-    running.run(read(path, {"local.epochs": 2}), other, Federation({0.1: 60.0}), known)
+
+    # under other settings nothing is known, and the choice is made anew
+    other, flower = Store(tmp_path / "other"), Federation({0.01: 50.0, 0.1: 30.0, 1.0: 20.0})
+    running.run(read(path, {"local.epochs": 2}), other, flower, known)
     assert len(made.fused) == fused + 2
+    assert len(flower.ran) == 8
+    assert [each.strategy.eta for each in flower.ran[6:]] == [0.01] * 2
 
 
 def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:

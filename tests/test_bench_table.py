@@ -72,6 +72,19 @@ def test_the_accuracy_table() -> None:
     assert "| `clients alone, best` | 40.0 ± 0.0 (3) |" in text
     better = markdown(replace(results(three_methods()), reference="fedavg"))
     assert "| `fedmitr` | 51.7 ± 4.7 (3) ▲ |" in better
+    assert "worse than `fedavg` in a paired" in better
+    assert "worse than" not in markdown(replace(results(three_methods()), reference="adi"))  # which has no row
+
+
+def test_a_row_of_fewer_seeds_is_marked_by_these_and_is_not_the_best() -> None:
+    # On the seeds that both have lda is better, by 2 and 2.2; fedmitr's mean is higher for it has an easy seed more.
+    entries = [an_entry("fedmitr", value, seed) for seed, value in enumerate((40.0, 41.0, 80.0))]
+    entries += [an_entry("lda", value, seed) for seed, value in enumerate((42.0, 43.2))]
+    text = markdown(results(entries))
+    assert "| `lda` | 42.6 ± 0.8 (2) ▲ |" in text
+    assert "| `fedmitr` | **53.7 ± 22.8 (3)** |" in text
+    entries += [an_entry("fedavg", 90.0, 0)]
+    assert "| `fedavg` | 90.0 (1) |" in markdown(results(entries))
 
 
 def test_places_are_columns_and_what_is_missing_is_a_dash() -> None:

@@ -306,6 +306,15 @@ def test_the_central_model_has_the_clients_settings_and_all_their_images(tmp_pat
     assert sum(map(sum, result["confusion"])) == 30
 
 
+def test_a_central_model_in_a_folder_has_the_settings_of_that_folder(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    folder = train_centrally(run, run.sub("other", Config.from_flat({"evaluate.batch-size": 7}, run.config)))
+    with_own = train_centrally(run, run.sub("longer", Config.from_flat({"local.epochs": 2}, run.config)))
+    first, longer = (load_tensors(each.model_path)[0]["head.weight"] for each in (folder, with_own))
+    assert torch.equal(first, load_tensors(train_centrally(run).model_path)[0]["head.weight"])
+    assert not torch.equal(first, longer)
+
+
 def test_the_central_line_is_shown_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path)
     assert main(["central", str(run.path)]) == 0

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package:
 import study
 
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.report.result import versions
 
 
 class Interrupted(Exception):
@@ -30,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             asked.append(seed)
             if seed == stop_at:
                 raise Interrupted
-            return [{"seed": seed, "value": seed**2}], {"fingerprint": fingerprint()}
+            return [{"seed": seed, "value": seed**2}], {"fingerprint": fingerprint(), "versions": versions()}
 
         arguments = ["squares.py", "--seeds", seeds, "--jobs", "1", "--json", str(tmp_path / "squares.json")]
         monkeypatch.setattr(sys, "argv", arguments)
@@ -62,8 +63,8 @@ def test_a_study_that_ended_is_made_anew(run: Any, tmp_path: Path) -> None:
     assert rows(tmp_path) == [(0, 0), (1, 1), (2, 4)]
 
 
-@pytest.mark.parametrize("changed", ["fingerprint", "command"])
-def test_nothing_is_taken_from_other_code_or_another_command(run: Any, tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize("changed", ["fingerprint", "command", "scripts", "versions"])
+def test_nothing_is_taken_from_other_code_versions_or_another_command(run: Any, tmp_path: Path, changed: str) -> None:
     run(stop_at=1)
     file = tmp_path / "squares.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {changed: "another"}))

@@ -37,10 +37,10 @@ class Style:
 
 
 def draw(results: Results, folder: Path) -> int:
-    """Write all pictures there are data for, as PNG; gives their number."""
+    """Write all pictures there are data for, as PNG, and remove those of an earlier grid; gives their number."""
     found = rows(results)
     folder.mkdir(parents=True, exist_ok=True)
-    written = 0
+    written: set[Path] = set()
     for data, clients in dict.fromkeys((place.data, place.clients) for place in places(found)):
         own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
         looks = styles(own, results.reference)
@@ -63,9 +63,12 @@ def draw(results: Results, folder: Path) -> int:
         made |= {f"recall-{_slug(place.partition)}": recall(own, place) for place in places(own)}
         for name, figure in made.items():
             if figure is not None:
-                save(figure, folder / f"{_slug(data)}-K{clients}-{name}.png")
-                written += 1
-    return written
+                path = folder / f"{_slug(data)}-K{clients}-{name}.png"
+                save(figure, path)
+                written.add(path)
+    for path in set(folder.glob("*.png")) - written:
+        path.unlink()
+    return len(written)
 
 
 def styles(found: Sequence[Row], reference: str) -> dict[str, Style]:

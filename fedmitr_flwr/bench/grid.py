@@ -58,7 +58,7 @@ class Cell:
     def group(self) -> str:
         """The folder of its uploads: equal for all cells whose clients train alike."""
         told = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
-        told = {key: value for key, value in told.items() if key not in NARROWABLE}
+        told = {key: value for key, value in told.items() if key not in NARROWABLE} | {"device": self.config.device}
         return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(told)}"
 
     @property
@@ -66,10 +66,13 @@ class Cell:
         rounds = f"-r{self.rounds}" if self.variant.flower else ""
         return f"{_slug(self.label)}{rounds}.{_hash(self._decides)}"
 
-    def is_of(self, settings: Mapping[str, object]) -> bool:
-        """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`."""
+    def is_of(self, settings: Mapping[str, object], but: tuple[str, ...] = ()) -> bool:
+        """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`.
+
+        Settings that begin like one of `but` may be others.
+        """
         own = self._decides
-        return all(settings.get(key) == own[key] for key in own if key not in _PATHS)
+        return all(settings.get(key) == own[key] for key in own if not key.startswith((*_PATHS, *but)))
 
     @property
     def _decides(self) -> dict[str, object]:
@@ -146,7 +149,7 @@ def _tune_cell(bench: Bench, tune: Tune, data: str, variant: Variant, rounds: in
 def _config(
     bench: Bench, data: str, skew: Skew, clients: int, seed: int, variant: Variant, rounds: int, more: Flat
 ) -> Config:
-    shared = {**DEFAULTS, **bench.settings, **bench.data[data], **bench.last}
+    shared = {**DEFAULTS, **bench.data[data], **bench.last}
     place = {"seed": seed, "partition.clients": clients, **skew.settings}
     if variant.flower:
         own = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}

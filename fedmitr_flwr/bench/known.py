@@ -16,16 +16,19 @@ from .store import Store
 from .tune import Choices, Place, Plan, Trials, planned
 
 _CHANGES = ("tuned", "tuning")  # of a cell's facts: not its place in the grid
+_OF_TRIALS = ("seed", "partition.", "data.validation")  # in which a trial differs from the cells that it is for
 
 
 def chosen_in(known: Results, trials: Trials) -> Choices:
-    """The choices that these results already tell, if the same settings were tried, on the same seed."""
+    """The choices that these results already tell, if the same was tried on the same seed, all else being equal."""
     choices: dict[Place, Mapping[str, object]] = {}
     for entry in known.entries:
         about, tuned = entry["bench"], entry["bench"]["tuned"]
         place = about["data"], about["label"], about["rounds"]
         if tuned and tuned["chosen"] and place in trials and _tried(tuned) == planned(trials[place]):
-            choices[place] = tuned
+            _, trial = trials[place][0]
+            if trial.is_of(entry["config"], but=(*tuned["chosen"], *_OF_TRIALS)):
+                choices[place] = tuned
     return choices
 
 
@@ -41,6 +44,7 @@ def adopt(known: Results, grid: Iterable[Cell], store: Store) -> None:
         entry = by_place.get(_place(cell.facts))
         if entry and cell.is_of(entry["config"]) and store.result(cell) is None:
             result = {key: value for key, value in entry.items() if key != "bench"}
+            result["config"] = cell.config.to_flat()  # the same, with the paths that the file leaves out
             folder = store.place(cell)
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")

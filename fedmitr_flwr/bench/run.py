@@ -17,9 +17,9 @@ from .. import pipeline
 from ..central import train_centrally
 from ..compute import threads
 from ..config import Config
-from ..errors import UserError
+from ..errors import RunError, UserError
 from ..files import write_text
-from ..fingerprint import core
+from ..fingerprint import changed, core
 from ..judge import Lines
 from ..judge import lines as lines_of
 from ..progress import clock
@@ -222,6 +222,8 @@ def _by_flower(cell: Cell, store: Store, flower: Runner) -> RunFolder:
     scratch = place.with_name(f".{place.name}.{os.getpid()}")
     scratch.mkdir()
     made = flower(cell.config, scratch)
+    if changed():  # it ran in processes of its own, with the code as it was then
+        raise RunError("the code has changed since this bench began; start it again")
     made.replace(place)
     (scratch / "flower.log").replace(place / "flower.log")
     shutil.rmtree(scratch, ignore_errors=True)

@@ -88,8 +88,7 @@ class Bench:
     reference: str  # the label that the others are tested against
     keep: str
     client_gpus: float
-    settings: Flat
-    data: Mapping[str, Flat]
+    data: Mapping[str, Flat]  # by name, all settings that a data set has
     skews: tuple[Skew, ...]
     clients: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -113,6 +112,11 @@ def read(path: Path, words: Flat | None = None) -> Bench:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the bench file {path}: {error}") from error
     try:
+        if "reference" in document:
+            labels = as_texts(as_table(document.get("grid", {}), "grid").get("methods", []), "grid.methods")
+            require_one_of(
+                as_text(document["reference"], "reference"), labels, "reference", "; it must be in grid.methods"
+            )
         words = words or {}
         last = dict(words)
         for name in _TABLES:
@@ -145,41 +149,45 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     require_known(document, _TOP, "")
     axes = document["grid"]
     require_known(axes, _AXES, "grid.")
-    data = {
-        name: _with_base(as_table(table, f"datasets.{name}"), "config", path)
-        for name, table in as_table(document.get("datasets", {}), "datasets").items()
-    } or {"digits": {}}
+    data = _data(document, path)
     chosen = as_texts(axes.get("data", list(data)), "grid.data")
     for name in chosen:
         require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
-    settings = _with_base(
-        {"base": document.get("base", ""), **as_table(document.get("settings", {}), "settings")}, "base", path
-    )
-    for where, flat in (
-        ("settings", settings),
-        ("the command line", last),
-        *((f"datasets.{n}", data[n]) for n in data),
-    ):
-        _settable(flat, where)
+    _settable(last, "the command line")
     skews = _skews(axes, "grid")
     seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
     variants = _variants(axes, as_table(document.get("methods", {}), "methods"))
-    reference = document.get("reference", "fedmitr")
+    tune = _tune(document["tune"], variants, skews, clients, seeds) if "tune" in document else None
+    if tune:
+        _not_tried(tune, last)
     return Bench(
         name=as_text(document.get("name", path.stem), "name"),
-        reference=as_text(reference, "reference"),
+        reference=as_text(document.get("reference", "fedmitr"), "reference"),
         keep=require_one_of(as_text(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
         client_gpus=as_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
-        settings=settings,
         data={name: data[name] for name in chosen},
         skews=skews,
         clients=clients,
         seeds=seeds,
         variants=variants,
-        tune=_tune(document["tune"], variants, skews, clients, seeds) if "tune" in document else None,
+        tune=tune,
         last=last,
     )
+
+
+def _data(document: Mapping[str, Any], path: Path) -> dict[str, Flat]:
+    """The settings of each data set: the file's base, under its own config file, under [settings], under its own."""
+    base = _of_file(document.get("base", ""), "base", path)
+    settings = flatten(as_table(document.get("settings", {}), "settings"))
+    _settable(settings, "settings")
+    data: dict[str, Flat] = {}
+    for name, table in as_table(document.get("datasets", {}), "datasets").items():
+        own = flatten(as_table(table, f"datasets.{name}"))
+        file = _of_file(own.pop("config", ""), "config", path)
+        _settable(own, f"datasets.{name}")
+        data[name] = {**base, **file, **settings, **own}
+    return data or {"digits": {**base, **settings}}
 
 
 def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
@@ -246,6 +254,16 @@ def _tune(
     return Tune(seed, validation, skew, wanted, tried)
 
 
+def _not_tried(tune: Tune, last: Flat) -> None:
+    """What is chosen would win over what the command line says."""
+    for label, tried in tune.tried.items():
+        if twice := [key for key in tried[0] if key in last]:
+            raise ConfigError(
+                f"{twice[0]} is set on the command line, and [tune.methods.{quoted(label)}] tries values of it; "
+                "remove one of the two"
+            )
+
+
 def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
     combinations: list[dict[str, object]] = [{}]
     for key, values in axes.items():
@@ -253,14 +271,11 @@ def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
     return tuple(combinations)
 
 
-def _with_base(table: Mapping[str, Any], key: str, path: Path) -> Flat:
-    """The settings of a table over those of the config file that it may name."""
-    flat = flatten(table)
-    base = as_text(flat.pop(key, ""), key)
-    if not base:
-        return flat
+def _of_file(told: object, key: str, path: Path) -> Flat:
+    """The settings of the config file that the bench file `path` names; none, if it names none."""
+    file = as_text(told, key)
     ours = {*_GRIDS, *_OURS}  # a file for single runs has them too
-    return {key: value for key, value in read_flat(path.parent / base).items() if key not in ours} | flat
+    return {key: value for key, value in read_flat(path.parent / file).items() if key not in ours} if file else {}
 
 
 def _settable(flat: Flat, where: str) -> None:

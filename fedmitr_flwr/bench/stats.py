@@ -27,6 +27,11 @@ class Spread:
         return stdev(self.by_seed.values()) if self.n > 1 else None
 
 
+def difference(ours: Spread, theirs: Spread) -> float:
+    """Mean of ours - theirs over the seeds that both have, of which there must be one."""
+    return mean(ours.by_seed[seed] - theirs.by_seed[seed] for seed in ours.by_seed.keys() & theirs.by_seed.keys())
+
+
 def paired_p(ours: Spread, theirs: Spread) -> float | None:
     """The two-sided p-value of a paired t-test over the seeds that both have.
 

@@ -9,7 +9,7 @@ from ..report.words import measure, model
 from .markup import figure, origin, table
 from .results import Results
 from .rows import Place, Row, p_value, places, reference_of, rows
-from .stats import Spread
+from .stats import Spread, difference
 
 LEVEL = 0.05
 KINDS = {"one-shot": "One-shot", "flower": "Flower's own", "reference": "For reference"}
@@ -62,10 +62,13 @@ def accuracy(found: Sequence[Row], reference: str) -> list[str]:
         text = _spread(row.accuracy) + _mark(row, against[row.place])
         return f"**{text}**" if row is best[row.place] else text
 
+    marks = (
+        f" ▲ better, ▼ worse than `{reference}` in a paired t-test over the seeds, p < {LEVEL}, not corrected for the "
+        "number of tests."
+    )
     return [
         f"{measure(found[0].entries[0]['config'])} in percent, last epoch: mean ± sample standard deviation "
-        f"(seeds). Best in bold, without the lines for reference. ▲ better, ▼ worse than `{reference}` in a paired "
-        f"t-test over the seeds, p < {LEVEL}, not corrected for the number of tests.",
+        f"(seeds). Best in bold, without the lines for reference.{marks if any(against.values()) else ''}",
         "",
         *_by_place(found, columns, cell),
     ]
@@ -94,7 +97,10 @@ def _by_place(found: Sequence[Row], columns: Sequence[Place], cell: Callable[[Ro
 
 
 def _in_race(found: Sequence[Row], place: Place) -> list[Row]:
-    return [row for row in found if row.place == place and row.kind != "reference"]
+    """Of those that have run on the most seeds: others are means over other partitions."""
+    racing = [row for row in found if row.place == place and row.kind != "reference"]
+    most = max((row.accuracy.n for row in racing), default=0)
+    return [row for row in racing if row.accuracy.n == most]
 
 
 def _spread(found: Spread) -> str:
@@ -106,7 +112,7 @@ def _mark(row: Row, reference: Row | None) -> str:
     p = p_value(row, reference)
     if p is None or p >= LEVEL or reference is None:
         return ""
-    return " ▲" if row.accuracy.mean > reference.accuracy.mean else " ▼"
+    return " ▲" if difference(row.accuracy, reference.accuracy) > 0 else " ▼"
 
 
 def _costs(found: Sequence[Row]) -> list[str]:
