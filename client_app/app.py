@@ -26,6 +26,19 @@ log = logging.getLogger("flwr")
 logging.getLogger("fedmitr").parent = log  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
+# What a --node-config may say. Any other key is a mistake, such as a limit that would not hold.
+KEYS = (
+    "client-name",
+    "data-path",
+    "image-column",
+    "label-column",
+    "work-path",
+    "max-epsilon",
+    "max-delta",
+    "partition-id",
+    "num-partitions",
+)
+MAX_DELTA = 1e-5  # of a node that limits ε and does not say
 # Quoted, or else up to the end of the clause: file names may hold spaces, times of day, and names of people.
 _PATH = re.compile(
     r"""'(?=[^']*[/\\])(?:[^'\\]|\\.)*'|"(?=[^"]*[/\\])(?:[^"\\]|\\.)*"|[^\s'"]*[/\\].*?(?=[;:](?:\s|$)|$)"""
@@ -42,35 +55,51 @@ def discreet(answer: Answer) -> Answer:
     def guarded(message: Message, context: Context) -> Message:
         try:
             return answer(message, context)
-        except UserError as error:
-            log.error("%s", error)
-            told = _PATH.sub("<path>", " ".join(str(error).split()))
         except Exception as error:
-            log.exception("the client failed")
-            told = type(error).__name__
-        return Message(Error(RAISED, told), reply_to=message)
+            return Message(Error(RAISED, _told(error)), reply_to=message)
 
     return guarded
+
+
+def _told(error: Exception) -> str:
+    """What the server may read of an error, which is logged here as a whole."""
+    if isinstance(error, UserError):
+        log.error("%s", error)
+        return _PATH.sub("<path>", " ".join(str(error).split()))
+    log.error("the client failed", exc_info=error)
+    return type(error).__name__
 
 
 @app.query("describe")
 @discreet
 def describe(message: Message, context: Context) -> Message:
-    """Say which client this node is; where it has images of its own, look at them before anybody trains."""
-    name, place = _name(context), _place(context)
-    card: dict[str, Numbers] = {"fingerprint": int(fingerprint(), 16), "own-data": int(place is not None)}
-    if not name:
-        card |= dict(zip(("partition-id", "num-partitions"), _numbers(context), strict=True))
-    if "config" in message.content:
-        _, config = _order(message)
-        _require_privacy(context, config)
-        if place and config.partition.scheme == OWN:
-            try:
-                look_at_own(place, config)
-            except DataError as error:
-                raise DataError(f"client {name or card['partition-id']}: {error}") from error
+    """Say which client this node is, and what keeps it from taking part: the server knows if it is needed at all.
+
+    Where it has images of its own, it looks at them before anybody trains.
+    """
+    name = _name(context)
+    card: dict[str, Numbers] = {"fingerprint": int(fingerprint(), 16), "own-data": int(_place(context) is not None)}
     texts = ConfigRecord({"name": name, "flwr": flwr.__version__})
+    try:
+        if not name:
+            card |= dict(zip(("partition-id", "num-partitions"), _numbers(context), strict=True))
+        if "config" in message.content:
+            _look(message, context)
+    except Exception as error:
+        texts["trouble"] = _told(error)
     return Message(RecordDict({"card": MetricRecord(card), "name": texts}), reply_to=message)
+
+
+def _look(message: Message, context: Context) -> None:
+    """Raise what would keep this client from training, before anybody trains."""
+    _, config = _order(message)
+    _require_privacy(context, config)
+    place = _place(context)
+    if place and config.partition.scheme == OWN:
+        try:
+            look_at_own(place, config)
+        except DataError as error:
+            raise DataError(f"client {_name(context) or _numbers(context)[0]}: {error}") from error
 
 
 @app.train()
@@ -111,6 +140,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out images."""
     _, config = _order(message)
+    _require_privacy(context, config)
     found = pipeline.evaluate_client(config, _client(context, config), _weights(message, config), _place(context))
     numbers: dict[str, Numbers] = {
         "num-examples": found.num_examples,
@@ -143,15 +173,44 @@ def _require_privacy(context: Context, config: Config) -> None:
     """The server writes the settings; the node has the last word on how much may be told of its images.
 
     Raises:
-        ConfigError: the server asks for more than the node's `max-epsilon`, or the library is missing.
+        ConfigError: the server asks for more than the node's `max-epsilon` and `max-delta`, these or another key of
+            its --node-config cannot be, or the library is missing.
     """
+    limits = _limits(context)
     require_opacus(config)
-    limit = float(context.node_config.get("max-epsilon", 0.0))
-    if limit and not 0 < config.privacy.epsilon <= limit:
+    if limits is None:
+        return
+    epsilon, delta = limits
+    if not 0 < config.privacy.epsilon <= epsilon:
         raise ConfigError(
-            f"this node wants privacy.epsilon of at most {limit:g}, and the server's is {config.privacy.epsilon:g} "
+            f"this node wants privacy.epsilon of at most {epsilon:g}, and the server's is {config.privacy.epsilon:g} "
             "(0: none); lower it there, or raise the node's max-epsilon"
         )
+    if config.privacy.delta > delta:
+        raise ConfigError(
+            f"this node wants privacy.delta of at most {delta:g}, and the server's is {config.privacy.delta:g}; "
+            "lower it there, or raise the node's max-delta"
+        )
+
+
+def _limits(context: Context) -> tuple[float, float] | None:
+    """The greatest ε and δ that the node's --node-config allows; None where it sets no limit."""
+    told = context.node_config
+    if unknown := sorted(set(told) - set(KEYS)):
+        raise ConfigError(f"this node's --node-config has {unknown[0]!r}, which nothing reads; use {', '.join(KEYS)}")
+    if "max-epsilon" not in told:
+        if "max-delta" in told:
+            raise ConfigError("this node's max-delta limits nothing by itself; give a max-epsilon with it")
+        return None
+    epsilon, delta = told["max-epsilon"], told.get("max-delta", MAX_DELTA)
+    _require_above_0("max-epsilon", epsilon, "or leave it out for no limit")
+    _require_above_0("max-delta", delta, f"or leave it out for {MAX_DELTA:g}")
+    return float(epsilon), float(delta)
+
+
+def _require_above_0(key: str, value: object, otherwise: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"this node's {key} = {value!r} is not possible; use a number above 0, {otherwise}")
 
 
 def _name(context: Context) -> str:

@@ -16,6 +16,7 @@ from .errors import DiskError, RunError
 # One entry only: safetensors writes several in random order, and equal contents shall give equal bytes.
 _HEADER = "fedmitr"
 _FULL = ("No space left on device", "Disk quota exceeded")  # as the system says, and safetensors repeats
+_OF_THE_SYSTEM = "(os error "  # in safetensors' text; without it, it is the contents that no disk would take
 
 
 @contextmanager
@@ -24,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         DiskError: the file cannot be written (read-only, disk full, ...).
+        RunError: no such file can be made of these contents; trying again is of no use.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,6 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError) and _OF_THE_SYSTEM not in str(error):
+            raise RunError(f"cannot write {path}: {error}; its contents fit no safetensors file") from error
         fix = "make room there" if any(text in str(error) for text in _FULL) else "mend that"
         raise DiskError(f"cannot write {path}: {error}; {fix}, and go on with resume-from") from error
     finally:

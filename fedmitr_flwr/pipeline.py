@@ -125,11 +125,11 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     started = time.perf_counter()
     with threads(config.local.threads):
         statistics = _statistics(vit, images, config)  # first: of the weights that training changes
-        rng = stream(config.seed, "local", server_round, client)
         device, loss, epsilon = resolve_device(config.device), 0.0, None
         if config.privacy.epsilon:  # the loss would tell of the images without noise
-            epsilon = train_privately(vit, images, config, rng, secret(), device, prox_mu)
+            epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
         else:
+            rng = stream(config.seed, "local", server_round, client)
             loss = train_local(vit, images, config, rng, device, prox_mu)
             log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
     seconds = time.perf_counter() - started
@@ -234,9 +234,19 @@ def continued(config: Config) -> RunFolder:
     folder = RunFolder.open(config.resume_from)
     if folder.finished and folder.read_result()["accuracy"]["student"] is not None:
         raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
+    _require_same_order(folder.config, config)
     require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
     folder.continue_with(config)
     return folder
+
+
+def _require_same_order(before: Config, after: Config) -> None:
+    """Clients are numbered by their places in `flower.clients`: in another list an upload would be somebody else's."""
+    if before.flower.client_names != after.flower.client_names:
+        raise RunError(
+            f"flower.clients = {after.flower.clients!r}, but the run numbered its clients by "
+            f"{before.flower.clients!r}; restore that list"
+        )
 
 
 def require_same_uploads(before: Config, after: Config, fix: str) -> None:

@@ -9,6 +9,8 @@ from threading import RLock
 import torch
 
 _GLOBAL = RLock()
+# torch's Mersenne twister, as `get_state` gives it: seed and counters, 24 bytes, and then its words, 8 bytes each.
+_HEAD, _WORDS = 24, 624
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -26,8 +28,15 @@ def stream(seed: int, *path: str | int) -> torch.Generator:
 
 
 def secret() -> torch.Generator:
-    """A CPU generator that nobody can repeat: its seed is of the operating system's entropy, and is told to nobody."""
-    return torch.Generator().manual_seed(secrets.randbits(63))
+    """A CPU generator that nobody can repeat: its state is of the operating system's entropy, and is told to nobody.
+
+    The whole state, for of a seed torch takes 32 bits, which one could try all.
+    """
+    rng = torch.Generator().manual_seed(0)
+    state = rng.get_state()
+    words = torch.tensor([secrets.randbits(32) for _ in range(_WORDS)])
+    state[_HEAD : _HEAD + 8 * _WORDS] = words.view(torch.uint8)
+    return rng.set_state(state)
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    teach: str = "logits"  # the same, where it teaches the student; with trim it is as combine
+    teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
     learn_decay: float = 0.99  # learned: of the step, per epoch

@@ -8,7 +8,8 @@ from logging import getLogger
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Result, Strategy
@@ -17,17 +18,19 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import parts_of, server_images
-from fedmitr_flwr.errors import ConfigError, RunError
+from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.training.upload import Upload, Weights
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
 
 from .clients import Clients, meet
 from .grid import ObservedGrid
-from .records import order
+from .intake import checked, shapes_of
+from .records import order, read_evaluation
 
 log = getLogger("flwr")
 
@@ -82,8 +85,8 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     config = config.with_clients(clients.number)
     folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
-    session = _Session(folder, clients)
     initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))
+    session = _Session(folder, clients, shapes_of(initial.to_torch_state_dict()))
     result = session.timed(_strategy(config)).start(
         grid=session.grid(grid),
         initial_arrays=initial,
@@ -123,6 +126,24 @@ def _size(message: Message) -> int:
     return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
 
 
+def _trained(upload: Upload, start: Weights) -> RecordDict:
+    """An upload that was checked, with nothing in it but what Flower's strategies read.
+
+    They take the arrays in the order in which they come, and give up the whole round where one client has a number
+    more than the others.
+
+    Raises:
+        UploadError: it fits one shot, and no strategy of Flower's.
+    """
+    if other := [name for name in start if upload.weights[name].dtype != start[name].dtype]:
+        raise UploadError(f"client {upload.client}: {other[0]} is in half precision; use upload.dtype = 'float32'")
+    if upload.train_loss < 0:
+        raise UploadError(f"client {upload.client}: its training loss is {upload.train_loss}; do not edit uploads")
+    arrays = ArrayRecord({name: upload.weights[name] for name in start})
+    numbers = MetricRecord({"num-examples": upload.num_examples, "train_loss": upload.train_loss})
+    return RecordDict({"arrays": arrays, "metrics": numbers})
+
+
 class _CountingGrid(ObservedGrid):
     """With a hook on every message that is sent, too; a strategy sees no node that is none of the clients."""
 
@@ -143,8 +164,8 @@ class _CountingGrid(ObservedGrid):
 class _Session:
     """What is counted and evaluated while a strategy runs."""
 
-    def __init__(self, folder: RunFolder, clients: Clients) -> None:
-        self.folder, self.config, self.clients = folder, folder.config, clients
+    def __init__(self, folder: RunFolder, clients: Clients, shapes: Weights) -> None:
+        self.folder, self.config, self.clients, self.shapes = folder, folder.config, clients, shapes
         self.device = resolve_device(self.config.device)
         self.bytes_up, self.bytes_down = dict.fromkeys(clients.nodes, 0), dict.fromkeys(clients.nodes, 0)
         self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
@@ -155,24 +176,45 @@ class _Session:
 
     def grid(self, inner: Grid) -> ObservedGrid:
         nodes = {node: client for client, node in self.clients.nodes.items()}
+        asked: dict[int, str] = {}  # node -> what for; what a reply calls itself does not matter
 
         def sent(message: Message) -> None:
-            if message.metadata.message_type == MessageType.TRAIN:
-                self.bytes_down[nodes[message.metadata.dst_node_id]] += _size(message)
+            told = message.metadata
+            asked[told.dst_node_id] = told.message_type
+            if told.message_type == MessageType.TRAIN:
+                self.bytes_down[nodes[told.dst_node_id]] += _size(message)
 
         def received(reply: Message, node: int) -> None:
-            if node not in nodes:
-                return
-            client, kind = nodes[node], reply.metadata.message_type
-            if kind == MessageType.TRAIN:
-                self.bytes_up[client] += _size(reply)
-            for numbers in reply.content.metric_records.values():
-                if kind == MessageType.TRAIN:
-                    self.client_seconds[client] += float(numbers["seconds"])  # type: ignore[arg-type]
-                elif kind == MessageType.EVALUATE:
-                    self.held[client] = int(numbers["num-examples"])  # type: ignore[arg-type]
+            take = self.take_training if asked[node] == MessageType.TRAIN else self.take_evaluation
+            try:
+                take(reply, nodes[node], node)
+            except UploadError:
+                raise
+            except Exception as error:  # what nobody foresaw must not let a reply through
+                told = f"client {nodes[node]}: its reply cannot be checked ({type(error).__name__}); see the log"
+                raise UploadError(told) from error
 
         return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
+
+    def take_training(self, reply: Message, client: int, node: int) -> None:
+        """Check a reply as an upload is checked, count it, and leave in it what the strategy needs."""
+        upload = checked(reply, client, node, self.config, self.shapes)
+        reply.content = _trained(upload, self.shapes)
+        self.bytes_up[client] += upload.num_bytes
+        self.client_seconds[client] += upload.seconds or 0.0
+
+    def take_evaluation(self, reply: Message, client: int, node: int) -> None:
+        """The same for an evaluation."""
+        del node
+        config = self.config
+        found = read_evaluation(reply, client, config.model.num_classes, config.screen.max_images)
+        numbers: dict[str, Any] = {
+            "num-examples": found.num_examples,
+            "accuracy": found.accuracy,
+            "eval_loss": found.loss,
+        }
+        reply.content = RecordDict({"metrics": MetricRecord(numbers)})
+        self.held[client] = found.num_examples
 
     def timed(self, strategy: Strategy) -> Strategy:
         """The strategy itself, whose aggregation is timed from now on."""
@@ -205,6 +247,11 @@ class _Session:
         weights = {name: tensor.float() for name, tensor in flower_result.arrays.to_torch_state_dict().items()}
         if not weights:
             raise RunError(f"flower.strategy = {self.config.flower.strategy!r} made no model; see the failures above")
+        if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+            raise RunError(
+                f"flower.strategy = {self.config.flower.strategy!r} ended in a model with NaN or infinity in "
+                f"{broken[0]!r}, which is not kept; lower local.lr or strategy.eta"
+            )
         self.folder.save_model(weights, timm_arguments(self.config.model))
         result = report.build(
             config=self.config,

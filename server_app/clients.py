@@ -1,7 +1,8 @@
 """Who is who: node ids are random in every run, the clients' numbers and names are not. Waiting has a limit."""
 
+import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -17,7 +18,7 @@ from fedmitr_flwr.limits import SEPARATOR, needed
 from fedmitr_flwr.releases import FLWR, too_old
 from fedmitr_flwr.sections import OWN
 
-from .grid import ObservedGrid, reason
+from .grid import ObservedGrid, first_line, reason
 from .records import order
 
 log = getLogger("flwr")
@@ -35,6 +36,11 @@ _START_MORE = (
     "start more SuperNodes (each with its own partition-id) or, in simulation, run: "
     "flwr run . --federation-config 'num-supernodes={}'"
 )
+_NAME_MORE = "add the names of the others to flower.clients, or lower flower.min-nodes"
+
+LOOK = 0.5  # seconds between two looks for nodes and answers
+# Seconds until a node is asked again: one that was lost, one that failed, and one whose question was lost perhaps.
+LOST, FAILED, SILENT = 5.0, 30.0, 120.0
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,28 @@ class Clients:
 class _Card:
     """What one node says about itself."""
 
-    client: int  # -1: it has a name
-    clients: int  # 0: it has a name
+    client: int  # -1: it has a name, or does not know
+    clients: int  # 0: it has a name, or does not know
     name: str
     own_data: bool
     fingerprint: int
     flwr: str  # the version that it runs
+    trouble: str = ""  # why it cannot take part
 
     def __str__(self) -> str:
         return f"client {self.name!r}" if self.name else f"client {self.client}"
 
+    def number(self, names: Sequence[str]) -> int:
+        """Which client this is; -1: none of the names', or none at all."""
+        if not self.name:
+            return self.client
+        return names.index(self.name) if self.name in names else -1
+
 
 def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] = ()) -> Clients:
     """Wait until every client whose upload is needed has a node.
+
+    Nodes that `flower.clients` does not name, and those of clients that have uploaded, may be in any state.
 
     Args:
         grid: Flower's grid.
@@ -75,37 +90,90 @@ def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] =
     """
     flower = config.flower
     deadline = time.monotonic() + flower.node_wait
-    cards: dict[int, _Card] = {}
-    silent: set[int] = set()
+    asking = _Asking(grid, config, uploaded)
     while True:
-        strangers = [node for node in grid.get_node_ids() if node not in cards and node not in silent]
-        cards |= _describe(grid, strangers, config, max(1.0, deadline - time.monotonic()))
-        silent |= set(strangers) - set(cards)
-        clients = _roster(cards, config, known)
+        asking.ask(max(1.0, deadline - time.monotonic()))
+        asking.listen()
+        clients = _roster(asking.cards, config, known, uploaded)
         late = time.monotonic() >= deadline
         if _complete(clients, flower, uploaded, late):
             return clients
         if late:
-            raise RunError(_too_few(clients, flower, uploaded, len(silent)))
-        time.sleep(0.5)
+            raise RunError(_too_few(clients, flower, uploaded, asking.silent()) + asking.problem())
+        time.sleep(LOOK)
 
 
-def _describe(grid: Grid, nodes: Iterable[int], config: Config, timeout: float) -> dict[int, _Card]:
-    observed = ObservedGrid(grid, poll=0.1)
-    content = RecordDict({"config": order(config)})
-    questions = [Message(content, node, "query.describe", ttl=timeout + 60) for node in nodes]
-    cards = {}
-    for reply in observed.send_and_receive(questions, timeout=timeout) if questions else []:
-        node = observed.node_of(reply)
+class _Asking:
+    """Asks every node who it is, once it is there; answers count whenever they come."""
+
+    def __init__(self, grid: Grid, config: Config, uploaded: Collection[int]) -> None:
+        self.cards: dict[int, _Card] = {}
+        self._grid, self._config, self._uploaded = ObservedGrid(grid), config, uploaded
+        self._content = RecordDict({"config": order(config)})
+        self._waiting: dict[str, int] = {}  # message id -> node
+        self._next: dict[int, float] = {}  # node -> when it is asked again
+        self._problems: dict[int, str] = {}
+        self._here: set[int] = set()
+
+    def ask(self, seconds: float) -> None:
+        """Ask the nodes that are new, and again those whose time has come; the questions hold for `seconds`."""
+        self._here = set(self._grid.get_node_ids())
+        for node in sorted(self._here - set(self.cards)):
+            if time.monotonic() >= self._next.get(node, -math.inf):
+                sent = self._grid.push_messages([Message(self._content, node, "query.describe", ttl=seconds + 60)])
+                self._waiting |= dict.fromkeys(sent, node)
+                self._put_off(node, SILENT if sent else LOST)
+
+    def listen(self) -> None:
+        """Take the answers that are there.
+
+        Raises:
+            RunError: a node cannot say who it is, and every node is needed.
+        """
+        for reply in self._grid.pull_messages(list(self._waiting)):
+            node = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None and node not in self.cards:
+                self._take(reply, node)
+
+    def silent(self) -> int:
+        """How many nodes are there and have said nothing."""
+        return len(self._here - set(self.cards) - set(self._problems))
+
+    def problem(self) -> str:
+        """The end of a line: why a node that is there cannot say who it is, if there is one."""
+        unknown = self._here - set(self.cards)
+        return next((f"; {told}" for node, told in self._problems.items() if node in unknown), "")
+
+    def _take(self, reply: Message, node: int) -> None:
         if reply.has_error():
             if reply.error.code in _HINTS:
-                raise RunError(f"node {node} cannot take part: {reason(reply)}{_HINTS[reply.error.code]}")
-            continue  # lost, and perhaps replaced in time
+                self._fail(node, f"node {node} cannot take part: {reason(reply)}{_HINTS[reply.error.code]}")
+            else:  # a node that is started again keeps its id
+                self._put_off(node, LOST)
+            return
         try:
-            cards[node] = _read_card(reply)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RunError(f"node {node} does not say who it is as this app does; {_SAME_CODE}") from error
-    return cards
+            card = _read_card(reply)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            self._fail(node, f"node {node} does not say who it is as this app does; {_SAME_CODE}")
+            return
+        self.cards[node] = card
+        names = self._config.flower.client_names
+        if names and card.name and card.name not in names:
+            log.warning("node %d is %s, which flower.clients does not name: it is not asked", node, card)
+        elif card.number(names) in self._uploaded:
+            log.info("node %d is %s, whose upload is there: it is not asked", node, card)
+
+    def _fail(self, node: int, told: str) -> None:
+        """It may be a node that is not needed, unless all are: then nobody waits for it in vain."""
+        if not self._config.flower.client_names and not self._uploaded:
+            raise RunError(told)
+        if self._problems.get(node) != told:
+            log.warning("%s; the others are waited for, and it is asked again", told)
+        self._problems[node] = told
+        self._put_off(node, FAILED)
+
+    def _put_off(self, node: int, seconds: float) -> None:
+        self._next[node] = time.monotonic() + seconds
 
 
 def _read_card(reply: Message) -> _Card:
@@ -118,24 +186,26 @@ def _read_card(reply: Message) -> _Card:
         own_data=bool(told["own-data"]),
         fingerprint=int(told["fingerprint"]),
         flwr=str(names.get("flwr", ""))[:_LONGEST_NAME],
+        trouble=first_line(names["trouble"]) if "trouble" in names else "",
     )
 
 
-def _roster(cards: dict[int, _Card], config: Config, known: int) -> Clients:
-    """Put the cards together, and refuse those that contradict each other."""
+def _roster(cards: dict[int, _Card], config: Config, known: int, uploaded: Collection[int]) -> Clients:
+    """Put the cards of those that are needed together, and refuse those that contradict each other."""
     names = config.flower.client_names
     number = known or len(names)
     nodes: dict[int, int] = {}
     for node, card in sorted(cards.items()):
+        client = card.number(names)
+        if client in uploaded or (names and card.name and client < 0):
+            continue
+        if card.trouble:
+            raise RunError(f"node {node} cannot take part: {card.trouble}")
         _require_new_flwr(node, card)
         _require_same_code(node, card)
-        if names and card.name and card.name not in names:
-            log.warning("node %d is %s, which flower.clients does not name: it is not asked", node, card)
-            continue
         _require_same_naming(cards, node, card, names)
         _require_images(node, card, config)
         number = number or card.clients
-        client = names.index(card.name) if names else card.client
         if not names and card.clients != number:
             raise RunError(
                 f"client {card.client} (node {node}) is one of {card.clients} clients, others or the run folder say "
@@ -200,14 +270,14 @@ def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int],
     if clients.number < flower.min_nodes:
         raise RunError(
             f"there are {clients.number} clients in all, flower.min-nodes = {flower.min_nodes}; "
-            f"{_START_MORE.format(flower.min_nodes)}"
+            f"{_NAME_MORE if flower.client_names else _START_MORE.format(flower.min_nodes)}"
         )
     if len(here) == clients.number:
         return True
-    enough = clients.nodes and len(here) >= needed(flower.quorum, clients.number)
+    enough = len(here) >= needed(flower.quorum, clients.number)
     if late and enough:
         log.warning("going on with %d of %d clients, as flower.quorum allows", len(here), clients.number)
-    return bool(late and enough)
+    return late and enough
 
 
 def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], silent: int) -> str:
@@ -219,7 +289,8 @@ def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], 
             f"{flower.node_wait:.0f} s; see the log above, or raise flower.node-wait"
         )
     fix = "start their SuperNodes" if flower.client_names else _START_MORE.format(wanted)
+    here = f"{len(clients.nodes)} of {wanted - len(uploaded)} nodes"
     return (
-        f"{len(clients.nodes)} of {wanted} nodes after flower.node-wait = {flower.node_wait:.0f} s, missing: "
+        f"{here} after flower.node-wait = {flower.node_wait:.0f} s, missing: "
         f"client{'s' * (len(missing) > 1)} {', '.join(map(flower.label, missing))}; {fix}"
     )

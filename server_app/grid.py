@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from logging import getLogger
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.limits import needed
 
 log = getLogger("flwr")
 
 STUMBLE = 300.0  # seconds for which a SuperLink may do nothing but fail
 TRIES = 3  # how often a client is asked that only dead actors were handed
+REFUSED, UNREADABLE = 2, 4  # Flower's codes (the ClientApp raised, no reply to be had) of the errors that are made here
+_CONNECTION = {"grpc", "httpcore", "httpx", "sqlalchemy", "sqlite3"}  # whose errors are no client's fault
 _DEAD_ACTOR = re.compile(r"ActorDiedError.*?actor_id: (\w+)", re.DOTALL)
 
 
@@ -39,8 +41,8 @@ class ObservedGrid(Grid):
 
         Args:
             inner: Flower's own grid.
-            on_reply: called with every reply that has content, and with the node that sent it. What it raises is
-                logged and kept from the other replies.
+            on_reply: called with every reply that has content, and with the node that sent it. An UploadError makes
+                an error of that client of the reply; what else it raises is logged and kept from the other replies.
             clients: node id -> client, for the log and for the order of the replies.
             poll: seconds between two looks for replies.
             quorum: share of the questions that `send_and_receive` must get good replies to.
@@ -96,26 +98,44 @@ class ObservedGrid(Grid):
         """Fetch replies one by one: no more than one is in memory before the hook has seen it, and freed it perhaps."""
         replies: list[Message] = []
         for message_id in list(message_ids):
-            for reply in self._fetch(message_id):
-                self._show(reply)
-                replies.append(reply)
+            replies += [self._shown(self._read(reply, message_id)) for reply in self._fetch(message_id)]
         return replies
 
     def _fetch(self, message_id: str) -> Iterable[Message]:
-        """The reply to a message, none if there is none yet, or if the SuperLink stumbled over the question."""
+        """The reply to a message, none if there is none yet, or if the SuperLink stumbled over the question.
+
+        Flower makes records of a client's bytes here, and bytes that are no records raise all kinds of errors.
+        """
         try:
             replies = self.inner.pull_messages([message_id])
         except Exception as error:
+            if not _is_of_the_connection(error):
+                return [self._failure(message_id, UNREADABLE, f"its reply cannot be read ({type(error).__name__})")]
             now = time.monotonic()
             self._stumbling = self._stumbling or now
             if not _is_stumble(error) or now - self._stumbling > STUMBLE:
                 raise
-            log.warning("the SuperLink failed when it was asked for replies; it is asked again (%s)", _line(error))
+            log.warning("the SuperLink failed when it was asked for replies; it is asked again (%s)", first_line(error))
             return []
         self._stumbling = None
         return replies
 
-    def _show(self, reply: Message) -> None:
+    def _read(self, reply: Message, message_id: str) -> Message:
+        """The reply, whose own words do not decide which question it answers; an error, if it says nothing."""
+        if not reply.has_content() and not reply.has_error():
+            return self._failure(message_id, UNREADABLE, "its reply is empty")
+        if reply.metadata.reply_to_message_id not in self._asked:
+            reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        return reply
+
+    def _failure(self, message_id: str, code: int, text: str) -> Message:
+        """An error reply to a question that was asked here, as the SuperLink makes them."""
+        question = Message(RecordDict(), self._asked.get(message_id, 0), "train")
+        question.metadata.__dict__["_message_id"] = message_id
+        return Message(Error(code, text), reply_to=question)
+
+    def _shown(self, reply: Message) -> Message:
+        """The reply after the hook has seen it: an error, if the hook refused it."""
         node = self.node_of(reply)
         if reply.has_error():
             log.warning("%s failed: %s", self.name_of(node), reason(reply))
@@ -123,9 +143,13 @@ class ObservedGrid(Grid):
             started = time.monotonic()
             try:
                 self.on_reply(reply, node)
+            except UploadError as error:
+                log.warning("refused: %s", error)
+                reply = self._failure(reply.metadata.reply_to_message_id, REFUSED, str(error))
             except Exception:  # one reply's trouble must not cost the others
                 log.exception("%s: its reply could not be taken", self.name_of(node))
             self._in_hook += time.monotonic() - started
+        return reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Ask, and wait for all replies or for `timeout` seconds, in which the hook's own time does not count.
@@ -177,11 +201,18 @@ class ObservedGrid(Grid):
 
 def reason(reply: Message) -> str:
     """The first line of an error reply's reason, with its code."""
-    return f"{_line(reply.error.reason or 'no reason given')} (Flower's error code {reply.error.code})"
+    return f"{first_line(reply.error.reason or 'no reason given')} (Flower's error code {reply.error.code})"
 
 
-def _line(said: object) -> str:
+def first_line(said: object) -> str:
+    """Of a text that came from outside, as much as fits a log."""
     return (str(said).strip().splitlines() or ["no reason given"])[0][:300]
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Did the way to the SuperLink fail, or its database, and not the reading of what a client sent?"""
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not modules.isdisjoint(_CONNECTION)
 
 
 def _is_stumble(error: Exception) -> bool:

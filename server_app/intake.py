@@ -9,6 +9,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedmitr_flwr.compute import return_memory
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DiskError, RunError, UploadError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -21,6 +22,51 @@ from .records import keep, read_upload, room
 log = getLogger("flwr")
 
 PAUSE, REMIND = 2.0, 60.0  # seconds between two tries to write, and between two complaints that it does not work
+MOST = 10  # times the arrays of a model are kept of a refused upload, no more
+
+
+def shapes_of(initial: Weights) -> Weights:
+    """The weights without their numbers."""
+    return {name: tensor.to("meta") for name, tensor in initial.items()}
+
+
+def checked(reply: Message, client: int, node: int, config: Config, initial: Weights) -> Upload:
+    """The upload in a reply, if it may be used.
+
+    Args:
+        reply: to a train message.
+        client: whom the message was sent to.
+        node: where it was sent to.
+        config: of the run.
+        initial: what the client started from; its shapes are enough.
+
+    Raises:
+        UploadError: "client 3: ..." with what is wrong and the fix.
+    """
+    told = config.upload
+    try:
+        if (source := reply.metadata.src_node_id) != node:
+            raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
+        upload = read_upload(reply, client, told.tells_counts, room(initial), with_statistics=told.statistics)
+        validate(
+            upload,
+            initial,
+            config.model.num_classes,
+            fingerprint(),
+            config.partition.clients,
+            config.screen.max_images,
+            statistics=moments.names(told),
+        )
+        if not computes(upload.weights, config.model):
+            raise UploadError(f"client {client}: its model gives NaN or infinity; lower local.lr, and train it again")
+    except UserError:
+        raise
+    except Exception as error:  # what nobody foresaw must not let a reply through, nor cost the others
+        log.warning("client %d: its upload made a check fail", client, exc_info=error)
+        raise UploadError(
+            f"client {client}: its upload cannot be checked ({type(error).__name__}); see the log"
+        ) from error
+    return upload
 
 
 class Intake:
@@ -28,8 +74,7 @@ class Intake:
 
     def __init__(self, folder: RunFolder, initial: Weights) -> None:
         """Take uploads of models like `initial`, from which the clients start; only its shape is kept."""
-        shapes = {name: tensor.to("meta") for name, tensor in initial.items()}
-        self.folder, self.initial, self.limit = folder, shapes, room(shapes)
+        self.folder, self.initial = folder, shapes_of(initial)
 
     def take(self, reply: Message, client: int, node: int) -> None:
         """Write one upload to disk, accepted or refused, and free its memory.
@@ -41,47 +86,24 @@ class Intake:
         """
         started = time.monotonic()
         try:
-            self._accept(self._checked(reply, client, node))
+            self._accept(checked(reply, client, node, self.folder.config, self.initial))
         except UserError as error:
-            tensors, said = keep(reply.content, self.limit)
-            name, told = f"client {client}", str(error)
-            path = _however_long(name, lambda: self.folder.refuse_upload(name, tensors, told, said))
-            log.warning("refused: %s (kept in %s)", error, path)
+            self._refuse(reply, client, error)
         for name in list(reply.content):  # no variable holds on to a record
             reply.content[name] = type(reply.content[name])()
         return_memory()
         log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
 
-    def _checked(self, reply: Message, client: int, node: int) -> Upload:
-        config = self.folder.config
+    def _refuse(self, reply: Message, client: int, error: UserError) -> None:
+        """Keep what was sent, if that works at once: nobody waits for what nobody may use."""
         try:
-            if (source := reply.metadata.src_node_id) != node:
-                raise UploadError(
-                    f"client {client}: node {source} answered for node {node}; give every node its own id"
-                )
-            told = config.upload
-            upload = read_upload(reply, client, told.tells_counts, self.limit, with_statistics=told.statistics)
-            validate(
-                upload,
-                self.initial,
-                config.model.num_classes,
-                fingerprint(),
-                config.partition.clients,
-                config.screen.max_images,
-                statistics=moments.names(told),
-            )
-            if not computes(upload.weights, config.model):
-                raise UploadError(
-                    f"client {client}: its model gives NaN or infinity; lower local.lr, and train it again"
-                )
-        except UserError:
-            raise
-        except Exception as error:  # what nobody foresaw must not let a reply through, nor cost the others
-            log.warning("client %d: its upload made a check fail", client, exc_info=error)
-            raise UploadError(
-                f"client {client}: its upload cannot be checked ({type(error).__name__}); see the log"
-            ) from error
-        return upload
+            kept = keep(reply.content, room(self.initial), MOST * len(self.initial))
+            told = f"{error}; {kept.left_out}" if kept.left_out else str(error)
+            path = self.folder.refuse_upload(f"client {client}", kept.tensors, told, kept.said)
+        except Exception as problem:  # whatever a stranger sent
+            log.warning("refused: %s (not kept: %s)", error, problem)
+            return
+        log.warning("refused: %s (kept in %s)", told, path)
 
     def _accept(self, upload: Upload) -> None:
         path = _however_long(f"client {upload.client}", lambda: self.folder.save_upload(upload))
@@ -95,7 +117,7 @@ class Intake:
 
 
 def _however_long(name: str, write: Callable[[], Path]) -> Path:
-    """Write until it works: Flower has forgotten the reply, and its client shall not train again."""
+    """Write until the disk takes it: Flower has forgotten the reply, and its client shall not train again."""
     told = -math.inf
     while True:
         try:

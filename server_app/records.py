@@ -1,9 +1,11 @@
 """Flower's records: what the clients are told, and what they reply. The other half is client_app/app.py."""
 
+import itertools
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -21,7 +23,9 @@ EVALUATION: Mapping[str, type] = {"metrics": MetricRecord}
 _OWN = "run this app's own ClientApp there"
 _PLAIN = re.compile(r"[\w.-]{1,200}", re.ASCII)  # names that can be a tensor's in any file
 _SAID = reprlib.Repr()  # of what is kept of a refused reply
-_SAID.maxdict = _SAID.maxlist = _SAID.maxstring = _SAID.maxother = 1000
+_SAID.maxdict = _SAID.maxlist = 100
+_SAID.maxstring = _SAID.maxother = 300
+TELLS = 100_000  # characters of all that: it goes into a file's header, which cannot be large
 
 
 def order(config: Config) -> ConfigRecord:
@@ -95,30 +99,66 @@ def _records(kinds: Mapping[str, type]) -> str:
     return ", ".join(shown) + " and more" * (len(kinds) > 4) or "no record"
 
 
-def keep(content: RecordDict, limit: int) -> tuple[Weights, dict[str, str]]:
-    """What of a refused reply goes to disk.
+@dataclass(frozen=True)
+class Kept:
+    """What of a refused reply goes to disk."""
 
-    Returns:
-        Its arrays, under their own names where those are plain, as bytes where they cannot be read; none if they are
-        larger than `limit`, since a disk is soon full. And in words, what else was sent.
+    tensors: Weights
+    said: dict[str, str]  # in words, what else was sent
+    left_out: str = ""  # why there are no tensors
+
+
+@dataclass
+class _Words:
+    """What a stranger said, as far as there is room for it."""
+
+    said: dict[str, str] = field(default_factory=dict)
+    room: int = TELLS
+
+    def add(self, name: str, value: object) -> None:
+        if self.room <= 0:  # nothing is made into words that nobody will read
+            return
+        text = _SAID.repr(value)[: max(0, self.room - len(name))]
+        self.said[name] = text
+        self.room -= len(name) + len(text)
+
+
+def keep(content: RecordDict, limit: int, most: int) -> Kept:
+    """Choose what of a refused reply goes to disk.
+
+    Its arrays go under their own names where those are plain, as bytes where they cannot be read; none if they are
+    larger than `limit` or more than `most`, since a disk is soon full and a header is small. What else was sent goes
+    in words, `TELLS` characters at most.
     """
-    said = {
-        _SAID.repr(name): _SAID.repr(dict(record))
-        for name, record in content.items()
-        if not isinstance(record, ArrayRecord)
-    }
+    words = _Words()
+    for name, record in content.items():
+        if not isinstance(record, ArrayRecord):
+            words.add(_SAID.repr(name), dict(record))
     arrays = [(name, array) for record in content.array_records.values() for name, array in record.items()]
-    if (sent := sum(len(array.data) for _, array in arrays)) > limit:
-        return {}, said | {"arrays": f"{len(arrays)} arrays of {sent} bytes, too large to be kept"}
+    sent = sum(len(array.data) for _, array in arrays)
+    if sent > limit or len(arrays) > most:
+        return Kept({}, words.said, f"its {len(arrays)} arrays of {sent} bytes are too much to be kept")
     tensors: Weights = {}
-    for number, (name, array) in enumerate(arrays):
-        free = name if _PLAIN.fullmatch(name) and name not in (*tensors, "__metadata__") else f"array-{number}"
+    for free, (name, array) in zip(_names_in_file(name for name, _ in arrays), arrays, strict=True):
         try:
             tensors[free] = read_npy(array.data)
         except UploadError:
             tensors[free] = raw(array.data)
-            said[free] = _SAID.repr((name, array.stype, array.dtype, array.shape))
-    return tensors, said
+            words.add(free, (name, array.stype, array.dtype, array.shape))
+    return Kept(tensors, words.said)
+
+
+def _names_in_file(sent: Iterable[str]) -> list[str]:
+    """Each name itself where it is plain and the first of its kind; else a new one, that nobody sent."""
+    names = list(sent)
+    plain = {name for name in names if _PLAIN.fullmatch(name)} - {"__metadata__"}
+    new = (name for number in itertools.count() if (name := f"array-{number}") not in plain)
+    free = []
+    left = set(plain)
+    for name in names:
+        free.append(name if name in left else next(new))
+        left.discard(name)
+    return free
 
 
 def read_evaluation(reply: Message, client: int, num_classes: int, max_images: int) -> Evaluation:

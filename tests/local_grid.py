@@ -31,6 +31,11 @@ def task_identity() -> Iterator[None]:
             setattr(TaskIdentity, name, value)
 
 
+def complaint(reply: Message) -> str:
+    """What a client says is wrong: the text of its error or, where it describes itself, of its card; or nothing."""
+    return reply.error.reason if reply.has_error() else str(reply.content.get("name", {}).get("trouble", ""))
+
+
 class LocalGrid(Grid):
     """`count` simulated nodes around one ClientApp."""
 

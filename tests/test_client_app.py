@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import TINY, LocalGrid, task_identity
 
+from client_app.app import KEYS, discreet
 from client_app.app import app as client_app
-from client_app.app import discreet
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DataError
@@ -164,6 +165,43 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
         told = fail(Message(RecordDict(), 1, "train"), None).error.reason
     assert "s3cret" not in told
     assert "<path>" in told
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        (
+            {"max-epsilon": 0},
+            "this node's max-epsilon = 0 is not possible; use a number above 0, or leave it out for no",
+        ),
+        ({"max-epsilon": -1.0}, "this node's max-epsilon = -1.0 is not possible"),
+        ({"max-epsilon": float("nan")}, "this node's max-epsilon = nan is not possible"),
+        ({"max-epsilon": "8"}, "this node's max-epsilon = '8' is not possible"),
+        ({"max-epsilon": True}, "this node's max-epsilon = True is not possible"),
+        ({"max-epsilon": 8, "max-delta": 0}, "this node's max-delta = 0 is not possible; .* leave it out for 1e-05"),
+        ({"max-delta": 1e-5}, "this node's max-delta limits nothing by itself; give a max-epsilon with it"),
+        (
+            {"max_epsilon": 8},
+            "this node's --node-config has 'max_epsilon', which nothing reads; use client-name, .*max-ep",
+        ),
+    ],
+)
+def test_a_node_whose_limit_would_not_hold_takes_no_part(node: dict[str, Any], told: str) -> None:
+    grid = LocalGrid(client_app, 2)
+    grid.contexts[grid.node(0)].node_config |= node
+    content = RecordDict({"arrays": ArrayRecord(), "config": order(settings())})
+    described, trained = (
+        grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])[0] for kind in ("query.describe", "train")
+    )
+    assert re.match(told, str(described.content["name"]["trouble"]))
+    assert re.match(told, trained.error.reason)
+
+
+def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
+    guide = (Path(__file__).parents[1] / "deploy" / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| Key \|.*?\n\n", guide, re.MULTILINE | re.DOTALL)
+    assert rows
+    assert re.findall(r"`([a-z-]+)`", "".join(line.split("|")[1] for line in rows[0].splitlines()[2:-1])) == list(KEYS)
 
 
 def test_a_message_of_another_server_fails_cleanly() -> None:

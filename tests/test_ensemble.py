@@ -113,6 +113,24 @@ def test_a_trimmed_ensemble_teaches_what_it_decides() -> None:
     assert an_ensemble(config).teach == "probs"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("trim", [0.0, 0.3])
+def test_a_silent_teacher_is_not_asked_for_what_its_patches_say(trim: float) -> None:
+    config = settings(**{"ensemble.combine": "probs", "ensemble.teach": "probs", "ensemble.trim": trim})
+    uploads = [an_upload(config, 0, 10), an_upload(config, 1, 30), an_upload(config, 2, 40)]
+    images = some_images(config, 4)
+    patches, ids = patchify(images, 2), torch.arange(16).expand(4, -1)
+    three = Ensemble.of(uploads, config.model, config.ensemble, silent=1)
+    torch.testing.assert_close(three.token_weights[:, 0], torch.tensor([0.25, 0.75, 0]))
+    given = three.scores(patches, ids)
+    two = Ensemble.of(uploads[:2], config.model, config.ensemble).scores(patches, ids)
+    if not trim:  # which cuts off a share of all weight
+        torch.testing.assert_close(given.patches, two.patches)
+    everybody = Ensemble.of(uploads, config.model, config.ensemble).scores(patches, ids)
+    torch.testing.assert_close(given.cls, everybody.cls)
+    assert not torch.allclose(given.patches, everybody.patches)
+
+
 def test_teachers_are_frozen_and_in_eval_mode() -> None:
     ensemble = an_ensemble(settings())
     assert not any(parameter.requires_grad for parameter in ensemble.parameters())

@@ -7,16 +7,21 @@ a real ClientApp that a stranger tampered with.
 import io
 import pickle
 import random
+import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, validate_object_content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_grid import TINY, LocalGrid, task_identity
@@ -24,13 +29,13 @@ from local_grid import TINY, LocalGrid, task_identity
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import UploadError
-from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.errors import DiskError, RunError, UploadError
+from fedmitr_flwr.files import load_tensors, save_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.foreign import read_npy
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 from fedmitr_flwr.vit.probe import computes
-from server_app.records import keep, order
+from server_app.records import TELLS, keep, order
 from server_app.strategy import OneShot
 
 Rng = random.Random
@@ -390,7 +395,9 @@ def test_there_are_at_least_two_hundred_generated_cases() -> None:
     assert HOSTILE * SEEDS >= 200
 
 
-def only_client_1(honest: RecordDict, tmp_path: Path, reply: Callable[[Message, RecordDict], Message]) -> RunFolder:
+def only_client_1(
+    honest: RecordDict, tmp_path: Path, reply: Callable[[Message, RecordDict], Message], clients: int = HOSTILE + 2
+) -> RunFolder:
     """A run in which client 1's upload is good, but its message was forged."""
 
     class Forged(Replay):
@@ -398,11 +405,19 @@ def only_client_1(honest: RecordDict, tmp_path: Path, reply: Callable[[Message, 
             good = super().reply(message, content)
             return reply(good, content) if message.metadata.dst_node_id == self.node(1) else good
 
-    return run(tmp_path, Forged({client: [of_client(honest, client)] for client in range(HOSTILE + 2)}))
+    return run(tmp_path, Forged({client: [of_client(honest, client)] for client in range(clients)}))
 
 
 def from_another_node(reply: Message, _: RecordDict) -> Message:
     reply.metadata.__dict__["_src_node_id"] = 77
+    return reply
+
+
+def in_another_name(reply: Message, content: RecordDict) -> Message:
+    """It answers no question that was asked, and says that it is client 2."""
+    tell(content, partition_id=2)
+    reply.metadata.__dict__["_reply_to_message_id"] = "some other"
+    reply.metadata.__dict__["_src_node_id"] = 1014
     return reply
 
 
@@ -414,7 +429,11 @@ def of_another_kind(reply: Message, content: RecordDict) -> Message:
 
 @pytest.mark.parametrize(
     ("forge_message", "reason"),
-    [(from_another_node, "node 77 answered for node 1007"), (of_another_kind, "it trained on 0 images")],
+    [
+        (from_another_node, "node 77 answered for node 1007"),
+        (in_another_name, "node 1014 answered for node 1007"),
+        (of_another_kind, "it trained on 0 images"),
+    ],
 )
 def test_what_a_message_says_of_itself_does_not_let_it_through(
     honest: RecordDict,
@@ -434,7 +453,9 @@ def test_what_was_refused_is_kept_as_it_was_sent(honest: RecordDict) -> None:
     content["arrays"]["head.bias"].data = b"no array"
     content["more"] = ArrayRecord({"head.weight": Array(np.zeros(1, np.int16))})
     content["junk"] = ConfigRecord({"a": "b"})
-    tensors, said = keep(content, limit=10**6)
+    kept = keep(content, limit=10**6, most=100)
+    tensors, said = kept.tensors, kept.said
+    assert kept.left_out == ""
     assert len(tensors) == len(content["arrays"]) + 1
     assert np.array_equal(tensors["cls_token"].numpy(), content["arrays"]["cls_token"].numpy())
     assert bytes(tensors["head.bias"].numpy()) == b"no array"
@@ -442,9 +463,137 @@ def test_what_was_refused_is_kept_as_it_was_sent(honest: RecordDict) -> None:
     assert numbers == [[1.0, 1.0], [0]]
     assert said["'junk'"] == "{'a': 'b'}"
     assert "'partition-id': 1" in said["'metrics'"]
-    nothing, said = keep(content, limit=100)
-    assert nothing == {}
-    assert "too large to be kept" in said["arrays"]
+    number = len(tensors)
+    for limit, most in ((100, 100), (10**6, number - 1)):
+        nothing = keep(content, limit, most)
+        assert nothing.tensors == {}
+        assert f"its {number} arrays of " in nothing.left_out
+        assert nothing.said["'junk'"] == said["'junk'"]
+
+
+def test_no_array_is_kept_in_anothers_place() -> None:
+    """`array-0` and `array-1` are what the first two without a plain name would be called."""
+    names = ["array-1", "a/b", "array-0", "é", "x" * 300]
+    sent = {name: np.full(1, number, np.float32) for number, name in enumerate(names)}
+    tensors = keep(RecordDict({"arrays": ArrayRecord({k: Array(v) for k, v in sent.items()})}), 10**6, 100).tensors
+    assert sorted(tensor.item() for tensor in tensors.values()) == [0, 1, 2, 3, 4]
+    assert (tensors["array-1"].item(), tensors["array-0"].item()) == (0, 2)
+
+
+def test_many_arrays_take_no_more_time_each() -> None:
+    """Thirty thousand took ten seconds when each was looked for among all before it."""
+    record = ArrayRecord({f"x{number}": Array("float32", (1,), "numpy.ndarray", b"") for number in range(30_000)})
+    started = time.monotonic()
+    kept = keep(RecordDict({"arrays": record}), 10**9, 10**6)
+    assert time.monotonic() - started < 3
+    assert len(kept.tensors) == 30_000
+    assert len(kept.said) < 30_000  # the words have an end
+
+
+def test_a_refused_message_of_very_many_arrays_is_kept_without_them_and_says_so(
+    honest: RecordDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def many(reply: Message, content: RecordDict) -> Message:
+        very_many_arrays(content, Rng(0))
+        return reply
+
+    folder = only_client_1(honest, tmp_path, many, clients=3)
+    tensors, kept = load_tensors(folder.refused_path / "client_1.safetensors")
+    assert not tensors
+    assert " are too much to be kept" in kept["reason"]
+    assert f"refused: {kept['reason']} (kept in " in caplog.text
+
+
+def test_what_is_kept_of_a_strangers_words_has_a_limit() -> None:
+    """Each record alone is 20 MB of text, and a header takes 100 MB in all."""
+    numbers = {str(number): [2**62] * 1000 for number in range(1000)}
+    texts = {str(number): ["x" * 1000] * 1000 for number in range(100)}
+    records = {f"m{k}": MetricRecord(numbers) for k in range(3)} | {"c": ConfigRecord(texts)}
+    content = RecordDict(records | {f"n{number}": MetricRecord() for number in range(20_000)})
+    told = sum(len(name) + len(text) for name, text in keep(content, 10**6, 100).said.items())
+    assert 1000 < told <= TELLS + 1000
+
+
+def test_contents_that_no_disk_would_take_are_no_matter_of_the_disk(tmp_path: Path) -> None:
+    """Or a server would try for ever."""
+    with pytest.raises(RunError, match="header too large; its contents fit no safetensors file") as caught:
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)}, {"said": "x" * 110_000_000})
+    assert not isinstance(caught.value, DiskError)
+    with pytest.raises(DiskError, match="os error 2"):
+        save_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": torch.ones(1)})
+
+
+def test_nobody_waits_for_a_refused_upload_that_cannot_be_kept(
+    honest: RecordDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> Path:
+        raise DiskError("cannot write x: No space left on device; make room there")
+
+    monkeypatch.setattr(RunFolder, "refuse_upload", full)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it is tried again"))
+    monkeypatch.setattr("server_app.intake.time", clock)
+    folder = only_client_1(honest, tmp_path, of_another_kind, clients=3)
+    assert list(folder.upload_paths()) == [0, 2]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    lines = [line for line in lines if "client 1" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("refused: client 1: it trained on 0 images")
+    assert lines[0].endswith("(not kept: cannot write x: No space left on device; make room there)")
+
+
+def sent_object(kind: str, body: bytes) -> dict[str, bytes]:
+    """One of Flower's objects as it lies at the SuperLink, which finds nothing wrong with it."""
+    content = f"{kind}  {len(body)}".encode() + b"\0" + body
+    validate_object_content(content)
+    return {get_object_id(content): content}
+
+
+UNREADABLE = {
+    "no numbers": (sent_object("MetricRecord", b"\xff\xff\xff\xff"), "DecodeError"),
+    "no arrays": (sent_object("ArrayRecord", b"[]"), "AttributeError"),
+    "no message": (sent_object("ConfigRecord", b""), "AttributeError"),
+}
+
+
+class Pulled(Replay):
+    """What client 1 sent is made into records by Flower itself, when it is fetched."""
+
+    def __init__(self, honest: RecordDict, fetch: Callable[[], object]) -> None:
+        super().__init__({client: [of_client(honest, client)] for client in range(3)})
+        self.fetch = fetch
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ids = list(message_ids)
+        if ids == [f"train {self.node(1)}"]:
+            self.fetch()
+        return super().pull_messages(ids)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_reply_that_flower_cannot_read_costs_only_its_client(
+    honest: RecordDict, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects, error = UNREADABLE[name]
+
+    def fetch() -> None:
+        (object_id,) = objects
+        message: Any = inflate_object_from_contents(object_id, dict(objects))
+        message.metadata.__dict__["_message_id"] = object_id  # as HttpGrid does with it
+
+    started = time.monotonic()
+    folder = run(tmp_path, Pulled(honest, fetch))
+    assert list(folder.upload_paths()) == [0, 2]
+    assert f"client 1 failed: its reply cannot be read ({error}) (Flower's error code 4)" in caplog.text
+    assert time.monotonic() - started < 300  # nobody waits for flower.upload-timeout
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), httpx.ReadTimeout("slow")])
+def test_a_broken_connection_is_no_clients_fault(honest: RecordDict, error: Exception, tmp_path: Path) -> None:
+    def fetch() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run(tmp_path, Pulled(honest, fetch))
 
 
 kinds = st.sampled_from(["float32", "float16", "float64", "int64", "int32", "uint8", "bool"])

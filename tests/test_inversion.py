@@ -15,14 +15,29 @@ from torch import Tensor
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
-from fedmitr_flwr.inversion.objective import AliveVariation, agreement, cross_entropy, total_variation
+from fedmitr_flwr.inversion.objective import TINY, AliveVariation, agreement, cross_entropy
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.precision import tf32
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, patchify, put, take, unpatchify
 
 TARGETS = torch.tensor([3, 0, 9])
+
+
+def total_variation(images_BCHW: Tensor) -> Tensor:
+    """TV₂ of each image (B,) from its definition, for autograd: what `AliveVariation` must agree with."""
+    x = images_BCHW
+    differences = (
+        x[..., :, :-1] - x[..., :, 1:],
+        x[..., :-1, :] - x[..., 1:, :],
+        x[..., :-1, :-1] - x[..., 1:, 1:],
+        x[..., 1:, :-1] - x[..., :-1, 1:],
+    )
+    return torch.stack([(d.square().sum((1, 2, 3)) + TINY).sqrt() for d in differences]).sum(0)
+
+
 SMI = "0.0125,0.025,0.05,0.075"
 
 
@@ -307,30 +322,18 @@ def test_pixels_stay_what_a_camera_can_give(mode: str) -> None:
     assert (grey.images.min(), grey.images.max()) == (-1, 1)
 
 
-def test_total_variation_by_numpy() -> None:
-    images = some_images(settings(**{"model.in-chans": 3}), 4)
-    for image, found in zip(images.double().numpy(), total_variation(images).tolist(), strict=True):
-        differences = (
-            image[:, :, 1:] - image[:, :, :-1],
-            image[:, 1:, :] - image[:, :-1, :],
-            image[:, 1:, 1:] - image[:, :-1, :-1],
-            image[:, :-1, 1:] - image[:, 1:, :-1],
-        )
-        assert found == pytest.approx(sum(np.linalg.norm(each) for each in differences), rel=1e-5)
-
-
 def test_total_variation_of_four_pixels() -> None:
     """Of [[0, 3], [4, 0]]: across (3, 4) -> 5, down (4, 3) -> 5, falling diagonal 0, rising diagonal 1."""
-    image = torch.tensor([[[[0.0, 3.0], [4.0, 0.0]]]])
-    assert total_variation(image).item() == pytest.approx(11.0, abs=1e-5)
+    patches = patchify(torch.tensor([[[[0.0, 3.0], [4.0, 0.0]]]]), 1)
+    value, _ = AliveVariation(patches, all_positions(patches), 1)(patches)
+    assert value.item() == pytest.approx(11.0, abs=1e-5)
 
 
 def test_a_constant_image_has_no_variation_and_no_gradient() -> None:
-    image = torch.full((1, 1, 4, 4), 0.3, requires_grad=True)
-    loss = total_variation(image)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(0, abs=1e-5)
-    assert (image.grad == 0).all()
+    patches = patchify(torch.full((1, 1, 4, 4), 0.5), 2)
+    value, gradient = AliveVariation(patches, all_positions(patches), 2)(patches)
+    assert value.item() == pytest.approx(0, abs=1e-5)
+    assert (gradient == 0).all()
 
 
 def test_the_prior_is_weighted() -> None:
@@ -553,6 +556,14 @@ def test_bfloat16_is_close_and_pixels_stay_float32() -> None:
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.05)
     assert not torch.equal(rounded.loss, exact.loss)
     assert torch.equal(inverted(still(mode="dense", steps=1, precision="tf32"), ensemble=ensemble).loss, exact.loss)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_rounding_on_a_gpu_is_said_for_products_and_convolutions(allowed: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with tf32(allowed):
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
 def test_agreement_by_hand() -> None:

@@ -131,9 +131,9 @@ def test_a_weigher_learns_on_from_sizes_and_lets_the_step_decay() -> None:
     changes = {"ensemble.weights": "learned", "ensemble.learn-step": 0.1, "ensemble.learn-decay": 0.5}
     config = settings(**changes)
     images, targets = some_images(config, 30), torch.arange(30) % 10
-    ensemble = Ensemble.of(uploads_of(config), config.model, config.ensemble)
+    weigher = Weigher(uploads_of(config), config, torch.device("cpu"))
+    ensemble = weigher.ensemble
     torch.testing.assert_close(ensemble.weights, torch.tensor([[0.25], [0.75]]).expand(2, 10))
-    weigher = Weigher(ensemble, uploads_of(config), config)
     answers = ensemble.answers(images)
     wanted = torch.tensor([0.25, 0.75]).double()
     for epoch in range(3):  # one batch each: one step of 0.1, 0.05, 0.025

@@ -14,6 +14,7 @@ from fedmitr_flwr import methods
 from fedmitr_flwr.compute import threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.inversion.scout import Weigher
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.methods.loop import balanced_targets
@@ -152,6 +153,26 @@ def test_batches_that_are_made_side_by_side_are_those_made_in_turn(method: str) 
     stage = "inversion" if method == "fedmitr" else "generation"
     batches = [(each["epoch"], each["batch"]) for each in told if each["stage"] == stage]
     assert sorted(batches) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("mode", "canvases"), [("sparse", 9), ("pri", 3)])
+def test_teachers_are_weighed_by_each_canvas_once(mode: str, canvases: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pri` takes four images from one canvas, which as wholes are one image: four times the evidence is none."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    refine = Weigher.refine
+
+    def spy(weigher: Weigher, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> None:
+        seen.append((images, targets))
+        refine(weigher, images, targets, epoch)
+
+    monkeypatch.setattr(Weigher, "refine", spy)
+    made = fused(settings(**MANY | {"inversion.mode": mode, "inversion.batch-size": 2}))
+    assert made.pool is not None
+    for epoch, (images, targets) in enumerate(seen, 1):
+        assert len(images) == len(images.flatten(1).unique(dim=0)) == len(targets) == epoch * canvases
+    known = {(image.numpy().tobytes(), int(y)) for image, y in zip(made.pool.images, made.pool.targets, strict=True)}
+    last = zip(*seen[-1], strict=True)
+    assert {(image.numpy().tobytes(), int(target)) for image, target in last} == known
 
 
 def test_when_one_batch_fails_the_others_stop(monkeypatch: pytest.MonkeyPatch) -> None:

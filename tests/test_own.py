@@ -1,7 +1,10 @@
 """A client's own folder: classes are found by name, and what is the client's own affair stays in its log."""
 
+import errno
 import logging
+import os
 import re
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own
 from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.data.own import Place, load_own, load_own_test, look_at_own, named_classes
-from fedmitr_flwr.errors import DataError
+from fedmitr_flwr.errors import ConfigError, DataError
 
 NAMES = ("top", "middle", "bottom")
 Look = Callable[[Place, Config], object]
@@ -165,6 +168,14 @@ def unlabelled(folder: Path, images: Images) -> Path:
     return folder
 
 
+def dicoms(folder: Path, images: Images) -> Path:
+    """One class in a format that is not read."""
+    as_folders(folder, images, NAMES)
+    for file in (folder / "middle").iterdir():
+        file.rename(file.with_suffix(".dcm"))
+    return folder
+
+
 @LOOKS
 @pytest.mark.parametrize(
     ("make", "told", "logged"),
@@ -175,6 +186,7 @@ def unlabelled(folder: Path, images: Images) -> Path:
         (negative, "cannot be read", "train.parquet row 0: label -1 has no name"),
         (ambiguous, "cannot be read", "several columns with class numbers; .* patient"),
         (unlabelled, "cannot be read", "row 0 has no label"),
+        (dicoms, "cannot be read", r"/middle has 20 files, such as '.*\.dcm', and none is an image .*; convert them"),
     ],
 )
 def test_bad_folders_are_told_in_general_and_explained_in_the_log(
@@ -191,6 +203,89 @@ def test_bad_folders_are_told_in_general_and_explained_in_the_log(
         look(place(folder), settings())
     assert not any(word in str(caught.value) for word in ("patient", "ward", "row", tmp_path.name))
     assert re.search(logged, caplog.text)
+
+
+@LOOKS
+@pytest.mark.parametrize("closed", ["", "middle", "middle/2024"])
+def test_a_folder_that_cannot_be_listed_is_no_absent_class(
+    tmp_path: Path,
+    tiny: DataSet,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    look: Look,
+    closed: str,
+) -> None:
+    """Said by the operating system, since root, who may run the tests, can list everything."""
+    as_folders(tmp_path, tiny.train, NAMES)
+    (tmp_path / "middle" / "2024").mkdir()
+
+    def refusing(real: Callable[..., object]) -> Callable[..., object]:
+        def listed(path: str | Path) -> object:
+            if Path(path) == tmp_path / closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path)
+
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(DataError, match="this client's images cannot be read") as caught:
+        look(place(tmp_path), settings())
+    assert str(tmp_path) not in str(caught.value)
+    assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
+
+
+def test_empty_and_hidden_folders_are_no_mistake(tmp_path: Path, tiny: DataSet) -> None:
+    """The class that a client lacks, what a file browser leaves, and a cache."""
+    as_folders(tmp_path, tiny.train.subset((tiny.train.labels != 1).nonzero().flatten()), NAMES)
+    for file in ("middle/.DS_Store", ".cache/index.db"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"x")
+    assert set(load_own(place(tmp_path), settings()).labels.tolist()) == {0, 2}
+
+
+def test_a_folder_of_parquet_files_is_no_class(tmp_path: Path, tiny: DataSet) -> None:
+    as_parquet(tmp_path / "data", tiny.train, NAMES)
+    assert len(load_own(place(tmp_path), settings())) == len(tiny.train)
+
+
+def numbered(folder: Path, images: Images, first: int) -> Place:
+    """A column of `first`, `first` + 1, `first` + 2."""
+    return place(as_parquet(folder, images, [str(first + number) for number in range(3)], "number"))
+
+
+def test_large_numbers_cost_nothing(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    """Dates, say: named up to the largest they would be gigabytes."""
+    where = numbered(tmp_path, tiny.train, 20_240_101)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="3 of this client's classes are unknown"):
+        look_at_own(where, settings())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert "does not know: '20240101', '20240102', '20240103'; its classes" in caplog.text
+
+
+@LOOKS
+def test_too_many_numbers_are_no_classes(
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, look: Look
+) -> None:
+    where = numbered(tmp_path, tiny.train, 1)
+    monkeypatch.setattr(own, "MOST_NUMBERS", 2)
+    look(where, settings(("1", "2", "3")))  # as many as there are classes
+    with pytest.raises(DataError, match="cannot be read"):
+        look(where, settings(("1", "2")))
+    assert f"{tmp_path}: the label column has 3 different numbers, which are no classes; name another" in caplog.text
+
+
+def test_of_many_unknown_classes_some_are_named(
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "SHOWN", 2)
+    as_folders(tmp_path, tiny.train, ("x1", "x2", "x3"))
+    with pytest.raises(DataError, match="3 of this client's classes"):
+        look_at_own(place(tmp_path), settings())
+    assert "does not know: 'x1', 'x2' and 1 more; its classes" in caplog.text
 
 
 def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +312,8 @@ def test_too_few_images(tmp_path: Path, tiny: DataSet, look: Look) -> None:
     ("changes", "names"),
     [
         ({"model.num-classes": 10}, tuple("0123456789")),  # scikit-learn's digits
-        ({"model.num-classes": 3, "evaluate.where": "clients"}, ("0", "1", "2")),
+        ({"model.num-classes": 10, "evaluate.where": "clients"}, tuple("0123456789")),
+        ({"model.num-classes": 3, "evaluate.where": "clients", "data.classes": "a | b | c"}, ("a", "b", "c")),
         ({"model.num-classes": 2, "data.classes": "cat | dog"}, ("cat", "dog")),
     ],
 )
@@ -225,6 +321,18 @@ def test_where_the_names_come_from(changes: dict[str, object], names: tuple[str,
     config = Config.from_flat({"partition.scheme": "own", **changes})
     assert named_classes(config).data.class_names == names
     assert named_classes(named_classes(config)) == named_classes(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model.num-classes": 3}, {"model.num-classes": 10, "data.source": "imagefolder", "data.path": "/nowhere"}],
+)
+def test_where_the_clients_evaluate_the_classes_must_be_named(changes: dict[str, object]) -> None:
+    config = Config.from_flat({"partition.scheme": "own", "evaluate.where": "clients", **changes})
+    with pytest.raises(
+        ConfigError, match=r"data\.classes is empty, but with evaluate\.where = 'clients' .*; set it to"
+    ):
+        named_classes(config)
 
 
 @pytest.mark.parametrize("source", ["imagefolder", "parquet"])
@@ -249,8 +357,14 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     with pytest.raises(DataError, match=r"are of 3 classes, but model\.num-classes = 10"):
         named_classes(Config.from_flat(flat))
     named = Config.from_flat(flat | {"model.num-classes": 2, "data.classes": "top | middle"})
-    with pytest.raises(DataError, match="unknown"):
+    with pytest.raises(DataError) as caught:
         load_own_test(named.data, named.model)
+    assert str(caught.value) == (
+        f"{tmp_path}, test split: 10 images of classes that data.classes does not know: 'bottom'; "
+        "its classes: 'top', 'middle'; rename them, or take them out, or set data.unknown-classes = 'skip'"
+    )
+    skipping = Config.from_flat({"data.unknown-classes": "skip"}, base=named)
+    assert len(load_own_test(skipping.data, skipping.model)) == 20
 
 
 def test_a_name_that_no_setting_can_hold(tmp_path: Path, tiny: DataSet) -> None:

@@ -1,11 +1,12 @@
 """Clients with folders of their own, through the Flower apps: the bits of the shares that lie in the folders."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from local_grid import TINY, LocalGrid, server_context, task_identity
+from flwr.app import Error, Message, RecordDict
+from local_grid import TINY, LocalGrid, complaint, server_context, task_identity
 from sites import Sites, named
 from tiny import timeless
 
@@ -14,9 +15,11 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.errors import UserError
+from fedmitr_flwr.errors import DataError, UserError
 from fedmitr_flwr.report.run_folder import RunFolder
+from server_app import clients as meeting
 from server_app.app import app as server_app
+from server_app.records import order
 
 CLIENTS = 3
 NAMES = ("hospital-a", "factory", "university")
@@ -159,6 +162,7 @@ def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, fol
         ({"data-path": None}, {}, "client 'hospital-a' .* has no data-path, but partition.scheme = 'own'"),
         ({}, {"partition.scheme": "iid"}, "client .* has images of its own .* set partition.scheme = 'own'"),
         ({"data-path": "/nowhere/secret"}, {}, "cannot take part: client hospital-a: .* is no folder"),
+        ({}, {"flower.clients": NAMES[0]}, "1 clients in all, flower.min-nodes = 2; add the names of the others to fl"),
         ({"client-name": "stranger"}, {}, r"2 of 3 nodes .* missing: client 0 \(hospital-a\); start their SuperNodes"),
     ],
 )
@@ -181,6 +185,90 @@ def test_nodes_of_other_federations_are_left_alone(
     federate(grid, **{"flower.clients": "|".join(NAMES)})
     assert grid.clients_asked("train") == [0, 1, 2]
     assert "client 'stranger', which flower.clients does not name: it is not asked" in caplog.text
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "other classes", "privacy", "does not load", "another app"])
+def test_nodes_of_other_federations_may_be_in_any_state(
+    federate: Federate, folders: list[Path], shares: list[Images], tmp_path: Path, trouble: str
+) -> None:
+    """A museum's node is at the same SuperLink, and cannot take part, for which nobody has asked it."""
+    other = as_parquet(tmp_path / "museum", shares[0], tuple("abcdefghij"))
+    told: dict[str, dict[str, Any]] = {
+        "no folder": {"data-path": "/nowhere"},
+        "other classes": {"data-path": str(other)},
+        "privacy": {"data-path": str(folders[0]), "max-epsilon": 8},
+    }
+
+    class Museum(Sites):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return [self.spoilt(reply) for reply in super().pull_messages(message_ids)]
+
+        def spoilt(self, reply: Message) -> Message:
+            if reply.metadata.src_node_id == self.node(CLIENTS) and trouble == "another app":
+                reply.content = RecordDict()
+            elif reply.metadata.src_node_id == self.node(CLIENTS) and trouble == "does not load":
+                error = Message(Error(1, "no module named torch"), reply_to=reply)
+                error.metadata.__dict__.update(reply.metadata.__dict__)
+                return error
+            return reply
+
+    names = {"flower.clients": "|".join(NAMES)}
+    nodes = [*named(NAMES, folders), {"client-name": "museum", **told.get(trouble, {})}]
+    if trouble not in told:  # it has not said who it is: it may be the one that is missing
+        grid = Museum(nodes)
+        del grid.contexts[grid.node(2)]
+        fails = r"missing: client 2 \(university\); start their SuperNodes; node 1021 (does not say|cannot take part)"
+        federate(grid, fails=fails, **names, **{"flower.node-wait": 0.2})
+    grid = Museum(nodes)
+    run = federate(grid, **names)
+    assert run.finished
+    assert grid.clients_asked("train") == [0, 1, 2]
+
+
+def test_a_client_that_has_uploaded_may_be_in_any_state(federate: Federate, folders: list[Path]) -> None:
+    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
+    grid = Sites(named(NAMES, folders))
+    grid.tamper = lambda reply, client: [] if client == 1 else [reply]
+    run = federate(grid, fails=r"missing: client 1 \(factory\)", **changes)
+    unmounted = Sites(named(NAMES, [Path("/unmounted"), folders[1], folders[2]]))
+    resumed = federate(unmounted, **changes, **{"resume-from": str(run.path)})
+    assert resumed.finished
+    assert unmounted.clients_asked("train") == [1]
+    needed = Sites(named(NAMES, [folders[0], Path("/unmounted"), folders[2]]))
+    federate(needed, fails="cannot take part: client factory: .* is no folder", **changes)
+
+
+def test_a_node_with_another_name_is_told_of_once(
+    federate: Federate, folders: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(meeting, "LOOK", 0.02)
+    nodes = [*named(NAMES[:2], folders[:2]), {"client-name": "stranger"}]
+    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.5}
+    federate(Sites(nodes), fails=r"missing: client 2 \(university\)", **changes)
+    assert caplog.text.count("client 'stranger', which flower.clients does not name") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("in '/home/x rays/ann lee.png' it is cut short"), "client factory: in <path> it is cut short"),
+        (RuntimeError("image of patient 17: /data/17.png"), "RuntimeError"),
+    ],
+)
+def test_a_card_tells_of_trouble_what_an_error_would(
+    federate: Federate, folders: list[Path], error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del federate  # it has a task's identity
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("client_app.app.look_at_own", fail)
+    grid = Sites(named(["factory"], folders[:1]))
+    content = RecordDict({"config": order(Config.from_flat(OWN))})
+    (reply,) = grid.send_and_receive([Message(content, grid.node(0), "query.describe")])
+    assert reply.content["name"]["name"] == "factory"
+    assert complaint(reply) == told
 
 
 def test_own_images_need_flower() -> None:

@@ -387,6 +387,23 @@ def test_resume_with_other_uploads_is_refused_and_with_another_method_is_fine(
     assert RunFolder.open(run.path).config == resumed.config
 
 
+@pytest.mark.parametrize("names", ["b | a | c", "a | b | c | d", "a | b", ""])
+def test_resume_with_another_list_of_clients_is_refused(tmp_path: Path, trained: list[int], names: str) -> None:
+    """The places in the list are the numbers under which the uploads lie."""
+    run = without_upload(tmp_path, **{"flower.clients": "a | b | c"})
+    trained.clear()
+    back = {"method": "fedavg", "resume-from": str(run.path)}
+    with pytest.raises(RunError) as caught:
+        pipeline.run(a_config(tmp_path, **back, **{"flower.clients": names}))
+    assert str(caught.value) == (
+        f"flower.clients = {names!r}, but the run numbered its clients by 'a | b | c'; restore that list"
+    )
+    assert trained == []
+    assert RunFolder.open(run.path).config == run.config
+    pipeline.run(a_config(tmp_path, **back, **{"flower.clients": "a|b |c"}))
+    assert trained == [1]
+
+
 def test_a_run_whose_clients_have_not_evaluated_goes_on(tmp_path: Path, trained: list[int]) -> None:
     run = a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients"})
     wanted = run.read_result()["accuracy"]["student"]

@@ -58,7 +58,7 @@ def trained(
 ) -> tuple[list[torch.Tensor], float]:
     vit = vit or a_vit(config, 1)
     before = [weight.detach().clone() for weight in vit.parameters()]
-    spent = train_privately(vit, images, config, stream(0, "r"), stream(secret_seed, "secret"), CPU)
+    spent = train_privately(vit, images, config, stream(secret_seed, "secret"), CPU)
     return [new.detach() - old for new, old in zip(vit.parameters(), before, strict=True)], spent
 
 
@@ -134,6 +134,62 @@ def test_every_image_is_clipped_by_itself(tiny: DataSet) -> None:
     assert length(moved) <= 0.5 + 1e-5
 
 
+def lengthened(moved: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return length([one - two for one, two in zip(moved, other, strict=True)])
+
+
+@needs_opacus
+@pytest.mark.usefixtures("silent")
+def test_an_image_more_moves_the_sum_by_no_more_than_the_clip(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others keep their shifts. All gradients are longer than the clip, so it is its length to the digit."""
+    config = whispering(**{"privacy.clip": 0.1, "local.augment": True, "data.flip": True})
+
+    def summed(chosen: list[int], config: Config = config) -> list[torch.Tensor]:
+        monkeypatch.setattr(private, "_sampler", lambda *_: [chosen])
+        return [60 * step for step in trained(config, tiny.train)[0]]
+
+    everybody = list(range(60))
+    whole = summed(everybody)
+    for row in (0, 29, 59):
+        without = summed([other for other in everybody if other != row])
+        assert lengthened(whole, without) == pytest.approx(0.1, rel=1e-3)
+    still = summed(everybody, whispering(**{"privacy.clip": 0.1}))
+    assert lengthened(whole, still) > 0.2  # it is the shifts that are put to the test
+
+
+@needs_opacus
+def test_shifts_are_of_all_kinds_and_new_in_every_step(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    patchify = private.patchify
+    monkeypatch.setattr(private, "patchify", lambda pixels, size: (seen.append(pixels), patchify(pixels, size))[1])
+    monkeypatch.setattr(private, "_sampler", lambda *_: [list(range(60))] * 12)
+    alike = tiny.train.subset(torch.zeros(60, dtype=torch.long))
+    pixels = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8).expand(60, 1, 8, 8)
+    trained(whispering(**{"local.augment": True, "data.flip": True}), Images(pixels, alike.labels))
+    kinds, counts = torch.cat(seen).flatten(1).unique(dim=0, return_counts=True)
+    assert len(kinds) == 18  # three rows, three columns, two sides
+    assert counts.sum() == 720
+    assert 15 <= counts.min() <= counts.max() <= 70  # 40 ± 6.1 each
+    steps = [torch.cat(seen[step : step + 2]) for step in range(0, 24, 2)]  # in parts of 32
+    assert not any(torch.equal(steps[0], later) for later in steps[1:])
+
+
+@needs_opacus
+def test_nothing_is_drawn_from_what_the_server_knows(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other seeds, rounds and clients give the same bits, if only the secret is the same."""
+    monkeypatch.setattr(pipeline, "secret", lambda: stream(5, "secret"))
+    monkeypatch.setattr(pipeline, "stream", lambda *_: pytest.fail("a public stream"))
+    monkeypatch.setattr(pipeline, "client_images", lambda *_: (tiny.train, tiny.train.subset(torch.arange(0))))
+    flat = {"privacy.epsilon": 20.0, "model.depth": 1, "model.num-classes": 3, "local.augment": True}
+    start = initial_weights(settings(**flat).model, 0)
+    torch.manual_seed(1)
+    one = pipeline.train_client(settings(**flat, seed=1), 0, start, server_round=1)
+    torch.manual_seed(2)
+    two = pipeline.train_client(settings(**flat, seed=2), 1, start, server_round=2)
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
+    assert not torch.equal(one.weights["head.weight"], start["head.weight"])
+
+
 @needs_opacus
 def test_the_noise_is_as_large_as_the_accountant_was_told(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each weight: clip · multiplier / images, in one step of full batches; nearly 2,000 weights say how much."""
@@ -176,7 +232,7 @@ def test_the_public_seed_does_not_give_the_noise_away(tiny: DataSet) -> None:
     assert 0 < spent <= 5.0
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # by the secret alone
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert secret().initial_seed() != secret().initial_seed()
+    assert not torch.equal(torch.rand(8, generator=secret()), torch.rand(8, generator=secret()))
     small = settings(**{"privacy.epsilon": 20.0, "model.depth": 1})
     start = initial_weights(small.model, 0)
     one, two = (pipeline.train_client(small, 0, start) for _ in range(2))
@@ -249,19 +305,43 @@ def _identity() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("_identity")
-@pytest.mark.parametrize(("limit", "epsilon", "refused"), [(2.0, 8.0, True), (2.0, 0.0, True), (8.0, 8.0, False)])
-@needs_opacus
-def test_a_node_may_want_more_privacy_than_the_server(limit: float, epsilon: float, refused: bool) -> None:
+def replies(node: dict[str, Any], **asked: Any) -> list[Message]:
+    """Of a node that was started with these keys, to all that the server may ask."""
     grid = LocalGrid(client_app, 2)
-    grid.contexts[grid.node(0)].node_config["max-epsilon"] = limit
-    config = Config.from_flat(TINY | {"partition.clients": 2, "privacy.epsilon": epsilon})
-    content = RecordDict({"arrays": ArrayRecord(), "config": order(config)})
-    for kind in ("query.describe", "train"):
-        (reply,) = grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])
-        assert reply.has_error() == refused
-        if refused:
-            assert reply.error.reason.startswith("this node wants privacy.epsilon of at most 2, and the server's is ")
+    grid.contexts[grid.node(0)].node_config |= node
+    where = {"evaluate.where": "clients", "evaluate.holdout": 0.2}
+    config = Config.from_flat(TINY | where | {"partition.clients": 2} | asked)
+    content = RecordDict({"arrays": ArrayRecord(initial_weights(config.model, 0)), "config": order(config)})
+    kinds = ("query.describe", "train", "evaluate")
+    return [reply for kind in kinds for reply in grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])]
+
+
+EPSILON = "this node wants privacy.epsilon of at most 2, and the server's is "
+DELTA = "this node wants privacy.delta of at most {}, and the server's is {}; lower it there, or raise the node's max-d"
+
+
+@pytest.mark.usefixtures("_identity")
+@pytest.mark.parametrize(
+    ("node", "epsilon", "delta", "refused"),
+    [
+        ({"max-epsilon": 2.0}, 8.0, 1e-5, EPSILON + "8 (0: none)"),
+        ({"max-epsilon": 2}, 0.0, 1e-5, EPSILON + "0 (0: none)"),
+        ({"max-epsilon": 8}, 8.0, 1e-5, ""),
+        ({"max-epsilon": 8}, 8.0, 2e-5, DELTA.format("1e-05", "2e-05")),
+        ({"max-epsilon": 8, "max-delta": 1e-3}, 8.0, 1e-3, ""),
+        ({"max-epsilon": 8, "max-delta": 1e-7}, 8.0, 1e-5, DELTA.format("1e-07", "1e-05")),
+        ({}, 0.0, 1e-3, ""),
+    ],
+)
+@needs_opacus
+def test_a_node_may_want_more_privacy_than_the_server(
+    node: dict[str, Any], epsilon: float, delta: float, refused: str
+) -> None:
+    described, *others = replies(node, **{"privacy.epsilon": epsilon, "privacy.delta": delta})
+    told = [str(described.content["name"].get("trouble", ""))]
+    told += [reply.error.reason if reply.has_error() else "" for reply in others]
+    assert len(told) == 3
+    assert all(each.startswith(refused) and bool(each) == bool(refused) for each in told)
 
 
 @needs_opacus

@@ -24,7 +24,7 @@ from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.distillation.start import start_student
 from fedmitr_flwr.errors import ConfigError, DataError
 from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.inversion.scout import scouted_ensemble
+from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
 from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods import load as load_method
 from fedmitr_flwr.methods.contract import Fused, Job
@@ -104,9 +104,10 @@ def test_fedpft_draws_by_its_setting(gaussian: str) -> None:
     config = with_statistics(method="fedpft")
     uploads = uploads_of(config)
     made = fused(Config.from_flat({"statistics.gaussian": gaussian}, config), uploads)
-    other = fused(Config.from_flat({"statistics.gaussian": "tied", "seed": 1}, config), uploads)
     assert torch.isfinite(made.weights["head.weight"]).all()
-    assert not torch.equal(made.weights["head.weight"], other.weights["head.weight"])
+    for other in {"diagonal", "spherical", "tied"} - {gaussian}:  # of the same seed
+        drawn = fused(Config.from_flat({"statistics.gaussian": other}, config), uploads)
+        assert not torch.equal(made.weights["head.weight"], drawn.weights["head.weight"])
 
 
 def test_without_statistics_the_uploads_are_the_teachers() -> None:
@@ -116,6 +117,21 @@ def test_without_statistics_the_uploads_are_the_teachers() -> None:
     config = with_statistics(**{"ensemble.statistics": "none"})
     uploads = uploads_of(config)
     assert teachers_of(uploads, config) == uploads
+
+
+@pytest.mark.parametrize(("statistics", "teach", "silent"), [("lda", "probs", 1), ("none", "logits", 0)])
+def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(
+    statistics: str, teach: str, silent: int
+) -> None:
+    """With its logits, and its patches, the losses were of a hundred and more: nothing else was learned."""
+    own = {"distill.soft": "auto", "ensemble.teach": "logits", "ensemble.statistics": statistics}
+    config = with_statistics(method="fedmitr", **own)
+    uploads, lines = uploads_of(config), list[dict[str, Any]]()
+    ensemble = Weigher(uploads, config, CPU).ensemble
+    assert (ensemble.teach, ensemble.silent) == (teach, silent)
+    load_method("fedmitr").fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
+    parts = [line for line in lines if line["stage"] == "distillation"]
+    assert all(0 < line["low"] < 5 and 0 < line["kd"] < 10 for line in parts)
 
 
 @torch.no_grad()

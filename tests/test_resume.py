@@ -171,6 +171,19 @@ def test_so_does_one_that_made_batches_side_by_side(
     assert served(folder) == undisturbed(**{"distill.teachers": "again"})
 
 
+def test_a_batch_has_as_many_threads_however_few_are_left(
+    start: Callable[..., RunFolder], work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of larger models are split by thread: a batch alone must not get those of the others, or its bits differ."""
+    asked: list[int] = []
+    side_by_side = loop.side_by_side
+    monkeypatch.setattr(loop, "side_by_side", lambda jobs: [asked.append(jobs), side_by_side(jobs)][1])
+    folder = start("killed")
+    killed(folder, work, 2)
+    served(folder)
+    assert asked == [BATCHES] * (EPOCHS + 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("after", "batches", "epochs"),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import normalisation, value_range
+from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.inversion.generator import Generator, generate
 from fedmitr_flwr.methods import coboosting, dense
 from fedmitr_flwr.methods.coboosting import diversify, hard_loss
@@ -267,10 +268,18 @@ def test_images_of_other_sizes(rival: str, size: int, patch: int, chans: int) ->
 @pytest.mark.parametrize("rival", RIVALS)
 def test_colour_and_routes_and_a_chosen_start(rival: str) -> None:
     changes = {"model.in-chans": 3, "data.flip": True, "distill.extrapolate": 0.0, "distill.ema": 0.5}
-    changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs", "inversion.route": 0.5}
+    changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs"}
+    if rival != "coboosting":
+        changes |= {"inversion.route": 0.5}
     made = fused(rival, **changes)
     assert made.weights is not None
     assert all(tensor.isfinite().all() for tensor in made.weights.values())
+
+
+def test_one_weight_for_all_classes_routes_nothing() -> None:
+    config = settings(method="coboosting", **{"ensemble.weights": "estimated", "inversion.route": 0.5})
+    with pytest.raises(ConfigError, match=r"learns one for each teacher; set inversion.route = 0"):
+        methods.check(config)
 
 
 @pytest.mark.parametrize("rival", RIVALS)

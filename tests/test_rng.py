@@ -1,6 +1,7 @@
 """Randomness as an argument: equal paths give equal draws, different paths unrelated ones, nothing global moves."""
 
 import random
+import secrets
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmitr_flwr.rng import derive, seeded_init, stream
+from fedmitr_flwr.rng import derive, secret, seeded_init, stream
 
 PATHS = st.lists(st.one_of(st.text(max_size=8), st.integers(-5, 5)), max_size=4).map(tuple)
 
@@ -55,6 +56,19 @@ def test_a_stream_does_not_touch_the_global_generators() -> None:
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
     assert torch.equal(inside, torch.randn(3, generator=stream(0, "init")))
+
+
+def test_a_secret_stream_has_all_its_words_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own Mersenne twister with the same words draws the same."""
+    source = random.Random(5)
+    words = [source.getrandbits(32) for _ in range(624)]
+    asked = iter(words)
+    monkeypatch.setattr(secrets, "randbits", lambda bits: next(asked) if bits == 32 else None)
+    drawn = torch.randint(2**16, (1000,), generator=secret())
+    python = random.Random()
+    python.setstate((3, (*words, 624), None))
+    assert drawn.tolist() == [python.getrandbits(32) % 2**16 for _ in range(1000)]
+    assert next(asked, None) is None
 
 
 def test_a_private_stream_ends_with_an_error_too() -> None:

@@ -16,7 +16,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.distillation.start import FACTORS, choose_start, divergence, start_student
-from fedmitr_flwr.errors import ModelError
+from fedmitr_flwr.errors import ConfigError, ModelError
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.rng import stream
@@ -64,6 +64,20 @@ def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
     config = settings(**{"distill.init": "initial", "model.weights": str(tmp_path / "weights.safetensors")})
     student = start_student([an_upload(config, 0)], config).state_dict()
     assert all(torch.equal(student[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.parametrize("method", ["fedmitr", "adi", "dense", "coboosting", "feddf"])
+def test_weights_that_are_not_there_are_known_before_any_client_is_asked(method: str, tmp_path: Path) -> None:
+    flat = {"method": method, "distill.init": "pretrained", "data.proxy": 0.1}
+    with pytest.raises(
+        ConfigError, match=r"there are no timm weights for model\.name = 'small'; set distill\.pretrained"
+    ):
+        methods.check(settings(**flat))
+    flat["distill.pretrained"] = str(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"distill\.pretrained = '.*x\.safetensors': there is no such file"):
+        methods.check(settings(**flat))
+    (tmp_path / "x.safetensors").touch()
+    methods.check(settings(**flat))
 
 
 def test_pretrained_weights_that_are_not_there_are_refused() -> None:

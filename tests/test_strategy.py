@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
 
 from client_app.app import app as client_app
@@ -22,7 +24,8 @@ from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
-from server_app import intake
+from server_app import builtin, intake
+from server_app import clients as meeting
 from server_app.app import app as server_app
 from server_app.builtin import STRATEGIES
 from server_app.records import order
@@ -433,6 +436,193 @@ def test_flowers_strategies_can_evaluate_at_the_clients(federate: Federate) -> N
 def test_flowers_strategies_need_the_quorum_too(federate: Federate) -> None:
     grid = LocalGrid(client_app, 3, tamper=only(1, failed))
     federate(grid, fails="2 of 3 clients replied well", **{"flower.strategy": "fedavg"})
+
+
+def of_torch(reply: Message) -> list[Message]:
+    """Flower's strategies would ask numpy to read it."""
+    array = reply.content["arrays"]["head.bias"]
+    reply.content["arrays"]["head.bias"] = Array(array.dtype, array.shape, "torch.Tensor", b"pickled")
+    return [reply]
+
+
+def disguised(reply: Message) -> list[Message]:
+    """A good evaluation, which nobody has asked for."""
+    reply.metadata.__dict__["_message_type"] = "evaluate"
+    reply.content = RecordDict(
+        {"metrics": MetricRecord({"num-examples": 5, "accuracy": 50.0, "eval_loss": 1.0, "train_loss": 1.0})}
+    )
+    return [reply]
+
+
+def halved(reply: Message) -> list[Message]:
+    return weights(lambda state: state.update({key: tensor.half() for key, tensor in state.items()}))(reply)
+
+
+BAD_REPLIES: dict[str, Callable[[Message], list[Message]]] = {
+    **{name: REFUSALS[name][0] for name in REFUSALS if name != "another's name"},
+    "absurd size": numbers(num_examples=10**12),
+    "infinite loss": lambda reply: [set_loss(reply, float("inf"))],
+    "impossible loss": lambda reply: [set_loss(reply, -1.0)],
+    "overflow": weights(lambda state: state.update({key: tensor * 1e30 for key, tensor in state.items()})),
+    "of torch": of_torch,
+    "disguised": disguised,
+    "half precision": halved,
+}
+
+
+def set_loss(reply: Message, loss: float) -> Message:
+    reply.content["metrics"] = MetricRecord(dict(reply.content["metrics"]) | {"train_loss": loss})
+    return reply
+
+
+@pytest.fixture(scope="module")
+def without_client_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The model of Flower's FedAvg where client 1 of 3 fails."""
+    out = tmp_path_factory.mktemp("without")
+    with task_identity():
+        server_app(LocalGrid(client_app, 3, tamper=only(1, failed)), server_context(flowers(out)))
+    return bits(RunFolder.open(next(out.iterdir())).model_path)
+
+
+def flowers(out: Path) -> dict[str, Any]:
+    return TINY | {"out-dir": str(out), "flower.strategy": "fedavg", "flower.quorum": 0.6}
+
+
+@pytest.mark.parametrize("name", BAD_REPLIES)
+def test_flowers_strategies_leave_a_bad_reply_out(
+    federate: Federate, without_client_1: dict[str, bytes], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = LocalGrid(client_app, 3, tamper=only(1, BAD_REPLIES[name]))
+    folder = federate(grid, **{"flower.strategy": "fedavg", "flower.quorum": 0.6})
+    assert bits(folder.model_path) == without_client_1
+    assert "refused: client 1: " in caplog.text
+    assert folder.read_result()["bytes_up"][1] == 0
+
+
+def test_a_bad_reply_does_not_count_for_the_quorum(federate: Federate) -> None:
+    grid = LocalGrid(client_app, 3, tamper=only(1, numbers(num_examples=0)))
+    federate(grid, fails="2 of 3 clients replied well", **{"flower.strategy": "fedavg"})
+
+
+def more_numbers(reply: Message) -> list[Message]:
+    """For which Flower gives up the round."""
+    return numbers(extra=1)(reply)
+
+
+def other_order(reply: Message) -> list[Message]:
+    """Which Flower's QFedAvg and others do not look at."""
+    reply.content["arrays"] = ArrayRecord(dict(reversed(reply.content["arrays"].items())))
+    return [reply]
+
+
+@pytest.mark.parametrize("change", [more_numbers, other_order])
+def test_what_is_odd_and_harmless_changes_nothing(
+    federate: Federate, change: Callable[[Message], list[Message]]
+) -> None:
+    still = {"flower.strategy": "qfedavg"}
+    plain = federate(LocalGrid(client_app, 3), **still)
+    odd = federate(LocalGrid(client_app, 3, tamper=only(1, change)), **still)
+    assert bits(odd.model_path) == bits(plain.model_path)
+
+
+def test_flowers_strategies_leave_a_bad_evaluation_out(federate: Federate, caplog: pytest.LogCaptureFixture) -> None:
+    def lie(reply: Message, client: int) -> list[Message]:
+        if reply.metadata.message_type == "evaluate" and client == 1:
+            reply.content["metrics"] = MetricRecord(dict(reply.content["metrics"]) | {"accuracy": float("nan")})
+        return [reply]
+
+    changes = {"flower.strategy": "fedavg", "flower.quorum": 0.6, "evaluate.where": "clients", "evaluate.holdout": 0.3}
+    folder = federate(LocalGrid(client_app, 3, tamper=lie), **changes)
+    assert "refused: client 1: its evaluation is nan %" in caplog.text
+    model, _ = load_tensors(folder.model_path)
+    good = [pipeline.evaluate_client(folder.config, client, model) for client in (0, 2)]
+    images = sum(each.num_examples for each in good)
+    expected = sum(each.accuracy * each.num_examples for each in good) / images
+    assert folder.read_result()["accuracy"]["student"] == pytest.approx(expected, abs=0.005)
+    assert folder.read_result()["evaluated_on"]["images"] == images
+
+
+def test_a_strategy_that_ends_in_no_model_says_so(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exploding(FedAvg):
+        def aggregate_train(self, *given: Any) -> Any:
+            arrays, metrics = super().aggregate_train(*given)
+            assert arrays is not None
+            arrays["head.bias"] = Array(np.full(10, np.inf, np.float32))
+            return arrays, metrics
+
+    monkeypatch.setitem(builtin.STRATEGIES, "fedavg", (Exploding, {}))  # type: ignore[arg-type]
+    fails = "'fedavg' ended in a model with NaN or infinity in 'head.bias', which is not kept; lower local.lr"
+    folder = federate(LocalGrid(client_app, 2), fails=fails, **{"flower.strategy": "fedavg"})
+    assert not folder.model_path.exists()
+    assert not folder.finished
+
+
+class LostOnce(LocalGrid):
+    """Node 1 is being started again when it is asked who it is."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(client_app, 2)
+        self.code = code
+
+    def _answer(self, message: Message) -> str:
+        sent = super()._answer(message)
+        if self.asked[-1] == ("query.describe", 1) and self.asked.count(self.asked[-1]) == 1:
+            self._arrived[sent] = [Message(Error(self.code, "lost"), reply_to=message)]
+        return sent
+
+
+@pytest.mark.parametrize("code", [0, 5, 8])  # Ray's, node unavailable, ClientApp crashed
+def test_a_node_that_was_lost_is_asked_again(federate: Federate, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(meeting, "LOST", 0.1)
+    monkeypatch.setattr(meeting, "LOOK", 0.05)
+    grid = LostOnce(code)
+    assert federate(grid, **{"flower.node-wait": 60.0}).finished
+    assert grid.clients_asked("query.describe") == [0, 1, 1]
+
+
+class Slow(LocalGrid):
+    """Node 0 says who it is only after node 2 has, which comes later than the others."""
+
+    looks = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        return super().get_node_ids()[: 2 if self.looks < 3 else 3]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ready = ("query.describe", 2) in self.asked
+        held = [sent for sent in message_ids if ready or self._of(sent) != self.node(0)]
+        return super().pull_messages(held)
+
+    def _of(self, sent: str) -> int:
+        return self._arrived[sent][0].metadata.src_node_id if sent in self._arrived else 0
+
+
+def test_newcomers_are_asked_while_a_slow_node_is_waited_for_and_its_answer_counts(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "LOOK", 0.05)
+    grid = Slow(client_app, 3)
+    assert federate(grid, **{"flower.node-wait": 60.0}).finished
+    assert grid.clients_asked("query.describe") == [0, 1, 2]
+
+
+class Forgetful(LocalGrid):
+    """Node 1 is started again so quickly that nobody misses it, and has forgotten what it was asked."""
+
+    def _answer(self, message: Message) -> str:
+        sent = super()._answer(message)
+        if self.asked[-1] == ("query.describe", 1) and self.asked.count(self.asked[-1]) == 1:
+            self._arrived[sent] = []
+        return sent
+
+
+def test_a_node_that_stays_silent_is_asked_again(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "SILENT", 0.2)
+    monkeypatch.setattr(meeting, "LOOK", 0.05)
+    grid = Forgetful(client_app, 2)
+    assert federate(grid, **{"flower.node-wait": 60.0}).finished
+    assert grid.clients_asked("query.describe") == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ that the server sends with its order says which number each one has.
 
 import difflib
 import logging
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +18,26 @@ import numpy as np
 import torch
 
 from ..config import Config, DataConfig, ModelConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..limits import SEPARATOR
 from .decode import Rows, Split, decode
 from .images import Images
-from .sources import FolderSplit, class_folders, data_folder, images_in, kept, open_split, split_folders
+from .sources import (
+    DigitsSplit,
+    FolderSplit,
+    class_folders,
+    data_folder,
+    images_in,
+    kept,
+    open_split,
+    split_folders,
+)
 from .tables import TEST_NAMES, ParquetSplit, check_shards, find_files
 
 log = logging.getLogger("fedmitr")
+
+MOST_NUMBERS = 10_000  # different ones in a label column, or as many as there are classes: more are no classes
+SHOWN = 20  # names of unknown classes in one line
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,9 @@ def _unsaid() -> Iterator[None]:
         yield
     except _ToldError:
         raise
-    except DataError as error:
-        log.error("%s", error)
+    except (DataError, OSError) as error:
+        fix = "; let the user that runs the SuperNode read all of data-path" if isinstance(error, OSError) else ""
+        log.error("%s%s", error, fix)
         raise DataError("this client's images cannot be read; the client's own log says which, and why") from error
 
 
@@ -99,19 +113,24 @@ def _survey(place: Place, data: DataConfig, least: int) -> tuple[Split, Rows, Ro
 
 
 def _open_own(place: Place, data: DataConfig) -> Split:
-    """Parquet files or class folders, whichever lie there; under train/, or right in the folder."""
+    """Parquet files or class folders, whichever lie there; under train/, or right in the folder.
+
+    Raises:
+        DataError: there are neither, or both, or a class would be left out in silence.
+        OSError: a folder cannot be listed.
+    """
     folder = Path(place.path).expanduser()
     if not folder.is_dir():
         log.error("data-path = %r: there is no folder %s", place.path, folder.absolute())
         raise _ToldError("this client's data-path is no folder; see --node-config of its SuperNode")
     files = _parquet_files(folder)
-    classes = [path for path in _folders(folder) if any(images_in(path))]
-    if files and classes:
+    if files and any(images_in(path) for path in _folders(folder)):
         raise DataError(f"{folder} has Parquet files and folders of images; keep one of the two")
     if files:
         image = place.image_column or data.image_column
         chosen = replace(data, image_column=image, label_column=place.label_column or data.label_column)
         return ParquetSplit(chosen, files, named=True)
+    classes = [path for path in _folders(folder) if _has_images(path)]
     if not classes:
         raise DataError(f"{folder} has neither *.parquet nor folders of images, <class>/<image files>")
     return FolderSplit(classes, tuple(path.name for path in classes))
@@ -132,45 +151,82 @@ def _folders(folder: Path) -> list[Path]:
     return class_folders(folder / "train" if (folder / "train").is_dir() else folder)
 
 
-def _renumbered(split: Split, data: DataConfig, place: str) -> Rows:
+def _has_images(folder: Path) -> bool:
+    """False for a folder without files: a class that the client lacks.
+
+    Raises:
+        DataError: there are files, and no image.
+        OSError: a folder cannot be listed; `Path.rglob` would pass it over.
+    """
+    files = [name for _, _, names in os.walk(folder, onerror=_fail) for name in names if name[0] != "."]
+    if images_in(folder):
+        return True
+    if files:
+        raise DataError(
+            f"{folder} has {len(files)} files, such as {min(files)!r}, and none is an image as we read them; "
+            "convert them to PNG, or take the folder away"
+        )
+    return False
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _renumbered(split: Split, data: DataConfig, place: str, *, at_server: bool = False) -> Rows:
     """(n,) the labels in the server's numbering, by name; -1 for images that are to be skipped.
 
     Raises:
-        DataError: a class is unknown to the server, and data.unknown-classes = "refuse".
+        DataError: a class is unknown to the server, and data.unknown-classes = "refuse"; or labels that are no classes.
     """
-    names = split.classes or tuple(map(str, range(int(split.labels.max(initial=-1)) + 1)))
-    outside = (split.labels < 0) | (split.labels >= len(names))
+    outside = split.labels < 0
+    if split.classes:
+        outside |= split.labels >= len(split.classes)
     if outside.any():
         row = int(outside.argmax())
         raise DataError(f"{split.where(row)}: label {split.labels[row]} has no name; mend it or remove the row")
+    # Only what occurs is named: a column of dates has numbers up to 20 million.
+    there, which = np.unique(split.labels, return_inverse=True)
+    if not split.classes and len(there) > max(MOST_NUMBERS, len(data.class_names)):
+        raise DataError(
+            f"{place}: the label column has {len(there)} different numbers, which are no classes; "
+            "name another one as label-column"
+        )
+    names = [split.classes[label] if split.classes else str(label) for label in there.tolist()]
     known = {_same(name): number for number, name in enumerate(data.class_names)}
     to_server = np.array([known.get(_same(name), -1) for name in names], dtype=np.int64)
-    labels: Rows = to_server[split.labels] if len(split.labels) else split.labels
-    strange = [names[label] for label in np.unique(split.labels[labels < 0]).tolist()]
-    if strange:
-        _report_strange(strange, int((labels < 0).sum()), bool(split.classes), data, place)
+    labels: Rows = to_server[which]
+    if strange := [name for name, number in zip(names, to_server, strict=True) if number < 0]:
+        whose = "data.classes" if at_server else "the server"
+        problem = f"{place}: {int((labels < 0).sum())} images of classes that {whose} does not know: "
+        problem += _strange(strange, bool(split.classes), data)
+        _report_strange(problem, len(strange), data, at_server=at_server)
     return labels
 
 
-def _report_strange(strange: Sequence[str], images: int, named: bool, data: DataConfig, place: str) -> None:
-    skip = data.unknown_classes == "skip"
-    told = (
-        f"{images} images of classes that the server does not know: {', '.join(_hint(each, data) for each in strange)}"
+def _strange(strange: Sequence[str], named: bool, data: DataConfig) -> str:
+    """Which classes are not in the server's list, what is, and what to do."""
+    hints = [_hint(each, data) for each in strange[:SHOWN]]
+    more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
+    fix = "rename them, or take them out"
+    if data.unknown_classes == "skip":
+        fix = "they are left out (data.unknown-classes = 'skip')"
+    if not named:
+        fix = "the labels here are numbers: store their names, as text or as Hugging Face's ClassLabel"
+    return f"{', '.join(hints)}{more}; its classes: {', '.join(map(repr, data.class_names))}; {fix}"
+
+
+def _report_strange(problem: str, classes: int, data: DataConfig, *, at_server: bool) -> None:
+    if data.unknown_classes == "skip":
+        log.warning("%s", problem)
+        return
+    if at_server:  # its own images: nothing to hide
+        raise DataError(f"{problem}, or set data.unknown-classes = 'skip'")
+    log.error("%s", problem)
+    raise _ToldError(
+        f"{classes} of this client's classes are unknown to the server (data.classes); the client's own log "
+        "names them; rename them there, or set data.unknown-classes = 'skip'"
     )
-    fix = "they are left out (data.unknown-classes = 'skip')" if skip else "rename them, or take them out"
-    log.log(
-        logging.WARNING if skip else logging.ERROR,
-        "%s: %s; its classes: %s; %s",
-        place,
-        told,
-        ", ".join(map(repr, data.class_names)),
-        fix if named else "the labels here are numbers: store their names, as text or as Hugging Face's ClassLabel",
-    )
-    if not skip:
-        raise _ToldError(
-            f"{len(strange)} of this client's classes are unknown to the server (data.classes); the client's own log "
-            "names them; rename them there, or set data.unknown-classes = 'skip'"
-        )
 
 
 def _hint(name: str, data: DataConfig) -> str:
@@ -188,19 +244,30 @@ def named_classes(config: Config) -> Config:
     """The config with the names of all classes in data.classes: as set, or the server's data's, or plain numerals.
 
     Raises:
+        ConfigError: there is no data to take them from, as the clients evaluate.
         DataError: the server's data has another number of classes, or a name that no setting can hold.
     """
-    numerals = tuple(map(str, range(config.model.num_classes)))
-    at_server = config.evaluate.where == "server"  # otherwise it has no images
-    names = config.data.class_names or (at_server and _open_test(config.data).classes) or numerals
-    if len(names) != len(numerals):
+    names, number = config.data.class_names or _names_of_data(config), config.model.num_classes
+    if len(names) != number:
         raise DataError(
             f"{config.data.path}: the test images are of {len(names)} classes, but model.num-classes = "
-            f"{len(numerals)}; make them equal, or name all classes in data.classes"
+            f"{number}; make them equal, or name all classes in data.classes"
         )
     if bad := [name for name in names if SEPARATOR in name or name != name.strip()]:
         raise DataError(f"the class name {bad[0]!r} has a {SEPARATOR} or a blank at an end; rename the class")
     return replace(config, data=replace(config.data, classes=SEPARATOR.join(names)))
+
+
+def _names_of_data(config: Config) -> tuple[str, ...]:
+    numerals = tuple(map(str, range(config.model.num_classes)))
+    if config.evaluate.where == "server":
+        return _open_test(config.data).classes or numerals
+    if config.data.source == "digits" and numerals == DigitsSplit.classes:  # known without a look at an image
+        return numerals
+    raise ConfigError(
+        "data.classes is empty, but with evaluate.where = 'clients' the server has no images to take the names from; "
+        "set it to the names of all classes, such as 'benign | malignant'"
+    )
 
 
 def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
@@ -211,7 +278,7 @@ def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
 @lru_cache(maxsize=1)
 def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
     split = _open_test(data)
-    labels = _renumbered(split, data, f"{data.path or data.source}, test split")
+    labels = _renumbered(split, data, f"{data.path or data.source}, test split", at_server=True)
     rows = np.flatnonzero(labels >= 0)
     rows = rows[kept(len(rows), data.test_limit, "test")]
     return Images(decode(split, rows, in_chans, img_size), torch.from_numpy(labels[rows]))

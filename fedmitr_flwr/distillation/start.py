@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from ..config import Config
+from ..errors import ConfigError
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
 from ..training.average import average
 from ..training.upload import Upload, Weights
-from ..vit.build import build_vit, initial_weights, load_pretrained
+from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
 from ..vit.tokens import forward_tokens, patchify, take
 from .losses import soft_divergence
 from .pool import Pool
@@ -19,6 +21,21 @@ from .pool import Pool
 log = logging.getLogger("fedmitr")
 
 FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # that `choose_start` tries
+
+
+def require_start(config: Config) -> None:
+    """Raise ConfigError where `distill.init` names weights that are not there; the hub is not asked."""
+    model, distill = config.model, config.distill
+    if distill.init != "pretrained":
+        return
+    if distill.pretrained != "timm":
+        if not Path(distill.pretrained).expanduser().is_file():
+            raise ConfigError(f"distill.pretrained = {distill.pretrained!r}: there is no such file; give another")
+    elif model.name == SMALL:
+        raise ConfigError(
+            f"distill.init = 'pretrained': there are no timm weights for model.name = {SMALL!r}; "
+            "set distill.pretrained to a safetensors file, or distill.init to another start"
+        )
 
 
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:

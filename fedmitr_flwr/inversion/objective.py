@@ -32,15 +32,6 @@ def agreement(scores_BY: Tensor, student_BY: Tensor) -> Tensor:
     return math.log(2) - divergence
 
 
-def total_variation(images_BCHW: Tensor) -> Tensor:
-    """TV₂ of each image: (B,).
-
-    ‖d_h‖₂ + ‖d_v‖₂ + ‖d_↘‖₂ + ‖d_↙‖₂, the four shifted differences of SMI [C]; theirs is one norm over the batch, ours
-    one for each image [M].
-    """
-    return (_squared_differences(images_BCHW) + TINY).sqrt().sum(0)
-
-
 def _squared_differences(images_BCHW: Tensor) -> Tensor:
     """Σ (x_i - x_j)² over the pairs of neighbours in each direction: (4, B)."""
     x = images_BCHW
@@ -56,7 +47,9 @@ def _squared_differences(images_BCHW: Tensor) -> Tensor:
 class AliveVariation:
     """TV₂ of whole images and its gradient, at the cost of their alive patches.
 
-    In each direction, with n_i neighbours of an alive pixel i, T_i their sum and H_i the sum of the halted ones,
+    TV₂ = ‖d_h‖₂ + ‖d_v‖₂ + ‖d_↘‖₂ + ‖d_↙‖₂, the four shifted differences of SMI [C]; theirs is one norm over the batch,
+    ours one for each image [M]. In each direction, with n_i neighbours of an alive pixel i, T_i their sum and H_i the
+    sum of the halted ones,
 
         Σ over pairs (x_i - x_j)²  =  the same sum with alive pixels set to 0  +  Σ over alive i of n x² - x T - x H,
 

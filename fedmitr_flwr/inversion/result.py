@@ -17,7 +17,7 @@ class Inverted:
         high: (M, J), True = the patch at `given` has high information density.
         alive: (M, N), True = the patch was optimised to the image's end; False = halted, or of a sibling image.
         targets: (M,) the classes asked for.
-        loss: (M,) the inversion loss of each returned image.
+        loss: (M,) the inversion loss of each returned image; for `pri`, of the canvas before the last step to it.
     """
 
     images: Tensor

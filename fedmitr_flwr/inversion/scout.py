@@ -29,26 +29,33 @@ LEARN_BATCH = 128  # images that a step of learned weights sees, as in Co-Boosti
 
 def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.device) -> Ensemble:
     """All teachers, weighted by `config.ensemble.weights`; weights that need images are as scouting found them."""
-    teachers = teachers_of(uploads, config)
-    ensemble = Ensemble.of(teachers, config.model, config.ensemble).to(device)
-    weigher = Weigher(ensemble, teachers, config)
+    weigher = Weigher(uploads, config, device)
     if weigher.how in FROM_IMAGES:
         weigher.scout()
-    return ensemble
+    return weigher.ensemble
 
 
 class Weigher:
-    """The ensemble's weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
+    """The ensemble, and its weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
 
     Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes, and are learned without
     `ensemble.trim`, which then trims by them.
     """
 
-    def __init__(self, ensemble: Ensemble, uploads: Sequence[Upload], config: Config, *, learns: bool = False) -> None:
+    def __init__(
+        self, uploads: Sequence[Upload], config: Config, device: torch.device, *, learns: bool = False
+    ) -> None:
         """With `learns` the weights are learned, whatever `config.ensemble.weights` is; it says where from."""
-        self.ensemble, self.uploads, self.config = ensemble, uploads, config
+        self.teachers, self.config = teachers_of(uploads, config), config
+        settings, frozen = config.ensemble, len(self.teachers) - len(uploads)  # of statistics: one, or none
+        if (
+            frozen and settings.teach == "logits"
+        ):  # its scores have a scale of their own, next to which others' are nothing
+            settings = replace(settings, teach="probs")
+        # Its head has learned from class tokens alone.
+        self.ensemble = Ensemble.of(self.teachers, config.model, settings, silent=frozen).to(device)
         self.how = "learned" if learns else config.ensemble.weights
-        self.learned_K = ensemble.weights.mean(1)  # not normalised
+        self.learned_K = self.ensemble.weights.mean(1)  # not normalised
 
     def scout(self) -> None:
         """Make the first images, and weigh by them."""
@@ -57,7 +64,7 @@ class Weigher:
     def refine(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
         """Weigh by all images that were made until `epoch` (from 0), and by the classes that they were made for."""
         if self.how == "estimated":
-            reweigh(self.ensemble, self.uploads, images_MCHW, targets_M)
+            reweigh(self.ensemble, self.teachers, images_MCHW, targets_M)
         elif self.how == "learned":
             self._learn(images_MCHW, targets_M, epoch)
 

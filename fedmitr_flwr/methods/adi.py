@@ -17,9 +17,12 @@ Other than in the papers:
 from dataclasses import replace
 
 from ..config import Config
+from ..distillation.start import require_start
 from . import fedmitr
 from .contract import Fused, Job
 from .loop import plain
+
+check = require_start
 
 
 def fuse(job: Job) -> Fused:

@@ -31,6 +31,8 @@ from torch import Tensor
 from ..config import Config
 from ..data.images import normalisation, value_range
 from ..distillation.losses import soft_divergence
+from ..distillation.start import require_start
+from ..errors import ConfigError
 from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
 from ..inversion.result import Inverted
@@ -41,6 +43,16 @@ from .contract import Fused, Job
 from .loop import Recipe, grow, plain
 
 ADVERSARIAL_TEMPERATURE = 3.0  # τ
+
+
+def check(config: Config) -> None:
+    """Its weights tell teachers apart, but not classes, so images cannot be routed by them."""
+    require_start(config)
+    if config.inversion.route:
+        raise ConfigError(
+            f"inversion.route = {config.inversion.route} needs weights that tell classes apart, and method = "
+            "'coboosting' learns one for each teacher; set inversion.route = 0"
+        )
 
 
 def fuse(job: Job) -> Fused:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..distillation.losses import soft_divergence
+from ..distillation.start import require_start
 from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
 from ..inversion.result import Inverted
@@ -30,6 +31,8 @@ from ..inversion.trajectory import OnStep
 from ..vit.ensemble import Ensemble
 from .contract import Fused, Job
 from .loop import Recipe, grow, plain
+
+check = require_start
 
 
 def fuse(job: Job) -> Fused:

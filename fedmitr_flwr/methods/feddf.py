@@ -8,9 +8,9 @@ images that no client gets. The latter are of the clients' own classes, evenly: 
 Either way this is no rival on equal terms but a line of reference. With `data.proxy` the clients have fewer images, so
 compare only methods that share the uploads.
 
-Deviations [M]: the ensemble is `config.ensemble`'s, FedDF's own being the mean of logits; optimiser, rate and batch are
-those of [distill]; a fixed number of passes (`feddf.passes`) and the last weights, where FedDF stops early on labelled
-validation images; images are shifted and flipped as at the clients.
+Deviations [M]: the ensemble is `config.ensemble`'s and answers as it decides (`combine`), FedDF's own being the mean of
+logits; optimiser, rate and batch are those of [distill]; a fixed number of passes (`feddf.passes`) and the last
+weights, where FedDF stops early on labelled validation images; images are shifted and flipped as at the clients.
 """
 
 import torch
@@ -21,7 +21,8 @@ from ..config import Config
 from ..data.images import prepare
 from ..data.proxy import proxy_pixels, require_proxy
 from ..distillation.losses import soft_divergence
-from ..distillation.start import start_student
+from ..distillation.start import require_start, start_student
+from ..errors import ConfigError
 from ..inversion.scout import scouted_ensemble
 from ..progress import Progress
 from ..rng import stream
@@ -30,7 +31,14 @@ from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
 from .contract import Fused, Job
 
-check = require_proxy
+
+def check(config: Config) -> None:
+    """Images that are real, and settings of the distillation that this one has."""
+    require_proxy(config)
+    require_start(config)
+    for key, given in (("distill.extrapolate = 0", config.distill.chooses_start), ("distill.ema", config.distill.ema)):
+        if given:
+            raise ConfigError(f"{key} is not for method = 'feddf'; leave it as it is")
 
 
 def fuse(job: Job) -> Fused:

@@ -9,12 +9,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Config
+from ..distillation.start import require_start
 from ..inversion.invert import invert
 from ..inversion.result import Inverted
 from ..inversion.trajectory import OnStep
 from ..vit.ensemble import Ensemble
 from .contract import Fused, Job
 from .loop import Recipe, grow
+
+check = require_start
 
 
 def fuse(job: Job) -> Fused:

@@ -28,7 +28,6 @@ from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
 from ..progress import Progress, Series
 from ..rng import stream
-from ..statistics.frozen import teachers_of
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
 from ..vit.routing import route
@@ -85,35 +84,45 @@ def plain(config: Config) -> Config:
 def grow(job: Job, recipe: Recipe) -> Fused:
     """Make images, distil the ensemble on all that there are; E times."""
     config = job.config
-    teachers = teachers_of(job.uploads, config)
-    ensemble = Ensemble.of(teachers, config.model, config.ensemble).to(job.device)
-    weigher = Weigher(ensemble, teachers, config, learns=recipe.learns)
+    weigher = Weigher(job.uploads, config, job.device, learns=recipe.learns)
+    ensemble = weigher.ensemble
     if weigher.how == "estimated":
         with job.stopwatch.stage("inversion"):
             weigher.scout()
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
+    sizes: list[int] = []  # of the batches in it
     stepper: Stepper | None = None
     ema = Ema(config.distill.ema)
     done = 0
     for epoch in range(config.distill.epochs):
-        pools = [join(pools + make_images(ensemble, student, epoch, recipe, job))]
-        weigher.refine(pools[0].images, pools[0].targets, epoch)
+        made = make_images(ensemble, student, epoch, recipe, job)
+        sizes += map(len, made)
+        pools = [pool := join(pools + made)]
+        weigher.refine(*_canvases(pool, sizes, config), epoch)
         if weigher.how == "learned":
             job.log(stage="weights", epoch=epoch, weights=ensemble.weights[:, 0])
         if stepper is None:
-            stepper = Stepper(student.parameters(), config.distill, count_batches(pools[0].views, config))
+            stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
             done = _restore(student, stepper, ema, recipe, job)
             if not done and config.distill.chooses_start:
                 with job.stopwatch.stage("distillation"):
-                    job.log(stage="start", extrapolate=choose_start(student, pools[0], config))
+                    job.log(stage="start", extrapolate=choose_start(student, pool, config))
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
-                _distil(student, ensemble, pools[0], stepper, ema, epoch, recipe, job)
+                _distil(student, ensemble, pool, stepper, ema, epoch, recipe, job)
             _keep(student, stepper, ema, epoch + 1, job)
     ema.write(student)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    return Fused(student, weights, pools[0], ensemble)
+    return Fused(student, weights, pool, ensemble)
+
+
+def _canvases(pool: Pool, sizes: list[int], config: Config) -> tuple[Tensor, Tensor]:
+    """Images and targets, each canvas once: all that `pri` takes from one are the same to whoever sees them whole."""
+    if config.inversion.mode != "pri":
+        return pool.images, pool.targets
+    first = torch.cat([torch.arange(size) < size // config.inversion.rebirths for size in sizes])
+    return pool.images[first], pool.targets[first]
 
 
 def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, recipe: Recipe, job: Job) -> list[Pool]:
@@ -125,7 +134,7 @@ def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, reci
     if missing:
         label = f"{recipe.stage} {epoch + 1}/{config.distill.epochs}"
         total = recipe.steps * sum(map(len, missing.values()))
-        workers = len(missing) if ensemble.by_many else 1
+        workers = len(chunks) if ensemble.by_many else 1  # also if few are missing: sums are split by thread
         with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
 
             def make(number: int, over: Event) -> _Made:

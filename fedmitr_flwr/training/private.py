@@ -46,21 +46,21 @@ def train_privately(
     vit: VisionTransformer,
     images: Images,
     config: Config,
-    rng: torch.Generator,
     secret: torch.Generator,
     device: torch.device,
     prox_mu: float = 0.0,
 ) -> float:
     """Train `vit` in place, as `train_local` does but for `local.grad-clip`; return the ε that was spent at δ.
 
-    Two data sets are neighbours if one has an image more. The number of images counts as public.
+    Two data sets are neighbours if one has an image more, whose place is empty in the other: the number of images
+    counts as public.
 
     Args:
         vit: at the public start.
         images: the client's own.
         config: `privacy` says how much may be spent.
-        rng: of the augmentation.
-        secret: of the noise and of the choice of images, on the CPU. Whoever can repeat it can take the noise away.
+        secret: of all that is drawn here, on the CPU: noise, choice of images, shifts. Whoever can repeat it can take
+            the noise away.
         device: where to train.
         prox_mu: FedProx's μ.
     """
@@ -81,9 +81,11 @@ def train_privately(
     mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     for step, chosen in enumerate(_sampler(len(images), rate, steps, secret)):
+        # For every image, chosen or not: what one is given says nothing of the others.
+        seeds = torch.randint(2**32, (len(images),), generator=secret)
         # At least one part, if only of no images: a step without images has its noise, too.
         for part in torch.tensor(chosen, dtype=torch.long).split(TOGETHER):
-            _give_gradients(vit, images.subset(part), config, rng)
+            _give_gradients(vit, images.subset(part), seeds[part], config)
             mechanism.clip_and_accumulate()
         mechanism.add_noise()
         mechanism.scale_grad()
@@ -156,11 +158,11 @@ def _sampler(images: int, rate: float, steps: int, secret: torch.Generator) -> A
     return UniformWithReplacementSampler(num_samples=images, sample_rate=rate, generator=secret, steps=steps)
 
 
-def _give_gradients(vit: VisionTransformer, images: Images, config: Config, rng: torch.Generator) -> None:
+def _give_gradients(vit: VisionTransformer, images: Images, seeds_B: Tensor, config: Config) -> None:
     """Leave with every parameter its gradient for each single image, (B, ...), where opacus looks for it."""
     weights = dict(vit.named_parameters())
     if len(images):
-        gradients = _gradients(vit, weights, images, config, rng)
+        gradients = _gradients(vit, weights, images, seeds_B, config)
     else:
         gradients = {name: weight.new_zeros(0, *weight.shape) for name, weight in weights.items()}
     for name, weight in weights.items():
@@ -168,12 +170,12 @@ def _give_gradients(vit: VisionTransformer, images: Images, config: Config, rng:
 
 
 def _gradients(
-    vit: VisionTransformer, weights: dict[str, Tensor], images: Images, config: Config, rng: torch.Generator
+    vit: VisionTransformer, weights: dict[str, Tensor], images: Images, seeds_B: Tensor, config: Config
 ) -> dict[str, Tensor]:
     local, network, device = config.local, _Tokens(vit), next(iter(weights.values())).device
     pixels = prepare(images.pixels.to(device), config.model.img_size)
     if local.augment:
-        pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
+        pixels = _augmented(pixels, seeds_B, flip=config.data.flip)
 
     def loss(weights: dict[str, Tensor], patches_NE: Tensor, label: Tensor) -> Tensor:
         named = {f"vit.{name}": weight for name, weight in weights.items()}
@@ -185,6 +187,16 @@ def _gradients(
             weights, patchify(pixels, config.model.patch_size), images.labels.to(device)
         )
     return every
+
+
+def _augmented(pixels_BCHW: Tensor, seeds_B: Tensor, *, flip: bool) -> Tensor:
+    """Each image by a generator of its own.
+
+    From one for the batch, an image more would move all others, and the sum of gradients by far more than
+    `privacy.clip`.
+    """
+    rng, pairs = torch.Generator(), zip(pixels_BCHW.split(1), seeds_B.tolist(), strict=True)
+    return torch.cat([shift_and_flip(image, flip=flip, rng=rng.manual_seed(seed)) for image, seed in pairs])
 
 
 class _Tokens(nn.Module):

@@ -34,8 +34,12 @@ class Ensemble(nn.Module):
         stack: str = "never",
         trim: float = 0.0,
         teach: str | None = None,
+        silent: int = 0,
     ) -> None:
-        """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`."""
+        """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`.
+
+        The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
+        """
         super().__init__()
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.patch: int = self.teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
@@ -44,12 +48,13 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", weights_KY)
         self.combine, self.stack, self.trim = combine, stack, trim
         self.teach = combine if trim or teach is None else teach
+        self.silent = silent
 
     @classmethod
-    def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig) -> "Ensemble":
+    def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig, silent: int = 0) -> "Ensemble":
         teachers = Teachers.of(uploads, model, config.teacher_chunk)
         weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
-        return cls(teachers, weights_KY, config.combine, config.stack, config.trim, config.teach)
+        return cls(teachers, weights_KY, config.combine, config.stack, config.trim, config.teach, silent)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
@@ -79,14 +84,24 @@ class Ensemble(nn.Module):
         """
         total: TokenLogits | None = None
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
+        weights = self.weights, self.token_weights
         if self.trim:
-            every = zip(*answers, strict=True)
-            return TokenLogits(*(combine_answers(torch.stack(a), self.weights, self.teach, self.trim) for a in every))
-        for answer, weights_Y in zip(answers, self.weights, strict=True):
-            parts = TokenLogits(*(_part(logits, weights_Y, self.teach) for logits in answer))
+            every = zip(zip(*answers, strict=True), weights, strict=True)
+            return TokenLogits(*(combine_answers(torch.stack(a), w, self.teach, self.trim) for a, w in every))
+        for (cls, patches), cls_Y, patches_Y in zip(answers, *weights, strict=True):
+            parts = TokenLogits(_part(cls, cls_Y, self.teach), _part(patches, patches_Y, self.teach))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
         return total
+
+    @property
+    def token_weights(self) -> Tensor:
+        """The weights (K, Y) of answers by patch tokens: those of silent teachers are the others'."""
+        if not self.silent:
+            return self.weights
+        speaking = self.weights.clone()
+        speaking[-self.silent :] = 0
+        return speaking / speaking.sum(0).clamp_min(1e-30)
 
     @property
     def by_many(self) -> bool:

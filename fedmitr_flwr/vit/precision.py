@@ -42,10 +42,11 @@ def _compiled() -> Question:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Say explicitly whether CUDA may round the inputs of float32 products to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    """Say explicitly whether CUDA may round the inputs of float32 products, and of convolutions, to 10 bits."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.allow_tf32, convolutions.allow_tf32 = before
