@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from local_grid import TINY, LocalGrid, task_identity
+from local_grid import TINY, LocalGrid, complaint, task_identity
 
 from client_app.app import app as client_app
 from fedmitr_flwr.config import Config
@@ -146,7 +146,7 @@ def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_setting
     )
     content = RecordDict({"arrays": ArrayRecord(), "config": record})
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
-    assert reply.error.reason == (
+    assert complaint(reply) == (
         f"the server runs other code (0123456789ab) than this client ({fingerprint()}); restart the SuperLink and its "
         "SuperNodes from one checkout"
     )
