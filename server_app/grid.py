@@ -124,8 +124,7 @@ class ObservedGrid(Grid):
         """The reply, whose own words do not decide which question it answers; an error, if it says nothing."""
         if not reply.has_content() and not reply.has_error():
             return self._failure(message_id, UNREADABLE, "its reply is empty")
-        if reply.metadata.reply_to_message_id not in self._asked:
-            reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        reply.metadata.__dict__["_reply_to_message_id"] = message_id
         return reply
 
     def _failure(self, message_id: str, code: int, text: str) -> Message:

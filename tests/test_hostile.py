@@ -447,6 +447,27 @@ def test_what_a_message_says_of_itself_does_not_let_it_through(
     assert f"refused: client 1: {reason}" in caplog.text
 
 
+def test_nobody_answers_another_client_s_question(
+    honest: RecordDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one question that client 1 was asked is the one that it answers, whatever its reply says."""
+    questions: list[str] = []
+
+    class Forged(Replay):
+        def reply(self, message: Message, content: RecordDict) -> Message:
+            good = super().reply(message, content)
+            questions.append(good.metadata.reply_to_message_id)
+            if message.metadata.dst_node_id == self.node(1):
+                good.metadata.__dict__["_reply_to_message_id"] = questions[0]
+                good.metadata.__dict__["_src_node_id"] = self.node(0)
+            return good
+
+    clients = range(HOSTILE + 2)
+    folder = run(tmp_path, Forged({client: [of_client(honest, client)] for client in clients}))
+    assert folder.missing(len(clients)) == [1]
+    assert "refused: client 1: node 1000 answered for node 1007" in caplog.text
+
+
 def test_what_was_refused_is_kept_as_it_was_sent(honest: RecordDict) -> None:
     content = of_client(honest, 1)
     content["arrays"]["__metadata__"] = Array(np.ones(2, np.float32))
