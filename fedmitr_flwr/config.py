@@ -140,6 +140,7 @@ class Config(Section):
             "upload.class-counts": self.upload.class_counts,
             "upload.statistics": self.upload.statistics,
             "local.prior-adjust": self.local.prior_adjust,
+            "local.outliers": self.local.outliers,
         }
         for key, value in beside.items():
             if value:

@@ -166,6 +166,7 @@ BEYOND = {
     "local.label-smoothing": 1,
     "local.token-loss": -1,
     "local.prior-adjust": -1,
+    "local.outliers": -1,
     "local.average": 1.1,
     "local.pull": -1,
     "local.grad-clip": -1,

@@ -20,11 +20,12 @@ from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
 from fedmitr_flwr.training.local import shift_and_flip, train_local
 from fedmitr_flwr.training.losses import label_loss, prior_shift, proximal
+from fedmitr_flwr.training.outliers import evenness_loss, outliers
 from fedmitr_flwr.training.stored import StoredWeights
 from fedmitr_flwr.training.swa import averaged_epochs
 from fedmitr_flwr.training.upload import Upload, Weights, load, save
 from fedmitr_flwr.vit.build import build_vit, initial_weights
-from fedmitr_flwr.vit.tokens import TokenLogits
+from fedmitr_flwr.vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
 
 CPU = torch.device("cpu")
 
@@ -237,9 +238,48 @@ def test_buffers_are_not_averaged(tiny: DataSet) -> None:
     assert vit.running.item() == sum(0.5 ** (7 - number) * number for number in range(1, 7))
 
 
+def test_evenness_by_hand() -> None:
+    """KL of (1/2, 1/2) from (1/4, 3/4): ½ ln 2 + ½ ln ⅔ = 0.143841; even answers cost nothing."""
+    uneven, even = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
+    patches = torch.stack([uneven, even], 1)  # of two patches one is even
+    assert evenness_loss(TokenLogits(even, even[:, None]), 0.5).item() == pytest.approx(0, abs=1e-7)
+    assert evenness_loss(TokenLogits(uneven, patches), 0.5).item() == pytest.approx(0.143841 * 1.25, abs=1e-6)
+
+
+def test_images_of_no_class_are_leaves_or_own_ones_turned_or_shuffled(tiny: DataSet) -> None:
+    pixels = prepare(tiny.train.pixels[:5], 8)
+    own = patchify(pixels[:3], 2)
+    turned = [patchify(pixels[:3].rot90(quarter, (2, 3)), 2) for quarter in (1, 3)]
+    seen = {"leaves": 0, "turned": 0, "shuffled": 0}
+    for seed in range(60):
+        found = outliers(pixels, 2, stream(seed))
+        assert found.shape == own.shape  # of five images, three
+        if any(torch.equal(found, each) for each in turned):
+            seen["turned"] += 1
+        elif torch.equal(*(patches.flatten(1).sort(1).values for patches in (found, own))):
+            seen["shuffled"] += 1
+            assert not torch.equal(found, own)
+        else:
+            seen["leaves"] += 1
+    assert min(seen.values()) > 8  # of 20 expected
+
+
+def test_who_learned_on_images_of_no_class_names_none_on_them(tiny: DataSet) -> None:
+    losses = []
+    for weight in (0.0, 1.0):
+        config = for_bars(**{"local.outliers": weight, "local.epochs": 30})
+        vit = a_vit(config, 0)
+        train_local(vit, tiny.train, config, stream(0), CPU)
+        pixels = prepare(tiny.train.pixels, config.model.img_size)
+        strange = torch.cat([outliers(pixels, config.model.patch_size, stream(seed)) for seed in range(6)])
+        with torch.no_grad():
+            losses.append(evenness_loss(forward_tokens(vit, strange, all_positions(strange)), 0.5).item())
+    assert losses[1] < 0.5 * losses[0]
+
+
 def test_all_switches_together_with_half_precision_and_evaluating_clients(tmp_path: Path) -> None:
     """The prior is that of the images left for training, and the upload is the mean, in float16."""
-    on = {"local.prior-adjust": 1.0, "local.average": 0.5, "local.pull": 0.1, "local.epochs": 4}
+    on = {"local.prior-adjust": 1.0, "local.outliers": 0.5, "local.average": 0.5, "local.pull": 0.1, "local.epochs": 4}
     on |= {"partition.scheme": "dirichlet", "evaluate.where": "clients", "upload.dtype": "float16"}
     config = settings(**on, **{"method": "fedavg", "out-dir": str(tmp_path)})
     folder = pipeline.run(config, "all")

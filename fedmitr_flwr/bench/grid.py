@@ -69,10 +69,11 @@ class Cell:
     def is_of(self, settings: Mapping[str, object], but: tuple[str, ...] = ()) -> bool:
         """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`.
 
-        Settings that begin like one of `but` may be others.
+        Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own = self._decides
-        return all(settings.get(key) == own[key] for key in own if not key.startswith((*_PATHS, *but)))
+        own, defaults = self._decides, Config().to_flat()
+        compared = [key for key in own if not key.startswith((*_PATHS, *but))]
+        return all(settings.get(key, defaults[key]) == own[key] for key in compared)
 
     @property
     def _decides(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from ..data.images import Images, prepare
 from ..vit.tokens import all_positions, forward_tokens, patchify
 from .losses import label_loss, prior_shift, proximal
 from .optim import Stepper
+from .outliers import evenness_loss, outliers
 from .swa import WeightMean, averaged_epochs
 
 
@@ -20,7 +21,7 @@ def train_local(
     device: torch.device,
     prox_mu: float = 0.0,
 ) -> float:
-    """Train `vit` in place and return the last epoch's mean loss, without the proximal term.
+    """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
     `prox_mu` is FedProx's μ, to which `local.pull` is added; w⁰ are the weights given. The class prior of
     `local.prior-adjust` is that of `images`. With `local.average` the weights left in `vit` are a mean over epoch ends.
@@ -46,8 +47,12 @@ def train_local(
             patches = patchify(pixels, config.model.patch_size)
             logits = forward_tokens(vit, patches, all_positions(patches))
             loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
-            stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
             losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
+            if local.outliers:
+                strange = outliers(pixels, config.model.patch_size, rng)
+                answers = forward_tokens(vit, strange, all_positions(strange))
+                loss = loss + local.outliers * evenness_loss(answers, local.token_loss)
+            stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
         told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
         epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)
         if epoch >= first:

@@ -1,0 +1,43 @@
+"""Images of no class, on which a client learns to name none: outlier exposure (Hendrycks et al. 2019) [C].
+
+A client that knows two classes sees one of them in whatever it is shown, and an ensemble believes it. No foreign image
+is needed [M]: batches are in turn, by chance, of dead leaves, of own images on their side, and of own images whose
+patches are in random order. One of these alone did not help (docs/log.md).
+
+Shapes: B images, N patches, E numbers in a patch, Y classes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..inversion.starts import starting_images
+from ..vit.tokens import TokenLogits, patchify
+
+LEAVES, TURNED, SHUFFLED = range(3)
+
+
+def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
+    """Patches (M, N, E) of M = ⌈B/2⌉ images of no class, from a batch of the client's own."""
+    kind = int(torch.randint(3, (1,), generator=rng))
+    own = pixels_BCHW[: -(-len(pixels_BCHW) // 2)]
+    if kind == LEAVES:
+        count, channels, side, _ = own.shape
+        return patchify(starting_images("leaves", count, channels, side, rng).to(own.device), patch)
+    if kind == TURNED:
+        left_or_right = 1 + 2 * int(torch.randint(2, (1,), generator=rng))
+        return patchify(own.rot90(left_or_right, (2, 3)), patch)
+    patches = patchify(own, patch)
+    order = torch.rand(patches.shape[:2], generator=rng).argsort(1).to(own.device)
+    return patches.gather(1, order[..., None].expand_as(patches))
+
+
+def evenness_loss(logits: TokenLogits, token_weight: float) -> Tensor:
+    """KL(even ‖ softmax) of the class token, plus `token_weight` times the mean over patch tokens of theirs."""
+    return _from_even(logits.cls) + token_weight * _from_even(logits.patches)
+
+
+def _from_even(logits_Y: Tensor) -> Tensor:
+    """Mean over all but the last axis; 0 where all classes are equally likely."""
+    return -logits_Y.log_softmax(-1).mean() - math.log(logits_Y.shape[-1])
