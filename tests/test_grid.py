@@ -46,8 +46,8 @@ def echo() -> ClientApp:
 class RayPool(LocalGrid):
     """What Flower's simulation does: actors in a stack, and one that died goes back into it and fails at once.
 
-    Each round of `pull_messages` every actor at work ends what it does. `killed` is the client during which an actor
-    dies.
+    Whenever all replies have been asked for once, every actor at work ends what it does. `killed` is the client during
+    which an actor dies.
     """
 
     def __init__(self, client_app: ClientApp, count: int, actors: int, killed: int | None) -> None:
@@ -55,26 +55,37 @@ class RayPool(LocalGrid):
         self.idle, self.busy, self.queue = [f"{number:02x}" for number in range(actors)], [], []
         self.dead: set[str] = set()
         self.killed = killed
+        self.ready: dict[str, Message] = {}  # message id -> the reply to it, which waits to be fetched
+        self.waiting: dict[str, None] = {}  # message ids without a fetched reply, in the order of asking
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         sent = []
         for message in messages:
             sent += super().push_messages([message])
             self.queue.append((sent[-1], message))
+            self.waiting[sent[-1]] = None
         return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        del message_ids
+        (asked,) = message_ids
+        if asked == next(iter(self.waiting)):
+            self._work()
+        if asked not in self.ready:
+            return []
+        del self.waiting[asked]
+        return [self.ready.pop(asked)]
+
+    def _work(self) -> None:
         done, self.busy = self.busy, []
-        replies = [self._end(actor, *work) for actor, work in done]
+        for actor, work in done:
+            self.ready[work[0]] = self._end(actor, *work)
         while self.queue and self.idle:
             actor = self.idle.pop()
             work = self.queue.pop(0)
             if actor in self.dead:
-                replies.append(self._end(actor, *work))
+                self.ready[work[0]] = self._end(actor, *work)
             else:
                 self.busy.append((actor, work))
-        return replies
 
     def _end(self, actor: str, sent: str, message: Message) -> Message:
         self.idle.append(actor)
