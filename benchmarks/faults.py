@@ -60,11 +60,19 @@ def fault_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _told(row: dict[str, Any]) -> list[str]:
-    reads = "<br>".join(f"`{line}`" for line in row["reads"]) or "nothing"
+    reads = "<br>".join(f"`{line}`" for line in _once(row["reads"])) or "nothing"
     asked = ", ".join(row["asked"]) or "nobody"
     starts = Counter(row["trained"])
     training = ", ".join(f"{who} {times}x" if times > 1 else who for who, times in sorted(starts.items())) or "nobody"
     return [row["fault"], reads, "<br>".join(_files(row["disk"])), row["goes_on"], asked, training]
+
+
+def _once(lines: Iterable[str]) -> list[str]:
+    """Of lines that differ in numbers only, the first."""
+    first: dict[str, str] = {}
+    for line in lines:
+        first.setdefault(re.sub(r"\d+", "", line), line)
+    return list(first.values())
 
 
 def _files(names: list[str]) -> list[str]:
