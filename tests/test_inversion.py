@@ -28,14 +28,13 @@ TARGETS = torch.tensor([3, 0, 9])
 
 def total_variation(images_BCHW: Tensor) -> Tensor:
     """TV₂ of each image (B,) from its definition, for autograd: what `AliveVariation` must agree with."""
-    x = images_BCHW
-    differences = (
-        x[..., :, :-1] - x[..., :, 1:],
-        x[..., :-1, :] - x[..., 1:, :],
-        x[..., :-1, :-1] - x[..., 1:, 1:],
-        x[..., 1:, :-1] - x[..., :-1, 1:],
-    )
-    return torch.stack([(d.square().sum((1, 2, 3)) + TINY).sqrt() for d in differences]).sum(0)
+    side = images_BCHW.shape[-1]
+    norms = []
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        here = images_BCHW[..., : side - down, max(0, -right) : side - max(0, right)]
+        there = images_BCHW[..., down:, max(0, right) : side + min(0, right)]
+        norms.append(((here - there).square().sum((1, 2, 3)) + TINY).sqrt())
+    return torch.stack(norms).sum(0)
 
 
 SMI = "0.0125,0.025,0.05,0.075"
