@@ -185,13 +185,16 @@ class _Session:
                 self.bytes_down[nodes[told.dst_node_id]] += _size(message)
 
         def received(reply: Message, node: int) -> None:
-            take = self.take_training if asked[node] == MessageType.TRAIN else self.take_evaluation
+            client = nodes[node]
             try:
-                take(reply, nodes[node], node)
+                if asked[node] == MessageType.TRAIN:
+                    self.take_training(reply, client, node)
+                else:
+                    self.take_evaluation(reply, client)
             except UploadError:
                 raise
             except Exception as error:  # what nobody foresaw must not let a reply through
-                told = f"client {nodes[node]}: its reply cannot be checked ({type(error).__name__}); see the log"
+                told = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
                 raise UploadError(told) from error
 
         return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
@@ -203,9 +206,8 @@ class _Session:
         self.bytes_up[client] += upload.num_bytes
         self.client_seconds[client] += upload.seconds or 0.0
 
-    def take_evaluation(self, reply: Message, client: int, node: int) -> None:
+    def take_evaluation(self, reply: Message, client: int) -> None:
         """The same for an evaluation."""
-        del node
         config = self.config
         found = read_evaluation(reply, client, config.model.num_classes, config.screen.max_images)
         numbers: dict[str, Any] = {

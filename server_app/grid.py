@@ -50,7 +50,7 @@ class ObservedGrid(Grid):
         self.inner, self.on_reply, self.poll, self.quorum = inner, on_reply, poll, quorum
         self.clients = dict(clients or {})
         self._asked: dict[str, int] = {}  # message id -> node; a lost node's reply names the SuperLink as its source
-        self._dead_actors: set[str] = set()
+        self._killers: dict[str, str] = {}  # dead Ray actor -> of its questions known to have failed, the first asked
         self._in_hook = 0.0  # seconds
         self._stumbling: float | None = None  # since when the SuperLink does nothing but fail
 
@@ -157,12 +157,13 @@ class ObservedGrid(Grid):
         run. A client which Ray gave to an actor that had died before, under another client, is asked again.
         """
         questions = sorted(messages, key=lambda message: self._rank(message.metadata.dst_node_id))
-        waiting = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
+        asked = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
+        waiting = dict(asked)
         deadline = None if timeout is None else time.monotonic() + timeout
         self._in_hook = 0.0
         answers: dict[int, Message] = {}
         bereft: list[int] = []  # questions that a dead actor was handed
-        tries = Counter(waiting.values())
+        tries = Counter(asked.values())
         while waiting and (deadline is None or time.monotonic() < deadline + self._in_hook):
             freed = False  # has an actor that lives become free?
             for reply in self.pull_messages(waiting):
@@ -171,11 +172,14 @@ class ObservedGrid(Grid):
                     continue
                 answers[number] = reply
                 freed |= reply.has_content()
-                if self._never_ran(reply) and tries[number] < TRIES:
-                    bereft.append(number)
+                lost = asked.get(self._never_began(reply))
+                if lost is not None and tries[lost] < TRIES:
+                    bereft.append(lost)
             if bereft and (freed or not waiting):  # only one: Flower's pool gives it to the actor freed last
                 tries[number := bereft.pop(0)] += 1
-                waiting |= dict.fromkeys(self.push_messages([_again(questions[number])]), number)
+                again = dict.fromkeys(self.push_messages([_again(questions[number])]), number)
+                asked |= again
+                waiting |= again
             if waiting:
                 time.sleep(self.poll)
         for number in sorted(set(waiting.values()) - set(answers)):
@@ -188,14 +192,21 @@ class ObservedGrid(Grid):
     def _rank(self, node: int) -> tuple[int, int]:
         return (self.clients.get(node, len(self.clients)), node)
 
-    def _never_ran(self, reply: Message) -> bool:
-        """Is this the second failure, or a later one, of one Ray actor? The first took the client that it ran."""
+    def _never_began(self, reply: Message) -> str:
+        """The question that a dead Ray actor was handed, as this failure of its tells; "" if there is none.
+
+        The actor took the client with it that it ran, which of all that fail is the one asked first; its failure need
+        not be fetched first. Every other one was given to an actor that was dead.
+        """
         found = _DEAD_ACTOR.search(reply.error.reason or "") if reply.has_error() else None
         if not found:
-            return False
-        before = found[1] in self._dead_actors
-        self._dead_actors.add(found[1])
-        return before
+            return ""
+        now = reply.metadata.reply_to_message_id
+        before = self._killers.setdefault(found[1], now)
+        if before == now:
+            return ""
+        self._killers[found[1]], never_began = sorted((before, now), key=list(self._asked).index)
+        return never_began
 
 
 def reason(reply: Message) -> str:

@@ -50,8 +50,11 @@ class RayPool(LocalGrid):
     which an actor dies.
     """
 
-    def __init__(self, client_app: ClientApp, count: int, actors: int, killed: int | None) -> None:
+    def __init__(
+        self, client_app: ClientApp, count: int, actors: int, killed: int | None, late: int | None = None
+    ) -> None:
         super().__init__(client_app, count)
+        self.late = late  # the client whose reply is there one look later than it would be
         self.idle, self.busy, self.queue = [f"{number:02x}" for number in range(actors)], [], []
         self.dead: set[str] = set()
         self.killed = killed
@@ -71,6 +74,9 @@ class RayPool(LocalGrid):
         if asked == next(iter(self.waiting)):
             self._work()
         if asked not in self.ready:
+            return []
+        if self.client(self.ready[asked].metadata.src_node_id) == self.late:
+            self.late = None
             return []
         del self.waiting[asked]
         return [self.ready.pop(asked)]
@@ -106,6 +112,14 @@ def test_a_dead_ray_actor_costs_one_client_and_not_the_queue_behind_it(killed: i
     good = {pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_content()}
     assert good == set(range(6)) - {killed}
     assert len(replies) == 6
+
+
+def test_who_killed_an_actor_is_known_though_another_s_failure_is_fetched_first() -> None:
+    pool = RayPool(echo(), 6, actors=2, killed=0, late=0)
+    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(6)}, poll=0)
+    replies = grid.send_and_receive(questions(pool), timeout=10)
+    assert [pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_error()] == [0]
+    assert [client for _, client in pool.asked].count(0) == 1
 
 
 def test_without_a_living_actor_the_asking_ends() -> None:

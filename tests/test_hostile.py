@@ -297,6 +297,7 @@ SETTINGS = TINY | {
     "upload.class-counts": True,
     "ensemble.weights": "size",
     "flower.quorum": 0.01,
+    "flower.upload-timeout": 600.0,  # a reply that is lost fails a test; it does not hold it up
 }
 Replies = dict[int, list[RecordDict]]
 

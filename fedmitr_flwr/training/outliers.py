@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..inversion.starts import starting_images
+from ..data.leaves import leaf_images
 from ..vit.tokens import TokenLogits, patchify
 
 LEAVES, TURNED, SHUFFLED = range(3)
@@ -24,7 +24,7 @@ def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
     own = pixels_BCHW[: -(-len(pixels_BCHW) // 2)]
     if kind == LEAVES:
         count, channels, side, _ = own.shape
-        return patchify(starting_images("leaves", count, channels, side, rng).to(own.device), patch)
+        return patchify(leaf_images(count, channels, side, rng).to(own.device), patch)
     if kind == TURNED:
         left_or_right = 1 + 2 * int(torch.randint(2, (1,), generator=rng))
         return patchify(own.rot90(left_or_right, (2, 3)), patch)
