@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, link as environment:
             run_file = Path(scratch) / "run.toml"
             run_file.write_text(config.to_toml(), encoding="utf-8")
-            return run(environment, run_file, options)
+            run(environment, run_file, options)
+        return 0
     except UserError as error:
         return _complain(str(error), 2)
     except RuntimeError as error:
@@ -162,7 +163,11 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
             )
         try:
             _wait_until_up(process, environment, log)
-            yield environment
+            try:
+                yield environment
+            except RuntimeError:
+                print(f"flower_run: the SuperLink's log is kept: {log}", flush=True)
+                raise
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
@@ -197,8 +202,12 @@ def _wait_until_up(process: subprocess.Popen[bytes], environment: dict[str, str]
     raise RuntimeError(f"the SuperLink did not start; see {log}")
 
 
-def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace) -> int:
-    """Submit the app, show its log, and return the exit status that tells how it ended."""
+def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace) -> None:
+    """Submit the app and show its log.
+
+    Raises:
+        RuntimeError: the run did not complete. It says what Flower says of it.
+    """
     link = [options.superlink] if options.superlink else []
     command = ["flwr", "run", str(ROOT), *link, "-c", str(run_file), "--stream"]
     if not link:
@@ -215,7 +224,7 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
             process.terminate()  # or leaving the block would wait for the end of the run
             raise
     if not run_id:
-        return _complain("Flower did not take the run; see above", process.returncode or 1)
+        raise RuntimeError("Flower did not take the run; see above")
     status, details = _status(run_id, link, environment)
     if not status.startswith("finished") and link:
         print(f"flower_run: the log broke off (status: {status}); the run may go on, and is waited for", flush=True)
@@ -228,7 +237,8 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
     print(f"flower_run: run {run_id}: {status}")
     if folder:
         print(f"flower_run: run folder: {folder}", flush=True)
-    return 0 if status == "finished:completed" else _complain(details or "Flower gives no reason; see above", 1)
+    if status != "finished:completed":
+        raise RuntimeError(details or "Flower gives no reason; see above")
 
 
 def _show(stream: IO[bytes]) -> tuple[str, str]:

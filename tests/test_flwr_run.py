@@ -142,10 +142,12 @@ def test_flwr_run_gives_the_bits_of_the_straight_line(start: Start, tmp_path: Pa
     assert flower.read_result()["accuracy"] == straight.read_result()["accuracy"]
 
 
-def test_a_run_that_fails_has_a_failing_status_and_says_why(start: Start) -> None:
+def test_a_run_that_fails_has_a_failing_status_and_says_why(start: Start, tmp_path: Path) -> None:
     run = start(method="fedmitre", clients=2)
     assert run.end() == 1
     assert re.search("flower_run: error: .*fedmitre", run.lines[-1])
+    (kept,) = (tmp_path / "home").glob("superlink-*.log")
+    assert f"flower_run: the SuperLink's log is kept: {kept}" in run.log
     assert run.folder() is None
 
 

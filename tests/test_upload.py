@@ -243,7 +243,6 @@ def test_weights_on_disk_are_read_one_by_one_when_asked_for(tmp_path: Path, read
     assert "head.bias" in got.weights
     assert "head.bios" not in got.weights
     assert isinstance(got.weights, StoredWeights)
-    assert got.weights.shapes == {key: tuple(tensor.shape) for key, tensor in REFERENCE.items()}
     assert read == []
     assert torch.equal(got.weights["head.bias"], sent.weights["head.bias"].float())
     assert read == ["head.bias"]

@@ -26,12 +26,12 @@ from ..progress import clock
 from ..report.run_folder import RunFolder
 from ..vit.build import initial_weights
 from .flower import Runner
-from .grid import TOLD, Cell, cells
+from .grid import TOLD, Cell, cells, tune_cells
 from .known import adopt, chosen_in
 from .results import Results
 from .spec import Bench
 from .store import Store
-from .tune import choose, tuning
+from .tune import choose
 
 log = logging.getLogger("fedmitr.bench")
 
@@ -63,7 +63,7 @@ def run(bench: Bench, store: Store, flower: Runner, known: Results | None = None
     Returns:
         How many there are and how many failed; tuning runs count.
     """
-    trials = tuning(bench)
+    trials = tune_cells(bench)
     choices = dict(chosen_in(known, trials)) if known else {}
     trials = {place: tried for place, tried in trials.items() if place not in choices}
     about = {"name": bench.name, "reference": bench.reference, "core": core()}

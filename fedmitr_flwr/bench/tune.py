@@ -2,19 +2,14 @@
 
 from collections.abc import Mapping
 
-from .grid import Cell, tune_cells
-from .spec import Bench, Flat
+from .grid import Cell
+from .spec import Flat
 from .store import Store
 
 Place = tuple[str, str, int]  # data set, label, rounds
 Trials = Mapping[Place, list[tuple[Flat, Cell]]]
 Choices = Mapping[Place, Mapping[str, object]]
 Plan = tuple[int, str, list[Flat]]  # the seed, where, and what is tried in turn
-
-
-def tuning(bench: Bench) -> Trials:
-    """What is to be tried, and the cell that tries it."""
-    return tune_cells(bench)
 
 
 def choose(trials: Trials, store: Store) -> dict[Place, dict[str, object]]:

@@ -72,10 +72,6 @@ class StoredWeights(Mapping[str, Tensor]):
         """Of all tensors as they lie in the file, before the cast."""
         return sum(place.size for place in self._places.values())
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._places.items()}
-
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
 
