@@ -20,7 +20,7 @@ from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.average import average
 from fedmitr_flwr.training.local import shift_and_flip, train_local
 from fedmitr_flwr.training.losses import label_loss, prior_shift, proximal
-from fedmitr_flwr.training.outliers import evenness_loss, outliers
+from fedmitr_flwr.training.outliers import evenness_loss, outliers, skew
 from fedmitr_flwr.training.stored import StoredWeights
 from fedmitr_flwr.training.swa import averaged_epochs
 from fedmitr_flwr.training.upload import Upload, Weights, load, save
@@ -264,13 +264,33 @@ def test_images_of_no_class_are_leaves_or_own_ones_turned_or_shuffled(tiny: Data
     assert min(seen.values()) > 8  # of 20 expected
 
 
+def test_skew_by_hand() -> None:
+    """Of four classes: H = ln 2 for two as frequent, of ln 4; (1/4, 3/4) has H = 0.562335."""
+    assert skew(torch.tensor([2, 2, 2]), 4) == pytest.approx(1)
+    assert skew(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(0)
+    assert skew(torch.tensor([1, 3, 3, 1]), 4) == pytest.approx(0.5)
+    assert skew(torch.tensor([1, 3, 3, 3]), 4) == pytest.approx(1 - 0.562335 / math.log(4))
+
+
+def test_who_has_all_classes_alike_trains_as_without_images_of_no_class(tiny: DataSet) -> None:
+    two = tiny.train.subset((tiny.train.labels < 2).nonzero()[:, 0])
+    for images, alike in ((tiny.train, True), (two, False)):
+        trained = []
+        for weight in (0.0, 1.0):
+            config = for_bars(**{"local.outliers": weight, "local.epochs": 1})
+            vit = a_vit(config, 0)
+            train_local(vit, images, config, stream(0), CPU)
+            trained.append(vit.head.weight)
+        assert torch.equal(*trained) == alike
+
+
 def test_who_learned_on_images_of_no_class_names_none_on_them(tiny: DataSet) -> None:
-    losses = []
-    for weight in (0.0, 1.0):
+    losses, two = [], tiny.train.subset((tiny.train.labels < 2).nonzero()[:, 0])
+    for weight in (0.0, 2.0):
         config = for_bars(**{"local.outliers": weight, "local.epochs": 30})
         vit = a_vit(config, 0)
-        train_local(vit, tiny.train, config, stream(0), CPU)
-        pixels = prepare(tiny.train.pixels, config.model.img_size)
+        train_local(vit, two, config, stream(0), CPU)
+        pixels = prepare(two.pixels, config.model.img_size)
         strange = torch.cat([outliers(pixels, config.model.patch_size, stream(seed)) for seed in range(6)])
         with torch.no_grad():
             losses.append(evenness_loss(forward_tokens(vit, strange, all_positions(strange)), 0.5).item())

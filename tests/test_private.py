@@ -31,6 +31,7 @@ from server_app.app import app as server_app
 from server_app.records import order
 
 CPU = torch.device("cpu")
+ALONE: dict[str, object] = {"local.outliers": 0.0}  # what privacy.epsilon asks for
 needs_opacus = pytest.mark.skipif(
     importlib.util.find_spec("opacus") is None, reason="needs opacus, an optional library"
 )
@@ -287,7 +288,7 @@ def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
 def test_what_would_tell_beside_the_noise_is_refused(changes: dict[str, Any], message: str) -> None:
     Config.from_flat(changes)
     with pytest.raises(ConfigError) as refused:
-        Config.from_flat({"privacy.epsilon": 3.0, **changes})
+        Config.from_flat({"privacy.epsilon": 3.0} | ALONE | changes)
     assert message in str(refused.value)
 
 
@@ -297,7 +298,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"privacy.epsilon = 3.0 needs opacus at every client; run there: pip install"
     ):
-        require_opacus(Config.from_flat({"privacy.epsilon": 3.0}))
+        require_opacus(Config.from_flat({"privacy.epsilon": 3.0} | ALONE))
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def replies(node: dict[str, Any], **asked: Any) -> list[Message]:
     grid = LocalGrid(client_app, 2)
     grid.contexts[grid.node(0)].node_config |= node
     where = {"evaluate.where": "clients", "evaluate.holdout": 0.2}
-    config = Config.from_flat(TINY | where | {"partition.clients": 2} | asked)
+    config = Config.from_flat(TINY | ALONE | where | {"partition.clients": 2} | asked)
     content = RecordDict({"arrays": ArrayRecord(initial_weights(config.model, 0)), "config": order(config)})
     kinds = ("query.describe", "train", "evaluate")
     return [reply for kind in kinds for reply in grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])]
@@ -348,7 +349,7 @@ def test_a_node_may_want_more_privacy_than_the_server(
 @needs_opacus
 @pytest.mark.usefixtures("_identity")
 def test_what_was_spent_is_in_the_run(tmp_path: Any) -> None:
-    flat = TINY | {"out-dir": str(tmp_path), "privacy.epsilon": 8.0}
+    flat = TINY | ALONE | {"out-dir": str(tmp_path), "privacy.epsilon": 8.0}
     server_app(LocalGrid(client_app, 3), server_context(flat))
     (path,) = tmp_path.iterdir()
     result = RunFolder.open(path).read_result()

@@ -42,6 +42,7 @@ _TINY: dict[str, object] = {
     "local.augment": True,
     "local.token-loss": 0.5,
     "local.prior-adjust": 0.0,
+    "local.outliers": 0.0,
     "local.average": 0.0,
     "local.pull": 0.0,
     "local.grad-clip": 1.0,

@@ -9,7 +9,7 @@ from ..data.images import Images, prepare
 from ..vit.tokens import all_positions, forward_tokens, patchify
 from .losses import label_loss, prior_shift, proximal
 from .optim import Stepper
-from .outliers import evenness_loss, outliers
+from .outliers import NO_SKEW, evenness_loss, outliers, skew
 from .swa import WeightMean, averaged_epochs
 
 
@@ -24,7 +24,8 @@ def train_local(
     """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
     `prox_mu` is FedProx's μ, to which `local.pull` is added; w⁰ are the weights given. The class prior of
-    `local.prior-adjust` is that of `images`. With `local.average` the weights left in `vit` are a mean over epoch ends.
+    `local.prior-adjust` is that of `images`, and so is the skew that `local.outliers` is multiplied by. With
+    `local.average` the weights left in `vit` are a mean over epoch ends.
     """
     local = config.local
     vit.to(device).train()
@@ -33,6 +34,8 @@ def train_local(
     shift = None
     if local.prior_adjust:
         shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
+    unevenness = skew(images.labels, config.model.num_classes)
+    strangeness = local.outliers * unevenness * (unevenness > NO_SKEW)
     batches = -(-len(images) // local.batch_size)
     stepper = Stepper(vit.parameters(), local, total_steps=local.epochs * batches)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
@@ -48,10 +51,10 @@ def train_local(
             logits = forward_tokens(vit, patches, all_positions(patches))
             loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
             losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
-            if local.outliers:
+            if strangeness:
                 strange = outliers(pixels, config.model.patch_size, rng)
                 answers = forward_tokens(vit, strange, all_positions(strange))
-                loss = loss + local.outliers * evenness_loss(answers, local.token_loss)
+                loss = loss + strangeness * evenness_loss(answers, local.token_loss)
             stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
         told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
         epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)

@@ -16,6 +16,16 @@ from ..data.leaves import leaf_images
 from ..vit.tokens import TokenLogits, patchify
 
 LEAVES, TURNED, SHUFFLED = range(3)
+NO_SKEW = 0.05  # a skew below it is that of a sample of even classes, and costs no time
+
+
+def skew(labels: Tensor, num_classes: int) -> float:
+    """1 - H/log Y with H the entropy of the labels: 0 where all classes are as frequent, 1 for a class by itself [M].
+
+    Who knows all classes evenly has seen enough that is not of a class; who knows few has only these images for it.
+    """
+    counts_Y = torch.bincount(labels, minlength=num_classes).double()
+    return max(0.0, 1 - torch.special.entr(counts_Y / counts_Y.sum()).sum().item() / math.log(num_classes))
 
 
 def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
