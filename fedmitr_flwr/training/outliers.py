@@ -25,7 +25,8 @@ def skew(labels: Tensor, num_classes: int) -> float:
     Who knows all classes evenly has seen enough that is not of a class; who knows few has only these images for it.
     """
     counts_Y = torch.bincount(labels, minlength=num_classes).double()
-    return max(0.0, 1 - torch.special.entr(counts_Y / counts_Y.sum()).sum().item() / math.log(num_classes))
+    entropy: float = torch.special.entr(counts_Y / counts_Y.sum()).sum().item()
+    return max(0.0, 1 - entropy / math.log(num_classes))
 
 
 def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
