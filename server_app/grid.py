@@ -36,6 +36,7 @@ class ObservedGrid(Grid):
         clients: Mapping[int, int] | None = None,
         poll: float = 0.5,
         quorum: float = 0.0,
+        on_asked: Callable[[], None] | None = None,
     ) -> None:
         """Wrap `inner`.
 
@@ -46,9 +47,10 @@ class ObservedGrid(Grid):
             clients: node id -> client, for the log and for the order of the replies.
             poll: seconds between two looks for replies.
             quorum: share of the questions that `send_and_receive` must get good replies to.
+            on_asked: called before each look for replies, when all questions have been sent.
         """
         self.inner, self.on_reply, self.poll, self.quorum = inner, on_reply, poll, quorum
-        self.clients = dict(clients or {})
+        self.clients, self.on_asked = dict(clients or {}), on_asked
         self._asked: dict[str, int] = {}  # message id -> node; a lost node's reply names the SuperLink as its source
         self._killers: dict[str, str] = {}  # dead Ray actor -> of its questions known to have failed, the first asked
         self._in_hook = 0.0  # seconds
@@ -96,6 +98,8 @@ class ObservedGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Fetch replies one by one: no more than one is in memory before the hook has seen it, and freed it perhaps."""
+        if self.on_asked:
+            self.on_asked()
         replies: list[Message] = []
         for message_id in list(message_ids):
             replies += [self._shown(self._read(reply, message_id)) for reply in self._fetch(message_id)]

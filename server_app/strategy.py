@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.compute import return_memory
 from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.limits import needed
@@ -50,7 +51,7 @@ class OneShot(Strategy):
         else:
             kwargs["num_rounds"] = 1
         kwargs.setdefault("timeout", self.config.flower.upload_timeout)
-        self.observed = ObservedGrid(grid, self.receive, self.clients)
+        self.observed = ObservedGrid(grid, self.receive, self.clients, on_asked=self.forget_start)
         return super().start(self.observed, *args, **kwargs)
 
     def summary(self) -> None:
@@ -79,10 +80,14 @@ class OneShot(Strategy):
         ttl = max(DAY, 2 * self.config.flower.upload_timeout)
         return [Message(content, self.nodes[client], kind, ttl=ttl) for client in clients]
 
+    def forget_start(self) -> None:
+        """Free what everybody has been sent, before a reply of the same size is fetched."""
+        if self.sent and self.observed and self.observed.sends_copies:
+            self.sent.clear()
+            return_memory()
+
     def receive(self, reply: Message, node: int) -> None:
         """Take in a reply as it arrives; what it calls itself does not matter, but what was asked."""
-        if self.observed and self.observed.sends_copies:
-            self.sent.clear()  # everybody has been asked
         if self.collecting:
             self.intake.take(reply, self.clients[node], node)
 

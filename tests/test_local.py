@@ -246,22 +246,21 @@ def test_evenness_by_hand() -> None:
     assert evenness_loss(TokenLogits(uneven, patches), 0.5).item() == pytest.approx(0.143841 * 1.25, abs=1e-6)
 
 
-def test_images_of_no_class_are_leaves_or_own_ones_turned_or_shuffled(tiny: DataSet) -> None:
+def test_images_of_no_class_are_own_ones_turned_or_shuffled(tiny: DataSet) -> None:
     pixels = prepare(tiny.train.pixels[:5], 8)
     own = patchify(pixels[:3], 2)
     turned = [patchify(pixels[:3].rot90(quarter, (2, 3)), 2) for quarter in (1, 3)]
-    seen = {"leaves": 0, "turned": 0, "shuffled": 0}
+    seen = {"turned": 0, "shuffled": 0}
     for seed in range(60):
         found = outliers(pixels, 2, stream(seed))
         assert found.shape == own.shape  # of five images, three
         if any(torch.equal(found, each) for each in turned):
             seen["turned"] += 1
-        elif torch.equal(*(patches.flatten(1).sort(1).values for patches in (found, own))):
-            seen["shuffled"] += 1
-            assert not torch.equal(found, own)
         else:
-            seen["leaves"] += 1
-    assert min(seen.values()) > 8  # of 20 expected
+            seen["shuffled"] += 1
+            assert torch.equal(*(patches.flatten(1).sort(1).values for patches in (found, own)))
+            assert not torch.equal(found, own)
+    assert min(seen.values()) > 15  # of 30 expected
 
 
 def test_skew_by_hand() -> None:

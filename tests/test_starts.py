@@ -1,11 +1,10 @@
-"""What inversions start from: noise, or dead leaves."""
+"""What inversions start from."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.data.leaves import MOST_LEAVES, dead_leaves
-from fedmitr_flwr.inversion.starts import starting_images
+from fedmitr_flwr.inversion.starts import MOST_LEAVES, dead_leaves, starting_images
 from fedmitr_flwr.rng import stream
 
 

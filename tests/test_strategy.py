@@ -284,14 +284,15 @@ def test_the_memory_of_an_upload_is_freed_when_it_is_on_disk(federate: Federate)
 
 
 class HttpGrid(LocalGrid):
-    """As Flower's grid of this name, it has sent copies; `left` is what the senders still hold when replies come."""
+    """As Flower's grid of this name, it has sent copies; `left` is what senders hold when replies are first fetched."""
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         self.held: list[Message] = [*getattr(self, "held", []), *messages]
         return super().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        self.left = [len(message.content["arrays"]) for message in self.held if "arrays" in message.content]
+        held = [len(message.content["arrays"]) for message in self.held if "arrays" in message.content]
+        self.left = getattr(self, "left", None) or held
         return super().pull_messages(message_ids)
 
 

@@ -1,8 +1,11 @@
 """Images of no class, on which a client learns to name none: outlier exposure (Hendrycks et al. 2019) [C].
 
 A client that knows two classes sees one of them in whatever it is shown, and an ensemble believes it. No foreign image
-is needed [M]: batches are in turn, by chance, of dead leaves, of own images on their side, and of own images whose
-patches are in random order. One of these alone did not help (docs/log.md).
+is needed [M]: batches are in turn, by chance, of own images on their side, and of own ones whose patches are in random
+order. Where images have no up (from above, or under a microscope), a turned one is an image of its class: leave it off.
+
+Dead leaves, which inversion starts from, are no part of it: of teachers that name no class on them the student learns
+less (docs/log.md).
 
 Shapes: B images, N patches, E numbers in a patch, Y classes.
 """
@@ -12,10 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..data.leaves import leaf_images
 from ..vit.tokens import TokenLogits, patchify
 
-LEAVES, TURNED, SHUFFLED = range(3)
 NO_SKEW = 0.05  # a skew below it is that of a sample of even classes, and costs no time
 
 
@@ -31,12 +32,8 @@ def skew(labels: Tensor, num_classes: int) -> float:
 
 def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
     """Patches (M, N, E) of M = ⌈B/2⌉ images of no class, from a batch of the client's own."""
-    kind = int(torch.randint(3, (1,), generator=rng))
     own = pixels_BCHW[: -(-len(pixels_BCHW) // 2)]
-    if kind == LEAVES:
-        count, channels, side, _ = own.shape
-        return patchify(leaf_images(count, channels, side, rng).to(own.device), patch)
-    if kind == TURNED:
+    if torch.rand((), generator=rng) < 0.5:
         left_or_right = 1 + 2 * int(torch.randint(2, (1,), generator=rng))
         return patchify(own.rot90(left_or_right, (2, 3)), patch)
     patches = patchify(own, patch)
