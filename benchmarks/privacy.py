@@ -20,6 +20,7 @@ from fedmitr_flwr.config import Config
 
 BUDGETS = (0.0, 32.0, 8.0, 2.0)  # 0: none
 LOCAL = {"local.epochs": 30, "local.batch-size": 64, "local.optimizer": "adamw", "local.lr": 2e-3, "threads": 1}
+LOCAL |= {"local.outliers": 0}  # which private training does not allow
 
 
 def one_seed(seed: int, changes: dict[str, Any] | None = None) -> Any:

@@ -105,7 +105,7 @@ class LocalConfig(Section):
     augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
     token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
     prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
-    outliers: float = 0.0  # times the skew of the client's classes: weight of naming no class on images of none
+    outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
     average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
     pull: float = 0.0  # adds pull/2 times the squared distance from the weights given to the loss, as FedProx
     grad_clip: float = 1.0  # 0: none
