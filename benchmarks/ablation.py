@@ -63,6 +63,7 @@ PARTS: dict[str, list[Changes]] = {
     ],
     "Start of the student": [{"distill.init": "initial"}, {"distill.extrapolate": 0.0}],
     "Clients": [
+        {"local.outliers": 0.0},
         {"local.prior-adjust": 1.0},
         {"local.token-loss": 0.0},
         {"local.label-smoothing": 0.1},
