@@ -4,7 +4,8 @@ Synthetic images are made by the other teachers, a fold of the clients left out 
 client that lacks classes gives the names that it knows to images of others, but what it knows it calls by its name.
 Permuted labels call it by another one, and no fewer images [M]. Who was not trained is sure of nothing, where even a
 client that lacks most classes is sure of those it has; and it answers every image alike, as else only a client of one
-class does, who is sure of that [M].
+class does, who is sure of that. Where `local.outliers` has taught such a client to be sure of nothing but its class, its
+own images tell: it can be led to no other name, and who was not trained to any alike [M].
 
 Shapes: M images, Y classes, C answers (as many).
 """
@@ -35,6 +36,7 @@ STRANGE = 0.3
 INFORMED = 0.18  # of `Names.gain`: below it a model says too little about any class to be judged
 UNSURE = 0.9  # of the clients' median of `Names.sure`
 ALIKE = 0.35  # of the clients' median of `Names.told`
+ANY = 0.6  # of `_led`: a model below it can be led to some names only, and has learned these
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def strange_answers(uploads: Sequence[Upload], config: Config, device: torch.dev
         for fold in range(folds)
         for answer in _judged(uploads[fold::folds], uploads, images, config, device, fold)
     ]
-    found = list(_unsure(first))
+    found = [finding for upload, finding in _unsure(first) if _led(upload, images, config, device) > ANY]
     unsure = {finding.client for finding in found}
     for upload, names in first:
         if upload.client not in unsure and names.gain > INFORMED and names.kept < SUSPECT:
@@ -107,7 +109,7 @@ def strange_answers(uploads: Sequence[Upload], config: Config, device: torch.dev
     return found
 
 
-def _unsure(answers: Sequence[tuple[Upload, Names]]) -> Iterator[Finding]:
+def _unsure(answers: Sequence[tuple[Upload, Names]]) -> Iterator[tuple[Upload, Finding]]:
     sure = median(names.sure for _, names in answers)
     told = median(names.told for _, names in answers)
     for upload, names in answers:
@@ -116,7 +118,22 @@ def _unsure(answers: Sequence[tuple[Upload, Names]]) -> Iterator[Finding]:
                 f"it answers all images nearly alike and is sure of none ({names.told:.2f} nats an image, the median "
                 f"is {told:.2f}): was it trained at all?"
             )
-            yield Finding(upload.client, "unsure", names.told, text)
+            yield upload, Finding(upload.client, "unsure", names.told, text)
+
+
+def _led(upload: Upload, images_per_class: int, config: Config, device: torch.device) -> float:
+    """How far a model can be led to every class: 1 as far to each, 1/Y to one only.
+
+    Images are made for each class by the model alone; of the probability that it gives the class, less that of a
+    guess, the mean over classes as a share of the highest.
+    """
+    rng = stream(config.seed, "screening", "alone", upload.client)
+    images, targets_M = _made_by([upload], images_per_class, config, device, rng)
+    (answers_MC,) = _ensemble([upload], config).to(device).probabilities(images)
+    right_M = answers_MC.gather(1, targets_M[:, None]).squeeze(1)
+    classes = config.model.num_classes
+    above_Y = torch.stack([right_M[targets_M == label].mean() for label in range(classes)]) - 1 / classes
+    return (above_Y.mean() / above_Y.max().clamp_min(1e-6)).item()
 
 
 def _misnamed(upload: Upload, names: Names) -> Iterator[Finding]:
@@ -140,17 +157,24 @@ def _judged(
     """Let the others make images; what those who were left out call them."""
     clients = {upload.client for upload in left_out}
     others = [upload for upload in uploads if upload.client not in clients]
+    images, targets_M = _made_by(others, images_per_class, config, device, stream(config.seed, "screening", number))
+    answers_KMC = _ensemble(left_out, config).to(device).probabilities(images)
+    for upload, answers_MC in zip(left_out, answers_KMC, strict=True):
+        yield upload, Names.of(answers_MC, targets_M)
+
+
+def _made_by(
+    makers: Sequence[Upload], images_per_class: int, config: Config, device: torch.device, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images (M, C, S, S) on which these agree, and the classes (M,) that they are made for."""
     targets = torch.arange(config.model.num_classes).repeat(images_per_class)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-    makers = _ensemble(others, config).to(device)
-    rng = stream(config.seed, "screening", number)
+    ensemble = _ensemble(makers, config).to(device)
     images = [
-        invert(makers, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
+        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
         for chunk in targets.split(config.inversion.batch_size)
     ]
-    answers_KMC = _ensemble(left_out, config).to(device).probabilities(torch.cat(images))
-    for upload, answers_MC in zip(left_out, answers_KMC, strict=True):
-        yield upload, Names.of(answers_MC, targets.to(answers_MC.device))
+    return torch.cat(images), targets.to(device)
 
 
 def _ensemble(uploads: Sequence[Upload], config: Config) -> Ensemble:
