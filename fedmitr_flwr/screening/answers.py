@@ -4,7 +4,7 @@ Synthetic images are made by the other teachers, a fold of the clients left out 
 client that lacks classes gives the names that it knows to images of others, but what it knows it calls by its name.
 Permuted labels call it by another one, and no fewer images [M]. Who was not trained is sure of nothing, where even a
 client that lacks most classes is sure of those it has; and it answers every image alike, as else only a client of one
-class does, who is sure of that. Where `local.outliers` has taught such a client to be sure of nothing but its class, its
+class does, who is sure of that. Where `local.outliers` has taught that client to be sure of nothing but its class, its
 own images tell: it can be led to no other name, and who was not trained to any alike [M].
 
 Shapes: M images, Y classes, C answers (as many).
