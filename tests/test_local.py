@@ -266,9 +266,15 @@ def test_images_of_no_class_are_own_ones_turned_or_shuffled(tiny: DataSet) -> No
 def test_skew_by_hand() -> None:
     """Of four classes: H = ln 2 for two as frequent, of ln 4; (1/4, 3/4) has H = 0.562335."""
     assert skew(torch.tensor([2, 2, 2]), 4) == pytest.approx(1)
-    assert skew(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(0)
+    assert skew(torch.tensor([0, 1, 2, 3]), 4) == 0
     assert skew(torch.tensor([1, 3, 3, 1]), 4) == pytest.approx(0.5)
     assert skew(torch.tensor([1, 3, 3, 3]), 4) == pytest.approx(1 - 0.562335 / math.log(4))
+
+
+def test_a_sample_of_even_classes_has_no_skew() -> None:
+    """11 and 9 images: 1 - H/log 2 = 0.007. 14 and 6: 0.119."""
+    assert skew(torch.tensor([0] * 11 + [1] * 9), 2) == 0
+    assert skew(torch.tensor([0] * 14 + [1] * 6), 2) == pytest.approx(0.1187, abs=1e-4)
 
 
 def test_who_has_all_classes_alike_trains_as_without_images_of_no_class(tiny: DataSet) -> None:

@@ -9,7 +9,7 @@ from ..data.images import Images, prepare
 from ..vit.tokens import all_positions, forward_tokens, patchify
 from .losses import label_loss, prior_shift, proximal
 from .optim import Stepper
-from .outliers import NO_SKEW, evenness_loss, outliers, skew
+from .outliers import evenness_loss, outliers, skew
 from .swa import WeightMean, averaged_epochs
 
 
@@ -34,8 +34,7 @@ def train_local(
     shift = None
     if local.prior_adjust:
         shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
-    unevenness = skew(images.labels, config.model.num_classes)
-    strangeness = local.outliers * unevenness * (unevenness > NO_SKEW)
+    strangeness = local.outliers * skew(images.labels, config.model.num_classes)
     batches = -(-len(images) // local.batch_size)
     stepper = Stepper(vit.parameters(), local, total_steps=local.epochs * batches)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)

@@ -17,17 +17,19 @@ from torch import Tensor
 
 from ..vit.tokens import TokenLogits, patchify
 
-NO_SKEW = 0.05  # a skew below it is that of a sample of even classes, and costs no time
+NO_SKEW = 0.05  # up to it, that of a sample of even classes; at no skew, these images cost no time
 
 
 def skew(labels: Tensor, num_classes: int) -> float:
     """1 - H/log Y with H the entropy of the labels: 0 where all classes are as frequent, 1 for a class by itself [M].
 
-    Who knows all classes evenly has seen enough that is not of a class; who knows few has only these images for it.
+    Below `NO_SKEW` it is 0. Who knows all classes evenly has seen enough that is not of a class; who knows few has only
+    these images for it.
     """
     counts_Y = torch.bincount(labels, minlength=num_classes).double()
     entropy: float = torch.special.entr(counts_Y / counts_Y.sum()).sum().item()
-    return max(0.0, 1 - entropy / math.log(num_classes))
+    found = 1 - entropy / math.log(num_classes)
+    return found if found > NO_SKEW else 0.0
 
 
 def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
