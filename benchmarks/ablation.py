@@ -38,6 +38,7 @@ PARTS: dict[str, list[Changes]] = {
         {"ensemble.weights": "size"},
         {"ensemble.weights": "counts"},
         {"ensemble.weights": "learned"},
+        {"ensemble.temperature": 1.0},
         {"ensemble.combine": "logits"},
         {"ensemble.combine": "logp"},
         {"ensemble.teach": "probs"},

@@ -38,16 +38,19 @@ def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any
 
 
 def ensembles(folder: RunFolder) -> dict[str, float]:
-    """Test accuracy in percent of mixtures of the teachers' probabilities, by their weights."""
+    """Test accuracy in percent of mixtures of teachers' probabilities: their mean, and softened by the settings."""
     config, uploads = folder.config, folder.load_uploads()
     images, _ = server_images(config)
     classes = config.model.num_classes
     answers_KMY = answers_of(uploads, images, config, torch.device("cpu"))
-    found = {}
-    for weights in WEIGHTS:
-        mixed_MY = combine_answers(answers_KMY, teacher_weights(uploads, classes, weights), "probs")
-        found[weights] = graded(mixed_MY, images.labels, classes).accuracy
-    return found
+
+    def accuracy(weights: str, temperature: float) -> float:
+        weights_KY = teacher_weights(uploads, classes, weights)
+        mixed_MY = combine_answers(answers_KMY, weights_KY, "probs", temperature=temperature)
+        return graded(mixed_MY, images.labels, classes).accuracy
+
+    softened = {weights: accuracy(weights, config.ensemble.temperature) for weights in WEIGHTS}
+    return {"mean probability": accuracy("uniform", 1.0), **softened}
 
 
 if __name__ == "__main__":

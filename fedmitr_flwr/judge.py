@@ -55,7 +55,8 @@ def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, de
     teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
     weights_KY = teacher_weights(teachers, classes, settings.weights)
     answers_KMY = answers_of(teachers, images, config, device)
-    return graded(combine_answers(answers_KMY, weights_KY, settings.combine, settings.trim), images.labels, classes)
+    how = settings.combine, settings.trim, settings.temperature
+    return graded(combine_answers(answers_KMY, weights_KY, *how), images.labels, classes)
 
 
 def answers_of(teachers: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:

@@ -146,6 +146,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
+    temperature: float = 3.0  # logp, probs: of each teacher's softmax
     teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
@@ -162,6 +163,7 @@ class EnsembleConfig(Section):
         self._one_of("combine", "logits", "logp", "probs")
         self._one_of("teach", "logits", "logp", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
+        self._above(0, "temperature")
         self._within(0, 1, "learn_step", "learn_decay")
         self._within(0, 0.5, "trim")
         if self.trim and self.combine != "probs":

@@ -162,7 +162,10 @@ def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(wri
     assert (config.local.epochs, config.local.lr, config.model.width, config.distill.passes) == (6, 0.4, 32, 9)
 
 
-@pytest.mark.parametrize(("key", "as_before", "otherwise"), [("local.pull", 0.0, 0.5), ("local.outliers", 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("key", "as_before", "otherwise"),
+    [("local.pull", 0.0, 0.5), ("local.outliers", 0.0, 1.0), ("ensemble.temperature", 1.0, 3.0)],
+)
 def test_a_setting_that_there_was_not_yet_counts_as_what_was_done_then(
     write: Write, key: str, as_before: float, otherwise: float
 ) -> None:

@@ -190,6 +190,7 @@ BEYOND = {
     "ensemble.weights": "sizes",
     "ensemble.learn-step": 1.1,
     "ensemble.learn-decay": 1.1,
+    "ensemble.temperature": 0.0,
     "ensemble.trim": 0.6,
     "ensemble.teacher-chunk": -1,
     "ensemble.stack": "sometimes",

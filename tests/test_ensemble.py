@@ -41,6 +41,30 @@ def test_answers_are_combined_as_on_paper() -> None:
         assert many[2, 3].tolist() == pytest.approx(wanted), combine
 
 
+def test_temperature_by_hand() -> None:
+    """At 2 the odds are roots: z₁ = (ln 9, 0) -> p₁ = (3/4, 1/4); z₂ = (0, ln 16) -> p₂ = (1/5, 4/5). Logits stay."""
+    logits = torch.tensor([[math.log(9), 0.0], [0.0, math.log(16)]])
+    weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]])
+    half = logits / 2
+    for combine in ("logp", "probs"):
+        found = combine_answers(logits, weights, combine, temperature=2.0)
+        assert found.tolist() == pytest.approx(combine_answers(half, weights, combine).tolist())
+    assert found.tolist() == pytest.approx([math.log(27 / 80), math.log(53 / 80)])
+    assert torch.equal(
+        combine_answers(logits, weights, "logits", temperature=2.0), combine_answers(logits, weights, "logits")
+    )
+    trimmed = combine_answers(logits, weights, "probs", 0.3, temperature=2.0)
+    torch.testing.assert_close(trimmed, combine_answers(half, weights, "probs", 0.3))
+
+
+def test_the_surer_of_two_certain_teachers_is_believed_although_it_has_fewer_images() -> None:
+    """0.999 of 51 % of the images against 0.9999 of 49 %: by weights at 1, by what is said at 4."""
+    logits = torch.tensor([[0.9990, 0.0010], [0.0001, 0.9999]]).logit()
+    weights = torch.tensor([[0.51, 0.51], [0.49, 0.49]])
+    assert combine_answers(logits, weights, "probs").argmax() == 0
+    assert combine_answers(logits, weights, "probs", temperature=4.0).argmax() == 1
+
+
 def test_weights_are_per_class() -> None:
     """Teacher 1 alone answers for class 0, teacher 2 alone for class 1: p = (3/4, 4/5), not normalised."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(4)]])
@@ -98,14 +122,19 @@ def test_teachers_are_asked_one_by_one_and_weighted_by_size() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("teach", COMBINES)
-def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str) -> None:
-    config = settings(**{"ensemble.combine": combine, "ensemble.teach": teach})
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str, temperature: float) -> None:
+    told = {"ensemble.combine": combine, "ensemble.teach": teach, "ensemble.temperature": temperature}
+    config = settings(**told)
     ensemble = an_ensemble(config)
     images = some_images(config, 4)
     patches, ids = patchify(images, 2), torch.arange(16).expand(4, -1)
     answers = ensemble.answers(images)
-    torch.testing.assert_close(ensemble(images), combine_answers(answers, ensemble.weights, combine))
-    torch.testing.assert_close(ensemble.scores(patches, ids).cls, combine_answers(answers, ensemble.weights, teach))
+    decided, taught = (
+        combine_answers(answers, ensemble.weights, how, temperature=temperature) for how in (combine, teach)
+    )
+    torch.testing.assert_close(ensemble(images), decided)
+    torch.testing.assert_close(ensemble.scores(patches, ids).cls, taught)
 
 
 def test_a_trimmed_ensemble_teaches_what_it_decides() -> None:

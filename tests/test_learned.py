@@ -46,19 +46,21 @@ def test_the_slope_of_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("combine", WAYS)
-def test_the_slope_is_that_of_the_ensemble_s_own_cross_entropy(combine: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_slope_is_that_of_the_ensemble_s_own_cross_entropy(combine: str, temperature: float) -> None:
     rng = stream(0)
     answers = 3 * torch.randn(4, 6, 5, generator=rng, dtype=torch.float64)
     targets, weights = torch.randint(5, (6,), generator=rng), torch.rand(4, generator=rng, dtype=torch.float64) + 0.1
 
     def entropy(weights: torch.Tensor) -> float:
         shares_KY = (weights / weights.sum())[:, None].expand(-1, 5)
-        return F.cross_entropy(combine_answers(answers, shares_KY, combine), targets).item()
+        return F.cross_entropy(combine_answers(answers, shares_KY, combine, 0.0, temperature), targets).item()
 
     small = 1e-6
     steps = small * torch.eye(4, dtype=torch.float64)
     differences = [(entropy(weights + step) - entropy(weights - step)) / (2 * small) for step in steps]
-    assert slope(answers, targets, weights, combine).tolist() == pytest.approx(differences, rel=1e-5, abs=1e-8)
+    found = slope(answers, targets, weights, combine, temperature)
+    assert found.tolist() == pytest.approx(differences, rel=1e-5, abs=1e-8)
 
 
 def test_a_step_is_signed_and_clipped() -> None:

@@ -51,6 +51,7 @@ _TINY: dict[str, object] = {
     "upload.class-counts": False,
     "screen.mode": "off",
     "ensemble.combine": "logits",
+    "ensemble.temperature": 1.0,
     "ensemble.weights": "size",
     "inversion.mode": "sparse",
     "inversion.steps": 8,

@@ -22,8 +22,8 @@ TOLD: tuple[dict[str, object], ...] = (
 )
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
-# What clients did before there was a setting whose default lets them do otherwise.
-_BEFORE: dict[str, object] = {"local.outliers": 0.0}
+# What was done before there was a setting whose default does otherwise.
+_BEFORE: dict[str, object] = {"local.outliers": 0.0, "ensemble.temperature": 1.0}
 _PLACES = ("out-dir", "resume-from")
 _PATHS = ("data.path", "model.weights", "distill.pretrained", "feddf.path")
 

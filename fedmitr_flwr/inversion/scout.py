@@ -75,6 +75,7 @@ class Weigher:
             targets_M,
             self.learned_K,
             config.combine,
+            temperature=config.temperature,
             step=config.learn_step * config.learn_decay**epoch,
             batch_size=LEARN_BATCH,
             rng=stream(self.config.seed, "weights", epoch),

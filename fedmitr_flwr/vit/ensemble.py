@@ -35,9 +35,11 @@ class Ensemble(nn.Module):
         trim: float = 0.0,
         teach: str | None = None,
         silent: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`.
 
+        `temperature` is that of each teacher's softmax, where distributions are combined and not logits.
         The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
         """
         super().__init__()
@@ -48,20 +50,21 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", weights_KY)
         self.combine, self.stack, self.trim = combine, stack, trim
         self.teach = combine if trim or teach is None else teach
-        self.silent = silent
+        self.silent, self.temperature = silent, temperature
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig, silent: int = 0) -> "Ensemble":
         teachers = Teachers.of(uploads, model, config.teacher_chunk)
         weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
-        return cls(teachers, weights_KY, config.combine, config.stack, config.trim, config.teach, silent)
+        how = config.combine, config.stack, config.trim, config.teach, silent, config.temperature
+        return cls(teachers, weights_KY, *how)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
         patches = patchify(images_BCHW, self.patch)
         positions, routing = all_positions(patches), everyone(self.weights)
         answers = [logits for logits, _ in self._ask(forward_cls, patches, positions, routing)]
-        return combine_answers(torch.stack(answers), self.weights, self.combine, self.trim)
+        return combine_answers(torch.stack(answers), self.weights, self.combine, self.trim, self.temperature)
 
     @torch.no_grad()
     def answers(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
@@ -74,7 +77,7 @@ class Ensemble(nn.Module):
         return torch.cat(batches, dim=1)
 
     def probabilities(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
-        """Each teacher's own distribution on each whole image: (K, M, Y)."""
+        """Each teacher's own distribution on each whole image, at temperature 1: (K, M, Y)."""
         return self.answers(images_MCHW, batch_size).softmax(-1)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
@@ -87,9 +90,11 @@ class Ensemble(nn.Module):
         weights = self.weights, self.token_weights
         if self.trim:
             every = zip(zip(*answers, strict=True), weights, strict=True)
-            return TokenLogits(*(combine_answers(torch.stack(a), w, self.teach, self.trim) for a, w in every))
+            trimming = self.teach, self.trim, self.temperature
+            return TokenLogits(*(combine_answers(torch.stack(a), w, *trimming) for a, w in every))
         for (cls, patches), cls_Y, patches_Y in zip(answers, *weights, strict=True):
-            parts = TokenLogits(_part(cls, cls_Y, self.teach), _part(patches, patches_Y, self.teach))
+            how = self.teach, self.temperature
+            parts = TokenLogits(_part(cls, cls_Y, *how), _part(patches, patches_Y, *how))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
         return total
@@ -130,7 +135,7 @@ class Ensemble(nn.Module):
             asked = [answer[0] for answer in self._ask(question, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
         answers_KBY = self._spread(logits, routing, len(leaf_BME))
-        scores_BY = combine_answers(answers_KBY, routing.weights, self.combine, self.trim)
+        scores_BY = combine_answers(answers_KBY, routing.weights, self.combine, self.trim, self.temperature)
         loss_B = loss(scores_BY, leaf_BME)
         *slopes, direct = torch.autograd.grad(loss_B.sum(), [*logits, leaf_BME], allow_unused=True)
         gradient_BME = torch.zeros_like(leaf_BME) if direct is None else direct
@@ -161,9 +166,11 @@ class Ensemble(nn.Module):
         if self.trim:
             answers = iter(asked := list(answers))
             answers_KBY = self._spread([answer[0] for answer in asked], routing, len(targets_B))
-            routing = replace(routing, weights=trimmed(answers_KBY.softmax(-1), routing.weights, self.trim))
+            softened_KBY = (answers_KBY / self.temperature).softmax(-1)
+            routing = replace(routing, weights=trimmed(softened_KBY, routing.weights, self.trim))
         for (k, rows), answer in zip(routing.rows.items(), answers, strict=True):
-            weighted_RY = routing.weights[k].expand(len(targets_B), -1)[rows] * answer[0].softmax(-1)
+            softened_RY = (answer[0] / self.temperature).softmax(-1)
+            weighted_RY = routing.weights[k].expand(len(targets_B), -1)[rows] * softened_RY
             sure_R = weighted_RY.gather(1, targets_B[rows, None]).squeeze(1)
             total_BM[rows] += sure_R[:, None] * answer[1]
             confidence_B[rows] += sure_R
@@ -188,28 +195,30 @@ class Ensemble(nn.Module):
         return spread_KBY
 
 
-def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str, trim: float = 0.0) -> Tensor:
+def combine_answers(
+    logits_K: Tensor, weights_K: Tensor, combine: str, trim: float = 0.0, temperature: float = 1.0
+) -> Tensor:
     """Combine teachers' logits (K, ..., Y) into scores (..., Y) with weights that sum to 1 over K.
 
     `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture; with `trim` > 0 of
-    the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`).
+    the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`). p is the softmax of
+    z / `temperature`: at 1, teachers that are all but certain differ by less than their weights do (docs/adr/0025).
     The weights are (K, Y), or (K, B or 1, Y) where each image has its own.
     """
     middle = logits_K.dim() - weights_K.dim()
     weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
     if trim:
-        weights = trimmed(logits_K.softmax(-1), weights, trim)
-    parts = _part(logits_K, weights, combine)
+        weights = trimmed((logits_K / temperature).softmax(-1), weights, trim)
+    parts = _part(logits_K, weights, combine, temperature)
     return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
 
 
-def _part(logits: Tensor, weights: Tensor, combine: str) -> Tensor:
+def _part(logits: Tensor, weights: Tensor, combine: str, temperature: float) -> Tensor:
     """What a teacher adds to the scores: a term of a sum, or, for `probs`, of a log-sum-exp."""
     if combine == "logits":
         return weights * logits
-    if combine == "logp":
-        return weights * logits.log_softmax(-1)
-    return logits.log_softmax(-1) + weights.log()
+    log = (logits / temperature).log_softmax(-1)
+    return weights * log if combine == "logp" else log + weights.log()
 
 
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:

@@ -19,6 +19,7 @@ def learn(
     weights_K: Tensor,
     combine: str,
     *,
+    temperature: float = 1.0,
     step: float,
     batch_size: int,
     rng: torch.Generator,
@@ -33,6 +34,7 @@ def learn(
         targets_M: the classes that the images were made for.
         weights_K: to start from, in 0..1, not all 0.
         combine: as `ensemble.combine`.
+        temperature: as `ensemble.temperature`.
         step: μ, which the caller lets decay.
         batch_size: images per step.
         rng: of their order.
@@ -42,19 +44,20 @@ def learn(
     """
     logits, targets, weights = logits_KMY.cpu().double(), targets_M.cpu(), weights_K.cpu().double()
     for chosen in torch.randperm(len(targets), generator=rng).split(batch_size):
-        weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine), step)
+        weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine, temperature), step)
     return weights
 
 
-def slope(logits_KBY: Tensor, targets_B: Tensor, weights_K: Tensor, combine: str) -> Tensor:
+def slope(logits_KBY: Tensor, targets_B: Tensor, weights_K: Tensor, combine: str, temperature: float = 1.0) -> Tensor:
     """dCE/dw (K,) of the mean cross-entropy of the ensemble with the weights w / Σ w."""
     free_K = weights_K.detach().requires_grad_()
     shares_K1 = (free_K / free_K.sum())[:, None]
     with torch.enable_grad():
         if combine == "probs":  # not by log w, whose slope is infinite where w = 0
-            scores_BY = _log_mixture(logits_KBY.log_softmax(-1), shares_K1)
+            scores_BY = _log_mixture((logits_KBY / temperature).log_softmax(-1), shares_K1)
         else:
-            scores_BY = combine_answers(logits_KBY, shares_K1.expand(-1, logits_KBY.shape[2]), combine)
+            shares_KY = shares_K1.expand(-1, logits_KBY.shape[2])
+            scores_BY = combine_answers(logits_KBY, shares_KY, combine, temperature=temperature)
         loss = F.cross_entropy(scores_BY, targets_B)
     (slope_K,) = torch.autograd.grad(loss, free_K)
     return slope_K
