@@ -11,7 +11,7 @@ TELLS = 0.3  # of its competence: what a teacher must say less of other images; 
 SHARES = 20  # mixtures that are tried between the weights by size and the most that the evidence allows
 
 
-def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor, sharpness: float = SHARPNESS) -> Tensor:
+def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor) -> Tensor:
     """The weight (K, Y) of each teacher for each class; each column sums to 1.
 
     w_ky = (1 - λ) n_k / Σ_j n_j + λ n_k c_ky^γ / Σ_j n_j c_jy^γ, with c_ky the teacher's `competence` r_ky, less where
@@ -25,7 +25,6 @@ def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor, shar
         probabilities_KMY: each teacher's softmax on each whole image.
         sizes_K: images per client.
         targets_M: the classes that the images were made for. Noise has none, and misleads.
-        sharpness: γ > 0.
     """
     answers_KMY = probabilities_KMY.float()
     shares_K1 = (sizes_K / sizes_K.sum()).to(answers_KMY)[:, None]
@@ -34,7 +33,7 @@ def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor, shar
     competence_KY = competence(answers_KMY, shares_K1, targets_M)
     knows_KY = competence_KY * tells_apart(answers_KMY, competence_KY, targets_M)
     best_Y = knows_KY.max(0).values
-    sharp_KY = shares_K1 * (knows_KY / best_Y.clamp_min(1e-30)) ** sharpness
+    sharp_KY = shares_K1 * (knows_KY / best_Y.clamp_min(1e-30)) ** SHARPNESS
     by_competence_KY = torch.where(best_Y > 0, sharp_KY / sharp_KY.sum(0).clamp_min(1e-30), by_size_KY)
     limit = evidence(competence_KY, shares_K1, images_Y)
     share = limit * _harmless(answers_KMY, by_size_KY, torch.lerp(by_size_KY, by_competence_KY, limit), targets_M)

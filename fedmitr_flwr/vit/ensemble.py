@@ -166,11 +166,11 @@ class Ensemble(nn.Module):
         if self.trim:
             answers = iter(asked := list(answers))
             answers_KBY = self._spread([answer[0] for answer in asked], routing, len(targets_B))
-            softened_KBY = (answers_KBY / self.temperature).softmax(-1)
+            softened_KBY = _softened(answers_KBY, self.temperature)
             routing = replace(routing, weights=trimmed(softened_KBY, routing.weights, self.trim))
         for (k, rows), answer in zip(routing.rows.items(), answers, strict=True):
-            softened_RY = (answer[0] / self.temperature).softmax(-1)
-            weighted_RY = routing.weights[k].expand(len(targets_B), -1)[rows] * softened_RY
+            weights_RY = routing.weights[k].expand(len(targets_B), -1)[rows]
+            weighted_RY = weights_RY * _softened(answer[0], self.temperature)
             sure_R = weighted_RY.gather(1, targets_B[rows, None]).squeeze(1)
             total_BM[rows] += sure_R[:, None] * answer[1]
             confidence_B[rows] += sure_R
@@ -208,9 +208,14 @@ def combine_answers(
     middle = logits_K.dim() - weights_K.dim()
     weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
     if trim:
-        weights = trimmed((logits_K / temperature).softmax(-1), weights, trim)
+        weights = trimmed(_softened(logits_K, temperature), weights, trim)
     parts = _part(logits_K, weights, combine, temperature)
     return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """A teacher's distribution, as it enters the mixture."""
+    return (logits / temperature).softmax(-1)
 
 
 def _part(logits: Tensor, weights: Tensor, combine: str, temperature: float) -> Tensor:
