@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import a_vit, an_upload, settings
-from torch.distributions import Categorical, kl_divergence
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
-from fedmitr_flwr.distillation.start import FACTORS, choose_start, divergence, start_student
+from fedmitr_flwr.distillation.start import FACTORS, choose_start, likeness, start_student
 from fedmitr_flwr.errors import ConfigError, ModelError
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.methods.contract import Fused, Job
@@ -129,11 +129,11 @@ def test_the_factor_at_which_the_teacher_stands_is_chosen(
     config = settings(**changes, **{"distill.extrapolate": 0.0})
     pool = a_pool(config, [replace(two_uploads()[0], weights=placed(factor))])
     student = start_student(two_uploads(), config)
-    before = divergence(student, pool)
+    before = likeness(student, pool)
     with caplog.at_level(logging.INFO, "fedmitr"):
         assert choose_start(student, pool, config) == factor
-    assert divergence(student, pool) == pytest.approx(0, abs=1e-6)
-    assert factor == 1 or before > 1e-3
+    assert likeness(student, pool) == pytest.approx(1, abs=1e-5)
+    assert factor == 1 or before < 1 - 1e-4
     for name, wanted in placed(factor).items():
         torch.testing.assert_close(student.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
     assert f"starts at {factor:g} times" in caplog.text
@@ -147,16 +147,29 @@ def test_a_chosen_average_has_its_bits() -> None:
 
 
 @torch.no_grad()
-def test_divergence_is_from_the_ensemble_to_the_student_on_whole_images() -> None:
-    """By torch's own divergence, with the views as they are and the ensemble asked again."""
+def test_likeness_is_the_correlation_of_answers_on_whole_images() -> None:
+    """By numpy's Pearson correlation over the classes, with the views as they are and the ensemble asked again."""
     config = settings(**{"inversion.mode": "dense", "ensemble.combine": "probs"})
     with torch.enable_grad():
         pool = a_pool(config, two_uploads())
     ensemble = Ensemble.of(two_uploads(), config.model, config.ensemble)
     student = a_vit(config, 9)
-    wanted = kl_divergence(Categorical(logits=ensemble(pool.images)), Categorical(logits=student(pool.images))).mean()
+    answers = zip(ensemble(pool.images).numpy(), student(pool.images).numpy(), strict=True)
+    wanted = np.mean([np.corrcoef(one, other)[0, 1] for one, other in answers])
     for batch_size in (7, 20, 256):
-        assert divergence(student, pool, batch_size) == pytest.approx(wanted.item(), rel=1e-5)
+        assert likeness(student, pool, batch_size) == pytest.approx(wanted, rel=1e-5)
+
+
+@torch.no_grad()
+def test_likeness_does_not_see_how_long_answers_are() -> None:
+    config = settings(**{"inversion.mode": "dense"})
+    with torch.enable_grad():
+        pool = a_pool(config, two_uploads())
+    student = a_vit(config, 9)
+    before = likeness(student, pool)
+    student.head.weight *= 3
+    student.head.bias.mul_(3).add_(5)
+    assert likeness(student, pool) == pytest.approx(before, rel=1e-5)
 
 
 def fused(metrics: list[dict[str, Any]], **changes: object) -> Fused:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ..config import Config
 from ..errors import ConfigError
@@ -15,7 +17,6 @@ from ..training.average import average
 from ..training.upload import Upload, Weights
 from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
 from ..vit.tokens import forward_tokens, patchify, take
-from .losses import soft_divergence
 from .pool import Pool
 
 log = logging.getLogger("fedmitr")
@@ -59,35 +60,42 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
 
 
 def choose_start(student: VisionTransformer, pool: Pool, config: Config) -> float:
-    """Move `student`, which is the clients' average, by the factor that agrees best with the ensemble on the pool [M].
+    """Move `student`, which is the clients' average, by the factor that is most like the ensemble on the pool [M].
 
     Returns:
-        The factor of `FACTORS` whose model has the lowest `divergence`.
+        The factor of `FACTORS` whose model has the highest `likeness`.
     """
     start = initial_weights(config.model, config.seed)
     mean = {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
     found: dict[float, float] = {}
     for factor in FACTORS:
         _place(student, start, mean, factor)
-        found[factor] = divergence(student, pool)
-    best = min(found, key=found.__getitem__)
+        found[factor] = likeness(student, pool)
+    best = max(found, key=found.__getitem__)
     _place(student, start, mean, best)
     told = ", ".join(f"{factor:g}: {value:.3f}" for factor, value in found.items())
-    log.info("the student starts at %g times the average's way; divergence from the ensemble by factor: %s", best, told)
+    log.info("the student starts at %g times the average's way; likeness to the ensemble by factor: %s", best, told)
     return best
 
 
 @torch.no_grad()
-def divergence(student: VisionTransformer, pool: Pool, batch_size: int = 256) -> float:
-    """The mean of KL(ensemble ‖ student) over the images of the pool's first view, by its cached answers."""
+def likeness(student: VisionTransformer, pool: Pool, batch_size: int = 256) -> float:
+    """The mean cosine of centred answers of student and ensemble, over the images of the pool's first view.
+
+    A longer way makes answers longer, and a divergence would weigh that against what they say (docs/adr/0026).
+    """
     view = pool.views[0]
     total = 0.0
     for chosen in torch.arange(len(view), device=pool.images.device).split(batch_size):
         given = view.given[chosen]
         patches = take(patchify(pool.images[view.rows[chosen]], student.patch_embed.patch_size[0]), given)
         answer = forward_tokens(student, patches, given).cls
-        total += soft_divergence(view.scores[chosen], answer, 1.0).sum().item()
+        total += cosine_similarity(_centred(view.scores[chosen]), _centred(answer)).sum().item()
     return total / len(view)
+
+
+def _centred(answers_BY: Tensor) -> Tensor:
+    return answers_BY - answers_BY.mean(-1, keepdim=True)
 
 
 def _place(student: VisionTransformer, start: Weights, mean: Weights, factor: float) -> None:
