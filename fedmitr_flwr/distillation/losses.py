@@ -80,8 +80,12 @@ def logit_distance(teacher_Y: Tensor, student_Y: Tensor) -> Tensor:
 
     Logits that differ by a constant are the same answer, hence centred. It is twice `soft_divergence` at τ → ∞.
     """
-    difference = teacher_Y - student_Y
-    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
+    return centred(teacher_Y - student_Y).square().mean(-1)
+
+
+def centred(answers_Y: Tensor) -> Tensor:
+    """Logits (..., Y) less their mean over the classes, which says nothing of any."""
+    return answers_Y - answers_Y.mean(-1, keepdim=True)
 
 
 def _spread(targets_B: Tensor, like_BJ: Tensor) -> Tensor:

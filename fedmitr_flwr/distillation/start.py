@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..config import Config
@@ -17,6 +16,7 @@ from ..training.average import average
 from ..training.upload import Upload, Weights
 from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
 from ..vit.tokens import forward_tokens, patchify, take
+from .losses import centred
 from .pool import Pool
 
 log = logging.getLogger("fedmitr")
@@ -90,12 +90,8 @@ def likeness(student: VisionTransformer, pool: Pool, batch_size: int = 256) -> f
         given = view.given[chosen]
         patches = take(patchify(pool.images[view.rows[chosen]], student.patch_embed.patch_size[0]), given)
         answer = forward_tokens(student, patches, given).cls
-        total += cosine_similarity(_centred(view.scores[chosen]), _centred(answer)).sum().item()
+        total += cosine_similarity(centred(view.scores[chosen]), centred(answer)).sum().item()
     return total / len(view)
-
-
-def _centred(answers_BY: Tensor) -> Tensor:
-    return answers_BY - answers_BY.mean(-1, keepdim=True)
 
 
 def _place(student: VisionTransformer, start: Weights, mean: Weights, factor: float) -> None:
