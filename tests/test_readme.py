@@ -50,7 +50,7 @@ def test_the_marked_commands_run(tmp_path: Path) -> None:
     assert [language for language, _ in marked] == ["bash", "python"]
     for language, text in marked:
         command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
     first = tmp_path / "home" / "fedmitr-runs" / "first"
     there = {path.name for path in first.iterdir()}
@@ -85,7 +85,7 @@ def test_the_flower_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options = wrapper._parse([f"--flwr-home={tmp_path / 'flwr'}", "--offline"])
     with wrapper.super_link(options, wrapper.settings(options)) as environment:
         command = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         log = done.stdout + done.stderr
         found = re.search(r"Successfully started run (\d+)", log)
         assert found, log
