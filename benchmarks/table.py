@@ -3,11 +3,10 @@
     python benchmarks/table.py            rewrites the blocks between <!-- results --> and <!-- /results -->, and so on
     python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
-The results are benchmarks/results/*.json: a file with `rows` is a study over seeds (benchmarks/digits.py or seeds.py),
-`<name>.result.json` is the result.json of one run. Those of docs/performance.md are speed/*.json, files of
-benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of docs/ablation.md are
-ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md bench/*/results.jsonl, files that
-`fedmitr bench` has written; of one of them are the rivals of README.md.
+The results are benchmarks/results/*.json, files of benchmarks/digits.py or seeds.py. Those of docs/performance.md are
+speed/*.json, files of benchmarks/inversion_speed.py, and routing/*.json, files of benchmarks/routing.py. Those of
+docs/ablation.md are ablation/*.json, files of benchmarks/ablation.py, and those of docs/benchmark.md
+bench/*/results.jsonl, files that `fedmitr bench` has written; of one of them are the rivals of README.md.
 """
 
 import argparse
@@ -96,7 +95,9 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
         "",
         *table(["Inversion", "Relabelling", *STUDENT], cells(rows, config)),
         "",
-        *provenance(content, f"`{content['command']}`"),
+        f"Command: `{content['command']}`",
+        "",
+        origin(content),
     ]
 
 
@@ -122,46 +123,19 @@ def student_columns(rows: Sequence[Row]) -> list[str]:
     return [*(spread(map(line, rows)) for line in lines), spread(map(server_seconds, rows), 0)]
 
 
-def single(name: str, content: Mapping[str, Any]) -> list[str]:
-    """One section for one run."""
-    config = content["config"]
-    settings = Path("configs") / f"{name}.toml"
-    clients = config["partition.clients"]
-    command = f"`python scripts/flower_run.py -c {settings.as_posix()} --clients {clients}`"
-    if not (ROOT / settings).is_file():
-        command = f"settings in the file's `config`, method `{content['method']}`"
-    body = [*(spread([line(content)]) for line in (local_mean, fedavg)), *student_columns([content])]
-    return [
-        f"### {title(config)}",
-        "",
-        f"One run, seed {content['seed']}, method `{content['method']}`. {measure(config)} in percent, last epoch.",
-        "",
-        *table([*UPLOADS, *STUDENT], [body]),
-        "",
-        *provenance(content, command),
-    ]
-
-
 def title(config: Mapping[str, Any]) -> str:
     return f"{data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}"
 
 
-def provenance(content: Mapping[str, Any], command: str) -> list[str]:
-    return [f"Command: {command}", "", origin(content)]
-
-
 def block(results: Path) -> str:
-    """The Markdown of all files, studies first."""
+    """The Markdown of all files."""
     sections: list[list[str]] = []
-    paths = sorted(results.glob("*.json"), key=lambda path: (path.name.endswith(".result.json"), path.name))
-    for path in paths:
+    for path in sorted(results.glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            name = path.name.removesuffix(".json").removesuffix(".result")
-            sections.append(study(path.name, content) if "rows" in content else single(name, content))
+            sections.append(study(path.name, json.loads(path.read_text(encoding="utf-8"))))
         except KeyError as error:
             raise ValueError(
-                f"{path}: no {error.args[0]!r}; is it a file of benchmarks/digits.py or a result.json?"
+                f"{path}: no {error.args[0]!r}; is it a file of benchmarks/digits.py or seeds.py?"
             ) from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error}); make it again") from error

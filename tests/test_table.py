@@ -104,36 +104,10 @@ def test_ensembles_that_a_study_tells_stand_beside_the_clients(folder: Path) -> 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_table_says_whether_it_is_of_test_or_of_validation_images(folder: Path, share: float) -> None:
     write(folder, "digits.json", a_study([row(0, 50.0)]) | facts(**{"data.validation": share}))
-    write(folder, "one.result.json", {"method": "fedmitr", **row(3, 60.0), **facts(**{"data.validation": share})})
     assert run(folder) == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
     counted = {word: text.count(f"{word} accuracy in percent") for word in ("Test", "Validation")}
-    assert counted == ({"Test": 0, "Validation": 2} if share else {"Test": 2, "Validation": 0})
-
-
-def test_a_single_run_becomes_a_table_behind_the_studies(folder: Path) -> None:
-    settings = {"data.source": "parquet", "data.path": "somewhere/fashion_mnist", "partition.alpha": 0.1}
-    content = {"method": "fedmitr", **row(3, 60.0), **facts(**settings)}
-    write(folder, "a_run.result.json", content)
-    write(folder, "fashion_mnist.result.json", content)
-    write(folder, "z_study.json", a_study([row(0, 50.0)]))
-    assert run(folder) == 0
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert text.index("### digits") < text.index("### fashion_mnist, Dirichlet 0.1, 5 clients")
-    assert "| 25.0 (1) | 40.0 (1) | 80.0 (1) | 60.0 (1) | 20.0 (1) | 75.0 (1) | 16 (1) |" in text
-    assert "One run, seed 3" in text
-    assert "Command: `python scripts/flower_run.py -c configs/fashion_mnist.toml --clients 5`" in text
-    assert "Command: settings in the file's `config`, method `fedmitr`" in text
-    assert "somewhere" not in text
-
-
-def test_a_run_without_a_single_model_or_without_a_test_set_has_dashes(folder: Path) -> None:
-    content = {"method": "ensemble", **row(0, 60.0), **facts()}
-    content["accuracy"] = {"student": 60.0, "fedavg": None, "ensemble": None, "local": []}
-    write(folder, "a.result.json", content)
-    assert run(folder) == 0
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| - | - | - | 60.0 (1) | - | - | 16 (1) |" in text
+    assert counted == ({"Test": 0, "Validation": 1} if share else {"Test": 1, "Validation": 0})
 
 
 def test_check_sees_what_is_out_of_date_and_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
