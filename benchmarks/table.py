@@ -34,43 +34,35 @@ NOTHING = "No results are committed yet."
 Row = Mapping[str, Any]
 
 
-def student(row: Row) -> float | None:
-    return _accuracy(row, "student")
+def student(row: Row) -> float:
+    return float(row["accuracy"]["student"])
 
 
-def fedavg(row: Row) -> float | None:
-    return _accuracy(row, "fedavg")
+def fedavg(row: Row) -> float:
+    return float(row["accuracy"]["fedavg"])
 
 
-def ensemble(row: Row) -> float | None:
-    return _accuracy(row, "ensemble")
+def ensemble(row: Row) -> float:
+    return float(row["accuracy"]["ensemble"])
 
 
-def local_mean(row: Row) -> float | None:
-    known = [value for value in row["accuracy"]["local"] if value is not None]
-    return mean(known) if known else None
+def local_mean(row: Row) -> float:
+    return float(mean(value for value in row["accuracy"]["local"] if value is not None))
 
 
-def gain(row: Row) -> float | None:
+def gain(row: Row) -> float:
     """Points over one-round FedAvg, of one seed."""
-    ours, theirs = student(row), fedavg(row)
-    return None if ours is None or theirs is None else ours - theirs
+    return student(row) - fedavg(row)
 
 
-def reached(row: Row) -> float | None:
+def reached(row: Row) -> float:
     """Percent of the ensemble's accuracy, of one seed."""
-    ours, theirs = student(row), ensemble(row)
-    return None if ours is None or not theirs else 100 * ours / theirs
+    return 100 * student(row) / ensemble(row)
 
 
 def server_seconds(row: Row) -> float:
     """All stages of the server phase, evaluation too."""
     return float(sum(row["seconds"].values()))
-
-
-def _accuracy(row: Row, name: str) -> float | None:
-    value = row["accuracy"][name]
-    return None if value is None else float(value)
 
 
 def study(name: str, content: Mapping[str, Any]) -> list[str]:
