@@ -217,11 +217,11 @@ def test_without_a_proxy_share_every_image_is_where_it_was() -> None:
         proxy_pixels(proxy_settings(**{"data.proxy": 0.0001}))
 
 
-@pytest.mark.parametrize(("key", "value"), [("distill.extrapolate", 0.0), ("distill.ema", 0.5)])
-def test_what_feddf_has_not_is_refused_by_name(key: str, value: float) -> None:
-    feddf.check(proxy_settings())
-    with pytest.raises(ConfigError, match=rf"{key}.* is not for method = 'feddf'; leave it as it is"):
+@pytest.mark.parametrize(("key", "value", "fix"), [("distill.extrapolate", 0.0, 1), ("distill.ema", 0.5, 0)])
+def test_what_feddf_has_not_is_refused_by_name_with_the_fix(key: str, value: float, fix: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = {value:g} .*method = 'feddf'.*; set it to {fix}"):
         feddf.check(proxy_settings(**{key: value}))
+    feddf.check(proxy_settings(**{key: fix}))
 
 
 def test_a_folder_of_images_needs_no_labels(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def check(config: Config) -> None:
     """Images that are real, and settings of the distillation that this one has."""
     require_proxy(config)
     require_start(config)
-    for key, given in (("distill.extrapolate = 0", config.distill.chooses_start), ("distill.ema", config.distill.ema)):
-        if given:
-            raise ConfigError(f"{key} is not for method = 'feddf'; leave it as it is")
+    if config.distill.chooses_start:
+        raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
+    if config.distill.ema:
+        raise ConfigError(f"distill.ema = {config.distill.ema:g} is not for method = 'feddf'; set it to 0")
 
 
 def fuse(job: Job) -> Fused:
