@@ -22,8 +22,6 @@ TOLD: tuple[dict[str, object], ...] = (
 )
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
-# What was done before there was a setting whose default does otherwise.
-_BEFORE: dict[str, object] = {"local.outliers": 0.0, "ensemble.temperature": 1.0}
 _PLACES = ("out-dir", "resume-from")
 _PATHS = ("data.path", "model.weights", "distill.pretrained", "feddf.path")
 
@@ -71,10 +69,9 @@ class Cell:
     def is_of(self, settings: Mapping[str, object], but: tuple[str, ...] = ()) -> bool:
         """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`.
 
-        Settings that begin like one of `but` may be others. One that there was not yet counts as what was done then:
-        mostly today's default.
+        Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own, defaults = self._decides, Config().to_flat() | _BEFORE
+        own, defaults = self._decides, Config().to_flat()
         compared = [key for key in own if not key.startswith((*_PATHS, *but))]
         return all(settings.get(key, defaults[key]) == own[key] for key in compared)
 
