@@ -236,8 +236,9 @@ class DistillConfig(Section):
     images_per_epoch: int = 250
     passes: int = 60  # over the pool, per epoch
     batch_size: int = 64
-    init: str = "average"  # average (of uploads) | initial (the clients' start) | statistics (it, by lda) | pretrained
-    extrapolate: float = 1.0  # init = average: so far from the clients' start towards it, or past it; 0: chosen
+    init: str = "average"  # average (of uploads) | layerwise (it, fitted) | initial | statistics | pretrained
+    extrapolate: float = 1.0  # of the average: so far from the clients' start towards it, or past it; 0: chosen
+    ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
     optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
     lr: float = 3e-3
@@ -257,7 +258,7 @@ class DistillConfig(Section):
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", "average", "initial", "statistics", "pretrained")
+        self._one_of("init", "average", "layerwise", "initial", "statistics", "pretrained")
         self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("soft", "auto", "kl", "mse")
@@ -265,7 +266,7 @@ class DistillConfig(Section):
         self._within(0.01, 1, "keep")
         self._one_of("teachers", "cached", "again")
         self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
-        self._above(0, "lr", "temperature")
+        self._above(0, "lr", "temperature", "ridge")
         self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
         self._within(0, 1, "ema")
 
@@ -277,8 +278,8 @@ class DistillConfig(Section):
 
     @property
     def chooses_start(self) -> bool:
-        """Whether the student's start is chosen once there are images (`start.choose_start`)."""
-        return self.init == "average" and self.extrapolate == 0
+        """Whether the average's way is chosen once there are images (`start.choose_start`)."""
+        return self.init in ("average", "layerwise") and self.extrapolate == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ KNOWN = [
     "fedmitr",
     "fedpft",
     "krum",
+    "layerwise",
     "lda",
     "ridge",
 ]

@@ -15,7 +15,9 @@ from ..statistics.heads import closed_form
 from ..training.average import average
 from ..training.upload import Upload, Weights
 from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
+from ..vit.ensemble import Ensemble
 from ..vit.tokens import forward_tokens, patchify, take
+from .layerwise import fit_layers
 from .losses import centred
 from .pool import Pool
 
@@ -42,10 +44,11 @@ def require_start(config: Config) -> None:
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
     """The student before distillation: the clients' average, their start as it was or with a head, or other weights.
 
-    The average is moved by `distill.extrapolate`; where that is to be chosen (0), it stays until `choose_start`.
+    The average is moved by `distill.extrapolate`; where that is to be chosen (0), or its layers are to be fitted, that
+    waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
-    if distill.init == "average":
+    if distill.init in ("average", "layerwise"):
         mean = average(uploads)
         student.load_state_dict(mean)
         if distill.extrapolate not in (0, 1):
@@ -57,6 +60,18 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
     else:
         load_pretrained(student, config.model, distill.pretrained, "distill.pretrained")
     return student
+
+
+def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: Config) -> dict[str, float]:
+    """Do with the start what needs images: choose the average's way, fit its layers. Gives what there is to tell."""
+    told: dict[str, float] = {}
+    if config.distill.chooses_start:
+        told["extrapolate"] = choose_start(student, pool, config)
+    if config.distill.init == "layerwise":
+        told["likeness_of_average"] = likeness(student, pool)
+        fit_layers(student, ensemble, pool.images, pool.targets, config.distill.ridge)
+        told["likeness"] = likeness(student, pool)
+    return told
 
 
 def choose_start(student: VisionTransformer, pool: Pool, config: Config) -> float:

@@ -22,7 +22,7 @@ from ..distillation.ema import Ema
 from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
 from ..distillation.relabel import relabel
-from ..distillation.start import choose_start, start_student
+from ..distillation.start import settle, start_student
 from ..inversion.result import Inverted
 from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
@@ -71,13 +71,14 @@ def plain(config: Config) -> Config:
     """Settings under which distillation is that of the rivals: only T² KL of the class tokens of whole, unmixed images.
 
     T is `rival.temperature`, and the ensemble teaches what it decides. Nothing is relabelled; patch tokens and
-    pseudo-labels have no weight.
+    pseudo-labels have no weight. Fitted layers are FedMITR's own: rivals start from the average.
     """
     forced: dict[str, object] = {"inversion.mode": "dense"}  # `pri` makes fewer targets of as many images
     forced |= {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
     forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
     forced |= {"ensemble.teach": config.ensemble.combine}
+    forced |= {"distill.init": "average"} if config.distill.init == "layerwise" else {}
     return Config.from_flat(forced, base=config)
 
 
@@ -105,9 +106,10 @@ def grow(job: Job, recipe: Recipe) -> Fused:
         if stepper is None:
             stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
             done = _restore(student, stepper, ema, recipe, job)
-            if not done and config.distill.chooses_start:
+            if not done:
                 with job.stopwatch.stage("distillation"):
-                    job.log(stage="start", extrapolate=choose_start(student, pool, config))
+                    if told := settle(student, ensemble, pool, config):
+                        job.log(stage="start", **told)
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
                 _distil(student, ensemble, pool, stepper, ema, epoch, recipe, job)

@@ -52,7 +52,7 @@ def forward_tokens(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Te
 
     With all patches given, `cls` equals `vit(images)` (tested). Patches may come in any order.
     """
-    x = _embed(vit, patches_BKE, positions_BK)
+    x = embed(vit, patches_BKE, positions_BK)
     for block in vit.blocks:
         x = block(x)
     x = vit.norm(x)
@@ -69,7 +69,7 @@ def forward_cls(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tenso
 
     In the last block [CLS] alone asks: patches give keys and values, but get neither attention nor an MLP.
     """
-    x = _embed(vit, patches_BKE, positions_BK)
+    x = embed(vit, patches_BKE, positions_BK)
     for block in vit.blocks[:-1]:
         x = block(x)
     cls_B1D, attention_BT = _cls_block(vit.blocks[-1], x)
@@ -97,10 +97,15 @@ def roll_and_flip(
     return patches_BKE, rows * grid + columns
 
 
-def _embed(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> Tensor:
-    """(B, P + K, D): prefix tokens, and the given patches with the embeddings of their positions."""
+def embed_patches(vit: VisionTransformer, patches_BKE: Tensor) -> Tensor:
+    """What timm's convolution makes of the patches: (B, K, D)."""
     projection = vit.patch_embed.proj
-    tokens = vit.patch_embed.norm(F.linear(patches_BKE, projection.weight.flatten(1), projection.bias))  # (B, K, D)
+    return F.linear(patches_BKE, projection.weight.flatten(1), projection.bias)
+
+
+def embed(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> Tensor:
+    """(B, P + K, D): prefix tokens, and the given patches with the embeddings of their positions."""
+    tokens = vit.patch_embed.norm(embed_patches(vit, patches_BKE))  # (B, K, D)
     empty = tokens.new_zeros(1, vit.patch_embed.num_patches, tokens.shape[-1])
     table = vit._pos_embed(empty)[0]  # (P + N, D): what timm gives to patches of zeros
     prefix, places = table[: vit.num_prefix_tokens], table[vit.num_prefix_tokens :]

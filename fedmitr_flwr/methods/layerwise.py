@@ -1,0 +1,36 @@
+"""Layerwise merging: the clients' average, its layers solved one after the other on scouting images [M].
+
+What is to be had of the uploads in seconds: a tenth of FedMITR's images, of a third of the steps, and no distillation.
+The closed form and its sources are in distillation/layerwise.py.
+"""
+
+from ..config import Config
+from ..distillation.layerwise import fit_layers
+from ..distillation.start import start_student
+from ..errors import ConfigError
+from ..inversion.scout import Weigher, first_images
+from .contract import Fused, Job
+
+
+def check(config: Config) -> None:
+    """It starts from the average, by a way that is told."""
+    if config.distill.init not in ("average", "layerwise"):
+        raise ConfigError(
+            f"distill.init = {config.distill.init!r}, but method = 'layerwise' fits the average; set it to 'layerwise'"
+        )
+    if config.distill.chooses_start:
+        raise ConfigError("distill.extrapolate = 0 is not for method = 'layerwise'; set it to 1")
+
+
+def fuse(job: Job) -> Fused:
+    """Make first images, weigh the clients by them, and fit the average to the clients."""
+    config = job.config
+    weigher = Weigher(job.uploads, config, job.device)
+    with job.stopwatch.stage("inversion"):
+        images, targets = first_images(weigher.ensemble, config)
+        weigher.refine(images, targets, epoch=0)
+    student = start_student(job.uploads, config).to(job.device)
+    with job.stopwatch.stage("fitting"):
+        fit_layers(student, weigher.ensemble, images, targets, config.distill.ridge)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+    return Fused(student, weights, ensemble=weigher.ensemble)

@@ -1,0 +1,221 @@
+"""The start whose layers are fitted: the closed form, cases whose answer is known, and its place in the whole."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tiny import a_vit, an_upload, settings, some_images
+from torch import Tensor, nn
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.distillation import layerwise
+from fedmitr_flwr.distillation.layerwise import fit_layers, solve
+from fedmitr_flwr.distillation.start import start_student
+from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.inversion.scout import first_images
+from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.methods.loop import plain
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.build import vit_of
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+CONFIG = settings()
+TARGETS = torch.arange(40) % 10
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def uploads(count: int = 2) -> list[Upload]:
+    return [an_upload(CONFIG, client, 10 + 5 * client) for client in range(count)]
+
+
+def the_average(of: list[Upload]) -> VisionTransformer:
+    return vit_of(CONFIG.model, average(of)).eval()
+
+
+def fitted(of: list[Upload], ridge: float = 0.01, images: Tensor | None = None, **how: Any) -> VisionTransformer:
+    student = the_average(of)
+    ensemble = Ensemble.of(of, CONFIG.model, replace(CONFIG.ensemble, **how))
+    shown = some_images(CONFIG, len(TARGETS)) if images is None else images
+    fit_layers(student, ensemble, shown, TARGETS[: len(shown)], ridge)
+    return student
+
+
+def same(one: VisionTransformer, other: VisionTransformer, atol: float) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in pairs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_solved_as_numpy_solves_the_normal_equations(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "ROWS", 7)  # 40 rows in 6 sums
+    torch.manual_seed(0)
+    layer, ridge = nn.Linear(4, 3, bias=bias), 0.3
+    given, wanted = torch.randn(8, 5, 4), torch.randn(8, 5, 3)
+    x = np.concatenate([given.reshape(-1, 4), np.ones((40, 1))], 1)[:, : 4 + bias].astype(np.float64)
+    before = np.concatenate([layer.weight, layer.bias[:, None]], 1) if bias else layer.weight.numpy()
+    hold = ridge * (x**2).sum(0).mean()
+    right = x.T @ wanted.reshape(-1, 3).numpy().astype(np.float64) + hold * before.T
+    solution = np.linalg.inv(x.T @ x + hold * np.eye(4 + bias)) @ right
+    solve(layer, given, wanted, ridge)
+    np.testing.assert_allclose(layer.weight, solution[:4].T, atol=1e-6)
+    if bias:
+        np.testing.assert_allclose(layer.bias, solution[4], atol=1e-6)
+
+
+def test_a_layer_that_can_answer_does_and_one_that_is_held_stays() -> None:
+    torch.manual_seed(0)
+    truth, layer, held = (nn.Conv2d(3, 5, 2, stride=2) for _ in range(3))
+    before, patches = held.weight.clone(), torch.randn(30, 4, 12)
+    wanted = patches @ truth.weight.flatten(1).T + truth.bias
+    solve(layer, patches, wanted, 1e-9)
+    torch.testing.assert_close(layer.weight, truth.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.bias, truth.bias, rtol=0, atol=1e-5)
+    solve(held, patches, wanted, 1e9)
+    torch.testing.assert_close(held.weight, before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_equal_clients_leave_the_average_what_it_is(ridge: float) -> None:
+    alike = [an_upload(CONFIG, client, 10 + client, seed=3) for client in range(3)]
+    assert same(fitted(alike, ridge), the_average(alike), atol=1e-4)
+
+
+def test_one_client_is_found_from_anywhere() -> None:
+    """Its layers can be had exactly, one after the other, whatever the student was; what is not solved is given."""
+    config, teacher = CONFIG, a_vit(CONFIG, 1)
+    only = replace(an_upload(config, 0), weights={name: t.clone() for name, t in teacher.state_dict().items()})
+    student = a_vit(config, 2)
+    for name, module in student.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            for key, _ in module.named_parameters(recurse=False):
+                getattr(module, key).copy_(getattr(teacher.get_submodule(name), key))
+    images = some_images(config, 400)
+    before = (student(images) - teacher(images)).square().mean()
+    fit_layers(student, Ensemble.of([only], config.model, config.ensemble), images, torch.zeros(400).long(), 1e-9)
+    fresh = some_images(config, 50, seed=1)  # that it was not solved on
+    assert (student(fresh) - teacher(fresh)).square().mean() < 1e-6 * before
+
+
+def test_clients_that_differ_in_their_heads_only_have_the_mean_head() -> None:
+    """All hidden layers agree, and the mean of linear heads is a linear head: weights 0.4 and 0.6, as the average."""
+    first, second = an_upload(CONFIG, 0, 20, seed=3), an_upload(CONFIG, 1, 30, seed=3)
+    heads = {
+        name: t + torch.randn(t.shape, generator=stream(1)) for name, t in second.weights.items() if "head" in name
+    }
+    both = [first, replace(second, weights=second.weights | heads)]
+    assert same(fitted(both, 1e-6), the_average(both), atol=1e-4)
+
+
+def test_it_answers_more_as_the_clients_do() -> None:
+    images, of = some_images(CONFIG, len(TARGETS)), uploads(3)
+    ensemble = Ensemble.of(of, CONFIG.model, CONFIG.ensemble)
+    wanted = ensemble(images)  # mean logits
+    before, after = ((vit(images) - wanted).square().mean() for vit in (the_average(of), fitted(of)))
+    assert after < 0.2 * before
+    fresh = some_images(CONFIG, 200, seed=5)
+    before, after = ((vit(fresh) - ensemble(fresh)).square().mean() for vit in (the_average(of), fitted(of)))
+    assert after < before
+
+
+def test_norms_positions_and_prefix_tokens_are_the_averages() -> None:
+    of = uploads()
+    before, after = the_average(of).state_dict(), fitted(of).state_dict()
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if "norm" in name or name in ("cls_token", "pos_embed")}
+
+
+def test_the_order_of_clients_and_where_they_are_kept_do_not_matter() -> None:
+    of = uploads(3)
+    assert same(fitted(of), fitted(of[::-1]), atol=1e-5)
+    assert same(fitted(of), fitted(of, teacher_chunk=1), atol=0)
+
+
+def test_each_image_is_of_those_who_know_its_class() -> None:
+    """Where only one client has weight, whatever the class, the student becomes that client but for its norms."""
+    of = uploads()
+    ensemble = Ensemble.of(of, CONFIG.model, CONFIG.ensemble)
+    ensemble.weights = torch.stack([torch.zeros(10), torch.ones(10)])
+    images, student = some_images(CONFIG, 40), the_average(of)
+    before = (student(images) - ensemble.teachers[1](images)).square().mean()
+    fit_layers(student, ensemble, images, TARGETS, 1e-3)
+    assert (student(images) - ensemble.teachers[1](images)).square().mean() < 0.02 * before
+
+
+def test_a_teacher_of_statistics_has_no_say() -> None:
+    """Its patch tokens say nothing: the last teacher is left out, and the others' weights are made to sum to 1."""
+    of, images, student = uploads(3), some_images(CONFIG, 40), the_average(uploads(2))
+    ensemble = Ensemble.of(of, CONFIG.model, CONFIG.ensemble, silent=1)
+    fit_layers(student, ensemble, images, TARGETS, 0.01)
+    assert same(student, fitted(of[:2]), atol=1e-5)
+
+
+def test_more_images_than_fit_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "TOKENS", 24 * 17)  # a class token and 16 patches
+    images = some_images(CONFIG, 40)
+    assert same(fitted(uploads(), images=images), fitted(uploads(), images=images[:24]), atol=0)
+    assert not same(fitted(uploads(), images=images), fitted(uploads(), images=images[:23]), atol=1e-6)
+
+
+def fused(metrics: list[dict[str, Any]], config: Config) -> Fused:
+    job = Job(uploads(), config, torch.device("cpu"), lambda **values: metrics.append(values))
+    with torch.enable_grad():
+        return methods.load(config.method).fuse(job)
+
+
+@pytest.mark.parametrize("extrapolate", [1.0, 0.0])
+def test_fedmitr_fits_once_there_are_images_and_tells_what_it_gained(extrapolate: float) -> None:
+    metrics: list[dict[str, Any]] = []
+    changes = {"distill.init": "layerwise", "distill.extrapolate": extrapolate, "distill.epochs": 2}
+    told = fused(metrics, settings(**changes)).weights
+    (line,) = [line for line in metrics if line["stage"] == "start"]
+    assert line["likeness"] > line["likeness_of_average"]
+    assert ("extrapolate" in line) == (extrapolate == 0)
+    other = fused(metrics, settings(**changes | {"distill.init": "average"})).weights
+    assert told is not None
+    assert other is not None
+    assert not torch.equal(told["head.weight"], other["head.weight"])
+
+
+def test_the_method_fits_the_average_on_scouting_images() -> None:
+    """Step by step, as its parts are tested above: by hand the same bits."""
+    config = settings(method="layerwise", **{"distill.ridge": 0.05})
+    job = Job(uploads(), config, torch.device("cpu"), lambda **_: None)
+    with torch.enable_grad():
+        found = methods.load("layerwise").fuse(job)
+        ensemble = Ensemble.of(uploads(), config.model, config.ensemble)
+        images, targets = first_images(ensemble, config)
+    student = the_average(uploads())
+    fit_layers(student, ensemble, images, targets, 0.05)
+    assert found.weights is not None
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in student.state_dict().items())
+    assert set(job.stopwatch.seconds) == {"inversion", "fitting"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [("distill.init", "initial", "set it to 'layerwise'"), ("distill.extrapolate", 0.0, "set it to 1")],
+)
+def test_the_method_refuses_a_start_that_it_cannot_have(key: str, value: object, fix: str) -> None:
+    with pytest.raises(ConfigError, match=fix):
+        methods.check(settings(method="layerwise", **{key: value}))
+    methods.check(settings(method="layerwise"))
+
+
+def test_rivals_start_from_the_average() -> None:
+    config = settings(**{"distill.init": "layerwise"})
+    assert plain(config).distill.init == "average"
+    assert plain(settings(**{"distill.init": "initial"})).distill.init == "initial"
+    student = start_student(uploads(), config).state_dict()  # before there are images
+    assert all(torch.equal(student[name], tensor) for name, tensor in average(uploads()).items())
