@@ -143,7 +143,26 @@ def test_the_order_of_clients_and_where_they_are_kept_do_not_matter() -> None:
 
 
 def test_each_image_is_of_those_who_know_its_class() -> None:
-    """Where only one client has weight, whatever the class, the student becomes that client but for its norms."""
+    """One client has the even classes, one the odd ones, and only their heads differ: the answers are numpy's."""
+    first, second = an_upload(CONFIG, 0, 20, seed=3), an_upload(CONFIG, 1, 20, seed=3)
+    heads = {
+        name: t + torch.randn(t.shape, generator=stream(1)) for name, t in second.weights.items() if "head" in name
+    }
+    both = [first, replace(second, weights=second.weights | heads)]
+    ensemble, images = Ensemble.of(both, CONFIG.model, CONFIG.ensemble), some_images(CONFIG, 40)
+    even = (torch.arange(10) % 2 == 0).float()
+    ensemble.weights = torch.stack([even, 1 - even])
+    student = the_average(both)
+    fit_layers(student, ensemble, images, TARGETS, 1e-9)
+    says = torch.where(TARGETS[:, None] % 2 == 0, ensemble.teachers[0](images), ensemble.teachers[1](images))
+    features = student.forward_head(student.forward_features(images), pre_logits=True)
+    x = np.concatenate([features, np.ones((40, 1))], 1).astype(np.float64)
+    answers = x @ np.linalg.lstsq(x, says.numpy().astype(np.float64), rcond=1e-6)[0]
+    np.testing.assert_allclose(student(images), answers, atol=1e-2)
+    assert np.abs(the_average(both)(images) - answers).max() > 0.1
+
+
+def test_where_one_client_has_all_the_weight_the_student_becomes_like_it() -> None:
     of = uploads()
     ensemble = Ensemble.of(of, CONFIG.model, CONFIG.ensemble)
     ensemble.weights = torch.stack([torch.zeros(10), torch.ones(10)])

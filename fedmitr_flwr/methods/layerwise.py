@@ -1,6 +1,6 @@
 """Layerwise merging: the clients' average, its layers solved one after the other on scouting images [M].
 
-What is to be had of the uploads in seconds: a tenth of FedMITR's images, of a third of the steps, and no distillation.
+What is to be had of the uploads in seconds: few images of few steps, and no distillation.
 The closed form and its sources are in distillation/layerwise.py.
 """
 
