@@ -281,6 +281,11 @@ class DistillConfig(Section):
         """Whether the average's way is chosen once there are images (`start.choose_start`)."""
         return self.init in ("average", "layerwise") and self.extrapolate == 0
 
+    @property
+    def start_needs_images(self) -> bool:
+        """Whether the start is not whole before there are images (`start.settle`)."""
+        return self.chooses_start or self.init == "layerwise"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Section):

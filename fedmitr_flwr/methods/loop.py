@@ -106,10 +106,10 @@ def grow(job: Job, recipe: Recipe) -> Fused:
         if stepper is None:
             stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
             done = _restore(student, stepper, ema, recipe, job)
-            if not done:
+            if config.distill.start_needs_images and not done:
                 with job.stopwatch.stage("distillation"):
-                    if told := settle(student, ensemble, pool, config):
-                        job.log(stage="start", **told)
+                    told = settle(student, ensemble, pool, config)
+                job.log(stage="start", **told)
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
                 _distil(student, ensemble, pool, stepper, ema, epoch, recipe, job)
