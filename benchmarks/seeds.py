@@ -1,7 +1,8 @@
 """FedMITR with the settings of a file, over seeds: the student, one-round FedAvg, and four ways to weigh the ensemble.
 
-For each seed the clients train once. They also tell their class counts, for the line that needs them; FedMITR's own
-weights are those of the settings, by default "estimated", which does not look at counts. A seed runs on one thread.
+Where clients tell what their layers are given (`upload.directions`), what RegMean makes of it is told, too. For each
+seed the clients train once. They also tell their class counts, for the line that needs them; FedMITR's own weights are
+those of the settings, by default "estimated", which does not look at counts. A seed runs on one thread.
 
     python benchmarks/seeds.py -c configs/fashion_mnist.toml --seeds 0,1,2 --json benchmarks/results/fashion_mnist.json
 """
@@ -33,6 +34,9 @@ def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any
         kept = ("seed", "accuracy", "seconds", "client_seconds", "synthetic_images", "partition_sha256")
         row = {key: result["config"][key] for key in ("inversion.mode", "relabel.mode")}
         row |= {key: result[key] for key in kept} | {"ensembles": ensembles(uploads)}
+        if uploads.config.upload.directions:
+            merged = pipeline.fuse(uploads, "regmean", {}, lines=known).read_result()
+            row["methods"] = {"regmean": merged["accuracy"]["student"]}
         print(f"seed {seed} {row['accuracy']} {row['ensembles']} {row['seconds']}", flush=True)
         return [row], facts(uploads)
 

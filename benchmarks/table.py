@@ -73,7 +73,7 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
     rows, config = content["rows"], content["config"]
     seeds = {row["seed"]: row for row in rows}
     references = (local_mean, fedavg)
-    head = [*UPLOADS, *(f"Ensemble, by {name}" for name in rows[0].get("ensembles", {}))]
+    head = [*UPLOADS, *rows[0].get("methods", {}), *(f"Ensemble, by {name}" for name in rows[0].get("ensembles", {}))]
     for row in rows:
         if any(line(row) != line(seeds[row["seed"]]) for line in references):
             raise ValueError(f"{name}: the cells of seed {row['seed']} are not of the same uploads")
@@ -83,7 +83,7 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
         f"Seeds {', '.join(map(str, sorted(seeds)))}. {measure(config)} in percent, last epoch; mean ± sample standard "
         "deviation (n). All lines are of the same uploads.",
         "",
-        *table(head, [[spread(map(line, seeds.values())) for line in references] + ensembles(seeds.values())]),
+        *table(head, [[spread(map(line, seeds.values())) for line in references] + others(seeds.values())]),
         "",
         *table(["Inversion", "Relabelling", *STUDENT], cells(rows, config)),
         "",
@@ -93,10 +93,11 @@ def study(name: str, content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def ensembles(rows: Collection[Row]) -> list[str]:
-    """Where a study tells them (benchmarks/seeds.py): the mixtures of probabilities that need no images."""
-    names = next(iter(rows)).get("ensembles", {})
-    return [spread(row["ensembles"][name] for row in rows) for name in names]
+def others(rows: Collection[Row]) -> list[str]:
+    """Where a study tells them (benchmarks/seeds.py): other methods, and mixtures of probabilities, without images."""
+    one = next(iter(rows))
+    told = [(kind, name) for kind in ("methods", "ensembles") for name in one.get(kind, {})]
+    return [spread(row[kind][name] for row in rows) for kind, name in told]
 
 
 def cells(rows: Iterable[Row], config: Mapping[str, Any]) -> list[list[str]]:

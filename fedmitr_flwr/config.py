@@ -94,6 +94,13 @@ class Config(Section):
             )
         if self.distill.init == "statistics" and not self.upload.statistics:
             raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
+        if self.distill.init == "regmean":
+            if not self.upload.directions:
+                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions, as to 32")
+            if not self.distill.extrapolate:
+                raise ConfigError(
+                    "distill.extrapolate = 0 chooses among averages, and distill.init = 'regmean'; set it to 1 or above"
+                )
         if self.data.validation and self.evaluate.where == "clients":
             raise ConfigError(
                 f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
@@ -139,6 +146,7 @@ class Config(Section):
         beside = {
             "upload.class-counts": self.upload.class_counts,
             "upload.statistics": self.upload.statistics,
+            "upload.directions": self.upload.directions,
             "local.prior-adjust": self.local.prior_adjust,
             "local.outliers": self.local.outliers,
         }

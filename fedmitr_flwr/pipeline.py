@@ -34,6 +34,7 @@ from .report.run_folder import RunFolder
 from .rng import secret, stream
 from .screening.screen import screen
 from .sections import OWN
+from .statistics.inputs import measure as measure_inputs
 from .statistics.moments import frozen_features, measure
 from .training import kept
 from .training.local import train_local
@@ -57,7 +58,7 @@ UPLOAD_SETTINGS = (
 )
 
 # Of these, what only tells more beside the weights: a fusion may do with less than was uploaded.
-NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances")
+NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances", "upload.directions")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     log.info("client %d: training on %d images", client, len(images))
     started = time.perf_counter()
     with threads(config.local.threads):
-        statistics = _statistics(vit, images, config)  # first: of the weights that training changes
+        frozen = _frozen_statistics(vit, images, config)  # first: of the weights that training changes
         device, loss, epsilon = resolve_device(config.device), 0.0, None
         if config.privacy.epsilon:  # the loss would tell of the images without noise
             epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
@@ -132,6 +133,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
             rng = stream(config.seed, "local", server_round, client)
             loss = train_local(vit, images, config, rng, device, prox_mu)
             log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
+        told = frozen | _input_statistics(vit, images, config)
     seconds = time.perf_counter() - started
     dtype = getattr(torch, config.upload.dtype)
     counts = torch.bincount(images.labels, minlength=config.model.num_classes)
@@ -143,7 +145,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         fingerprint=fingerprint(),
         class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
         seconds=seconds,
-        statistics=statistics,
+        statistics=told or None,
         epsilon=epsilon,
     )
 
@@ -262,11 +264,19 @@ def _free_name(config: Config) -> str:
     return f"{config.method}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor] | None:
+def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
     if not config.upload.statistics:
-        return None
+        return {}
     features = frozen_features(vit, images, config.model.img_size, resolve_device(config.device))
     return measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
+
+
+def _input_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
+    directions = config.upload.directions
+    if not directions:
+        return {}
+    measured = measure_inputs(vit, images, config.model.img_size, directions, resolve_device(config.device))
+    return {name: _sent(tensor, getattr(torch, config.upload.dtype)) for name, tensor in measured.items()}
 
 
 def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,7 +302,7 @@ def _report(
         facts["synthetic_images"] = len(pool)
     if config.privacy.epsilon:
         facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)
-    if config.upload.statistics:
+    if config.upload.sends_statistics:
         facts["bytes_statistics"] = by_client(config, uploads, lambda upload: size(upload.statistics or {}))
     start = size(build_vit(config.model).state_dict())  # what each client got, in float32
     result = report.build(

@@ -128,9 +128,11 @@ class UploadConfig(Section):
     class_counts: bool = False  # also upload how many images of each class; a privacy choice
     statistics: bool = False  # also upload class counts and sums over frozen features by class; a privacy choice
     variances: bool = False  # with the statistics, also sums of squares by class, for method fedpft
+    directions: int = 0  # also so many leading directions of what each layer is given, for RegMean; a privacy choice
 
     def __post_init__(self) -> None:
         self._one_of("dtype", "float32", "float16")
+        self._at_least(0, "directions")
         if self.variances and not self.statistics:
             raise ConfigError("upload.variances = True goes with the statistics; set upload.statistics = true")
 
@@ -138,6 +140,11 @@ class UploadConfig(Section):
     def tells_counts(self) -> bool:
         """Whether class counts are uploaded: statistics are of no use without them."""
         return self.class_counts or self.statistics
+
+    @property
+    def sends_statistics(self) -> bool:
+        """Whether anything is uploaded beside weights and counts."""
+        return self.statistics or self.directions > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +243,8 @@ class DistillConfig(Section):
     images_per_epoch: int = 250
     passes: int = 60  # over the pool, per epoch
     batch_size: int = 64
-    init: str = "average"  # average (of uploads) | layerwise (it, fitted) | initial | statistics | pretrained
-    extrapolate: float = 1.0  # of the average: so far from the clients' start towards it, or past it; 0: chosen
+    init: str = "average"  # average (of uploads) | layerwise (it, fitted) | regmean | initial | statistics | pretrained
+    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; regmean, too; 0: chosen
     ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
     optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
@@ -258,7 +265,7 @@ class DistillConfig(Section):
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", "average", "layerwise", "initial", "statistics", "pretrained")
+        self._one_of("init", "average", "layerwise", "regmean", "initial", "statistics", "pretrained")
         self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("soft", "auto", "kl", "mse")

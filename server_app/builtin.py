@@ -24,6 +24,7 @@ from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.settings import toml_value
 from fedmitr_flwr.training.upload import Upload, Weights
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
 
@@ -67,11 +68,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at 0")
     if config.resume_from:
         raise ConfigError(f"resume-from needs flower.strategy = 'oneshot'; {name} starts from the beginning")
-    if config.upload.statistics:
-        raise ConfigError(
-            f"upload.statistics = True: {name} averages all that is uploaded; set it to false, "
-            "or use flower.strategy = 'oneshot'"
-        )
+    for key, value in {"statistics": config.upload.statistics, "directions": config.upload.directions}.items():
+        if value:
+            none = toml_value(type(value)(0))
+            raise ConfigError(
+                f"upload.{key} = {value}: {name} averages all that is uploaded; set it to {none}, "
+                "or use flower.strategy = 'oneshot'"
+            )
     if config.upload.dtype != "float32":
         raise ConfigError(
             f"upload.dtype = {config.upload.dtype!r}: {name} would average in half precision; "

@@ -13,7 +13,6 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DiskError, RunError, UploadError, UserError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.statistics import moments
 from fedmitr_flwr.training.upload import Upload, Weights, validate
 from fedmitr_flwr.vit.probe import computes
 
@@ -47,7 +46,7 @@ def checked(reply: Message, client: int, node: int, config: Config, initial: Wei
     try:
         if (source := reply.metadata.src_node_id) != node:
             raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
-        upload = read_upload(reply, client, told.tells_counts, room(initial), with_statistics=told.statistics)
+        upload = read_upload(reply, client, told.tells_counts, room(initial), with_statistics=told.sends_statistics)
         validate(
             upload,
             initial,
@@ -55,7 +54,7 @@ def checked(reply: Message, client: int, node: int, config: Config, initial: Wei
             fingerprint(),
             config.partition.clients,
             config.screen.max_images,
-            statistics=moments.names(told),
+            asked=told,
         )
         if not computes(upload.weights, config.model):
             raise UploadError(f"client {client}: its model gives NaN or infinity; lower local.lr, and train it again")

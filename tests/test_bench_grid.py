@@ -122,17 +122,27 @@ def test_uploads_are_shared_by_what_decides_them_only(full: Bench) -> None:
 
 
 def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
-    text = '[grid]\nmethods = ["fedmitr", "lda", "fedpft", "counts"]\n'
+    text = '[grid]\nmethods = ["fedmitr", "lda", "fedpft", "counts", "regmean"]\n'
     text += '[methods.counts]\nmethod = "fedmitr"\nensemble.weights = "counts"'
     found = {cell.label: cell.config.upload for cell in cells(read(write(text)))}
-    told = {label: (each.class_counts, each.statistics, each.variances) for label, each in found.items()}
+    told = {
+        label: (each.class_counts, each.statistics, each.variances, each.directions) for label, each in found.items()
+    }
     assert told == {
-        "fedmitr": (False, False, False),
-        "lda": (False, True, False),
-        "fedpft": (False, True, True),
-        "counts": (True, False, False),
+        "fedmitr": (False, False, False, 0),
+        "lda": (False, True, False, 0),
+        "fedpft": (False, True, True, 0),
+        "counts": (True, False, False, 0),
+        "regmean": (False, False, False, 32),
     }
     assert len({cell.group for cell in cells(read(write(text)))}) == 1
+
+
+def test_a_file_that_withholds_what_a_method_asks_for_is_overruled(write: Write) -> None:
+    """A data set's settings may be those of FedMITR with more; its rivals are told less, and RegMean what it needs."""
+    text = '[settings]\nupload.directions = 0\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
+    text += '[methods.fedmitr]\ndistill.init = "regmean"'
+    assert [cell.config.upload.directions for cell in cells(read(write(text)))] == [32, 32]
 
 
 def test_words_of_the_command_line_win(write: Write) -> None:

@@ -46,6 +46,7 @@ KNOWN = [
     "krum",
     "layerwise",
     "lda",
+    "regmean",
     "ridge",
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, UploadConfig
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.files import load_tensors
@@ -39,8 +39,8 @@ def changed(upload: Upload, name: str, change: Callable[[Tensor], Tensor]) -> Up
     return replace(upload, statistics={**upload.statistics, name: change(upload.statistics[name])})
 
 
-def check(upload: Upload, statistics: tuple[str, ...] = ("sums", "moment")) -> None:
-    validate(upload, REFERENCE, 3, CODE, 4, 1000, statistics=statistics)
+def check(upload: Upload, **asked: bool) -> None:
+    validate(upload, REFERENCE, 3, CODE, 4, 1000, asked=UploadConfig(**{"statistics": True} | asked))
 
 
 @pytest.mark.parametrize("variances", [False, True])
@@ -80,8 +80,8 @@ def test_the_digest_is_the_same_on_disk(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_passes() -> None:
     check(an_upload())
-    check(an_upload(variances=True), ("sums", "moment", "squares"))
-    check(replace(an_upload(), statistics=None), ())
+    check(an_upload(variances=True), variances=True)
+    check(replace(an_upload(), statistics=None), statistics=False)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_corrupt_statistics_are_refused_by_name(change: Callable[[Upload], Uploa
 
 def test_statistics_that_were_not_asked_for_are_refused() -> None:
     with pytest.raises(UploadError, match=r"^client 1: its statistics are \['moment', 'sums'\], not \[\]"):
-        check(an_upload(), ())
+        check(an_upload(), statistics=False)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_statistics_arrive_as_they_were_made(variances: bool) -> None:
     assert all(torch.equal(read.statistics[name], tensor) for name, tensor in made.statistics.items())
     assert read.class_counts == made.class_counts
     assert read.num_bytes == made.num_bytes
-    validate(read, initial, 10, made.fingerprint, 2, 1000, statistics=names(config.upload))
+    validate(read, initial, 10, made.fingerprint, 2, 1000, asked=config.upload)
 
 
 @pytest.mark.usefixtures("_identity")

@@ -92,13 +92,17 @@ def test_a_study_becomes_a_table(folder: Path) -> None:
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
 
 
-def test_ensembles_that_a_study_tells_stand_beside_the_clients(folder: Path) -> None:
-    rows = [row(seed, 50.0) | {"ensembles": {"uniform": 60.0 + 2 * seed, "counts": 70.0}} for seed in (0, 1)]
+def test_lines_that_a_study_tells_stand_beside_the_clients(folder: Path) -> None:
+    told = [
+        {"methods": {"regmean": 44.0 + 4 * seed}, "ensembles": {"uniform": 60.0 + 2 * seed, "counts": 70.0}}
+        for seed in (0, 1)
+    ]
+    rows = [row(seed, 50.0) | told[seed] for seed in (0, 1)]
     write(folder, "digits.json", a_study(rows))
     assert run(folder) == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| Clients alone, mean | One-round FedAvg | Ensemble, by uniform | Ensemble, by counts |\n" in text
-    assert "| 25.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 61.0 ± 1.4 (2) | 70.0 ± 0.0 (2) |\n" in text
+    assert "| Clients alone, mean | One-round FedAvg | regmean | Ensemble, by uniform | Ensemble, by counts |\n" in text
+    assert "| 25.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 46.0 ± 2.8 (2) | 61.0 ± 1.4 (2) | 70.0 ± 0.0 (2) |\n" in text
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])

@@ -13,13 +13,15 @@ from ..errors import ConfigError
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from .spec import Bench, Flat, Skew, Tune, Variant
 
-# What clients tell beside their weights, from least to most. All is uploaded, and each method is shown what it needs.
+# What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
 TOLD: tuple[dict[str, object], ...] = (
     {},
     {"upload.class-counts": True},
     {"upload.statistics": True},
     {"upload.statistics": True, "upload.variances": True},
+    {"upload.directions": 32},
 )
+ALL_TOLD: dict[str, object] = {key: value for told in TOLD for key, value in told.items()}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
 _PLACES = ("out-dir", "resume-from")
@@ -182,7 +184,7 @@ def _least(flat: Flat) -> Config:
     problems = []
     for told in TOLD:
         try:
-            config = Config.from_flat({**told, **flat})
+            config = Config.from_flat({**flat, **told})
             methods.check(config, config.partition.clients)
         except ConfigError as error:
             problems.append(error)

@@ -26,7 +26,7 @@ from ..progress import clock
 from ..report.run_folder import RunFolder
 from ..vit.build import initial_weights
 from .flower import Runner
-from .grid import TOLD, Cell, cells, tune_cells
+from .grid import ALL_TOLD, Cell, cells, tune_cells
 from .known import adopt, chosen_in
 from .results import Results
 from .spec import Bench
@@ -207,7 +207,7 @@ def _lines(uploads: RunFolder) -> Lines:
 def _group(path: Path, cell: Cell) -> RunFolder:
     if (path / "config.toml").is_file():
         return RunFolder.open(path)
-    asked = Config.from_flat({**TOLD[-1], "upload.class-counts": True, "method": "fedavg"}, base=cell.config)
+    asked = Config.from_flat({**ALL_TOLD, "method": "fedavg"}, base=cell.config)
     folder = RunFolder(path, replace(asked, out_dir=str(path.parent)))
     folder.refused_path.mkdir(parents=True, exist_ok=True)
     folder.continue_with(folder.config)

@@ -20,6 +20,7 @@ from ..vit.tokens import forward_tokens, patchify, take
 from .layerwise import fit_layers
 from .losses import centred
 from .pool import Pool
+from .regmean import regmean
 
 log = logging.getLogger("fedmitr")
 
@@ -42,14 +43,14 @@ def require_start(config: Config) -> None:
 
 
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
-    """The student before distillation: the clients' average, their start as it was or with a head, or other weights.
+    """The student before distillation: the clients merged, their start as it was or with a head, or other weights.
 
-    The average is moved by `distill.extrapolate`; where that is to be chosen (0), or its layers are to be fitted, that
+    What is merged is moved by `distill.extrapolate`; where that is to be chosen (0), or layers are to be fitted, that
     waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
-    if distill.init in ("average", "layerwise"):
-        mean = average(uploads)
+    if distill.init in ("average", "layerwise", "regmean"):
+        mean = regmean(uploads) if distill.init == "regmean" else average(uploads)
         student.load_state_dict(mean)
         if distill.extrapolate not in (0, 1):
             _place(student, initial_weights(config.model, config.seed), mean, distill.extrapolate)

@@ -71,14 +71,14 @@ def plain(config: Config) -> Config:
     """Settings under which distillation is that of the rivals: only T² KL of the class tokens of whole, unmixed images.
 
     T is `rival.temperature`, and the ensemble teaches what it decides. Nothing is relabelled; patch tokens and
-    pseudo-labels have no weight. Fitted layers are FedMITR's own: rivals start from the average.
+    pseudo-labels have no weight. Fitted or merged layers are FedMITR's own: rivals start from the average.
     """
     forced: dict[str, object] = {"inversion.mode": "dense"}  # `pri` makes fewer targets of as many images
     forced |= {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
     forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
     forced |= {"ensemble.teach": config.ensemble.combine}
-    forced |= {"distill.init": "average"} if config.distill.init == "layerwise" else {}
+    forced |= {"distill.init": "average"} if config.distill.init in ("layerwise", "regmean") else {}
     return Config.from_flat(forced, base=config)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import UploadConfig
 from ..errors import RunError, UploadError
 from ..files import save_tensors
-from ..statistics import moments
+from ..statistics import inputs, moments
 from .stored import StoredWeights
 
 Weights = dict[str, Tensor]
@@ -22,14 +22,16 @@ DTYPES = (torch.float32, torch.float16)
 _NAMES = reprlib.Repr()  # a stranger's may be long
 _NAMES.maxstring = 100
 STATISTICS = "statistics/"  # before their names in the file of an upload
+WEIGHTS = UploadConfig()  # what asks for no more than weights
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
     """One client's upload.
 
-    `class_counts` (images per class) are there only by `upload.class-counts` or `upload.statistics`, and what
-    `statistics.moments.measure` gives only by the latter.
+    `class_counts` (images per class) are there only by `upload.class-counts` or `upload.statistics`. In
+    `statistics` is what `statistics.moments.measure` gives, only by the latter, and `statistics.inputs.measure`, by
+    `upload.directions`.
     """
 
     client: int
@@ -50,10 +52,16 @@ class Upload:
 
 def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
     """What these settings ask of an upload: no more is used, and no more is counted."""
-    told, wanted = upload.statistics, moments.names(asked)
-    if told is not None and set(told) > set(wanted):
-        told = {name: told[name] for name in wanted} if wanted else None
+    told = upload.statistics
+    if told is not None:
+        wanted = [name for name in told if _is_asked(name, asked)]
+        if len(wanted) < len(told):
+            told = {name: told[name] for name in wanted} or None
     return replace(upload, class_counts=upload.class_counts if asked.tells_counts else None, statistics=told)
+
+
+def _is_asked(name: str, asked: UploadConfig) -> bool:
+    return asked.directions > 0 if name.startswith(inputs.PREFIX) else name in moments.names(asked)
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
@@ -86,7 +94,7 @@ def validate(
     fingerprint: str,
     clients: int,
     max_images: int,
-    statistics: Collection[str] = (),
+    asked: UploadConfig = WEIGHTS,
 ) -> None:
     """Let an upload pass if it may enter the ensemble.
 
@@ -97,7 +105,7 @@ def validate(
         fingerprint: of the server's code.
         clients: K; client numbers are 0..K-1.
         max_images: that a client can have trained on.
-        statistics: the names of those that it was asked for.
+        asked: what it was to send.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
@@ -107,7 +115,7 @@ def validate(
         or _wrong_keys(upload.weights, reference)
         or _wrong_tensor(upload.weights, reference)
         or _wrong_numbers(upload, num_classes, max_images)
-        or _wrong_statistics(upload, reference, statistics)
+        or _wrong_statistics(upload, reference, asked)
     )
     if problem:
         raise UploadError(f"client {upload.client}: {problem}")
@@ -174,15 +182,22 @@ def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | N
     return None
 
 
-def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
-    told = upload.statistics or {}
-    if set(told) != set(wanted):
-        return f"its statistics are {sorted(told)}, not {sorted(wanted)} (upload.statistics, upload.variances)"
-    if not wanted:
-        return None
-    if upload.class_counts is None:
-        return "statistics without class counts; run this app's own ClientApp there, which sends both"
-    return moments.problem(told, upload.class_counts, reference["head.weight"].shape[1])
+def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: UploadConfig) -> str | None:
+    told, sums = upload.statistics or {}, moments.names(asked)
+    layers = inputs.like(reference, asked.directions)
+    if set(told) != {*sums, *layers}:
+        names = f"{_NAMES.repr(sorted(told))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
+        return f"its statistics are {names} (upload.statistics, upload.variances, upload.directions)"
+    problem: str | None = None
+    if sums:
+        if upload.class_counts is None:
+            return "statistics without class counts; run this app's own ClientApp there, which sends both"
+        told_sums = {name: told[name] for name in sums}
+        problem = moments.problem(told_sums, upload.class_counts, reference["head.weight"].shape[1])
+    if layers and not problem:
+        told_layers = {name: told[name] for name in layers}
+        problem = _wrong_tensor(told_layers, layers) or inputs.problem(told_layers)
+    return problem
 
 
 def _few(keys: list[str]) -> str:

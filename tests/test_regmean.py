@@ -1,0 +1,283 @@
+"""RegMean: second moments of what layers are given, their way from client to server, and what is merged by them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import a_vit, an_upload, settings
+from torch import Tensor
+
+from fedmitr_flwr import methods, pipeline
+from fedmitr_flwr.config import Config, UploadConfig
+from fedmitr_flwr.data.images import prepare
+from fedmitr_flwr.data.shares import client_images
+from fedmitr_flwr.distillation.regmean import regmean
+from fedmitr_flwr.distillation.start import start_student
+from fedmitr_flwr.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.rng import stream
+from fedmitr_flwr.statistics.inputs import REST, leading, like, measure, moment, second_moments, widths
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.training.upload import Upload, load, narrowed, save, validate
+from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.tokens import patchify
+
+CONFIG = settings()
+CPU = torch.device("cpu")
+LAYERS = ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"]
+RNG = np.random.default_rng(0)
+
+
+def told(moments: dict[str, np.ndarray], directions: int = 1000) -> dict[str, Tensor]:
+    """What a client would tell of these second moments."""
+    pairs = {layer: leading(torch.from_numpy(moments[layer]), directions) for layer in sorted(moments)}
+    return {f"inputs/{layer}": rows for layer, (rows, _) in pairs.items()} | {
+        REST: torch.stack([rest for _, rest in pairs.values()])
+    }
+
+
+def a_moment(width: int, rank: int | None = None) -> np.ndarray:
+    x = RNG.normal(size=(3 * width, width))
+    if rank is not None:
+        x = x[:, :rank] @ RNG.normal(size=(rank, width))
+    return x.T @ x / len(x)
+
+
+def linear(client: int, num_examples: int, moment_II: np.ndarray, directions: int = 1000) -> Upload:
+    """An upload of one layer, 4 inputs and the constant, 3 outputs."""
+    weights = {
+        "a.weight": torch.randn(3, 4, generator=stream(client)),
+        "a.bias": torch.randn(3, generator=stream(9, client)),
+    }
+    return Upload(client, weights, num_examples, 0.5, "0" * 12, statistics=told({"a": moment_II}, directions))
+
+
+def joined(weights: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([weights["a.weight"], weights["a.bias"][:, None]], dim=1).double().numpy()
+
+
+def test_the_layers_of_a_vision_transformer_are_all_found() -> None:
+    found = widths(a_vit(CONFIG, 0).state_dict())
+    assert {layer for layer in found if "blocks.1" not in layer} == set(LAYERS)
+    assert [found[layer] for layer in LAYERS] == [5, 17, 17, 17, 65, 17]
+    assert list(found) == sorted(found)
+
+
+@torch.no_grad()
+def test_second_moments_are_those_of_what_layers_are_given() -> None:
+    """Against numpy, where a layer's inputs are known without asking it: patches, class tokens, normed tokens."""
+    vit, images = a_vit(CONFIG, 0), client_images(CONFIG, 0)[0]
+    found = second_moments(vit, images, 8, CPU)
+    shown = prepare(images.pixels, 8)
+    tokens = vit._pos_embed(vit.patch_embed(shown))
+    inputs = {
+        "patch_embed.proj": patchify(shown, 2),
+        "blocks.0.attn.qkv": vit.blocks[0].norm1(tokens),
+        "head": vit.forward_head(vit.forward_features(shown), pre_logits=True),
+    }
+    for layer, given in inputs.items():
+        x = given.flatten(0, -2).double().numpy()
+        x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        np.testing.assert_allclose(found[layer].numpy(), x.T @ x / len(x), atol=1e-5)
+
+
+def test_all_directions_are_the_whole_moment() -> None:
+    wanted = a_moment(6)
+    rows, rest = leading(torch.from_numpy(wanted), 6)
+    assert rest == 0
+    np.testing.assert_allclose(moment(rows, rest).numpy(), wanted, atol=1e-5)
+
+
+def test_few_directions_have_its_leading_eigenvalues_and_its_trace() -> None:
+    wanted = a_moment(6)
+    rows, rest = leading(torch.from_numpy(wanted), 2)
+    assert rows.shape == (2, 6)
+    values, vectors = np.linalg.eigh(wanted)
+    kept = moment(rows, rest).numpy()
+    found = np.linalg.eigvalsh(kept)
+    np.testing.assert_allclose(found[-2:], values[-2:], rtol=1e-5)
+    np.testing.assert_allclose(found[:4], np.full(4, values[:4].mean()), rtol=1e-5)
+    np.testing.assert_allclose(kept @ vectors[:, -1], values[-1] * vectors[:, -1], atol=1e-5)
+
+
+def test_a_layer_is_merged_by_the_closed_form() -> None:
+    """Against numpy: (Σ n_k W_k G_k / tr G_k) (Σ n_k G_k / tr G_k)^-1."""
+    moments = [a_moment(5), 7 * a_moment(5)]
+    uploads = [linear(client, 10 + 20 * client, moments[client]) for client in range(2)]
+    shares = [upload.num_examples * one / np.trace(one) for upload, one in zip(uploads, moments, strict=True)]
+    cross = sum(joined(upload.weights) @ one for upload, one in zip(uploads, shares, strict=True))
+    np.testing.assert_allclose(joined(regmean(uploads)), cross @ np.linalg.inv(sum(shares)), atol=1e-4)
+
+
+def test_equal_moments_give_the_average() -> None:
+    same = a_moment(5)
+    uploads = [linear(client, 10 + 20 * client, same) for client in range(2)]
+    np.testing.assert_allclose(joined(regmean(uploads)), joined(average(uploads)), atol=1e-4)
+
+
+def test_nobody_counts_more_by_longer_inputs() -> None:
+    moments = [a_moment(5), a_moment(5)]
+    plain = regmean([linear(client, 10, moments[client]) for client in range(2)])
+    longer = regmean([linear(client, 10, 100**client * moments[client]) for client in range(2)])
+    np.testing.assert_allclose(joined(longer), joined(plain), atol=1e-4)
+
+
+def test_each_client_is_answered_as_its_own_layer_does_where_only_it_has_inputs() -> None:
+    """Inputs of one lie in the first two places, of the other in the others: nothing has to give way."""
+    moments = [np.zeros((5, 5)), np.zeros((5, 5))]
+    moments[0][:2, :2], moments[1][2:, 2:] = a_moment(2), a_moment(3)
+    uploads = [linear(client, 10 + 20 * client, moments[client]) for client in range(2)]
+    merged = joined(regmean(uploads))
+    np.testing.assert_allclose(merged[:, :2], joined(uploads[0].weights)[:, :2], atol=1e-4)
+    np.testing.assert_allclose(merged[:, 2:], joined(uploads[1].weights)[:, 2:], atol=1e-4)
+
+
+def test_what_nobody_was_given_stays_averaged() -> None:
+    empty = np.zeros((5, 5))
+    empty[:3, :3] = a_moment(3)
+    uploads = [linear(client, 10 + 20 * client, empty) for client in range(2)]
+    np.testing.assert_allclose(joined(regmean(uploads))[:, 3:], joined(average(uploads))[:, 3:], atol=1e-4)
+
+
+def an_upload_of(config: Config, client: int, weights: int) -> Upload:
+    """What client `client` would send, had it trained to the weights of number `weights`."""
+    vit, images = a_vit(config, weights), client_images(config, client)[0]
+    statistics = measure(vit, images, config.model.img_size, config.upload.directions, CPU)
+    return replace(an_upload(config, weights, 10 + client), client=client, statistics=statistics)
+
+
+def test_equal_clients_are_merged_to_themselves() -> None:
+    config = settings(**{"upload.directions": 3})
+    merged = regmean([an_upload_of(config, client, 5) for client in range(2)])
+    for name, tensor in a_vit(config, 5).state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_norms_tokens_and_positions_are_averaged() -> None:
+    config = settings(**{"upload.directions": 3})
+    uploads = [an_upload_of(config, client, client) for client in range(2)]
+    merged, mean = regmean(uploads), average(uploads)
+    solved = {f"{layer}.{kind}" for layer in widths(mean) for kind in ("weight", "bias")}
+    differ = {name for name in mean if not torch.equal(merged[name], mean[name])}
+    assert differ == solved
+    assert merged.keys() == mean.keys()
+
+
+def test_it_does_not_matter_whether_uploads_lie_on_disk(tmp_path: Path) -> None:
+    config = settings(**{"upload.directions": 3})
+    uploads = [an_upload_of(config, client, client) for client in range(2)]
+    for upload in uploads:
+        save(upload, tmp_path / str(upload.client))
+    stored = regmean([load(tmp_path / str(client)) for client in range(2)])
+    assert all(torch.equal(stored[name], tensor) for name, tensor in regmean(uploads).items())
+
+
+def test_the_student_starts_there_or_past_it() -> None:
+    config = settings(**{"upload.directions": 3, "distill.init": "regmean"})
+    uploads = [an_upload_of(config, client, client) for client in range(2)]
+    merged, begun = regmean(uploads), initial_weights(config.model, config.seed)
+    started = start_student(uploads, config).state_dict()
+    assert all(torch.equal(started[name], tensor) for name, tensor in merged.items())
+    far = start_student(uploads, Config.from_flat({"distill.extrapolate": 1.5}, base=config)).state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(far[name], begun[name] + 1.5 * (tensor - begun[name]))
+
+
+SENT = settings(**{"upload.directions": 3, "upload.dtype": "float16"})
+
+
+def sent() -> Upload:
+    return pipeline.train_client(SENT, 0, initial_weights(SENT.model, SENT.seed))
+
+
+def check(upload: Upload, asked: UploadConfig = SENT.upload) -> None:
+    validate(upload, initial_weights(SENT.model, SENT.seed), 10, upload.fingerprint, 2, 1000, asked=asked)
+
+
+def test_a_client_measures_the_model_that_it_sends() -> None:
+    upload = sent()
+    check(upload)
+    assert upload.class_counts is None
+    wanted = like(upload.weights, 3)
+    assert {name: tensor.shape for name, tensor in upload.statistics.items()} == {
+        name: tensor.shape for name, tensor in wanted.items()
+    }
+    plain = pipeline.train_client(settings(), 0, initial_weights(SENT.model, SENT.seed))
+    assert all(torch.equal(upload.weights[name], tensor.half()) for name, tensor in plain.weights.items())
+    assert upload.num_bytes == plain.num_bytes // 2 + 2 * sum(tensor.numel() for tensor in wanted.values())
+    vit = a_vit(SENT, 0)
+    vit.load_state_dict(plain.weights)
+    own = measure(vit, client_images(SENT, 0)[0], 8, 3, CPU)
+    assert all(torch.equal(upload.statistics[name], tensor.half()) for name, tensor in own.items())
+
+
+QKV = "inputs/blocks.0.attn.qkv"
+NOTHING = torch.zeros(3, 17, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda told: {**told, REST: -told[REST]}, "inputs/rest has a negative number; do not edit uploads"),
+        (lambda told: {**told, REST: 0 * told[REST], QKV: NOTHING}, f"{QKV} says that the layer was given nothing"),
+        (lambda told: {**told, QKV: told[QKV][:2]}, rf"{QKV} has the shape \(2, 17\), not \(3, 17\)"),
+        (lambda told: {**told, QKV: told[QKV].double()}, f"{QKV} is float64; it must be float32 or float16"),
+        (lambda told: {**told, QKV: told[QKV] * float("nan")}, f"NaN or infinity in '{QKV}'"),
+        (lambda told: {name: told[name] for name in told if name != QKV}, r"its statistics are \['inputs/bl"),
+        (lambda told: {**told, "sums": torch.ones(1)}, r"its statistics are \[.*\(.*upload.directions"),
+        (lambda _: None, r"its statistics are \[\], not \['inputs/"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_second_moments_is_refused_by_name(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None], problem: str
+) -> None:
+    upload = sent()
+    with pytest.raises(UploadError, match=f"^client 0: .*{problem}"):
+        check(replace(upload, statistics=change(dict(upload.statistics))))
+
+
+def test_unasked_directions_are_refused_and_narrowed_away() -> None:
+    upload = sent()
+    with pytest.raises(UploadError, match=r"its statistics are \['inputs/.*, not \[\]"):
+        check(upload, UploadConfig(dtype="float16"))
+    assert narrowed(upload, UploadConfig()).statistics is None
+    assert narrowed(upload, SENT.upload).statistics == upload.statistics
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"upload.directions": -1}, r"upload.directions = -1"),
+        ({"distill.init": "regmean"}, "distill.init = 'regmean' needs .*; set upload.directions"),
+        ({"distill.init": "regmean", "upload.directions": 3, "distill.extrapolate": 0.0}, "distill.extrapolate = 0 "),
+        ({"upload.directions": 3, "privacy.epsilon": 1.0}, "upload.directions = 3 tells .* set upload.directions = 0"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settings(**changes)
+
+
+def test_the_method_needs_directions() -> None:
+    with pytest.raises(ConfigError, match=r"RegMean needs second moments .* set upload.directions"):
+        methods.check(settings(method="regmean"))
+
+
+def test_the_whole_line(tmp_path: Path) -> None:
+    """Run by RegMean, fused again without what it needed: fewer bytes, and no way back."""
+    folder = pipeline.run(settings(method="regmean", **{"upload.directions": 3, "out-dir": str(tmp_path)}))
+    result = folder.read_result()
+    sizes = [4 * sum(tensor.numel() for tensor in like(initial_weights(CONFIG.model, 0), 3).values())] * 2
+    assert result["bytes_statistics"] == sizes
+    merged, saved = regmean(folder.load_uploads()), load_tensors(folder.model_path)[0]
+    assert all(torch.equal(saved[name], tensor) for name, tensor in merged.items())
+    less: RunFolder = pipeline.fuse(folder, "fedavg", {"upload.directions": 0})
+    told = less.read_result()
+    assert "bytes_statistics" not in told
+    assert [all_ - few for all_, few in zip(result["bytes_up"], told["bytes_up"], strict=True)] == sizes
+    with pytest.raises(RunError, match=r"upload\.directions = 4, but the uploads were made with 3"):
+        pipeline.fuse(folder, "regmean", {"upload.directions": 4})
