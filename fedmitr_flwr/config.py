@@ -96,7 +96,7 @@ class Config(Section):
             raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
         if self.distill.init == "regmean":
             if not self.upload.directions:
-                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions, as to 32")
+                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions = 32")
             if not self.distill.extrapolate:
                 raise ConfigError(
                     "distill.extrapolate = 0 chooses among averages, and distill.init = 'regmean'; set it to 1 or above"

@@ -263,7 +263,7 @@ def test_impossible_settings_are_refused(changes: dict[str, object], told: str) 
 
 
 def test_the_method_needs_directions() -> None:
-    with pytest.raises(ConfigError, match=r"RegMean needs second moments .* set upload.directions"):
+    with pytest.raises(ConfigError, match=r"method = 'regmean' needs second moments .* set upload.directions"):
         methods.check(settings(method="regmean"))
 
 

@@ -150,14 +150,22 @@ def test_statistics_change_nothing_else_in_an_upload() -> None:
 
 
 @pytest.mark.usefixtures("_identity")
-@pytest.mark.parametrize("variances", [False, True])
-def test_statistics_arrive_as_they_were_made(variances: bool) -> None:
-    config = settings(**{"upload.variances": variances, "upload.dtype": "float16"})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"upload.variances": True},
+        {"upload.directions": 3},
+        {"upload.directions": 100, "upload.statistics": False},
+    ],
+)
+def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
+    config = settings(**{"upload.dtype": "float16"} | changes)
     initial = initial_weights(config.model, config.seed)
     made = pipeline.train_client(config, 1, initial)
     reply = ask(config, client=1)
     assert set(reply.content) == {"arrays", "metrics", "statistics"}
-    read = read_upload(reply, 1, True, room(initial), with_statistics=True)
+    read = read_upload(reply, 1, config.upload.tells_counts, room(initial), with_statistics=True)
     assert read.statistics.keys() == made.statistics.keys()
     assert all(torch.equal(read.statistics[name], tensor) for name, tensor in made.statistics.items())
     assert read.class_counts == made.class_counts
@@ -194,6 +202,16 @@ def test_the_flower_path_gives_the_bits_of_the_straight_line(tmp_path: Path) -> 
     assert result["accuracy"] == straight.read_result()["accuracy"]
 
 
+def test_regmean_by_flower_gives_the_bits_of_the_straight_line(tmp_path: Path) -> None:
+    told = {"method": "regmean", "upload.statistics": False, "upload.directions": 3}
+    flower = federate(tmp_path / "flower", **told)
+    line = TINY | told | {"partition.clients": 3, "out-dir": str(tmp_path)}
+    straight = pipeline.run(Config.from_flat(line), "line")
+    ours, theirs = (load_tensors(folder.model_path)[0] for folder in (flower, straight))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert flower.read_result()["bytes_statistics"] == straight.read_result()["bytes_statistics"]
+
+
 def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,7 +238,12 @@ def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
         ({"upload.statistics": False, "method": "ridge"}, "method = 'ridge' needs .*set upload.statistics = true"),
         ({"method": "fedpft"}, "set upload.variances = true, or statistics.gaussian = 'tied'"),
         ({"method": "feddf"}, "method = 'feddf' needs real images without labels; set feddf.path"),
+        ({"upload.statistics": False, "method": "regmean"}, "method = 'regmean' needs second .*set upload.directions"),
         ({"flower.strategy": "fedavg"}, "upload.statistics = True: fedavg averages all"),
+        (
+            {"flower.strategy": "fedavg", "upload.statistics": False, "upload.directions": 3},
+            "upload.directions = 3: fedavg averages all that is uploaded; set it to 0, ",
+        ),
     ],
 )
 def test_what_a_method_lacks_is_told_before_any_client_is_asked(changes: dict[str, Any], told: str) -> None:
@@ -231,7 +254,7 @@ def test_what_a_method_lacks_is_told_before_any_client_is_asked(changes: dict[st
     assert not grid.asked
 
 
-@pytest.mark.parametrize("method", ["lda", "ridge", "fedpft", "feddf"])
+@pytest.mark.parametrize("method", ["lda", "ridge", "fedpft", "feddf", "regmean"])
 def test_what_a_method_lacks_leaves_no_folder(tmp_path: Path, method: str) -> None:
     config = Config.from_flat(TINY | {"method": method, "out-dir": str(tmp_path)})
     with pytest.raises(ConfigError, match=f"method = '{method}' needs"):

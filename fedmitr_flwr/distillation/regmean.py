@@ -14,19 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..config import Config
-from ..errors import ConfigError
 from ..statistics.inputs import PREFIX, REST, moment, widths
 from ..training.average import average
 from ..training.upload import Upload, Weights
 
 HOLD = 1e-6  # of the mean second moment: so that there is one solution where no client had an input
-
-
-def require_directions(config: Config) -> None:
-    """Raise ConfigError where the clients would not upload what this needs."""
-    if not config.upload.directions:
-        raise ConfigError("RegMean needs second moments of the clients' layers; set upload.directions, such as to 32")
 
 
 def regmean(uploads: Sequence[Upload]) -> Weights:

@@ -3,11 +3,19 @@
 No image and no step. What clients upload for it, the closed form and deviations are in distillation/regmean.py.
 """
 
-from ..distillation.regmean import regmean, require_directions
+from ..config import Config
+from ..distillation.regmean import regmean
+from ..errors import ConfigError
 from ..vit.build import vit_of
 from .contract import Fused, Job
 
-check = require_directions
+
+def check(config: Config) -> None:
+    """Raise ConfigError where the clients would not upload what this needs."""
+    if not config.upload.directions:
+        raise ConfigError(
+            "method = 'regmean' needs second moments of what the clients' layers are given; set upload.directions = 32"
+        )
 
 
 def fuse(job: Job) -> Fused:
