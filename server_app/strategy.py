@@ -14,6 +14,7 @@ from fedmitr_flwr.errors import RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.limits import needed
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.statistics import inputs
 from fedmitr_flwr.training.upload import Weights, size
 
 from .grid import ObservedGrid
@@ -69,7 +70,8 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
-        self.folder.require_room(len(asked), size(self.intake.initial))
+        told = inputs.like(self.intake.initial, self.config.upload.directions)
+        self.folder.require_room(len(asked), size(self.intake.initial) + size(told))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)

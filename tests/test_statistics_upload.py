@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config, UploadConfig
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UploadError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.statistics.moments import frozen_features, measure, names
-from fedmitr_flwr.training.upload import Upload, digest, load, save, validate
+from fedmitr_flwr.training.upload import Upload, digest, load, save, size, validate
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 from server_app.app import app as server_app
 from server_app.records import order, read_upload, room
@@ -210,6 +211,16 @@ def test_regmean_by_flower_gives_the_bits_of_the_straight_line(tmp_path: Path) -
     ours, theirs = (load_tensors(folder.model_path)[0] for folder in (flower, straight))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert flower.read_result()["bytes_statistics"] == straight.read_result()["bytes_statistics"]
+
+
+def test_room_is_asked_for_with_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that has room for three models and not for more."""
+    free = 3 * size(initial_weights(settings().model, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    told = {"method": "fedavg", "upload.statistics": False}
+    assert federate(tmp_path / "weights", **told).finished
+    with pytest.raises(DiskError, match=r"and 3 uploads take .* MB; make room there"):
+        federate(tmp_path / "more", **told, **{"upload.directions": 3})
 
 
 def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
