@@ -104,6 +104,14 @@ def test_few_directions_have_its_leading_eigenvalues_and_its_trace() -> None:
     np.testing.assert_allclose(kept @ vectors[:, -1], values[-1] * vectors[:, -1], atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.3, 3.3, 0.17])
+def test_equal_eigenvalues_are_no_roots_of_what_is_below_0(scale: float) -> None:
+    """Their mean may be rounded to more than each of them."""
+    wanted = scale * torch.eye(11, dtype=torch.float64)
+    rows, rest = leading(wanted, 2)
+    torch.testing.assert_close(moment(rows, rest), wanted, atol=1e-6, rtol=0)
+
+
 def test_a_layer_is_merged_by_the_closed_form() -> None:
     """Against numpy: (Σ n_k W_k G_k / tr G_k) (Σ n_k G_k / tr G_k)^-1."""
     moments = [a_moment(5), 7 * a_moment(5)]

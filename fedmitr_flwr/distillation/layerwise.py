@@ -89,13 +89,22 @@ def solve(layer: nn.Linear | nn.Conv2d, given_BTI: Tensor, wanted_BTO: Tensor, r
         x_RI = F.pad(given_RI.double(), (0, inputs - given_RI.shape[1]), value=1.0)
         gram_II += x_RI.T @ x_RI
         cross_OI += wanted_RO.double().T @ x_RI
-    hold = ridge * gram_II.diagonal().mean()
-    gram_II.diagonal().add_(hold)
-    solved_OI = torch.linalg.solve(gram_II, cross_OI + hold * weight_OI, left=False)
+    solved_OI = least_squares(gram_II, cross_OI, weight_OI, ridge)
     fan_in = given_BTI.shape[2]
     layer.weight.copy_(solved_OI[:, :fan_in].view_as(layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(solved_OI[:, fan_in])
+
+
+def least_squares(gram_II: Tensor, cross_OI: Tensor, start_OI: Tensor, ridge: float) -> Tensor:
+    """The W (O, I) with the least Σ |W x - y|² + ρ |W - W⁰|², from Σ x xᵀ, which is changed, Σ y xᵀ and W⁰.
+
+    ρ is `ridge` times the mean of the diagonal of Σ x xᵀ.
+    """
+    hold = ridge * gram_II.diagonal().mean()
+    gram_II.diagonal().add_(hold)
+    solved_OI: Tensor = torch.linalg.solve(gram_II, cross_OI + hold * start_OI, left=False)
+    return solved_OI
 
 
 def _linears(block: Block) -> list[nn.Linear]:

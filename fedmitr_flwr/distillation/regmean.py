@@ -17,8 +17,9 @@ from torch import Tensor
 from ..statistics.inputs import PREFIX, REST, moment, widths
 from ..training.average import average
 from ..training.upload import Upload, Weights
+from .layerwise import least_squares
 
-HOLD = 1e-6  # of the mean second moment: so that there is one solution where no client had an input
+RIDGE = 1e-6  # of the mean second moment: so that there is one solution where no client had an input
 
 
 def regmean(uploads: Sequence[Upload]) -> Weights:
@@ -37,9 +38,7 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
             moment_II *= upload.num_examples / moment_II.trace()
             gram_II += moment_II
             cross_OI += _joined(upload.weights, layer) @ moment_II
-        hold = HOLD * gram_II.diagonal().mean()
-        gram_II.diagonal().add_(hold)
-        solved_OI = torch.linalg.solve(gram_II, cross_OI + hold * mean_OI, left=False)
+        solved_OI = least_squares(gram_II, cross_OI, mean_OI, RIDGE)
         weight = merged[f"{layer}.weight"]
         fan_in = weight[0].numel()
         merged[f"{layer}.weight"] = solved_OI[:, :fan_in].to(weight.dtype).view_as(weight)

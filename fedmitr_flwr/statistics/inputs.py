@@ -100,7 +100,7 @@ def leading(moment_II: Tensor, directions: int) -> tuple[Tensor, Tensor]:
     values_I, vectors_II = values_I.flip(0).clamp_min(0), vectors_II.flip(1)
     others = values_I[directions:]
     rest = others.mean() if len(others) else values_I.new_zeros(())
-    rows_RI = (values_I[:directions] - rest).sqrt()[:, None] * vectors_II[:, :directions].T
+    rows_RI = (values_I[:directions] - rest).clamp_min(0).sqrt()[:, None] * vectors_II[:, :directions].T
     return rows_RI.float().contiguous(), rest.float()
 
 
