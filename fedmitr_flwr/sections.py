@@ -6,6 +6,7 @@ from .errors import ConfigError
 from .limits import Section, check
 
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
+MERGED = ("average", "layerwise", "regmean")  # starts of the student that are made of the clients' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +266,7 @@ class DistillConfig(Section):
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", "average", "layerwise", "regmean", "initial", "statistics", "pretrained")
+        self._one_of("init", *MERGED, "initial", "statistics", "pretrained")
         self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("soft", "auto", "kl", "mse")
@@ -282,6 +283,11 @@ class DistillConfig(Section):
         if self.soft != "auto":
             return self.soft
         return "mse" if teach == "logits" else "kl"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the start is made of the clients' weights."""
+        return self.init in MERGED
 
     @property
     def chooses_start(self) -> bool:

@@ -49,7 +49,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
     waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
-    if distill.init in ("average", "layerwise", "regmean"):
+    if distill.merges:
         mean = regmean(uploads) if distill.init == "regmean" else average(uploads)
         student.load_state_dict(mean)
         if distill.extrapolate not in (0, 1):

@@ -78,7 +78,7 @@ def plain(config: Config) -> Config:
     forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
     forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
     forced |= {"ensemble.teach": config.ensemble.combine}
-    forced |= {"distill.init": "average"} if config.distill.init in ("layerwise", "regmean") else {}
+    forced |= {"distill.init": "average"} if config.distill.merges else {}
     return Config.from_flat(forced, base=config)
 
 
