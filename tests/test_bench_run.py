@@ -137,6 +137,25 @@ def test_uploads_are_made_once_and_finished_cells_are_skipped(
     assert all("finished before" in line for line in told(caplog))
 
 
+def test_a_grid_of_which_a_part_was_started_meanwhile_has_a_table_of_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, out = read(a_bench(tmp_path, GRID.replace('"lda", "fedmitr"', '"fedmedian"'))), tmp_path / "out"
+    part, make = replace(spec, seeds=(1,)), running.make
+
+    def beside(cell: Cell, *rest: Any, **named: Any) -> Any:
+        if (cell.seed, cell.label) == (0, "fedmedian"):
+            monkeypatch.setattr(running, "make", make)
+            assert running.run(part, Store(out), no_flower).total == 4
+            assert len(load(out).entries) == 4
+        return make(cell, *rest, **named)
+
+    monkeypatch.setattr(running, "make", beside)
+    assert running.run(spec, Store(out), no_flower).total == 8
+    assert len(load(out).entries) == 8
+    assert not load(out).missing
+
+
 def test_a_cell_is_what_one_run_alone_would_be(tmp_path: Path) -> None:
     """More is uploaded than this method asks for, and neither weights nor counted bytes show it."""
     spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")

@@ -77,6 +77,8 @@ def run(bench: Bench, store: Store, flower: Runner, known: Results | None = None
         adopt(known, grid, store)
     store.write_manifest(about, [*first, *grid])
     loop.run(grid)
+    # Another grid may have been noted in the folder meanwhile: the tables that follow are of this one.
+    store.write_manifest(about, [*first, *grid])
     return loop.tally
 
 
