@@ -1,5 +1,7 @@
 """The errors a user can mend. Each message is one line: what is wrong, where, and the fix."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something the user gave is wrong; the command line prints the message and exits with status 2."""
@@ -27,3 +29,11 @@ class RunError(UserError):
 
 class DiskError(RunError):
     """A file of the run cannot be written: the disk is full, read-only or over its quota."""
+
+
+def unread(what: str, path: Path, error: Exception) -> str:
+    """Why the file that somebody named cannot be read, and the fix; `what` it was to be is told."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {what} {path}; give the path of one"
+    why = error.strerror if isinstance(error, OSError) else error
+    return f"cannot read the {what} {path}: {why}; mend that, or give the path of another"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, unread
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -36,7 +36,7 @@ def read_flat(path: Path) -> dict[str, object]:
     try:
         return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+        raise ConfigError(unread("config file", path, error)) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

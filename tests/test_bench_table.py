@@ -166,7 +166,7 @@ def test_all_results_in_one_file_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "no json", "{}", '{"name": "x"}\n{}'])
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.jsonl").write_text(content)
-    with pytest.raises(RunError, match=r"is no folder and no results\.jsonl of `fedmitr bench`"):
+    with pytest.raises(RunError, match=r"cannot read the bench folder or results\.jsonl"):
         load(tmp_path / "results.jsonl")
     with pytest.raises(RunError, match=r"is not a folder of `fedmitr bench`"):
         load(tmp_path)

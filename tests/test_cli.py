@@ -125,7 +125,7 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run partition.clients=1", "partition.clients = 1 is not possible; use a number >= 2"),
         ("run model.img-size=9", "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
         ("run seed", "'seed' is not of the form key=value"),
-        ("run -c none.toml", "cannot read the config file none.toml: "),
+        ("run -c none.toml", "there is no config file none.toml; give the path of one"),
         ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
         ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
         ("run --name", "argument --name: expected one argument; see fedmitr run --help"),
@@ -259,9 +259,9 @@ def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ("words", "message"),
     [
         (["bench"], "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
-        (["bench", "nowhere.toml"], "cannot read the bench file nowhere.toml"),
-        (["bench", "--table", "nowhere"], "nowhere is no folder and no results.jsonl of `fedmitr bench`"),
-        (["report", "nowhere"], "nowhere has no result.json: the run has not ended"),
+        (["bench", "nowhere.toml"], "there is no bench file nowhere.toml; give the path of one"),
+        (["bench", "--table", "nowhere"], "there is no bench folder or results.jsonl nowhere; give the path of one"),
+        (["report", "nowhere"], "nowhere; name one that `fedmitr run` or Flower printed"),
     ],
 )
 def test_bench_and_report_name_what_is_wrong(

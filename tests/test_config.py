@@ -388,7 +388,7 @@ def test_a_bad_file_is_named_once(tmp_path: Path, content: bytes, message: str) 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read the config file .*none"):
+    with pytest.raises(ConfigError, match=r"there is no config file .*none; give the path"):
         Config.from_file(tmp_path / "none")
 
 

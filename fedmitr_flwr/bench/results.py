@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, unread
 from ..files import write_text
 from .store import read_manifest, read_result
 
@@ -66,7 +66,7 @@ def _from_file(path: Path) -> Results:
         entries = tuple(_merged(head["common"], line) for line in lines)
         return Results(head["name"], head["reference"], entries, tuple(head["missing"]))
     except (OSError, ValueError, LookupError) as error:
-        raise RunError(f"{path} is no folder and no results.jsonl of `fedmitr bench` ({error})") from error
+        raise RunError(unread("bench folder or results.jsonl", path, error)) from error
 
 
 def save(results: Results, path: Path) -> None:

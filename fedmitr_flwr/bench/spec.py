@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unread
 from ..settings import flatten, read_flat
 from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
@@ -110,7 +110,7 @@ def read(path: Path, words: Flat | None = None) -> Bench:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the bench file {path}: {error}") from error
+        raise ConfigError(unread("bench file", path, error)) from error
     try:
         if "reference" in document:
             labels = as_texts(as_table(document.get("grid", {}), "grid").get("methods", []), "grid.methods")

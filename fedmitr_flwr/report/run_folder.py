@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..config import Config
-from ..errors import DiskError, RunError
+from ..errors import DiskError, RunError, unread
 from ..files import save_tensors, write_text
 from ..limits import needed
 from ..training.upload import Upload, load, narrowed, save
@@ -239,13 +239,15 @@ class RunFolder:
             log.warning("cannot remove %s: %s; the run has ended and does not need it", self.work_path, error)
 
     def read_result(self) -> dict[str, Any]:
-        """Raise RunError if the run has not ended or the file is damaged."""
+        """Raise RunError if there is no such folder, the run has not ended or the file is damaged."""
+        if not self.path.is_dir():
+            raise RunError(f"there is no folder {self.path}; name one that `fedmitr run` or Flower printed")
         if not self.finished:
             raise RunError(f"{self.path} has no result.json: the run has not ended; see its uploads and metrics.jsonl")
         try:
             result: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunError(f"cannot read {self.result_path}: {error}") from error
+            raise RunError(unread("result", self.result_path, error)) from error
         return result
 
 
