@@ -35,5 +35,5 @@ def unread(what: str, path: Path, error: Exception) -> str:
     """Why the file that somebody named cannot be read, and the fix; `what` it was to be is told."""
     if isinstance(error, FileNotFoundError):
         return f"there is no {what} {path}; give the path of one"
-    why = error.strerror if isinstance(error, OSError) else error
+    why = (isinstance(error, OSError) and error.strerror) or error
     return f"cannot read the {what} {path}: {why}; mend that, or give the path of another"
