@@ -21,8 +21,9 @@ demo: $(STAMP)
 deploy-demo: $(STAMP)
 	$(BIN)/python deploy/demo.py
 
+# Two processes: tests are on one thread each, and those that start Flower wait more than they compute.
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered
 
 # Real SuperNodes that are killed, and the like: an hour on a busy machine; ONLY=smoke is the short form.
 ONLY ?= deploy

@@ -24,10 +24,14 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of real deployments take minutes each: they run only where `-m` names them."""
+    """Tests of real deployments run only where `-m` names them; no two tests that start Flower or Ray run at once."""
     if "deploy" not in config.getoption("-m"):
         items[:] = [item for item in items if not item.get_closest_marker("deploy")]
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(autouse=True, scope="session")

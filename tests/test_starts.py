@@ -1,10 +1,13 @@
 """What inversions start from."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.inversion.starts import MOST_LEAVES, dead_leaves, starting_images
+from fedmitr_flwr.inversion import starts
+from fedmitr_flwr.inversion.starts import MOST_LEAVES, dead_leaves, objects, starting_images
 from fedmitr_flwr.rng import stream
 
 
@@ -70,3 +73,57 @@ def test_the_same_stream_gives_the_same_leaves_and_no_two_images_are_alike() -> 
     images = starting_images("leaves", 20, 3, 16, stream(6))
     assert torch.equal(images, starting_images("leaves", 20, 3, 16, stream(6)))
     assert len(images.flatten(1).unique(dim=0)) == 20
+
+
+@pytest.fixture
+def discs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every object is a disc of half the image's width in its middle."""
+    monkeypatch.setattr(starts, "WAVE", 0.0)
+    monkeypatch.setattr(starts, "STRETCH", 0.0)
+    monkeypatch.setattr(starts, "OFF_CENTRE", 0.0)
+    monkeypatch.setattr(starts, "RADII", (0.5, 0.5))
+
+
+@pytest.mark.usefixtures("discs")
+def test_an_outline_without_waves_is_a_disc() -> None:
+    """Its area is π (1/2)² of the 2 x 2 that the image is."""
+    inside = starts._outlined(4, 201, stream(7))
+    assert inside.float().mean((1, 2)).tolist() == pytest.approx([math.pi / 16] * 4, rel=0.02)
+    assert inside[:, 100, 100].all()
+
+
+def test_half_of_the_outlines_are_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "OFF_CENTRE", 0.0)
+    inside = starts._outlined(200, 63, stream(8))
+    differs = (inside != inside.flip(2)).float().mean((1, 2))  # by rounding along the outline, or by its shape
+    assert 70 <= (differs < 0.003).sum() <= 130
+    assert (differs > 0.02).sum() >= 70
+
+
+@pytest.mark.usefixtures("discs")
+def test_half_of_the_objects_are_flat_and_half_of_the_grounds_black_or_white() -> None:
+    images = objects((400, 3, 16, 16), stream(9))
+    grounds = images[:, :, 0, 0]  # (B, C)
+    black_or_white = (grounds == grounds[:, :1]).all(1) & ((grounds[:, 0] == 0) | (grounds[:, 0] == 1))
+    assert 150 <= black_or_white.sum() <= 250
+    colours = torch.tensor([len(image.flatten(1).unique(dim=1).T) for image in images])
+    assert 150 <= (colours <= 2).sum() <= 290  # some leaves cover all of the disc
+    assert colours.max() > 4
+
+
+@pytest.mark.usefixtures("discs")
+def test_saturations_are_squares_of_uniform_numbers() -> None:
+    """Half of the grounds have no colour; channels of the others vary by 1/12, times the fourth power of the number."""
+    grounds = objects((4000, 3, 8, 8), stream(10))[:, :, 0, 0]
+    assert grounds.var(1).mean().item() == pytest.approx(1 / 2 * 1 / 12 * 1 / 5, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(20, 1, 8, 8), (20, 3, 33, 33)])
+def test_the_same_stream_gives_the_same_objects_which_are_colours(size: tuple[int, int, int, int]) -> None:
+    images = objects(size, stream(11))
+    assert images.shape == size
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(images, objects(size, stream(11)))
+    normalised = starting_images("objects", *size[:3], stream(11))
+    assert len(normalised.flatten(1).unique(dim=0)) == 20
