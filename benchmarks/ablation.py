@@ -47,7 +47,7 @@ PARTS: dict[str, list[Changes]] = {
         {"inversion.mode": "dense"},
         {"inversion.mode": "pri"},
         {"inversion.start": "noise"},
-        {"inversion.start": "leaves"},
+        {"inversion.start": "objects"},
         {"inversion.disagree": 1.0},
         {"inversion.steps": 30, "distill.images-per-epoch": 500, "distill.passes": 10},
     ],

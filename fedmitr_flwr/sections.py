@@ -193,7 +193,7 @@ class InversionConfig(Section):
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
     roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
-    start: str = "objects"  # noise (white) | images drawn at random: leaves (dead leaves) | objects (one, on a ground)
+    start: str = "leaves"  # noise (white) | images drawn at random: leaves (dead leaves) | objects (one, on a ground)
     disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
     precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
