@@ -101,9 +101,7 @@ def _outlined(batch: int, side: int, rng: torch.Generator) -> Tensor:
     middle = OFF_CENTRE * (2 * uniform(2, 1, 1) - 1)
     stretch = (STRETCH * (2 * uniform(1, 1) - 1)).exp()
     down, right = (line[:, None] - middle[:, 0]) * stretch, (line - middle[:, 1]) / stretch
-    angle = torch.atan2(
-        right, -down
-    )  # (B, S, S), from straight up: waves without a phase are alike to its left and right
+    angle = torch.atan2(right, -down)  # (B, S, S), from straight up: waves without a phase are alike on both sides
     mirrored = uniform(1, 1) < 0.5
     radius = torch.ones(batch, 1, 1)
     for wave in range(1, WAVES + 1):
