@@ -100,6 +100,7 @@ class LocalConfig(Section):
     batch_size: int = 32
     optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
     lr: float = 3e-3
+    head_lr: float = 0.0  # of the head, which is new where the body comes with `model.weights`; 0: as lr
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
     label_smoothing: float = 0.0
@@ -117,7 +118,7 @@ class LocalConfig(Section):
         self._one_of("schedule", "cosine", "constant")
         self._at_least(1, "epochs", "batch_size", "threads")
         self._above(0, "lr")
-        self._at_least(0, "weight_decay", "token_loss", "grad_clip", "prior_adjust", "outliers", "pull")
+        self._at_least(0, "head_lr", "weight_decay", "token_loss", "grad_clip", "prior_adjust", "outliers", "pull")
         self._within(0, 1, "average")
         self._within(0, 0.99, "label_smoothing")
 

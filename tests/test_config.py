@@ -161,6 +161,7 @@ BEYOND = {
     "local.batch-size": 0,
     "local.optimizer": "adam",
     "local.lr": 0,
+    "local.head-lr": -1,
     "local.weight-decay": -0.1,
     "local.schedule": "step",
     "local.label-smoothing": 1,

@@ -8,7 +8,7 @@ from tiny import a_vit, settings
 from torch import nn
 
 from fedmitr_flwr.config import DistillConfig
-from fedmitr_flwr.training.optim import Stepper
+from fedmitr_flwr.training.optim import Stepper, client_stepper
 
 
 def optim(**changes: object) -> DistillConfig:
@@ -99,6 +99,27 @@ def test_every_parameter_is_in_one_group(optimizer: str) -> None:
     optimizers = Stepper(vit.parameters(), optim(optimizer=optimizer), total_steps=1).optimizers
     members = [id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]]
     assert sorted(members) == sorted(map(id, vit.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(("head_lr", "head_step"), [(0.5, 0.5), (0.0, 0.01)])
+def test_a_head_may_learn_at_a_rate_of_its_own(optimizer: str, head_lr: float, head_step: float) -> None:
+    """Every gradient is 1: the first step of SGD and of AdamW is the rate. By 0 the head has that of the body."""
+    vit = a_vit(settings(), 0)
+    before = {name: parameter.detach().clone() for name, parameter in vit.named_parameters()}
+    changes = {"optimizer": optimizer, "lr": 0.01, "head-lr": head_lr, "weight-decay": 0.0, "grad-clip": 0.0}
+    local = settings(**{f"local.{name}": value for name, value in changes.items()}).local
+    stepper = client_stepper(vit, local, total_steps=4)
+    stepper.step(sum(parameter.sum() for parameter in vit.parameters()))
+    steps = {name: before[name] - parameter.detach() for name, parameter in vit.named_parameters()}
+    names = ["head.bias", "norm.bias", "cls_token"] if optimizer == "muon" else list(steps)
+    names += ["head.weight"] if head_lr else []
+    for name in names:
+        wanted = head_step if name.startswith("head.") else 0.01
+        torch.testing.assert_close(steps[name], torch.full_like(steps[name], wanted), rtol=1e-4, atol=1e-5, msg=name)
+    falling = 0.5 * (1 + math.cos(math.pi / 4))
+    rates = {rate for each in stepper.schedules for rate in each.get_last_lr()}
+    assert sorted(rates) == pytest.approx(sorted({0.01 * falling, head_step * falling}))
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(1.0, [-0.3, -0.4]), (10.0, [-1.5, -2.0]), (0.0, [-1.5, -2.0])])

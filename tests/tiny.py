@@ -36,6 +36,7 @@ _TINY: dict[str, object] = {
     "local.batch-size": 16,
     "local.optimizer": "adamw",
     "local.lr": 1e-3,
+    "local.head-lr": 0.0,
     "local.weight-decay": 0.05,
     "local.schedule": "cosine",
     "local.label-smoothing": 0.0,

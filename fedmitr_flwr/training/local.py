@@ -8,7 +8,7 @@ from ..config import Config
 from ..data.images import Images, prepare
 from ..vit.tokens import all_positions, forward_tokens, patchify
 from .losses import label_loss, prior_shift, proximal
-from .optim import Stepper
+from .optim import client_stepper
 from .outliers import evenness_loss, outliers, skew
 from .swa import WeightMean, averaged_epochs
 
@@ -36,7 +36,7 @@ def train_local(
         shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
     strangeness = local.outliers * skew(images.labels, config.model.num_classes)
     batches = -(-len(images) // local.batch_size)
-    stepper = Stepper(vit.parameters(), local, total_steps=local.epochs * batches)
+    stepper = client_stepper(vit, local, total_steps=local.epochs * batches)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     epoch_loss = 0.0
     for epoch in range(local.epochs):

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ..config import LocalConfig
 
 
 class OptimConfig(Protocol):
@@ -29,11 +32,19 @@ class Stepper:
     """Gradient step with clipping and a learning rate that is constant, or falls to 0 as a half cosine.
 
     Weight decay spares biases, norms (1 axis), class tokens and positions (3 axes), as timm's `no_weight_decay` does.
+    With `head_lr`, those of the `parameters` that are the `head` start from that rate in place of `config.lr`.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: OptimConfig,
+        total_steps: int,
+        head: Iterable[nn.Parameter] = (),
+        head_lr: float = 0.0,
+    ) -> None:
         self.parameters = list(parameters)
-        self.optimizers = _optimizers(self.parameters, config)
+        self.optimizers = _optimizers(self.parameters, config, list(head) if head_lr else [], head_lr)
         self.factor = lambda step: _factor(step, total_steps, config.schedule)
         self.schedules = [LambdaLR(optimizer, self.factor) for optimizer in self.optimizers]
         self.grad_clip = config.grad_clip
@@ -76,22 +87,35 @@ class Stepper:
         self.schedules = [LambdaLR(optimizer, self.factor, last_epoch=steps - 1) for optimizer in self.optimizers]
 
 
-def _optimizers(parameters: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
+def client_stepper(vit: VisionTransformer, local: LocalConfig, total_steps: int) -> Stepper:
+    """Of a client's training: all of `vit`, and its head by `local.head_lr`."""
+    return Stepper(vit.parameters(), local, total_steps, vit.head.parameters(), local.head_lr)
+
+
+def _optimizers(
+    parameters: list[nn.Parameter], config: OptimConfig, head: list[nn.Parameter], head_lr: float
+) -> list[Optimizer]:
     """One for all parameters; with `muon`, Muon (Jordan et al. 2024) for the matrices and AdamW for the rest.
 
     Muon's steps are scaled to the usual size of AdamW's (Liu et al. 2025, "match_rms_adamw"), so that one rate does.
+    A head with a rate of its own has one more, which is not Muon.
     """
-    matrices = [p for p in parameters if p.dim() == 2]
-    others = [p for p in parameters if p.dim() != 2]
-    if config.optimizer == "muon":
-        muon = torch.optim.Muon(
-            matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        return [muon, torch.optim.AdamW(_by_decay(others, config.weight_decay), lr=config.lr)]
+    apart = {id(parameter) for parameter in head}
+    body = [parameter for parameter in parameters if id(parameter) not in apart]
+    last = [_by_numbers(head, config, head_lr)] if head else []
+    if config.optimizer != "muon":
+        return [_by_numbers(body, config, config.lr), *last]
+    matrices, others = [p for p in body if p.dim() == 2], [p for p in body if p.dim() != 2]
+    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, _by_numbers(others, config, config.lr), *last]
+
+
+def _by_numbers(parameters: list[nn.Parameter], config: OptimConfig, lr: float) -> Optimizer:
+    """SGD where that is wanted, else AdamW: each number has a step of its own."""
     groups = _by_decay(parameters, config.weight_decay)
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, lr=config.lr)]
-    return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def _by_decay(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from ..vit.tokens import all_positions, forward_tokens, patchify
 from .local import shift_and_flip
 from .losses import label_loss
-from .optim import Stepper
+from .optim import client_stepper
 from .swa import WeightMean, averaged_epochs
 
 log = logging.getLogger("fedmitr")
@@ -77,7 +77,7 @@ def train_privately(
     steps, rate = local.epochs * batches, expected / len(images)
     noise = noise_for(config, rate, steps)
     mu, start = prox_mu + local.pull, [weight.detach().clone() for weight in vit.parameters()]
-    stepper = Stepper(vit.parameters(), local, steps)
+    stepper = client_stepper(vit, local, steps)
     mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     for step, chosen in enumerate(_sampler(len(images), rate, steps, secret)):
