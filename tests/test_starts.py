@@ -69,9 +69,12 @@ def test_leaves_are_normalised_to_the_range_of_pixels() -> None:
     torch.testing.assert_close(colour[:, 0], red)
 
 
-def test_the_same_stream_gives_the_same_leaves_and_no_two_images_are_alike() -> None:
-    images = starting_images("leaves", 20, 3, 16, stream(6))
-    assert torch.equal(images, starting_images("leaves", 20, 3, 16, stream(6)))
+@pytest.mark.parametrize("start", ["leaves", "objects"])
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33)])
+def test_the_same_stream_gives_the_same_images_and_no_two_are_alike(start: str, channels: int, side: int) -> None:
+    images = starting_images(start, 20, channels, side, stream(6))
+    assert images.shape == (20, channels, side, side)
+    assert torch.equal(images, starting_images(start, 20, channels, side, stream(6)))
     assert len(images.flatten(1).unique(dim=0)) == 20
 
 
@@ -103,6 +106,8 @@ def test_half_of_the_outlines_are_mirrored(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("discs")
 def test_half_of_the_objects_are_flat_and_half_of_the_grounds_black_or_white() -> None:
     images = objects((400, 3, 16, 16), stream(9))
+    assert images.min() == 0
+    assert images.max() == 1
     grounds = images[:, :, 0, 0]  # (B, C)
     black_or_white = (grounds == grounds[:, :1]).all(1) & ((grounds[:, 0] == 0) | (grounds[:, 0] == 1))
     assert 150 <= black_or_white.sum() <= 250
@@ -116,14 +121,3 @@ def test_saturations_are_squares_of_uniform_numbers() -> None:
     """Half of the grounds have no colour; channels of the others vary by 1/12, times the fourth power of the number."""
     grounds = objects((4000, 3, 8, 8), stream(10))[:, :, 0, 0]
     assert grounds.var(1).mean().item() == pytest.approx(1 / 2 * 1 / 12 * 1 / 5, rel=0.1)
-
-
-@pytest.mark.parametrize("size", [(20, 1, 8, 8), (20, 3, 33, 33)])
-def test_the_same_stream_gives_the_same_objects_which_are_colours(size: tuple[int, int, int, int]) -> None:
-    images = objects(size, stream(11))
-    assert images.shape == size
-    assert images.min() >= 0
-    assert images.max() <= 1
-    assert torch.equal(images, objects(size, stream(11)))
-    normalised = starting_images("objects", *size[:3], stream(11))
-    assert len(normalised.flatten(1).unique(dim=0)) == 20
