@@ -6,7 +6,7 @@ from .errors import ConfigError
 from .limits import Section, check
 
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
-MERGED = ("average", "layerwise", "regmean")  # starts of the student that are made of the clients' weights
+MERGED = ("average", "classwise", "layerwise", "regmean")  # starts of the student that are made of the clients' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class DistillConfig(Section):
     images_per_epoch: int = 250
     passes: int = 60  # over the pool, per epoch
     batch_size: int = 64
-    init: str = "average"  # average (of uploads) | layerwise (it, fitted) | regmean | initial | statistics | pretrained
+    init: str = "average"  # average (of uploads) | classwise | layerwise | regmean | initial | statistics | pretrained
     extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; regmean, too; 0: chosen
     ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
@@ -293,12 +293,12 @@ class DistillConfig(Section):
     @property
     def chooses_start(self) -> bool:
         """Whether the average's way is chosen once there are images (`start.choose_start`)."""
-        return self.init in ("average", "layerwise") and self.extrapolate == 0
+        return self.init in ("average", "classwise", "layerwise") and self.extrapolate == 0
 
     @property
     def start_needs_images(self) -> bool:
         """Whether the start is not whole before there are images (`start.settle`)."""
-        return self.chooses_start or self.init == "layerwise"
+        return self.chooses_start or self.init in ("classwise", "layerwise")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,6 +235,7 @@ def test_the_method_refuses_a_start_that_it_cannot_have(key: str, value: object,
 def test_rivals_start_from_the_average() -> None:
     config = settings(**{"distill.init": "layerwise"})
     assert plain(config).distill.init == "average"
+    assert plain(settings(**{"distill.init": "classwise"})).distill.init == "average"
     assert plain(settings(**{"distill.init": "initial"})).distill.init == "initial"
     student = start_student(uploads(), config).state_dict()  # before there are images
     assert all(torch.equal(student[name], tensor) for name, tensor in average(uploads()).items())

@@ -17,6 +17,7 @@ from ..training.upload import Upload, Weights
 from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
 from ..vit.ensemble import Ensemble
 from ..vit.tokens import forward_tokens, patchify, take
+from .classwise import merge_heads
 from .layerwise import fit_layers
 from .losses import centred
 from .pool import Pool
@@ -45,8 +46,8 @@ def require_start(config: Config) -> None:
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
     """The student before distillation: the clients merged, their start as it was or with a head, or other weights.
 
-    What is merged is moved by `distill.extrapolate`; where that is to be chosen (0), or layers are to be fitted, that
-    waits for images: `settle`.
+    What is merged is moved by `distill.extrapolate`; where that is to be chosen (0), heads are to be merged by class,
+    or layers are to be fitted, that waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
     if distill.merges:
@@ -64,10 +65,18 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
 
 
 def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: Config) -> dict[str, float]:
-    """Do with the start what needs images: choose the average's way, fit its layers. Gives what there is to tell."""
+    """Do with the start what needs images: choose the average's way, give it another head, fit its layers.
+
+    Returns:
+        What there is to tell.
+    """
     told: dict[str, float] = {}
     if config.distill.chooses_start:
         told["extrapolate"] = choose_start(student, pool, config)
+    if config.distill.init == "classwise":  # behind the choice: the body goes the way, and the head is not on it
+        told["likeness_of_average"] = likeness(student, pool)
+        merge_heads(student, ensemble)
+        told["likeness"] = likeness(student, pool)
     if config.distill.init == "layerwise":
         told["likeness_of_average"] = likeness(student, pool)
         fit_layers(student, ensemble, pool.images, pool.targets, config.distill.ridge)

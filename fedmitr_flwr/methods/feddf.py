@@ -38,6 +38,11 @@ def check(config: Config) -> None:
     require_start(config)
     if config.distill.chooses_start:
         raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
+    if config.distill.start_needs_images:
+        raise ConfigError(
+            f"distill.init = {config.distill.init!r} needs synthetic images, and method = 'feddf' has none; "
+            "set it to 'average'"
+        )
     if config.distill.ema:
         raise ConfigError(f"distill.ema = {config.distill.ema:g} is not for method = 'feddf'; set it to 0")
 

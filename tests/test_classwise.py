@@ -1,0 +1,123 @@
+"""Heads merged class by class: against numbers computed by hand, and what must not change anything."""
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tiny import a_vit, an_upload, settings
+from torch import Tensor
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.distillation.classwise import merge_heads
+from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.methods import feddf
+from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.training.average import average
+from fedmitr_flwr.vit.ensemble import Ensemble
+
+CONFIG = settings()
+CLASSES = CONFIG.model.num_classes
+
+
+def with_head(seed: int, rows_YD: Tensor, bias_Y: Tensor) -> VisionTransformer:
+    vit = a_vit(CONFIG, seed)
+    with torch.no_grad():
+        vit.head.weight.zero_()
+        vit.head.weight[: len(rows_YD), : rows_YD.shape[1]] = rows_YD
+        vit.head.bias.zero_()
+        vit.head.bias[: len(bias_Y)] = bias_Y
+    return vit
+
+
+def merged(teachers: list[VisionTransformer], weights_KY: Tensor, silent: int = 0) -> VisionTransformer:
+    student = a_vit(CONFIG, 9)
+    merge_heads(student, Ensemble(teachers, weights_KY, "probs", silent=silent))
+    return student
+
+
+def test_each_class_has_the_row_of_who_knows_it() -> None:
+    """Two clients, each weighed in one class alone; rows sum to nothing, so that centring leaves them."""
+    first = with_head(0, torch.tensor([[3.0, 4.0], [-3.0, -4.0]]), torch.tensor([0.5, -0.5]))
+    second = with_head(1, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([-0.25, 0.25]))
+    weights_KY = torch.full((2, CLASSES), 0.5)
+    weights_KY[:, :2] = torch.eye(2)
+    student = merged([first, second], weights_KY)
+    # Lengths 5 and 1, and those of the eight classes whose rows are zero: 0.6 on average.
+    assert CLASSES == 10
+    torch.testing.assert_close(student.head.weight[0, :2], 0.6 * torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(student.head.weight[1, :2], 0.6 * torch.tensor([1.0, 0.0]))
+    assert not student.head.weight[2:].any()
+    torch.testing.assert_close(student.head.bias[:2], torch.tensor([0.5, 0.25]))
+
+
+def test_weights_of_a_class_need_not_sum_to_one() -> None:
+    teachers = [a_vit(CONFIG, seed) for seed in range(2)]
+    weights_KY = torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(0))
+    student, other = merged(teachers, weights_KY), merged(teachers, 3 * weights_KY)
+    torch.testing.assert_close(student.head.weight, other.head.weight)
+    torch.testing.assert_close(student.head.bias, other.head.bias)
+
+
+def test_what_moves_all_logits_of_a_client_alike_changes_nothing() -> None:
+    teachers = [a_vit(CONFIG, seed) for seed in range(2)]
+    weights_KY = torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(0))
+    before = merged(teachers, weights_KY)
+    with torch.no_grad():
+        teachers[0].head.weight += torch.randn(CONFIG.model.width, generator=torch.Generator().manual_seed(1))
+        teachers[0].head.bias += 7
+    after = merged(teachers, weights_KY)
+    torch.testing.assert_close(before.head.weight, after.head.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(before.head.bias, after.head.bias, rtol=0, atol=1e-5)
+
+
+def test_rows_have_one_length_and_the_directions_of_the_average_where_all_weigh_alike() -> None:
+    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
+    head = merged(teachers, torch.full((3, CLASSES), 1 / 3)).head.weight
+    mean = torch.stack([teacher.head.weight for teacher in teachers]).mean(0)
+    mean = mean - mean.mean(0)
+    torch.testing.assert_close(head / head.norm(dim=1, keepdim=True), mean / mean.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(head.norm(dim=1), mean.norm(dim=1).mean().expand(CLASSES))
+
+
+def test_a_teacher_of_frozen_features_has_no_part() -> None:
+    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
+    weights_KY = torch.rand(3, CLASSES, generator=torch.Generator().manual_seed(0))
+    with_it, without = merged(teachers, weights_KY, silent=1), merged(teachers[:2], weights_KY[:2])
+    torch.testing.assert_close(with_it.head.weight, without.head.weight)
+
+
+def test_the_body_is_left_where_it_is() -> None:
+    student, untouched = merged([a_vit(CONFIG, 0)], torch.ones(1, CLASSES)), a_vit(CONFIG, 9)
+    for name, tensor in untouched.state_dict().items():
+        assert name.startswith("head") or torch.equal(student.state_dict()[name], tensor), name
+
+
+def fused(**changes: object) -> tuple[Fused, list[dict[str, Any]]]:
+    config = settings(**{"distill.epochs": 2, **changes})
+    metrics: list[dict[str, Any]] = []
+    uploads = [an_upload(config, client, 10 + client) for client in range(2)]
+    job = Job(uploads, config, torch.device("cpu"), lambda **values: metrics.append(values))
+    with torch.enable_grad():
+        return methods.load("fedmitr").fuse(job), metrics
+
+
+@pytest.mark.parametrize("extrapolate", [1.0, 0.0, 1.5])
+def test_fedmitr_starts_from_it_once_there_are_images(extrapolate: float) -> None:
+    """At no rate to speak of the student that comes back is its start: the average's body, moved or not, this head."""
+    told, metrics = fused(**{"distill.init": "classwise", "distill.extrapolate": extrapolate, "distill.lr": 1e-12})
+    (line,) = [line for line in metrics if line["stage"] == "start"]
+    assert ("extrapolate" in line) == (extrapolate == 0)
+    assert {"likeness", "likeness_of_average"} <= set(line)
+    assert told.weights is not None
+    lengths = told.weights["head.weight"].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
+    mean = average([an_upload(CONFIG, client, 10 + client) for client in range(2)])
+    same = torch.allclose(told.weights["blocks.0.mlp.fc1.weight"], mean["blocks.0.mlp.fc1.weight"], atol=1e-6)
+    assert same == (extrapolate == 1 or line.get("extrapolate") == 1)
+
+
+def test_feddf_has_no_images_to_start_from_it() -> None:
+    config = settings(method="feddf", **{"data.proxy": 0.1, "distill.init": "classwise"})
+    with pytest.raises(ConfigError, match=r"distill\.init = 'classwise' needs synthetic images.*; set it to 'average'"):
+        feddf.check(config)
