@@ -6,7 +6,8 @@ from .errors import ConfigError
 from .limits import Section, check
 
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
-MERGED = ("average", "classwise", "layerwise", "regmean")  # starts of the student that are made of the clients' weights
+IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
+MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the clients' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,12 +294,12 @@ class DistillConfig(Section):
     @property
     def chooses_start(self) -> bool:
         """Whether the average's way is chosen once there are images (`start.choose_start`)."""
-        return self.init in ("average", "classwise", "layerwise") and self.extrapolate == 0
+        return self.init in ("average", *IMPROVED) and self.extrapolate == 0
 
     @property
     def start_needs_images(self) -> bool:
         """Whether the start is not whole before there are images (`start.settle`)."""
-        return self.chooses_start or self.init in ("classwise", "layerwise")
+        return self.chooses_start or self.init in IMPROVED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..config import Config
 from ..errors import ConfigError
+from ..sections import IMPROVED
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
 from ..training.average import average
@@ -73,13 +74,12 @@ def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: C
     told: dict[str, float] = {}
     if config.distill.chooses_start:
         told["extrapolate"] = choose_start(student, pool, config)
-    if config.distill.init == "classwise":  # behind the choice: the body goes the way, and the head is not on it
+    if config.distill.init in IMPROVED:
         told["likeness_of_average"] = likeness(student, pool)
-        merge_heads(student, ensemble)
-        told["likeness"] = likeness(student, pool)
-    if config.distill.init == "layerwise":
-        told["likeness_of_average"] = likeness(student, pool)
-        fit_layers(student, ensemble, pool.images, pool.targets, config.distill.ridge)
+        if config.distill.init == "classwise":  # behind the choice: the body goes the way, and the head is not on it
+            merge_heads(student, ensemble)
+        else:
+            fit_layers(student, ensemble, pool.images, pool.targets, config.distill.ridge)
         told["likeness"] = likeness(student, pool)
     return told
 
