@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import a_vit, an_upload, settings
+from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr import methods
@@ -14,10 +14,12 @@ from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.training.average import average
+from fedmitr_flwr.vit.build import vit_of
 from fedmitr_flwr.vit.ensemble import Ensemble
 
 CONFIG = settings()
 CLASSES = CONFIG.model.num_classes
+IMAGES = some_images(CONFIG, 40)
 
 
 def with_head(seed: int, rows_YD: Tensor, bias_Y: Tensor) -> VisionTransformer:
@@ -32,8 +34,12 @@ def with_head(seed: int, rows_YD: Tensor, bias_Y: Tensor) -> VisionTransformer:
 
 def merged(teachers: list[VisionTransformer], weights_KY: Tensor, silent: int = 0) -> VisionTransformer:
     student = a_vit(CONFIG, 9)
-    merge_heads(student, Ensemble(teachers, weights_KY, "probs", silent=silent))
+    merge_heads(student, Ensemble(teachers, weights_KY, "probs", silent=silent), IMAGES)
     return student
+
+
+def directions(rows_YD: Tensor) -> Tensor:
+    return rows_YD / rows_YD.norm(dim=1, keepdim=True)
 
 
 def test_each_class_has_the_row_of_who_knows_it() -> None:
@@ -43,12 +49,17 @@ def test_each_class_has_the_row_of_who_knows_it() -> None:
     weights_KY = torch.full((2, CLASSES), 0.5)
     weights_KY[:, :2] = torch.eye(2)
     student = merged([first, second], weights_KY)
-    # Lengths 5 and 1, and those of the eight classes whose rows are zero: 0.6 on average.
+    body = a_vit(CONFIG, 9)
+    features = body.forward_head(body.forward_features(IMAGES), pre_logits=True)[:, :2]
+    logits = torch.stack([features @ torch.tensor([3.0, 4.0]) + 0.5, features @ torch.tensor([1.0, 0.0]) + 0.25], 1)
+    spread = logits.std(0, correction=0)
     assert CLASSES == 10
-    torch.testing.assert_close(student.head.weight[0, :2], 0.6 * torch.tensor([0.6, 0.8]))
-    torch.testing.assert_close(student.head.weight[1, :2], 0.6 * torch.tensor([1.0, 0.0]))
+    scale = spread.sum() / 10 / spread  # the other eight classes say the same of all images
+    torch.testing.assert_close(student.head.weight[0, :2], scale[0] * torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(student.head.weight[1, :2], scale[1] * torch.tensor([1.0, 0.0]))
     assert not student.head.weight[2:].any()
-    torch.testing.assert_close(student.head.bias[:2], torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(student.head.bias[:2], scale * torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(student(IMAGES)[:, :2], logits * scale)
 
 
 def test_weights_of_a_class_need_not_sum_to_one() -> None:
@@ -71,13 +82,24 @@ def test_what_moves_all_logits_of_a_client_alike_changes_nothing() -> None:
     torch.testing.assert_close(before.head.bias, after.head.bias, rtol=0, atol=1e-5)
 
 
-def test_rows_have_one_length_and_the_directions_of_the_average_where_all_weigh_alike() -> None:
+def test_all_classes_vary_alike_in_the_directions_of_the_average_where_all_weigh_alike() -> None:
     teachers = [a_vit(CONFIG, seed) for seed in range(3)]
-    head = merged(teachers, torch.full((3, CLASSES), 1 / 3)).head.weight
+    student = merged(teachers, torch.full((3, CLASSES), 1 / 3))
     mean = torch.stack([teacher.head.weight for teacher in teachers]).mean(0)
-    mean = mean - mean.mean(0)
-    torch.testing.assert_close(head / head.norm(dim=1, keepdim=True), mean / mean.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(head.norm(dim=1), mean.norm(dim=1).mean().expand(CLASSES))
+    torch.testing.assert_close(directions(student.head.weight), directions(mean - mean.mean(0)))
+    spread = student(IMAGES).std(0, correction=0)
+    torch.testing.assert_close(spread, spread.mean().expand(CLASSES))
+
+
+def test_how_loud_a_client_is_in_a_class_of_its_own_does_not_matter() -> None:
+    """Ten clients of one class each: a row ten times as long says nothing more, and only the common scale moves."""
+    teachers = [a_vit(CONFIG, seed) for seed in range(CLASSES)]
+    before = merged(teachers, torch.eye(CLASSES)).head.weight.clone()
+    with torch.no_grad():
+        teachers[3].head.weight *= 10
+        teachers[3].head.bias *= 10
+    after = merged(teachers, torch.eye(CLASSES)).head.weight
+    torch.testing.assert_close(after / after.norm(), before / before.norm())
 
 
 def test_a_teacher_of_frozen_features_has_no_part() -> None:
@@ -110,8 +132,10 @@ def test_fedmitr_starts_from_it_once_there_are_images(extrapolate: float) -> Non
     assert ("extrapolate" in line) == (extrapolate == 0)
     assert {"likeness", "likeness_of_average"} <= set(line)
     assert told.weights is not None
-    lengths = told.weights["head.weight"].norm(dim=1)
-    torch.testing.assert_close(lengths, lengths.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
+    assert told.pool is not None
+    student = vit_of(CONFIG.model, told.weights)
+    spread = student(told.pool.images[: CONFIG.distill.images_per_epoch]).std(0, correction=0)
+    torch.testing.assert_close(spread, spread.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
     mean = average([an_upload(CONFIG, client, 10 + client) for client in range(2)])
     same = torch.allclose(told.weights["blocks.0.mlp.fc1.weight"], mean["blocks.0.mlp.fc1.weight"], atol=1e-6)
     assert same == (extrapolate == 1 or line.get("extrapolate") == 1)

@@ -77,7 +77,7 @@ def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: C
     if config.distill.init in IMPROVED:
         told["likeness_of_average"] = likeness(student, pool)
         if config.distill.init == "classwise":  # behind the choice: the body goes the way, and the head is not on it
-            merge_heads(student, ensemble)
+            merge_heads(student, ensemble, pool.images)
         else:
             fit_layers(student, ensemble, pool.images, pool.targets, config.distill.ridge)
         told["likeness"] = likeness(student, pool)
