@@ -7,6 +7,7 @@ from .limits import Section, check
 
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
 IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
+LOGITS = ("logits", "joint")  # ways to combine whose scores are on the scale of the teachers' logits
 MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the clients' weights
 
 
@@ -155,8 +156,8 @@ class EnsembleConfig(Section):
     """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
 
     section = "ensemble"
-    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities)
-    temperature: float = 3.0  # logp, probs: of each teacher's softmax
+    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities) | joint (see docs)
+    temperature: float = 3.0  # logp, probs, joint: of each teacher's softmax
     teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
@@ -170,8 +171,8 @@ class EnsembleConfig(Section):
         self._at_least(0, "teacher_chunk")
         self._one_of("stack", "auto", "always", "never")
         self._one_of("statistics", "none", "lda", "ridge")
-        self._one_of("combine", "logits", "logp", "probs")
-        self._one_of("teach", "logits", "logp", "probs")
+        self._one_of("combine", "logits", "logp", "probs", "joint")
+        self._one_of("teach", "logits", "logp", "probs", "joint")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
         self._above(0, "temperature")
         self._within(0, 1, "learn_step", "learn_decay")
@@ -181,6 +182,10 @@ class EnsembleConfig(Section):
                 f"ensemble.trim = {self.trim} is of probabilities, but ensemble.combine = {self.combine!r}; "
                 "set ensemble.combine = 'probs', or ensemble.trim = 0"
             )
+
+    @property
+    def teaches_logits(self) -> bool:
+        return self.teach in LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +289,7 @@ class DistillConfig(Section):
         """`soft` without auto, where the ensemble teaches by `teach`."""
         if self.soft != "auto":
             return self.soft
-        return "mse" if teach == "logits" else "kl"
+        return "mse" if teach in LOGITS else "kl"
 
     @property
     def merges(self) -> bool:

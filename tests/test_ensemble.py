@@ -13,7 +13,7 @@ from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, forward_tokens, patchify, take
 
-COMBINES = ("logits", "logp", "probs")
+COMBINES = ("logits", "logp", "probs", "joint")
 
 
 def test_answers_are_combined_as_on_paper() -> None:
@@ -72,6 +72,32 @@ def test_weights_are_per_class() -> None:
     assert combine_answers(logits, weights, "logits").tolist() == pytest.approx([math.log(3), math.log(4)])
     assert combine_answers(logits, weights, "logp").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
     assert combine_answers(logits, weights, "probs").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
+    half = [math.log(3) / 2, math.log(4) / 2]  # of centred logits
+    assert combine_answers(logits, weights, "joint").tolist() == pytest.approx(half)
+    assert combine_answers(logits, weights, "joint", temperature=3.0).tolist() == pytest.approx(half)
+
+
+def test_joint_answers_by_hand_and_between_maximum_and_mean() -> None:
+    """Centred logits ±1 and ±3 of two teachers that disagree, a quarter and three quarters."""
+    logits = torch.tensor([[1.0, -1.0], [2.0, 8.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]], dtype=torch.float64)
+
+    def joint(temperature: float) -> list[float]:
+        told: list[float] = combine_answers(logits, weights, "joint", temperature=temperature).tolist()
+        return told
+
+    first, second = 0.25 * math.exp(1 / 2) + 0.75 * math.exp(-3 / 2), 0.25 * math.exp(-1 / 2) + 0.75 * math.exp(3 / 2)
+    assert joint(2.0) == pytest.approx([2 * math.log(first), 2 * math.log(second)])
+    assert joint(1e-3) == pytest.approx([1, 3], abs=2e-3)
+    assert joint(1e6) == pytest.approx([-2, 2], abs=1e-4)
+
+
+def test_a_teacher_that_an_image_leaves_cold_has_less_of_a_say_in_joint_answers() -> None:
+    """It has nine images of ten and prefers class 1; the other, of one image of ten, is stirred and sees class 0."""
+    logits = torch.tensor([[-0.5, 0.5], [3.0, -3.0]])
+    weights = torch.tensor([[0.9, 0.9], [0.1, 0.1]])
+    assert combine_answers(logits, weights, "probs").argmax() == 1
+    assert combine_answers(logits, weights, "joint").argmax() == 0
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -84,7 +110,7 @@ def test_a_weight_of_zero_leaves_finite_gradients(combine: str) -> None:
 
 @given(
     st.lists(st.lists(st.floats(-20, 20), min_size=3, max_size=3), min_size=2, max_size=4),
-    st.sampled_from(["logits", "logp", "probs"]),
+    st.sampled_from(COMBINES),
 )
 def test_the_order_of_the_teachers_does_not_matter(rows: list[list[float]], combine: str) -> None:
     logits = torch.tensor(rows, dtype=torch.float64)

@@ -17,7 +17,7 @@ from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
 from fedmitr_flwr.vit.learned import learn, moved, slope
 
 CPU = torch.device("cpu")
-WAYS = ("logits", "logp", "probs")
+WAYS = ("logits", "logp", "probs", "joint")
 
 
 def logits(*teachers: list[float]) -> torch.Tensor:

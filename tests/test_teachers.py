@@ -12,7 +12,7 @@ from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
 from fedmitr_flwr.vit.routing import Routing, everyone, route
 from fedmitr_flwr.vit.tokens import forward_tokens, patchify, take
 
-COMBINES = ("logits", "logp", "probs")
+COMBINES = ("logits", "logp", "probs", "joint")
 TARGETS = torch.tensor([4, 0, 7, 4])
 
 

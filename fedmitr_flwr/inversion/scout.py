@@ -48,9 +48,7 @@ class Weigher:
         """With `learns` the weights are learned, whatever `config.ensemble.weights` is; it says where from."""
         self.teachers, self.config = teachers_of(uploads, config), config
         settings, frozen = config.ensemble, len(self.teachers) - len(uploads)  # of statistics: one, or none
-        if (
-            frozen and settings.teach == "logits"
-        ):  # its scores have a scale of their own, next to which others' are nothing
+        if frozen and settings.teaches_logits:  # its own are of another scale, next to which others are nothing
             settings = replace(settings, teach="probs")
         # Its head has learned from class tokens alone.
         self.ensemble = Ensemble.of(self.teachers, config.model, settings, silent=frozen).to(device)

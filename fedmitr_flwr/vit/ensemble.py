@@ -17,6 +17,8 @@ from .teachers import Question, Teachers
 from .tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
 from .trim import trimmed
 
+MIXTURES = ("probs", "joint")  # ways to combine that are log-sum-exps over teachers
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
 
@@ -39,7 +41,7 @@ class Ensemble(nn.Module):
     ) -> None:
         """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`.
 
-        `temperature` is that of each teacher's softmax, where distributions are combined and not logits.
+        `temperature` is that of each teacher's softmax, where distributions are combined, and of `joint`.
         The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
         """
         super().__init__()
@@ -97,7 +99,7 @@ class Ensemble(nn.Module):
             parts = TokenLogits(_part(cls, cls_Y, *how), _part(patches, patches_Y, *how))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
-        return total
+        return TokenLogits(*(whole(scores, self.teach, self.temperature) for scores in total))
 
     @property
     def token_weights(self) -> Tensor:
@@ -114,7 +116,7 @@ class Ensemble(nn.Module):
         return self.weights.device.type == "cpu" and not self.teachers.streamed and self.stack != "always"
 
     def _sum(self, total: Tensor, part: Tensor) -> Tensor:
-        return torch.logaddexp(total, part) if self.teach == "probs" else total + part
+        return torch.logaddexp(total, part) if self.teach in MIXTURES else total + part
 
     def slope(
         self,
@@ -203,6 +205,9 @@ def combine_answers(
     `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture; with `trim` > 0 of
     the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`). p is the softmax of
     z / `temperature`: at 1, teachers that are all but certain differ by less than their weights do (docs/adr/0025).
+    `joint`: τ log Σ w exp((z - z̄) / τ), τ the temperature, z̄ the mean over classes: the mixture before each teacher is
+    normalised, in which one that is stirred by an image says more than one that is not. Logits are read as the density
+    of image and class, as in JEM (Grathwohl et al. 2020) [C]. Large τ: the mean of centred logits, small: the maximum.
     The weights are (K, Y), or (K, B or 1, Y) where each image has its own.
     """
     middle = logits_K.dim() - weights_K.dim()
@@ -210,7 +215,7 @@ def combine_answers(
     if trim:
         weights = trimmed(_softened(logits_K, temperature), weights, trim)
     parts = _part(logits_K, weights, combine, temperature)
-    return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
+    return whole(parts.logsumexp(0) if combine in MIXTURES else parts.sum(0), combine, temperature)
 
 
 def _softened(logits: Tensor, temperature: float) -> Tensor:
@@ -219,11 +224,22 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _part(logits: Tensor, weights: Tensor, combine: str, temperature: float) -> Tensor:
-    """What a teacher adds to the scores: a term of a sum, or, for `probs`, of a log-sum-exp."""
+    """What a teacher adds to the scores: a term of a sum, or, for `MIXTURES`, of a log-sum-exp."""
     if combine == "logits":
         return weights * logits
-    log = (logits / temperature).log_softmax(-1)
-    return weights * log if combine == "logp" else log + weights.log()
+    terms = log_terms(logits, combine, temperature)
+    return weights * terms if combine == "logp" else terms + weights.log()
+
+
+def log_terms(logits: Tensor, combine: str, temperature: float) -> Tensor:
+    """Of a teacher, what is mixed or averaged: log p(y|x), or, for `joint`, log p(x, y) but for a constant."""
+    softened = logits / temperature
+    return softened - softened.mean(-1, keepdim=True) if combine == "joint" else softened.log_softmax(-1)
+
+
+def whole(summed: Tensor, combine: str, temperature: float) -> Tensor:
+    """The scores, of all parts summed: those of `joint` are brought back to the scale of logits."""
+    return temperature * summed if combine == "joint" else summed
 
 
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:

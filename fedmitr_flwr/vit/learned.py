@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ensemble import combine_answers
+from .ensemble import MIXTURES, combine_answers, log_terms, whole
 
 FLAT = 1e-9  # a slope below this is rounding, whose sign would move weights that make no difference
 TINY = 1e-300  # where only a teacher without weight names a class: its slope is steep, and finite
@@ -53,8 +53,9 @@ def slope(logits_KBY: Tensor, targets_B: Tensor, weights_K: Tensor, combine: str
     free_K = weights_K.detach().requires_grad_()
     shares_K1 = (free_K / free_K.sum())[:, None]
     with torch.enable_grad():
-        if combine == "probs":  # not by log w, whose slope is infinite where w = 0
-            scores_BY = _log_mixture((logits_KBY / temperature).log_softmax(-1), shares_K1)
+        if combine in MIXTURES:  # not by log w, whose slope is infinite where w = 0
+            mixed_BY = _log_mixture(log_terms(logits_KBY, combine, temperature), shares_K1)
+            scores_BY = whole(mixed_BY, combine, temperature)
         else:
             shares_KY = shares_K1.expand(-1, logits_KBY.shape[2])
             scores_BY = combine_answers(logits_KBY, shares_KY, combine, temperature=temperature)
@@ -71,7 +72,7 @@ def moved(weights_K: Tensor, slope_K: Tensor, step: float) -> Tensor:
 
 
 def _log_mixture(log_KBY: Tensor, shares_K1: Tensor) -> Tensor:
-    """Of the mixture Σ w p: (B, Y)."""
+    """Of what is mixed, log Σ w exp: (B, Y)."""
     top_BY = log_KBY.max(0).values
     mixed_BY = (shares_K1[..., None] * (log_KBY - top_BY).exp()).sum(0)
     return (mixed_BY + TINY).log() + top_BY
