@@ -1,11 +1,12 @@
-"""Digits, Dirichlet 0.3, 5 clients: what each part of FedMITR is worth, one change from the defaults at a time.
+"""What each part of FedMITR is worth, one change at a time: from the defaults, or from the settings of a file.
 
 For each seed the clients train once, and every line fuses the same uploads; only a change of the clients' training has
-uploads of its own, of the same partition. Differences are to the default's student of the same seed. Nothing is chosen
+uploads of its own, of the same partition. Differences are to the unchanged student of the same seed. Nothing is chosen
 here: defaults come from other seeds and validation images. "Agreement", for reading this table only, is the share of
 synthetic images of which a model that was trained on all clients' images in one place says the intended class.
 
     python benchmarks/ablation.py --seeds 0,1,2 --json benchmarks/results/ablation/digits.json
+    python benchmarks/ablation.py -c configs/cifar10_deit.toml --json benchmarks/results/ablation/cifar10_deit.json
 """
 
 import tempfile
@@ -26,12 +27,14 @@ from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.report.words import data_set, measure, model, skew
 from fedmitr_flwr.vit.build import vit_of
 
 Changes = dict[str, object]
 Row = Mapping[str, Any]
+Parts = dict[str, list[Changes]]
 
-PARTS: dict[str, list[Changes]] = {
+SCRATCH: Parts = {
     "Nothing": [{}],
     "Ensemble": [
         {"ensemble.weights": "uniform"},
@@ -41,6 +44,7 @@ PARTS: dict[str, list[Changes]] = {
         {"ensemble.temperature": 1.0},
         {"ensemble.combine": "logits"},
         {"ensemble.combine": "logp"},
+        {"ensemble.combine": "joint"},
         {"ensemble.teach": "probs"},
     ],
     "Images": [
@@ -63,7 +67,12 @@ PARTS: dict[str, list[Changes]] = {
         {"distill.teachers": "cached"},
         {"distill.ema": 0.998},
     ],
-    "Start of the student": [{"distill.init": "initial"}, {"distill.extrapolate": 0.0}],
+    "Start of the student": [
+        {"distill.init": "initial"},
+        {"distill.init": "classwise"},
+        {"distill.init": "layerwise"},
+        {"distill.extrapolate": 0.0},
+    ],
     "Clients": [
         {"local.outliers": 0.0},
         {"local.prior-adjust": 1.0},
@@ -73,21 +82,36 @@ PARTS: dict[str, list[Changes]] = {
         {"local.pull": 0.01},
     ],
 }
+PRETRAINED: Parts = {  # from the settings of a file; few lines, for an hour a seed
+    "Nothing": [{}],
+    "Images": [{"inversion.mode": "pri"}],
+    "Relabelling": [{"relabel.mode": "none"}],
+    "Distillation": [{"distill.mix": "none"}, {"distill.teachers": "cached"}],
+    "Start of the student": [{"distill.init": "average"}, {"distill.init": "layerwise"}, {"distill.init": "initial"}],
+    "Clients": [{"local.head-lr": 0.0}],
+}
 SAME_IMAGES = ("relabel.", "distill.soft", "distill.high", "distill.low", "distill.mix", "distill.keep")
 SAME_IMAGES += ("distill.shift", "distill.teachers", "distill.ema", "distill.init", "distill.extrapolate")
 HEAD = ("Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Agreement", "Server, s")
+UNCHANGED = "unchanged"
 UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True}
 
 
-def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def parts_of(config: Config) -> Parts:
+    """What is changed there."""
+    return SCRATCH if config.model.weights == "none" else PRETRAINED
+
+
+def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All lines of one seed; and what the runs say of code, machine and settings."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        base = Config.from_flat({"seed": seed, "out-dir": scratch, **UPLOADS})
+        base = Config.from_flat({**settings, "seed": seed, "out-dir": scratch, **UPLOADS})
         uploads = pipeline.run(base, f"seed-{seed}")
         outsider = model_of(train_centrally(uploads))
         remember = remembered({})
-        for part, changes in ((part, changes) for part, all_changes in PARTS.items() for changes in all_changes):
+        lines = ((part, changes) for part, of_part in parts_of(base).items() for changes in of_part)
+        for part, changes in lines:
             own = any(key.startswith("local.") for key in changes)
             source = pipeline.run(Config.from_flat(changes, base=base), f"seed-{seed}-{len(rows)}") if own else uploads
             shared = all(key.startswith(SAME_IMAGES) for key in changes)
@@ -124,7 +148,7 @@ def told(folder: RunFolder) -> dict[str, Any]:
 
 
 def named(changes: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items()) or "defaults"
+    return ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items()) or UNCHANGED
 
 
 def block(results: Path) -> str:
@@ -137,9 +161,10 @@ def section(content: Mapping[str, Any]) -> list[str]:
     rows, config = content["rows"], content["config"]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     return [
-        f"{config['data.source']}, Dirichlet {config['partition.alpha']}, {config['partition.clients']} clients, seeds "
-        f"{seeds}; test accuracy in percent, last epoch, mean ± sample standard deviation (n). The difference is the "
-        "student's to the defaults', seed by seed.",
+        f"### {data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}",
+        "",
+        f"Seeds {seeds}; {measure(config).lower()} in percent, last epoch, mean ± sample standard deviation (n). The "
+        "difference is the student's to that of the unchanged settings, seed by seed.",
         "",
         *table(HEAD, cells(rows)),
         "",
@@ -152,7 +177,7 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(named(row["changes"]), []).append(row)
-    default = {row["seed"]: row["accuracy"]["student"] for row in found["defaults"]}
+    default = {row["seed"]: row["accuracy"]["student"] for row in found[UNCHANGED]}
     lines = []
     for name, same in found.items():
         lines.append(
@@ -171,4 +196,4 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    run("ablation.py", __doc__, one_seed)
+    run("ablation.py", __doc__, one_seed, takes_settings=True)

@@ -16,6 +16,7 @@ import table as results_table
 
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.settings import read_flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,17 +284,20 @@ def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None
     assert run(folder) == 0
     text = (folder / "ablation.md").read_text(encoding="utf-8")
     shared = "80.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 90.0 ± 0.0 (2) | 12 ± 0 (2) |"
-    assert f"| Images | `defaults` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}" in text
+    assert f"| Images | `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}" in text
     assert f"| Images | `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
 
 
-def test_an_ablation_changes_something_in_every_line() -> None:
-    defaults = Config.from_flat(ablation.UPLOADS)
-    lines = [changes for part in ablation.PARTS.values() for changes in part]
+@pytest.mark.parametrize(("file", "parts"), [("digits", ablation.SCRATCH), ("cifar10_deit", ablation.PRETRAINED)])
+def test_an_ablation_changes_something_in_every_line(file: str, parts: ablation.Parts) -> None:
+    settings = {**read_flat(ROOT / "configs" / f"{file}.toml"), **ablation.UPLOADS}
+    before = Config.from_flat(settings)
+    assert ablation.parts_of(before) is parts
+    lines = [changes for part in parts.values() for changes in part]
     assert len({ablation.named(changes) for changes in lines}) == len(lines)
     for changes in lines:
-        changed = Config.from_flat({**ablation.UPLOADS, **changes}).to_flat()
-        assert all(changed[key] != value for key, value in defaults.to_flat().items() if key in changes), changes
+        changed = Config.from_flat({**settings, **changes}).to_flat()
+        assert all(changed[key] != value for key, value in before.to_flat().items() if key in changes), changes
 
 
 def test_a_bench_becomes_a_section_of_its_document_with_its_pictures(folder: Path) -> None:
