@@ -24,7 +24,9 @@ from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.inversion import scout
 from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.judge import lines
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.report.words import data_set, measure, model, skew
@@ -108,15 +110,17 @@ def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any
     with tempfile.TemporaryDirectory() as scratch:
         base = Config.from_flat({**settings, "seed": seed, "out-dir": scratch, **UPLOADS})
         uploads = pipeline.run(base, f"seed-{seed}")
+        known = lines(uploads.load_uploads(), uploads.config)
         outsider = model_of(train_centrally(uploads))
         remember = remembered({})
-        lines = ((part, changes) for part, of_part in parts_of(base).items() for changes in of_part)
-        for part, changes in lines:
-            own = any(key.startswith("local.") for key in changes)
-            source = pipeline.run(Config.from_flat(changes, base=base), f"seed-{seed}-{len(rows)}") if own else uploads
+        for part, changes in ((part, changes) for part, of_part in parts_of(base).items() for changes in of_part):
             shared = all(key.startswith(SAME_IMAGES) for key in changes)
-            fedmitr.invert = remember if shared else invert
-            folder = pipeline.fuse(source, "fedmitr", changes)
+            fedmitr.invert = scout.invert = remember if shared else invert
+            if any(key.startswith("local.") for key in changes):
+                own = pipeline.run(Config.from_flat(changes, base=base), f"seed-{seed}-{len(rows)}")
+                folder = pipeline.fuse(own, "fedmitr", changes)
+            else:
+                folder = pipeline.fuse(uploads, "fedmitr", changes, lines=known)
             row = {
                 "seed": seed,
                 "part": part,
@@ -178,9 +182,9 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
     for row in rows:
         found.setdefault(named(row["changes"]), []).append(row)
     default = {row["seed"]: row["accuracy"]["student"] for row in found[UNCHANGED]}
-    lines = []
+    table_lines = []
     for name, same in found.items():
-        lines.append(
+        table_lines.append(
             [
                 same[0]["part"],
                 f"`{name}`",
@@ -192,7 +196,7 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
                 spread((sum(row["seconds"].values()) for row in same), 0),
             ]
         )
-    return lines
+    return table_lines
 
 
 if __name__ == "__main__":
