@@ -84,19 +84,18 @@ SCRATCH: Parts = {
         {"local.pull": 0.01},
     ],
 }
-PRETRAINED: Parts = {  # from the settings of a file; few lines, for an hour a seed
+PRETRAINED: Parts = {  # from the settings of a file; few lines, for the better part of an hour a seed
     "Nothing": [{}],
     "Images": [{"inversion.mode": "pri"}],
     "Relabelling": [{"relabel.mode": "none"}],
     "Distillation": [{"distill.mix": "none"}, {"distill.teachers": "cached"}],
     "Start of the student": [{"distill.init": "average"}, {"distill.init": "layerwise"}, {"distill.init": "initial"}],
-    "Clients": [{"local.head-lr": 0.0}],
 }
 SAME_IMAGES = ("relabel.", "distill.soft", "distill.high", "distill.low", "distill.mix", "distill.keep")
 SAME_IMAGES += ("distill.shift", "distill.teachers", "distill.ema", "distill.init", "distill.extrapolate")
 HEAD = ("Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Agreement", "Server, s")
 UNCHANGED = "unchanged"
-UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True}
+UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True, "screen.mode": "off"}
 
 
 def parts_of(config: Config) -> Parts:
