@@ -37,3 +37,8 @@ def unread(what: str, path: Path, error: Exception) -> str:
         return f"there is no {what} {path}; give the path of one"
     why = (isinstance(error, OSError) and error.strerror) or error
     return f"cannot read the {what} {path}: {why}; mend that, or give the path of another"
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: control characters, line breaks too, are escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -31,6 +31,7 @@ from .methods.contract import Fused, Job, Stopwatch
 from .report import result as report
 from .report.figures import save_images, save_partition
 from .report.run_folder import RunFolder
+from .resolve import resolve
 from .rng import secret, stream
 from .screening.screen import screen
 from .sections import OWN
@@ -69,6 +70,7 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
+    config = resolve(config)
     methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")

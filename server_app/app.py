@@ -13,6 +13,7 @@ from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.vit.build import initial_weights
 
@@ -32,7 +33,7 @@ ONE_SHOT = "oneshot"
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment."""
     share_memory()
-    config = Config.from_flat(context.run_config)
+    config = resolve(Config.from_flat(context.run_config))
     if config.partition.scheme == OWN:
         config = named_classes(config)
     if config.flower.strategy == ONE_SHOT:
