@@ -239,9 +239,9 @@ def test_only_the_images_within_the_limit_are_decoded_and_each_once(
     decoded: list[str] = []
     original = decode._decode_one
 
-    def counted(encoded: bytes, in_chans: int, where: str) -> Pixels:
+    def counted(encoded: bytes, in_chans: int, where: str, *rest: int) -> Any:
         decoded.append(where)
-        return original(encoded, in_chans, where)
+        return original(encoded, in_chans, where, *rest)
 
     monkeypatch.setattr(decode, "_decode_one", counted)
     data = parquet(tmp_path, train_limit=6, test_limit=2)
