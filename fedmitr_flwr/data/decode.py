@@ -7,7 +7,6 @@ not as the file has it, or only a part of it, is counted in one line of the log.
 
 import io
 import logging
-import struct
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -25,9 +24,6 @@ log = logging.getLogger("fedmitr")
 
 PixelArray = NDArray[np.uint8]
 Rows = NDArray[np.int64]
-
-# What Pillow and its codecs raise on bytes that are no picture, or only a part of one.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 _KEPT = 128 * 128  # pixels of an image that keeps its size whatever the model's: 20,000 of them in colour are 1 GB
 _MEGAPIXEL = 1 << 20  # JPEGs beyond are decoded at an eighth to a half of their size where that is enough
@@ -167,9 +163,9 @@ def _log(images: str, note: str, first: str, largest: int) -> None:
     elif bits == 16:
         log.info("%s %s and use them; the higher 8 are kept %s", images, note, first)
     elif note == _DEEP:
-        fix = "other splits and clients by what they use: save all with 8 bits, or in the range of 16, to be sure"
         scale = f"0..{(1 << bits) - 1} becomes 0..255, 256 levels"
-        log.warning("%s %s but use %d (largest: %d); %s; %s %s", images, note, bits, largest, scale, fix, first)
+        others = "other splits and clients are scaled by what they use; save all in one range of 8 or 16 bits"
+        log.warning("%s %s but use %d (largest: %d): %s; %s %s", images, note, bits, largest, scale, others, first)
     else:
         left = f"{1 << (bits - 8)} levels of 256 are left"
         log.warning("%s %s but use %d or fewer; %s; save them with 8 bits %s", images, note, bits, left, first)
@@ -180,7 +176,7 @@ def _decode_one(encoded: bytes, in_chans: int, where: str, img_size: int, bits: 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _picture(image, in_chans, img_size, bits)
-    except _UNREADABLE as error:
+    except Exception as error:  # of any type: Pillow's plugins and codecs check little of what they read
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: not a readable image ({reason}); repair it or remove it") from error
 
@@ -203,13 +199,16 @@ def _picture(image: Image.Image, in_chans: int, img_size: int, bits: int) -> _Pi
     else:
         flat = _on_white(image, raw) if image.has_transparency_data else image
         if ";16" in raw or most == 65535:
-            notes, largest = (_DEEP_COLOUR,), _largest_high_byte(image) << 8 | 255
+            high = int(np.asarray(_channels(image, 3)).max())
+            notes, largest = (_DEEP_COLOUR,), max(high * 257 - 128, 1) if most else high << 8 | 255
     flat = _channels(flat, in_chans)
     orientation = _orientation(image)
     if orientation is None:
         notes += (_BROKEN_EXIF,)
     elif orientation in _TURNS:
         flat = flat.transpose(_TURNS[orientation])
+    if flat is image and image.format == "GIF":
+        flat = image.copy()  # to look for a second frame is to lose the first
     if _animated(image):
         notes += (_ANIMATED,)
     return _Picture(flat, large, notes, largest)
@@ -230,8 +229,8 @@ def _require_range(image: Image.Image) -> None:
     tags = getattr(image, "tag_v2", {})
     signed = _SIGNED in tags.get(_SAMPLE_FORMAT, ()) or (image.format == "FITS" and image.mode != "L")
     if signed or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-        kind = "signed samples" if signed else f"Pillow mode {image.mode}"
-        raise ValueError(f"{kind}, which have no fixed range; save it with 8 or 16 unsigned bits")
+        kind = "signed samples" if signed else f"samples of Pillow's mode {image.mode}"
+        raise ValueError(f"{kind} have no fixed range; save it with 8 or 16 unsigned bits")
 
 
 def _of_16_bits(image: Image.Image, bits: int) -> tuple[Image.Image, int]:
@@ -246,11 +245,6 @@ def _of_16_bits(image: Image.Image, bits: int) -> tuple[Image.Image, int]:
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts up to 8 bits only
         grey = 255 - grey
     return Image.fromarray(np.where(clear, np.uint8(255), grey)), largest
-
-
-def _largest_high_byte(image: Image.Image) -> int:
-    colours = image.convert("RGB") if image.mode == "RGBA" else image
-    return int(np.asarray(colours).max())
 
 
 def _on_white(image: Image.Image, raw: str) -> Image.Image:
@@ -294,7 +288,7 @@ def _orientation(image: Image.Image) -> int | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 Image.Exif().load(image.info["exif"])  # aloud: JPEG's plugin has read them before, and kept quiet
-    except (*_UNREADABLE, LookupError, TypeError, Warning):
+    except Exception:  # of any type, or a warning
         return None
     return orientation or 1
 
@@ -304,5 +298,5 @@ def _animated(image: Image.Image) -> bool:
         return False
     try:
         return bool(getattr(image, "is_animated", False))
-    except (*_UNREADABLE, LookupError):  # a second frame, if a broken one
+    except Exception:  # of any type: there is a second frame, if a broken one
         return True
