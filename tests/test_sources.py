@@ -252,23 +252,6 @@ def test_only_the_images_within_the_limit_are_decoded_and_each_once(
     assert torch.equal(first.train.pixels, chw(images)[rows])
 
 
-def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
-    deep = (np.arange(16, dtype=np.uint16) * 4096 + 17).reshape(4, 4)
-    buffer = io.BytesIO()
-    Image.fromarray(deep).save(buffer, "PNG")
-    data = load(write_both(tmp_path, {"image": column([buffer.getvalue()]), "label": [0]}), model(in_chans=1))
-    assert data.train.pixels[0, 0].flatten().tolist() == [value * 16 for value in range(16)]
-
-
-def test_a_photograph_lying_on_its_side_is_put_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees to view
-    encoded = encode(pictures(1, height=8, width=16)[0], "JPEG", exif=exif)
-    data = load(write_both(tmp_path, {"image": column([encoded]), "label": [0]}), model())
-    lying = np.asarray(Image.open(io.BytesIO(encoded)))
-    assert torch.equal(data.train.pixels[0], chw([np.rot90(lying, -1).copy()])[0])
-
-
 @pytest.mark.parametrize(
     "broken", [b"", b"no image at all", encode(pictures(1, height=64, width=64)[0])[:2000], b"P5 8 8 255\n123"]
 )
@@ -276,12 +259,6 @@ def test_a_corrupt_image_is_named(tmp_path: Path, broken: bytes) -> None:
     images: list[Pixels | bytes | None] = [*pictures(4), broken]
     message = refusal(write_both(tmp_path, {"image": column(images), "label": [0, 1, 0, 1, 0]}))
     assert f"{tmp_path / 'train.parquet'} row 4: {UNREADABLE}" in message
-
-
-def test_an_image_without_a_range_is_refused(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(buffer, "TIFF")
-    assert "mode F" in refusal(write_both(tmp_path, {"image": column([buffer.getvalue()]), "label": [0]}))
 
 
 def test_channels_other_than_one_and_three_are_refused() -> None:

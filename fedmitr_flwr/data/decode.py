@@ -269,7 +269,7 @@ def _clear_colour(samples: int | tuple[int, ...], raw: str) -> int | tuple[int, 
 
 def _channels(image: Image.Image, in_chans: int) -> Image.Image:
     """Luminance for one channel, RGB (grey repeated) for three."""
-    if image.mode == "LAB":  # Pillow has no way to L
+    if image.mode in ("LAB", "YCbCr"):  # Pillow has no way from LAB to L; some values of YCbCr are no colours
         image = image.convert("RGB")
     mode = "L" if in_chans == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,348 @@
+"""Decoded bytes against Pillow's upright, flattened image made in another way; what is scaled, resized and counted."""
+
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from fedmitr_flwr.data.decode import Rows, decode
+from fedmitr_flwr.errors import DataError
+
+Pixels = NDArray[np.uint8]
+SIDE = 8
+EXIF_6 = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"  # Orientation = 6 and nothing else
+EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT = 338, 262, 339  # TIFF tags
+XMP_6 = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+UPRIGHT = {  # from a stored array (H, W, C), by the EXIF standard
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+FORMATS = {
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "L tRNS", "RGB tRNS", "P tRNS"),
+    "TIFF": ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"),
+    "WEBP": ("L", "RGB", "RGBA"),
+    "AVIF": ("L", "RGB", "RGBA"),
+    "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
+    "MPO": ("L", "RGB"),
+    "GIF": ("L", "P", "P tRNS"),
+}
+
+
+class Files:
+    """A split of encoded images."""
+
+    def __init__(self, *files: bytes) -> None:
+        self.files = files
+
+    def where(self, row: int) -> str:
+        return f"row {row}"
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        return (self.files[row] for row in rows.tolist())
+
+
+def decoded(*files: bytes, in_chans: int = 1, img_size: int = SIDE) -> torch.Tensor:
+    return decode(Files(*files), np.arange(len(files)), in_chans, img_size)
+
+
+def flat(file: bytes, in_chans: int = 1) -> list[Any]:
+    """The pixels of one image of height 1: grey values, or [R, G, B] each."""
+    line = decoded(file, in_chans=in_chans)[0, :, 0]
+    return line[0].tolist() if in_chans == 1 else line.T.tolist()
+
+
+def encode(image: Image.Image | NDArray[Any], form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png(row: bytes, width: int, depth: int, colour: int, before: bytes = b"", after: bytes = b"") -> bytes:
+    """One row of raw samples, for what Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + before + data + after + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def grey16(*values: int) -> bytes:
+    return encode(np.array([values], dtype=np.uint16))
+
+
+def with_tag(tiff: bytes, tag: int, value: int) -> bytes:
+    """A TIFF of Pillow's with a 16-bit tag changed, for what Pillow reads but does not write."""
+    at = tiff.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return tiff[:at] + struct.pack("<H", value) + tiff[at + 2 :]
+
+
+@pytest.mark.parametrize(("form", "kind"), [(form, kind) for form, kinds in FORMATS.items() for kind in kinds])
+@settings(derandomize=True, max_examples=16)
+@given(
+    seed=st.integers(0, 999),
+    orientation=st.integers(1, 8),
+    alpha=st.sampled_from([0, 128, 255, None]),
+    grey=st.booleans(),
+)
+def test_every_mode_and_format_is_what_pillow_shows_upright_on_white(
+    form: str, kind: str, seed: int, orientation: int, alpha: int | None, grey: bool
+) -> None:
+    mode, _, key = kind.partition(" ")
+    rgba = np.random.default_rng(seed).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    if alpha is not None:
+        rgba[..., 3] = alpha
+    stored = _in_mode(Image.fromarray(rgba), mode)
+    options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {}
+    if form == "MPO":
+        options |= {"save_all": True, "append_images": [stored]}
+    if key:
+        clear = 3 if form == "GIF" else bytes(range(0, 250, 25))
+        options["transparency"] = clear if mode == "P" else stored.getpixel((0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain, file = encode(stored, form, **options), encode(stored, form, **options, exif=exif)
+    if mode == "La":
+        plain, file = with_tag(plain, EXTRA_SAMPLES, 1), with_tag(file, EXTRA_SAMPLES, 1)
+
+    image = Image.open(io.BytesIO(plain))
+    assert image.mode == mode or form not in ("PNG", "TIFF")
+    if mode in ("La", "LAB"):  # Pillow has no way to RGBA from these
+        image = image.convert({"La": "LA", "LAB": "RGB"}[mode])
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    expected = np.asarray(shown.convert("L") if grey else shown).reshape(5, 7, -1)
+    expected = UPRIGHT[1 if form == "GIF" else orientation](expected)  # GIF has no EXIF
+
+    pixels = decoded(file, in_chans=1 if grey else 3)[0].permute(1, 2, 0).numpy()
+    assert pixels.shape == expected.shape
+    difference = np.abs(pixels.astype(int) - expected).max()
+    assert difference <= (0 if alpha in (0, 255) and not key else 1)
+
+
+def _in_mode(rgba: Image.Image, mode: str) -> Image.Image:
+    if mode == "PA":
+        return Image.merge("PA", (rgba.convert("RGB").quantize(16), rgba.getchannel("A")))
+    if mode in ("RGBA", "LA", "La"):
+        return rgba.convert(mode.replace("a", "A"))  # as La it is saved under another tag
+    return rgba.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("file", "levels"),
+    [
+        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), 255),
+        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 128))), 127),
+        (encode(Image.new("RGBA", (1, 1), (90, 90, 90, 255))), 90),
+        (encode(Image.new("LA", (1, 1), (0, 128))), 127),
+        (with_tag(encode(Image.new("LA", (1, 1), (50, 128)), "TIFF"), EXTRA_SAMPLES, 1), 50 + 127),  # premultiplied
+        (png(b"\x0f", 8, 1, 0, chunk(b"tRNS", b"\0\0")), [255] * 8),  # the samples are 00001111, and 0 is transparent
+        (png(b"\x1b", 4, 2, 0, chunk(b"tRNS", b"\0\1")), [0, 255, 170, 255]),  # 0 1 2 3
+        (png(b"\x25", 2, 4, 0, chunk(b"tRNS", b"\0\2")), [255, 85]),  # 2 5
+        (png(b"\x02\x25", 2, 8, 0, chunk(b"tRNS", b"\0\2")), [255, 37]),
+        (png(b"\x03\xe8\xf0\0", 2, 16, 0, chunk(b"tRNS", b"\x03\xe8")), [255, 240]),  # 1000 61440
+        (png(b"\1\0" * 3 + b"\x40\0" * 3, 2, 16, 2, chunk(b"tRNS", b"\1\0" * 3)), [255, 64]),
+        (png(b"\0\0\0\0\x80\0\xff\xff", 2, 16, 4), [255, 128]),  # grey and alpha of 16 bits
+    ],
+)
+def test_what_is_transparent_is_white(file: bytes, levels: int | list[int]) -> None:
+    assert flat(file) == (levels if isinstance(levels, list) else [levels])
+    assert flat(file, 3) == [[level] * 3 for level in flat(file)]
+
+
+def _png_with_xmp(picture: Pixels) -> bytes:
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", XMP_6)
+    return encode(picture, "PNG", pnginfo=text)
+
+
+def test_orientation_is_found_wherever_a_format_keeps_it_and_applied_once() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    late = png(bytes(range(6)), 6, 8, 0, after=chunk(b"eXIf", EXIF_6[6:]))
+    assert decoded(late)[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    lossless = [
+        _png_with_xmp(picture),
+        encode(picture, "WEBP", lossless=True, xmp=XMP_6.encode()),
+        encode(picture, "TIFF", tiffinfo={274: 6, 700: XMP_6.encode()}),
+        encode(picture, "TIFF", compression="tiff_lzw", tiffinfo={274: 6}),
+    ]
+    for file in lossless:
+        assert np.array_equal(decoded(file, in_chans=3)[0].permute(1, 2, 0).numpy(), np.rot90(picture, -1))
+    for form in ("JPEG", "AVIF"):
+        assert decoded(encode(picture, form, xmp=XMP_6.encode()), in_chans=3).shape == (1, 3, 6, 4)
+
+
+def test_broken_exif_kills_no_picture_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    stored = torch.from_numpy(picture).permute(2, 0, 1)
+    broken = [b"Exif\0\0garbage", EXIF_6[:12], EXIF_6[:18]]
+    files = [encode(picture, form, exif=exif) for exif in broken for form in ("PNG", "JPEG")]
+    pixels = decoded(*files, encode(picture), in_chans=3)
+    assert all(torch.equal(image, stored) for image in pixels[::2])
+    line = "6 of 7 images have EXIF data that cannot be read; they are taken as they are stored, upright or not"
+    assert caplog.messages == [f"{line} (the first: row 0)"]
+
+
+def test_a_sound_orientation_beside_broken_tags_is_applied(caplog: pytest.LogCaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "software" * 9
+    file = encode(np.zeros((4, 6), dtype=np.uint8), "WEBP", exif=exif.tobytes()[:-20])
+    assert decoded(file).shape == (1, 1, 6, 4)
+    assert not caplog.messages
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "grey"),
+    [
+        ((0, 320, 3680), 12, [0, 20, 230]),
+        ((0, 255), 8, [0, 255]),
+        ((4, 1023), 10, [1, 255]),
+        ((64, 16383), 14, [1, 255]),
+        ((256, 16384), 16, [1, 64]),
+        ((0, 0), 16, [0, 0]),
+    ],
+)
+def test_sixteen_bits_are_scaled_by_what_the_split_uses(
+    values: tuple[int, ...], bits: int, grey: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiff = encode(np.array([values], dtype=">u2"), "TIFF")
+    raw = np.array(values, dtype=">u2").tobytes()
+    pgm = b"P5 %d 1 65535\n" % len(values) + raw
+    plain = b"P2 %d 1 65535\n" % len(values) + b" ".join(b"%d" % value for value in values)
+    for file in (grey16(*values), tiff, pgm, plain):
+        assert flat(file) == grey
+        assert flat(file, 3) == [[level] * 3 for level in grey]
+    assert len(warnings_of(caplog)) == (8 if bits < 16 else 0)
+    for line in warnings_of(caplog):
+        scale = f"(largest: {max(values)}): 0..{2**bits - 1} becomes 0..255, 256 levels"
+        assert line.startswith(f"1 of 1 images have 16 bits but use {bits} {scale}")
+
+
+def test_one_scale_for_a_split_of_several_sizes_and_depths() -> None:
+    pixels = decoded(grey16(160), encode(np.full((1, 1), 77, dtype=np.uint8)), grey16(4095, 0, 0), grey16(1023))
+    assert pixels.shape == (4, 1, SIDE, SIDE)
+    assert pixels[:, 0, 0, 0].tolist() == [10, 77, 255, 63]
+
+
+def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixture) -> None:
+    assert flat(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 900)) == [0, 56]
+    assert flat(b"P2 2 1 1000\n0 500") == [0, 128]
+    assert not caplog.messages
+    white_is_zero = encode(np.array([[0, 1024, 65535]], dtype=np.uint16), "TIFF")
+    assert flat(with_tag(white_is_zero, PHOTOMETRIC, 0)) == [255, 251, 0]
+
+
+def test_colours_of_sixteen_bits_that_use_fewer_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    dark, full = struct.pack(">3H", 100, 4095, 0), struct.pack(">3H", 256, 65535, 0)
+    for file in (png(full, 1, 16, 2), b"P6 1 1 65535\n" + full):
+        assert flat(file, 3) == [[1, 255, 0]]
+    assert not warnings_of(caplog)
+    for file in (png(dark, 1, 16, 2), b"P6 1 1 65535\n" + dark):
+        flat(file, 3)
+        line = warnings_of(caplog).pop()
+        assert line.startswith("1 of 1 images have colours of 16 bits but use 12 or fewer; 16 levels of 256 are left")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        (encode(np.ones((2, 2), dtype=np.float32), "TIFF"), "samples of Pillow's mode F"),
+        (encode(np.ones((2, 2), dtype=np.float32), "PPM"), "samples of Pillow's mode F"),
+        (encode(np.ones((2, 2), dtype=np.int32), "TIFF"), "signed samples"),
+        (with_tag(encode(np.ones((2, 2), dtype=np.uint16), "TIFF", tiffinfo={339: 1}), SAMPLE_FORMAT, 2), "signed"),
+        (with_tag(encode(np.ones((2, 2), dtype=np.uint8), "TIFF", tiffinfo={339: 1}), SAMPLE_FORMAT, 2), "signed"),
+    ],
+)
+def test_samples_without_a_range_are_refused(file: bytes, kind: str) -> None:
+    with pytest.raises(DataError, match=f"row 1: .*{kind}.* no fixed range; save it with 8 or 16 unsigned bits"):
+        decoded(encode(np.zeros((2, 2), dtype=np.uint8)), file)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_of_an_animation_the_first_frame_is_used_and_counted(
+    form: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *others = (Image.new(mode, (8, 8), colour) for colour in ("white", "black", "red"))
+    file = encode(first, form, save_all=True, append_images=others)
+    assert int(decoded(encode(others[0], "GIF"), file, file)[1:].min()) >= 254
+    line = "2 of 3 images are animated or have several pages; the first frame is used (the first: row 1)"
+    assert caplog.messages == ([line] if form != "MPO" else [])  # a camera's second image is none to train on
+
+
+def test_a_broken_second_frame_leaves_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    first = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    file = encode(first, "GIF", save_all=True, append_images=[first.rotate(90)])
+    for end in range(-60, -1, 7):
+        assert np.array_equal(decoded(file[:end])[0, 0].numpy(), np.asarray(first))
+    assert caplog.messages
+
+
+@pytest.mark.parametrize(("side", "kept"), [(128, True), (129, False)])
+def test_images_of_one_size_keep_it_if_it_is_modest(side: int, kept: bool) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, side, side), dtype=np.uint8)
+    pixels = decoded(*map(encode, pictures))
+    resized = [np.asarray(Image.fromarray(one).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for one in pictures]
+    assert np.array_equal(pixels[:, 0].numpy(), pictures if kept else resized)
+    assert decoded(encode(pictures[0]), img_size=65).shape[-1] == side  # up to twice the model's side it is
+
+
+def test_large_and_small_images_are_resized_one_by_one() -> None:
+    large, small = np.full((1, 40_000), 9, dtype=np.uint8), np.full((3, 3), 7, dtype=np.uint8)
+    assert decoded(*map(encode, (large, small, small)))[:, 0, 0, 0].tolist() == [9, 7, 7]
+    assert decoded(*map(encode, (small, small, large)))[:, 0, 0, 0].tolist() == [7, 7, 9]
+    assert decoded(encode(large)).shape == (1, 1, SIDE, SIDE)
+
+
+def test_a_large_jpeg_is_decoded_in_part_and_differs_by_less_than_rounding() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    file = encode(Image.fromarray(noise).resize((1500, 1200), Image.Resampling.BICUBIC), "JPEG", quality=90)
+    whole = np.asarray(Image.open(io.BytesIO(file)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    assert np.abs(decoded(file, in_chans=3)[0].permute(1, 2, 0).numpy().astype(int) - whole).max() <= 2
+
+
+def test_a_decompression_bomb_is_refused_and_half_of_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above it Pillow warns, above twice of it it raises
+    assert decoded(encode(np.zeros((8, 8), dtype=np.uint8))).shape == (1, 1, 8, 8)
+    with pytest.raises(DataError, match=r"^row 0: not a readable image .*decompression bomb.*$"):
+        decoded(encode(np.zeros((12, 12), dtype=np.uint8)))
+
+
+@pytest.mark.parametrize("form", ["AVIF", "JPEG", "PNG", "TIFF", "WEBP", "BLP", "GIF", "ICNS"])
+def test_whatever_pillow_raises_names_the_file(form: str) -> None:
+    """Of AVIF it is a RuntimeError, of ICNS an AssertionError, of BLP one of its own."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    whole = encode(picture.quantize(8) if form in ("BLP", "GIF", "ICNS") else picture, form)
+    messages = []
+    for _ in range(60):
+        altered = bytearray(whole)
+        for at in rng.integers(0, min(len(whole), 300), 5):
+            altered[at] = rng.integers(256)
+        try:
+            decoded(bytes(altered))
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 5
+    assert all(message.startswith("row 0: not a readable image (") for message in messages)
