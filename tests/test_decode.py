@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -313,6 +314,16 @@ def test_large_and_small_images_are_resized_one_by_one() -> None:
     assert decoded(*map(encode, (large, small, small)))[:, 0, 0, 0].tolist() == [9, 7, 7]
     assert decoded(*map(encode, (small, small, large)))[:, 0, 0, 0].tolist() == [7, 7, 9]
     assert decoded(encode(large)).shape == (1, 1, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("others", [28, 1000])
+def test_memory_follows_the_models_size(others: int) -> None:
+    large, other = (encode(np.zeros((side, side, 3), dtype=np.uint8)) for side in (1000, others))
+    tracemalloc.start()
+    decoded(large, *[other] * 40, in_chans=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1000 * 1000  # at their own sizes they are 120 MB; Pillow's one image at a time is not in the figure
 
 
 def test_a_large_jpeg_is_decoded_in_part_and_differs_by_less_than_rounding() -> None:
