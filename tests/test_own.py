@@ -184,9 +184,9 @@ def dicoms(folder: Path, images: Images) -> Path:
         (empty, "cannot be read", "neither \\*.parquet nor folders of images"),
         (both, "cannot be read", "Parquet files and folders of images; keep one"),
         (negative, "cannot be read", "train.parquet row 0: label -1 has no name"),
-        (ambiguous, "cannot be read", "several columns with class numbers; .* patient"),
+        (ambiguous, "cannot be read", "several columns with labels; set .*: ward \\(string\\), patient"),
         (unlabelled, "cannot be read", "row 0 has no label"),
-        (dicoms, "cannot be read", r"/middle has 20 files, such as '.*\.dcm', and none is an image .*; convert them"),
+        (dicoms, "cannot be read", r"/middle has 20 files, and none is an image .*\.dcm 20\); convert them"),
     ],
 )
 def test_bad_folders_are_told_in_general_and_explained_in_the_log(
