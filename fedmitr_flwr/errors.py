@@ -47,7 +47,7 @@ def printable(text: str) -> str:
 
 
 def escape_on_streams() -> None:
-    """From now on stdout and stderr escape letters that their encoding lacks; an error would come after all the work."""
+    """From now on stdout and stderr escape letters that their encoding lacks, which otherwise are errors."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

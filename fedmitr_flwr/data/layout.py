@@ -184,7 +184,7 @@ class Contents:
     images: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)  # files, by suffix
     hidden: Counter[str] = field(default_factory=Counter)  # folders, by name
-    nowhere: list[str] = field(default_factory=list)  # links that lead nowhere, or back to where they are
+    nowhere: list[str] = field(default_factory=list)  # links that lead nowhere, or to what is read anyway
 
     def add(self, more: "Contents") -> None:
         self.images += more.images
@@ -201,7 +201,7 @@ class Contents:
         if self.hidden:
             parts.append(f"{_many(self.hidden, 'hidden or system folder')}: {_by_number(self.hidden)}")
         if self.nowhere:
-            parts.append(f"links that lead nowhere or back: {', '.join(self.nowhere[:5])}")
+            parts.append(f"links that lead nowhere, or to what is read anyway: {', '.join(self.nowhere[:5])}")
         return f"passed over {'; '.join(parts)}" if parts else ""
 
 
@@ -216,13 +216,14 @@ def _by_number(counts: Counter[str]) -> str:
 
 
 def contents(folder: Path) -> Contents:
-    """Look through a folder and all below it. Links are followed, but not into a circle.
+    """Look through a folder and all below it. Links are followed, but nothing is read twice.
 
     Raises:
         OSError: a folder cannot be listed.
     """
     found = Contents()
-    _look(folder, found, ())
+    around = {_place(parent) for parent in folder.resolve().parents}  # a link to one of them would bring other classes
+    _look(folder, found, around)
     found.images.sort()
     return found
 
@@ -236,15 +237,15 @@ def outside_classes(split: Path) -> Contents:
     return found
 
 
-def _look(folder: Path, found: Contents, above: tuple[tuple[int, int], ...]) -> None:
-    place = folder.stat().st_dev, folder.stat().st_ino
-    if place in above:
+def _look(folder: Path, found: Contents, seen: set[tuple[int, int]]) -> None:
+    if (place := _place(folder)) in seen:
         found.nowhere.append(str(folder))
         return
+    seen.add(place)
     for entry in _entries(folder, found):
         kind = _kind(entry)
         if kind == "folder":
-            _look(Path(entry.path), found, (*above, place))
+            _look(Path(entry.path), found, seen)
         elif kind != "file":
             found.nowhere.append(entry.path)
         elif is_image(entry.name):
@@ -253,10 +254,15 @@ def _look(folder: Path, found: Contents, above: tuple[tuple[int, int], ...]) -> 
             found.others[_suffix(entry.name)] += 1
 
 
+def _place(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
 def _entries(folder: Path, found: Contents | None = None) -> Iterator["os.DirEntry[str]"]:
     """What is not hidden; of what is, folders and pictures are counted in `found`."""
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda each: each.name):
             if not is_hidden(entry.name):
                 yield entry
             elif found is not None and entry.is_dir():

@@ -316,7 +316,7 @@ def _check_names(folders: Sequence[Path], classes: tuple[str, ...]) -> None:
     for name in (*classes, *(path.name for path in folders)):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             parent = folders[0].parent if folders else ""
-            raise DataError(f"{parent}: the class folder {printable(name)!r} has a name that is not UTF-8; rename it")
+            raise DataError(f"{parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it")
     seen: set[str] = set()
     for name in classes:
         if same_name(name) in seen:
@@ -341,7 +341,7 @@ def _hub_splits(path: str) -> Mapping[str, Any]:
         check_shards(sorted(file for file in local.rglob("*") if "of" in file.name))
     try:
         if is_saved(local):
-            found = datasets.load_from_disk(str(local))
+            found: Any = datasets.load_from_disk(str(local))
         else:
             found = datasets.load_dataset(str(local) if local.is_dir() else path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -354,4 +354,4 @@ def _hub_splits(path: str) -> Mapping[str, Any]:
         ) from error
     if not isinstance(found, datasets.DatasetDict):
         raise DataError(f"{local} was saved without splits; save a DatasetDict with 'train' and 'test'")
-    return found
+    return dict(found)

@@ -260,7 +260,7 @@ def find_labels(table: Table, configured: str) -> str:
         NoLabelsError: no column could hold labels.
         DataError: it is missing, of an unsuitable type, or ambiguous; the columns that would do are listed.
     """
-    suitable = [field.name for field in table.schema if kind_of(field.type)]
+    suitable: list[str] = [field.name for field in table.schema if kind_of(field.type)]
     if configured in suitable:
         return configured
     typed = _of_feature(table, datasets.ClassLabel, suitable)
@@ -281,8 +281,8 @@ def find_labels(table: Table, configured: str) -> str:
 
 def _usual(names: Sequence[str]) -> str:
     """The first usual name of a label column that is there, or ""."""
-    there = {name.casefold(): name for name in reversed(names)}
-    return next((usual if usual in names else there[usual] for usual in _USUAL_LABELS if usual in there), "")
+    there = {name.casefold(): name for name in names} | {name: name for name in names}
+    return next((there[usual] for usual in _USUAL_LABELS if usual in there), "")
 
 
 def _problem(table: Table, name: str) -> str:
@@ -352,7 +352,9 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def _holds_images(kind: pa.DataType) -> bool:
     """Bytes, or the struct of bytes and path that Hugging Face's Image feature is stored as."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+        names_files = kind.get_field_index("path") >= 0 and kind_of(kind.field("path").type) == "text"
+        there = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+        return there is not None and (_is_bytes(there) or (pa.types.is_null(there) and names_files))
     return _is_bytes(kind)
 
 
