@@ -155,12 +155,15 @@ def test_links_are_followed_without_circles(tmp_path: Path, caplog: pytest.LogCa
     assert f"links that lead nowhere, or to what is read anyway: {left}" in caplog.text
 
 
-def test_a_test_split_without_class_folders_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("inside", ["", "unknown"])
+def test_a_test_split_without_classes_is_passed_over(
+    tmp_path: Path, inside: str, caplog: pytest.LogCaptureFixture
+) -> None:
     root = folders(tmp_path, test="val")
-    (root / "test").mkdir()
-    (root / "test" / "0.png").write_bytes(picture())
+    (root / "test" / inside).mkdir(parents=True)
+    (root / "test" / inside / "0.png").write_bytes(picture())
     assert open_split(DataConfig(path=str(root)), "test").labels.tolist() == [0, 0, 1, 1]
-    assert "test has no class folders and is passed over" in caplog.text
+    assert f"test has no folders of the classes and is passed over; {root}/val is the test split" in caplog.text
 
 
 def test_class_folders_of_one_name_in_two_spellings(tmp_path: Path) -> None:

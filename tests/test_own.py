@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from deploy.demo_data import as_folders, as_parquet, png
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own
 from fedmitr_flwr.data.images import DataSet, Images
@@ -365,6 +366,12 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     )
     skipping = Config.from_flat({"data.unknown-classes": "skip"}, base=named)
     assert len(load_own_test(skipping.data, skipping.model)) == 20
+    unknown = Config.from_flat({"data.classes": "left | right"}, base=skipping)
+    with pytest.raises(
+        DataError, match=r"none of the 30 images is of a class of data\.classes \(left, right\); rename"
+    ):
+        pipeline.created(Config.from_flat({"out-dir": str(tmp_path / "out")}, base=unknown), "run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_no_setting_can_hold(tmp_path: Path, tiny: DataSet) -> None:

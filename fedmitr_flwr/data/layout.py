@@ -157,18 +157,23 @@ def folders_called(folder: Path, names: Iterable[str]) -> list[Path]:
     return [there[name] for name in names if name in there]
 
 
-def class_folders(folder: Path, split: str) -> list[Path]:
-    """The class folders of the split `train` or `test` of an ImageFolder; a test split without any is passed over.
+def class_folders(folder: Path, split: str, known: Iterable[str] = ()) -> list[Path]:
+    """The class folders of the split `train` or `test` of an ImageFolder.
+
+    A split without any, or with none of the `known` classes, if there are such, is passed over where another has them:
+    unlabelled test images lie so.
 
     Raises:
         DataError: there is no such split, or none with class folders.
     """
     called = folders_called(folder, names_of(split))
-    for path in called:
-        if classes := subfolders(path):
-            for before in called[: called.index(path)]:
-                say_once(f"{before} has no class folders and is passed over; {path} is the {split} split")
-            return classes
+    inside = {path: subfolders(path) for path in called}
+    names = {same_name(name) for name in known}
+    fitting = [path for path in called if not names or names & {same_name(each.name) for each in inside[path]}]
+    for path in [path for path in fitting if inside[path]] or [path for path in called if inside[path]]:
+        for before in called[: called.index(path)]:
+            say_once(f"{before} has no folders of the classes and is passed over; {path} is the {split} split")
+        return inside[path]
     if called:
         raise DataError(f"{called[0]}: no class folders; an ImageFolder is {split}/<class>/<image files>")
     first, *others = names_of(split)

@@ -83,7 +83,7 @@ def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
         DataError: as in `load`.
     """
     split = open_split(data, "train")
-    _check_labels(split, model.num_classes, _place(data, "train"))
+    _check_labels(split, model.num_classes, data, "train")
     return torch.from_numpy(split.labels[_rows(split.labels, data, "train")])
 
 
@@ -106,8 +106,8 @@ def _place(data: DataConfig, stored: str) -> str:
 def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...]]:
     stored = "test" if name == "test" else "train"
     split = open_split(data, stored)
+    _check_labels(split, shape.num_classes, data, stored)
     place = _place(data, stored)
-    _check_labels(split, shape.num_classes, place)
     rows = _rows(split.labels, data, name)
     if not len(rows):
         share = getattr(data, "proxy" if name == "proxy" else "validation")
@@ -153,9 +153,10 @@ def open_test(data: DataConfig) -> Split:
 
 
 def _folder_split(folder: Path, name: str, *, alone: bool = False) -> "FolderSplit":
-    folders = class_folders(folder, name)
-    known = folders if alone or not folders_called(folder, TRAIN_NAMES) else class_folders(folder, "train")
-    split = FolderSplit(folders, tuple(path.name for path in known))
+    has_train = not alone and folders_called(folder, TRAIN_NAMES)
+    known = tuple(path.name for path in class_folders(folder, "train")) if has_train else ()
+    folders = class_folders(folder, name, known)
+    split = FolderSplit(folders, known or tuple(path.name for path in folders))
     beside = outside_classes(folders[0].parent)
     beside.add(split.contents)
     if beside.passed_over:
@@ -228,8 +229,8 @@ def kept(total: int, limit: int, name: str) -> Rows:
     return np.asarray(drawn.sort().values.numpy(), dtype=np.int64)
 
 
-def _check_labels(split: Split, num_classes: int, place: str) -> None:
-    labels, classes = split.labels, split.classes
+def _check_labels(split: Split, num_classes: int, data: DataConfig, stored: str) -> None:
+    labels, classes, place = split.labels, split.classes, _place(data, stored)
     if not len(labels):
         raise DataError(f"{place}: no images; put some there or choose another data.path")
     least, greatest = int(labels.min()), int(labels.max())
@@ -247,7 +248,7 @@ def _check_labels(split: Split, num_classes: int, place: str) -> None:
         raise DataError(f"{split.where(row)}: label {label} is outside 0..{num_classes - 1}; {fix}")
     if classes and there != num_classes:
         raise DataError(f"{place}: there are {there} classes, but model.num-classes = {num_classes}; {fix}")
-    if not classes and least == 1 and there == num_classes:
+    if not classes and least == 1 and there == num_classes and stored == "train":
         say_once(
             f"{place}: labels begin at 1 ({least} to {greatest}), so class 0 has no image here; where none is meant, "
             f"subtract 1 from each and set model.num-classes = {greatest}"

@@ -107,7 +107,7 @@ class HubTable:
         # Where `datasets` keeps the files of data sets whose tables name them.
         caches = HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
         self._folder = Path(path).expanduser().absolute()
-        self._roots = (self._folder, *(Path(cache).absolute() for cache in caches))
+        self._roots = (self._folder, self._folder.resolve(), *(Path(cache).absolute() for cache in caches))
 
     def __len__(self) -> int:
         return len(self._dataset)
