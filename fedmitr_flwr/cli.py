@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .config import Config
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, escape_on_streams
 from .settings import parse_assignment, read_flat
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), 130 after Ctrl-C, or
     141 where nobody reads what it prints any longer, as behind `| head`.
     """
+    escape_on_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {

@@ -22,7 +22,7 @@ from .config import Config
 from .data.images import Images
 from .data.own import Place
 from .data.partition import table
-from .data.shares import client_images, parts_of, server_images
+from .data.shares import client_images, known_parts, parts_of, server_images
 from .errors import ConfigError, RunError
 from .evaluation import Evaluation
 from .fingerprint import fingerprint
@@ -78,7 +78,8 @@ def run(config: Config, name: str | None = None) -> RunFolder:
         raise ConfigError(
             f"--name {name} is of a new run folder, and resume-from goes on in an old one; give one of them"
         )
-    initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
+    parts_of(config)  # first: what cannot be dealt out or built leaves no folder
+    initial = initial_weights(config.model, config.seed)
     folder = continued(config) if config.resume_from else created(config, name or _free_name(config))
     log.info("run folder: %s", folder.path)
     for client in folder.missing(config.partition.clients):
@@ -91,9 +92,11 @@ def run(config: Config, name: str | None = None) -> RunFolder:
 
 
 def created(config: Config, name: str) -> RunFolder:
-    """A new run folder. Test images that cannot be read are told now, not after the training, and leave none."""
+    """A new run folder. Images that cannot be read or dealt out are found now, not after the training; none is made."""
     if config.evaluate.where == "server":
         server_images(config)
+        if config.partition.scheme != OWN:
+            parts_of(config)
     return RunFolder.create(config, name)
 
 
@@ -332,8 +335,8 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) ->
         images, classes = server_images(config)
         facts["evaluated_on"] = report.on_server(config.data, len(images))
     if config.evaluate.where == "server" and config.partition.scheme != OWN:
-        parts = parts_of(config)
-        facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+        if parts := known_parts(config):
+            facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
     elif all(upload.class_counts for upload in uploads):
         facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
     if draws and config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:

@@ -14,8 +14,10 @@ MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the client
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     section = "data"
-    source: str = "digits"  # digits | parquet | imagefolder | hub
-    path: str = ""  # the folder (parquet, imagefolder) or the data set's name (hub)
+    source: str = (
+        "auto"  # auto (found from what lies at path; digits without one) | digits | parquet | imagefolder | hub
+    )
+    path: str = ""  # the data's folder, or a data set's name on the Hugging Face Hub
     image_column: str = ""  # "" finds it
     label_column: str = ""  # "" finds it
     train_limit: int = 0  # this many training images, drawn once for all seeds; 0: all
@@ -27,16 +29,20 @@ class DataConfig(Section):
     unknown_classes: str = "refuse"  # partition.scheme = own: a client's images of other classes: refuse | skip
 
     def __post_init__(self) -> None:
-        self._one_of("source", "digits", "parquet", "imagefolder", "hub")
+        self._one_of("source", "auto", "digits", "parquet", "imagefolder", "hub")
         self._one_of("unknown_classes", "refuse", "skip")
         self._names("classes")
         self._at_least(0, "train_limit", "test_limit")
         self._within(0, 0.9, "validation", "proxy")
         aside = self.validation + self.proxy
         check("data.proxy", self.proxy, aside <= 0.9, f"less: with data.validation it sets {aside:g} of all aside")
-        if self.source != "digits" and not self.path:
+        if self.source not in ("auto", "digits") and not self.path:
             what = "a data set's name" if self.source == "hub" else "a folder"
             raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")
+        if self.source == "digits" and self.path:
+            raise ConfigError(
+                f"data.path = {self.path!r} is not read with data.source = 'digits'; leave out one of the two"
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from processes import MARK, free_ports, stop  # noqa: E402
 
 from fedmitr_flwr.config import Config  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.data.layout import found_source  # noqa: E402
 from fedmitr_flwr.errors import UserError  # noqa: E402
 from fedmitr_flwr.settings import parse_assignment, read_flat  # noqa: E402
 
@@ -112,7 +113,7 @@ def _is_local(key: str, value: str) -> bool:
 
 def environment_for(options: argparse.Namespace, config: Config, ports: Sequence[int]) -> dict[str, str]:
     """What Flower and Ray must be told before they start; the SuperLink hands it to everything that it starts."""
-    hub = config.data.source == "hub" or config.model.weights == "timm"
+    hub = found_source(config.data).source == "hub" or config.model.weights == "timm"
     hub |= config.distill.init == "pretrained" and config.distill.pretrained == "timm"
     return {
         **os.environ,

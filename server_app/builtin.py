@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.shares import parts_of, server_images
+from fedmitr_flwr.data.shares import known_parts, server_images
 from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
 from fedmitr_flwr.methods.contract import Stopwatch
@@ -297,5 +297,7 @@ class _Session:
         """Who holds what, where the server has dealt it out."""
         if self.config.evaluate.where != "server" or self.config.partition.scheme == OWN:
             return {}
-        parts = parts_of(self.config)
+        parts = known_parts(self.config)
+        if parts is None:
+            return {}
         return {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}

@@ -1,5 +1,6 @@
 """The command line: words to settings, one line and status 2 for bad input, the table and the folder at the end."""
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import fedmitr_flwr
-from fedmitr_flwr import __version__
+from fedmitr_flwr import __version__, cli
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DataError
@@ -285,3 +286,18 @@ def test_a_reader_that_left_is_no_error() -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_that_the_terminal_lacks_are_escaped(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    monkeypatch.setattr(cli, "_methods", lambda _: print("高い"))
+    assert main(["methods"]) == 0
+    assert main(["report", str(tmp_path / "高い")]) == 2
+    for stream in streams:
+        stream.flush()
+        assert rb"\u9ad8\u3044" in stream.buffer.getvalue()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from deploy.demo_data import as_folders, as_parquet, png
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own
 from fedmitr_flwr.data.images import DataSet, Images
@@ -184,9 +185,9 @@ def dicoms(folder: Path, images: Images) -> Path:
         (empty, "cannot be read", "neither \\*.parquet nor folders of images"),
         (both, "cannot be read", "Parquet files and folders of images; keep one"),
         (negative, "cannot be read", "train.parquet row 0: label -1 has no name"),
-        (ambiguous, "cannot be read", "several columns with class numbers; .* patient"),
+        (ambiguous, "cannot be read", "several columns with labels; set .*: ward \\(string\\), patient"),
         (unlabelled, "cannot be read", "row 0 has no label"),
-        (dicoms, "cannot be read", r"/middle has 20 files, such as '.*\.dcm', and none is an image .*; convert them"),
+        (dicoms, "cannot be read", r"/middle has 20 files, and none is an image .*\.dcm 20\); convert them"),
     ],
 )
 def test_bad_folders_are_told_in_general_and_explained_in_the_log(
@@ -365,6 +366,12 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     )
     skipping = Config.from_flat({"data.unknown-classes": "skip"}, base=named)
     assert len(load_own_test(skipping.data, skipping.model)) == 20
+    unknown = Config.from_flat({"data.classes": "left | right"}, base=skipping)
+    with pytest.raises(
+        DataError, match=r"none of the 30 images is of a class of data\.classes \(left, right\); rename"
+    ):
+        pipeline.created(Config.from_flat({"out-dir": str(tmp_path / "out")}, base=unknown), "run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_no_setting_can_hold(tmp_path: Path, tiny: DataSet) -> None:

@@ -5,21 +5,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_layout import a_table, folders, parquet
 from tiny import settings, timeless
 
 from fedmitr_flwr import judge, pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data import shares
+from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, ModelError, RunError, UserError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.report.page import write_page
+from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.training.average import average
 from fedmitr_flwr.training.upload import size
@@ -511,20 +515,71 @@ def test_the_server_does_not_read_data_when_the_clients_evaluate(
     assert pipeline.serve(run).result["accuracy"]["student"] is None
 
 
-@pytest.mark.parametrize(("where", "asked"), [("clients", {False}), ("server", {False, True})])
+@pytest.mark.parametrize(("where", "read"), [("clients", {"train"}), ("server", {"train", "test"})])
 def test_without_an_evaluation_on_the_server_nobody_opens_the_test_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, asked: set[bool]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, read: set[str]
 ) -> None:
-    seen: set[bool] = set()
-
-    def spy(data: Any, model: Any, *, with_test: bool = True) -> Any:
-        seen.add(with_test)
-        return load(data, model, with_test=with_test)
-
-    monkeypatch.setattr(shares, "load", spy)
-    shares.parts_of.cache_clear()
+    seen: list[str] = []
+    load_split = sources._load_split
+    monkeypatch.setattr(sources, "_load_split", lambda *given: seen.append(given[-1]) or load_split(*given))
     a_run(tmp_path, method="fedavg", **{"evaluate.where": where})
-    assert seen == asked
+    assert set(seen) == read
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_finished_run_is_fused_without_its_training_images(
+    tmp_path: Path, left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The split is gone, or it has too few images for the partition: the accuracies are the same."""
+    folder = parquet(tmp_path / "set")
+    whole = {"data.source": "auto", "data.path": str(folder), "model.num-classes": 2, "data.train-limit": 0}
+    run = a_run(tmp_path, method="fedavg", **whole, **{"partition.min-size": 1, "partition.clients": 2})
+    assert run.config.data.source == "parquet"
+    (folder / "train.parquet").unlink()
+    if left:
+        pq.write_table(a_table([0, 1, 1][: left - 2]), folder / "train.parquet")
+    sources._load_split.cache_clear()
+    shares.parts_of.cache_clear()
+    again, before = pipeline.fuse(run, "fedavg", {}).read_result(), run.read_result()
+    assert before["counts"] is not None
+    assert again["counts"] is None
+    assert again["accuracy"] == before["accuracy"]
+    assert again["evaluated_on"] == before["evaluated_on"] == {"where": "server", "split": "test", "images": 4}
+    assert "who held which images is left out of the result: " in caplog.text
+    sources._load_split.cache_clear()  # no training image was looked at
+    assert len(shares.server_images(run.config)[0]) == 4
+    assert sources._load_split.cache_info().misses == 1
+
+
+def test_what_cannot_be_dealt_out_leaves_no_folder(tmp_path: Path) -> None:
+    for where in ("server", "clients"):
+        with pytest.raises(ConfigError, match="need 400 images, but there are 60"):
+            a_run(tmp_path, **{"partition.min-size": 200, "partition.clients": 2, "evaluate.where": where})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_names_of_any_script_come_through_to_pictures_and_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """One line for the letters that the font lacks; the page shows each name as it is, or escaped."""
+    names = {"cat": "a | $x^2$<b>\x1b[31m", "dog": "高い"}
+    root = folders(tmp_path / "set", number=6)
+    for split in ("train", "test"):
+        for name, other in names.items():
+            (root / split / name).rename(root / split / other)
+    own = {"data.source": "auto", "data.path": str(root), "model.num-classes": 2, "partition.clients": 2}
+    run = a_run(tmp_path, **own)
+    assert set(run.read_result()["accuracy"]["per_class"]) == set(names.values())
+    page = write_page(run.path).read_text(encoding="utf-8")
+    assert "<td>高い</td>" in page
+    assert "<td>a | $x^2$&lt;b&gt;\\x1b[31m</td>" in page
+    assert "\x1b" not in page + accuracy_table(run.read_result()) + caplog.text
+    assert [record.message for record in caplog.records if "boxes" in record.message] == [
+        "the pictures show boxes for い高, which their font lacks; tables show them"
+    ]
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+    assert run.images_path.exists()
+    assert run.partition_path.exists()
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

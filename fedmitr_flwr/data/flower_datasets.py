@@ -6,7 +6,6 @@ import os
 # What an experiment reads is nobody else's business; whoever wants to report sets FLWR_TELEMETRY_ENABLED=1.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
     IidPartitioner,
@@ -14,4 +13,4 @@ from flwr_datasets.partitioner import (
     PathologicalPartitioner,
 )
 
-__all__ = ["DirichletPartitioner", "FederatedDataset", "IidPartitioner", "Partitioner", "PathologicalPartitioner"]
+__all__ = ["DirichletPartitioner", "IidPartitioner", "Partitioner", "PathologicalPartitioner"]

@@ -6,8 +6,6 @@ that the server sends with its order says which number each one has.
 
 import difflib
 import logging
-import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,17 +20,20 @@ from ..errors import ConfigError, DataError
 from ..limits import SEPARATOR
 from .decode import Rows, Split, decode
 from .images import Images
-from .sources import (
-    DigitsSplit,
-    FolderSplit,
-    class_folders,
-    data_folder,
-    images_in,
-    kept,
-    open_split,
-    split_folders,
+from .layout import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    contents,
+    folders_called,
+    found_source,
+    parquet_in,
+    parquet_splits,
+    same_name,
+    say_once,
+    subfolders,
 )
-from .tables import TEST_NAMES, ParquetSplit, check_shards, find_files
+from .sources import DigitsSplit, FolderSplit, kept, open_test
+from .tables import ParquetTable, own_split
 
 log = logging.getLogger("fedmitr")
 
@@ -119,36 +120,36 @@ def _open_own(place: Place, data: DataConfig) -> Split:
         DataError: there are neither, or both, or a class would be left out in silence.
         OSError: a folder cannot be listed.
     """
-    folder = Path(place.path).expanduser()
+    folder = Path(place.path).expanduser().absolute()
     if not folder.is_dir():
-        log.error("data-path = %r: there is no folder %s", place.path, folder.absolute())
+        log.error("data-path = %r: there is no folder %s", place.path, folder)
         raise _ToldError("this client's data-path is no folder; see --node-config of its SuperNode")
     files = _parquet_files(folder)
-    if files and any(images_in(path) for path in _folders(folder)):
+    trains = folders_called(folder, TRAIN_NAMES)
+    folders = subfolders(trains[0] if trains else folder)
+    if files and any(contents(path).images for path in folders):
         raise DataError(f"{folder} has Parquet files and folders of images; keep one of the two")
     if files:
         image = place.image_column or data.image_column
         chosen = replace(data, image_column=image, label_column=place.label_column or data.label_column)
-        return ParquetSplit(chosen, files, named=True)
-    classes = [path for path in _folders(folder) if _has_images(path)]
+        return own_split(ParquetTable(files, folder), chosen)
+    classes = [path for path in folders if _has_images(path)]
     if not classes:
         raise DataError(f"{folder} has neither *.parquet nor folders of images, <class>/<image files>")
-    return FolderSplit(classes, tuple(path.name for path in classes))
+    split = FolderSplit(classes, tuple(path.name for path in classes))
+    if split.contents.passed_over:
+        say_once(f"{folder}: {split.contents.passed_over}")
+    return split
 
 
 def _parquet_files(folder: Path) -> list[Path]:
     """The train split where one is named so; otherwise all files but those of a test split."""
+    if train := parquet_splits(folder, TRAIN_NAMES):
+        return train[0][1]
     for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet"))
-        train = [file for file in files if file.name.startswith("train")]
-        if chosen := train or [file for file in files if not file.name.startswith(TEST_NAMES)]:
-            check_shards(chosen)
+        if chosen := [file for file in parquet_in(place) if not file.name.casefold().startswith(TEST_NAMES)]:
             return chosen
     return []
-
-
-def _folders(folder: Path) -> list[Path]:
-    return class_folders(folder / "train" if (folder / "train").is_dir() else folder)
 
 
 def _has_images(folder: Path) -> bool:
@@ -156,21 +157,15 @@ def _has_images(folder: Path) -> bool:
 
     Raises:
         DataError: there are files, and no image.
-        OSError: a folder cannot be listed; `Path.rglob` would pass it over.
+        OSError: a folder cannot be listed.
     """
-    files = [name for _, _, names in os.walk(folder, onerror=_fail) for name in names if name[0] != "."]
-    if images_in(folder):
-        return True
-    if files:
+    found = contents(folder)
+    if not found.images and (number := found.others.total() + len(found.nowhere)):
         raise DataError(
-            f"{folder} has {len(files)} files, such as {min(files)!r}, and none is an image as we read them; "
+            f"{folder} has {number} files, and none is an image as we read them ({found.passed_over}); "
             "convert them to PNG, or take the folder away"
         )
-    return False
-
-
-def _fail(error: OSError) -> None:
-    raise error
+    return bool(found.images)
 
 
 def _renumbered(split: Split, data: DataConfig, place: str, *, at_server: bool = False) -> Rows:
@@ -193,8 +188,8 @@ def _renumbered(split: Split, data: DataConfig, place: str, *, at_server: bool =
             "name another one as label-column"
         )
     names = [split.classes[label] if split.classes else str(label) for label in there.tolist()]
-    known = {_same(name): number for number, name in enumerate(data.class_names)}
-    to_server = np.array([known.get(_same(name), -1) for name in names], dtype=np.int64)
+    known = {same_name(name): number for number, name in enumerate(data.class_names)}
+    to_server = np.array([known.get(same_name(name), -1) for name in names], dtype=np.int64)
     labels: Rows = to_server[which]
     if strange := [name for name, number in zip(names, to_server, strict=True) if number < 0]:
         whose = "data.classes" if at_server else "the server"
@@ -213,6 +208,8 @@ def _strange(strange: Sequence[str], named: bool, data: DataConfig) -> str:
         fix = "they are left out (data.unknown-classes = 'skip')"
     if not named:
         fix = "the labels here are numbers: store their names, as text or as Hugging Face's ClassLabel"
+        if strange == [str(len(data.class_names))]:
+            fix += "; or do they begin at 1, and the server's at 0?"
     return f"{', '.join(hints)}{more}; its classes: {', '.join(map(repr, data.class_names))}; {fix}"
 
 
@@ -233,11 +230,6 @@ def _hint(name: str, data: DataConfig) -> str:
     by_lower = {known.lower(): known for known in data.class_names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f"{name!r} (like {by_lower[near[0]]!r}?)" if near else repr(name)
-
-
-def _same(name: str) -> str:
-    """File systems write one name in different ways: an accent may be a letter of its own."""
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def named_classes(config: Config) -> Config:
@@ -261,8 +253,10 @@ def named_classes(config: Config) -> Config:
 def _names_of_data(config: Config) -> tuple[str, ...]:
     numerals = tuple(map(str, range(config.model.num_classes)))
     if config.evaluate.where == "server":
-        return _open_test(config.data).classes or numerals
-    if config.data.source == "digits" and numerals == DigitsSplit.classes:  # known without a look at an image
+        return open_test(config.data).classes or numerals
+    if (
+        found_source(config.data).source == "digits" and numerals == DigitsSplit.classes
+    ):  # known without a look at an image
         return numerals
     raise ConfigError(
         "data.classes is empty, but with evaluate.where = 'clients' the server has no images to take the names from; "
@@ -277,18 +271,14 @@ def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
 
 @lru_cache(maxsize=1)
 def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
-    split = _open_test(data)
-    labels = _renumbered(split, data, f"{data.path or data.source}, test split", at_server=True)
+    split = open_test(data)
+    place = f"{data.path or 'digits'}, test split"
+    labels = _renumbered(split, data, place, at_server=True)
     rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        raise DataError(
+            f"{place}: none of the {len(labels)} images is of a class of data.classes ({', '.join(data.class_names)}); "
+            "rename the classes in one of the two"
+        )
     rows = rows[kept(len(rows), data.test_limit, "test")]
     return Images(decode(split, rows, in_chans, img_size), torch.from_numpy(labels[rows]))
-
-
-def _open_test(data: DataConfig) -> Split:
-    """Unlike the test split of a data set, it needs no train split beside it."""
-    if data.source == "imagefolder":
-        folders = split_folders(data_folder(data), TEST_NAMES)
-        return FolderSplit(folders, tuple(path.name for path in folders))
-    if data.source == "parquet":
-        return ParquetSplit(data, find_files(data_folder(data), TEST_NAMES), named=True)
-    return open_split(data, "test")

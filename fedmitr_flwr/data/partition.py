@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..config import PartitionConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..rng import derive, stream
 from .flower_datasets import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 
@@ -84,6 +84,7 @@ def holdout(indices: Tensor, share: float, seed: int, client: int) -> tuple[Tens
 
 def table(counts: Tensor, classes: tuple[str, ...]) -> str:
     """The counts (K, Y) as fixed-width text; with many classes, how many each client has and its largest one."""
+    classes = tuple(map(printable, classes))
     heads, rows = _wide_rows(counts, classes) if len(classes) > _WIDE else _rows(counts, classes)
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows]]

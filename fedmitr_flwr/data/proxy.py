@@ -8,8 +8,9 @@ from torch import Tensor
 from ..config import Config
 from ..errors import ConfigError, DataError
 from .decode import Encoded, decode
-from .sources import FolderSplit, images_in, kept, load_proxy_share
-from .tables import ParquetImages, find_files
+from .layout import TRAIN_NAMES, contents, listed, parquet_splits, say_once
+from .sources import FolderSplit, kept, load_proxy_share
+from .tables import ParquetTable, TableImages, find_images
 
 
 def require_proxy(config: Config) -> None:
@@ -45,12 +46,21 @@ def _folder(config: Config) -> Path:
 
 
 def _open(folder: Path, path: str) -> tuple[Encoded, int]:
-    """The images and their number."""
-    if files := images_in(folder):
-        return FolderSplit([folder], (folder.name,)), len(files)
-    try:
-        files = find_files(folder, ("train",))
-    except DataError as error:
-        raise DataError(f"feddf.path = {path!r}: neither images nor train*.parquet in {folder}") from error
-    images = ParquetImages(files, fix="for feddf.path keep one of encoded images among its columns")
-    return images, len(images)
+    """The images and their number.
+
+    Raises:
+        DataError: there are none, or both files of images and Parquet files.
+    """
+    with listed():
+        found, tables = contents(folder), parquet_splits(folder, TRAIN_NAMES)
+    if found.images and tables:
+        raise DataError(f"feddf.path = {path!r}: there are images and {tables[0][1][0].name} in {folder}; keep one")
+    if found.images:
+        if found.passed_over:
+            say_once(f"{folder}: {found.passed_over}")
+        return FolderSplit([folder], (folder.name,)), len(found.images)
+    if not tables:
+        raise DataError(f"feddf.path = {path!r}: neither images nor train*.parquet in {folder}")
+    table = ParquetTable(tables[0][1], folder)
+    fix = "for feddf.path keep one of encoded images among its columns: "
+    return TableImages(table, find_images(table, "", fix)), len(table)

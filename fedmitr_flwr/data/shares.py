@@ -1,29 +1,40 @@
 """Whose images are whose: a client's own folder, or its share of one data set; and the server's test images."""
 
+import logging
 from functools import lru_cache
 
 import torch
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from ..sections import OWN
-from .images import DataSet, Images
+from .images import Images
 from .own import Place, load_own, load_own_test
 from .partition import Partition, holdout, split
-from .sources import load
+from .sources import load, load_test, training_labels
+
+log = logging.getLogger("fedmitr")
 
 
 @lru_cache(maxsize=1)
 def parts_of(config: Config) -> Partition:
-    """Who holds what of one data set."""
-    data = load(config.data, config.model, with_test=False)
-    return split(data.train.labels, config.partition, config.model.num_classes, config.seed)
+    """Who holds what of one data set; only the labels of the training images are read.
+
+    Raises:
+        ConfigError: there is no such partition.
+        DataError: the training split is not there, or cannot be read.
+    """
+    labels = training_labels(config.data, config.model)
+    return split(labels, config.partition, config.model.num_classes, config.seed)
 
 
-def _world(config: Config) -> tuple[DataSet, Partition]:
-    """The data and who holds what; both are cached, since one process serves many clients."""
-    with_test = config.evaluate.where == "server"
-    return load(config.data, config.model, with_test=with_test), parts_of(config)
+def known_parts(config: Config) -> Partition | None:
+    """`parts_of`, or None where it cannot be known: for what the server does after the uploads it is not needed."""
+    try:
+        return parts_of(config)
+    except UserError as error:
+        log.warning("who held which images is left out of the result: %s", error)
+        return None
 
 
 def client_images(config: Config, client: int, place: Place | None = None) -> tuple[Images, Images]:
@@ -40,8 +51,8 @@ def client_images(config: Config, client: int, place: Place | None = None) -> tu
         images = load_own(place, config)
         indices = torch.arange(len(images))
     else:
-        data, parts = _world(config)
-        images, indices = data.train, parts.indices[client]
+        images = load(config.data, config.model, with_test=False).train
+        indices = parts_of(config).indices[client]
     held = indices[:0]
     if config.evaluate.where == "clients":
         indices, held = holdout(indices, config.evaluate.holdout, config.seed, client)
@@ -49,8 +60,7 @@ def client_images(config: Config, client: int, place: Place | None = None) -> tu
 
 
 def server_images(config: Config) -> tuple[Images, tuple[str, ...]]:
-    """What the server evaluates on, and the names of the classes."""
+    """What the server evaluates on, and the names of the classes. Neither clients' images nor their shares are read."""
     if config.partition.scheme == OWN:
         return load_own_test(config.data, config.model), config.data.class_names
-    data, _ = _world(config)
-    return data.test, data.classes
+    return load_test(config.data, config.model)

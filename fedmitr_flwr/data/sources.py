@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,29 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..config import DataConfig, ModelConfig
-from ..errors import DataError
+from ..errors import DataError, printable
 from ..rng import stream
 from .decode import Rows, Split, decode
-from .flower_datasets import FederatedDataset
 from .images import DataSet, Images
-from .tables import TEST_NAMES, HubSplit, ParquetSplit, find_files
+from .layout import (
+    TRAIN_NAMES,
+    Contents,
+    check_shards,
+    class_folders,
+    contents,
+    folders_called,
+    found_source,
+    is_saved,
+    listed,
+    names_of,
+    outside_classes,
+    parquet_splits,
+    same_name,
+    say_once,
+)
+from .tables import HubTable, ParquetTable, Table, test_split, train_split
 
 log = logging.getLogger("fedmitr")
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-_SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in its folder
 
 
 class _Shape(NamedTuple):
@@ -39,71 +51,150 @@ class _Shape(NamedTuple):
 def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> DataSet:
     """Load the images, each decoded once per process; the channels are the model's, the size is the source's own.
 
-    With `data.validation`, that share of each class of the train split is nobody's to train on: it is `test`, and the
+    With `data.validation`, that share of each class of the train split is for no client: it is `test`, and the
     source's own test split is not read.
 
     Args:
         data: the source, the limits and the share to set aside, both drawn once for all seeds.
         model: its channels and number of classes; its image size is used only if the images differ in size.
-        with_test: False leaves `test` empty and the test split untouched: a client does not need it.
+        with_test: False leaves `test` empty and the images of the test split untouched: a client does not need them.
 
     Raises:
         DataError: something is missing, corrupt, ambiguous or outside the classes. The thing is named.
     """
-    if model.in_chans not in (1, 3):
-        raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
-    shape = _Shape(model.in_chans, model.num_classes, model.img_size)
-    train, names = _load_split(data, shape, "train")
-    classes = names or tuple(str(label) for label in range(model.num_classes))
-    if not with_test:
-        return DataSet(train, train.subset(torch.empty(0, dtype=torch.int64)), classes)
-    if data.validation:
-        return DataSet(train, _load_split(data, shape, "validation")[0], classes)
-    test, test_names = _load_split(data, shape, "test")
-    for ours, theirs in zip(classes, test_names or classes, strict=True):
-        if ours != theirs:
-            raise DataError(
-                f"{data.path}: class {ours!r} of the train split is {theirs!r} in the test split; "
-                "give both the same class names in the same order"
-            )
+    train, classes = _load_split(data, _shape(model), "train")
+    test = load_test(data, model)[0] if with_test else train.subset(torch.empty(0, dtype=torch.int64))
     return DataSet(train, test, classes)
+
+
+def load_test(data: DataConfig, model: ModelConfig) -> tuple[Images, tuple[str, ...]]:
+    """The images that are judged on, and the names of the classes; of the training images none is read.
+
+    Raises:
+        DataError: as in `load`.
+    """
+    return _load_split(data, _shape(model), "validation" if data.validation else "test")
+
+
+def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
+    """(n,) int64, of the images that `load` gives for training; no image is decoded.
+
+    Raises:
+        DataError: as in `load`.
+    """
+    split = open_split(data, "train")
+    _check_labels(split, model.num_classes, data, "train")
+    return torch.from_numpy(split.labels[_rows(split.labels, data, "train")])
 
 
 def load_proxy_share(data: DataConfig, model: ModelConfig) -> Tensor:
     """The pixels (n, C, H, W) of the share `data.proxy` of the training images, which no client gets."""
-    return _load_split(data, _Shape(model.in_chans, model.num_classes, model.img_size), "proxy")[0].pixels
+    return _load_split(data, _shape(model), "proxy")[0].pixels
+
+
+def _shape(model: ModelConfig) -> _Shape:
+    if model.in_chans not in (1, 3):
+        raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
+    return _Shape(model.in_chans, model.num_classes, model.img_size)
+
+
+def _place(data: DataConfig, stored: str) -> str:
+    return f"{data.path or 'digits'}, {stored} split"
 
 
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
-def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...] | None]:
+def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...]]:
     stored = "test" if name == "test" else "train"
     split = open_split(data, stored)
-    place = f"{data.path or data.source}, {stored} split"
-    _check_labels(split, shape.num_classes, place)
+    _check_labels(split, shape.num_classes, data, stored)
+    place = _place(data, stored)
     rows = _rows(split.labels, data, name)
     if not len(rows):
         share = getattr(data, "proxy" if name == "proxy" else "validation")
         raise DataError(f"{place}: data.{name} = {share} sets no image of any class aside; raise it")
     pixels = decode(split, rows, shape.in_chans, shape.img_size)
     log.info("%s: %d of %d images for %s", place, len(rows), len(split.labels), name)
-    return Images(pixels, torch.from_numpy(split.labels[rows])), split.classes
+    classes = split.classes or tuple(str(label) for label in range(shape.num_classes))
+    return Images(pixels, torch.from_numpy(split.labels[rows])), classes
 
 
 def open_split(data: DataConfig, name: str) -> Split:
-    """The split `train` or `test`, not decoded yet."""
+    """The split `train` or `test`, not decoded yet; its classes are those of the data set.
+
+    The test split is read without the train split where that is not there, and then its classes are its own.
+
+    Raises:
+        DataError: there is no such split, or its labels cannot be read.
+    """
+    data = found_source(data)
     if data.source == "digits":
         return DigitsSplit(name)
-    if data.source == "hub":
-        return _hub_split(data, name)
-    folder = data_folder(data)
+    with listed():
+        if data.source == "imagefolder":
+            return _folder_split(data_folder(data), name)
+        train = next(_tables(data, "train"), None)
+        tests = _tables(data, "test")
+        if name == "test":
+            return test_split(train, _at_least_one(tests, data), data)
+        if train is None:
+            raise _absent(data, name)
+        return train_split(train, tests, data)
+
+
+def open_test(data: DataConfig) -> Split:
+    """The test split for itself, whatever train split is beside it."""
+    data = found_source(data)
+    if data.source == "digits":
+        return DigitsSplit("test")
+    with listed():
+        if data.source == "imagefolder":
+            return _folder_split(data_folder(data), "test", alone=True)
+        return test_split(None, _at_least_one(_tables(data, "test"), data), data)
+
+
+def _folder_split(folder: Path, name: str, *, alone: bool = False) -> "FolderSplit":
+    has_train = not alone and folders_called(folder, TRAIN_NAMES)
+    known = tuple(path.name for path in class_folders(folder, "train")) if has_train else ()
+    folders = class_folders(folder, name, known)
+    split = FolderSplit(folders, known or tuple(path.name for path in folders))
+    beside = outside_classes(folders[0].parent)
+    beside.add(split.contents)
+    if beside.passed_over:
+        say_once(f"{folders[0].parent}: {beside.passed_over}")
+    return split
+
+
+def _at_least_one(tables: Iterator[Table], data: DataConfig) -> Iterator[Table]:
+    first = next(tables, None)
+    if first is None:
+        raise _absent(data, "test")
+    yield first
+    yield from tables
+
+
+def _tables(data: DataConfig, name: str) -> Iterator[Table]:
+    """The splits of the data set that may be meant by `train` or `test`, best first; each is opened when asked for."""
     if data.source == "parquet":
-        return ParquetSplit(data, find_files(folder, _aliases(name)))
-    classes = tuple(path.name for path in split_folders(folder, ("train",)))
-    return FolderSplit(split_folders(folder, _aliases(name)), classes)
+        folder = data_folder(data)
+        return (ParquetTable(files, folder) for _, files in parquet_splits(folder, names_of(name)))
+    stored = _hub_splits(data.path)
+    there = {split.casefold(): split for split in stored}
+    called = [there[alias] for alias in names_of(name) if alias in there]
+    return (HubTable(data.path, stored[split], split) for split in called)
 
 
-def _aliases(name: str) -> tuple[str, ...]:
-    return TEST_NAMES if name == "test" else (name,)
+def _absent(data: DataConfig, name: str) -> DataError:
+    """The data set has no split that may be meant by `train` or `test`."""
+    first, *others = names_of(name)
+    if data.source == "parquet":
+        return DataError(
+            f"{data_folder(data)} has no {first}*.parquet (or {', '.join(others)}; nor has its data/); "
+            "data.path must be a folder with them"
+        )
+    return DataError(
+        f"data.path = {data.path!r} has no split {first!r} (or {', '.join(others)}), but "
+        f"{', '.join(map(repr, _hub_splits(data.path)))}; rename one of them"
+    )
 
 
 def _rows(labels: Rows, data: DataConfig, name: str) -> Rows:
@@ -138,12 +229,17 @@ def kept(total: int, limit: int, name: str) -> Rows:
     return np.asarray(drawn.sort().values.numpy(), dtype=np.int64)
 
 
-def _check_labels(split: Split, num_classes: int, place: str) -> None:
-    labels, classes = split.labels, split.classes
+def _check_labels(split: Split, num_classes: int, data: DataConfig, stored: str) -> None:
+    labels, classes, place = split.labels, split.classes, _place(data, stored)
     if not len(labels):
         raise DataError(f"{place}: no images; put some there or choose another data.path")
-    there = len(classes) if classes else int(labels.max()) + 1
+    least, greatest = int(labels.min()), int(labels.max())
+    there = len(classes) if classes else greatest + 1
     fix = f"set model.num-classes = {there}"
+    if not classes and least == 1 and greatest == num_classes:
+        raise DataError(
+            f"{place}: labels begin at 1 ({least} to {greatest}), but classes are numbered from 0; subtract 1 from each"
+        )
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         row = int(outside.argmax())
@@ -152,6 +248,11 @@ def _check_labels(split: Split, num_classes: int, place: str) -> None:
         raise DataError(f"{split.where(row)}: label {label} is outside 0..{num_classes - 1}; {fix}")
     if classes and there != num_classes:
         raise DataError(f"{place}: there are {there} classes, but model.num-classes = {num_classes}; {fix}")
+    if not classes and least == 1 and there == num_classes and stored == "train":
+        say_once(
+            f"{place}: labels begin at 1 ({least} to {greatest}), so class 0 has no image here; where none is meant, "
+            f"subtract 1 from each and set model.num-classes = {greatest}"
+        )
 
 
 class DigitsSplit:
@@ -181,18 +282,21 @@ class FolderSplit:
     """Folders of images, each named by its class; of a data set the classes are train's, sorted by name."""
 
     def __init__(self, folders: Sequence[Path], classes: tuple[str, ...]) -> None:
+        _check_names(folders, classes)
         self.classes = classes
-        self._files: list[Path] = []
+        self.contents = Contents()  # of all folders, with what is passed over
+        known = {same_name(name): label for label, name in enumerate(classes)}
         labels: list[int] = []
         for path in folders:
-            if path.name not in classes:
-                train = path.parent.parent / "train"
-                raise DataError(f"{path}: the class {path.name!r} is not in {train}; add it there or remove it")
-            files = images_in(path)
-            if not files:
-                raise DataError(f"{path}: no image files in this class folder; add some or remove it")
-            self._files += files
-            labels += [classes.index(path.name)] * len(files)
+            if same_name(path.name) not in known:
+                raise DataError(f"{path}: the class {path.name!r} is not in the train split; add it there or remove it")
+            found = contents(path)
+            if not found.images:
+                there = f" ({found.passed_over})" if found.passed_over else ""
+                raise DataError(f"{path}: no image files in this class folder{there}; add some or remove it")
+            self.contents.add(found)
+            labels += [known[same_name(path.name)]] * len(found.images)
+        self._files = self.contents.images
         self.labels: Rows = np.array(labels, dtype=np.int64)
 
     def where(self, row: int) -> str:
@@ -208,59 +312,47 @@ class FolderSplit:
                 ) from error
 
 
-def images_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if _is_image(file))
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
-def split_folders(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The class folders of the first of the splits `names` that is there."""
-    for name in names:
-        if (folder / name).is_dir():
-            if inside := class_folders(folder / name):
-                return inside
-            raise DataError(f"{folder / name}: no class folders; an ImageFolder is {name}/<class>/<image files>")
-    raise DataError(f"{folder} has no folder {names[0]}/; an ImageFolder is {names[0]}/<class>/<image files>")
-
-
-def class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+def _check_names(folders: Sequence[Path], classes: tuple[str, ...]) -> None:
+    """Names of classes stand in results, pages and messages, which are all Unicode text."""
+    for name in (*classes, *(path.name for path in folders)):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            parent = folders[0].parent if folders else ""
+            raise DataError(f"{parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it")
+    seen: set[str] = set()
+    for name in classes:
+        if same_name(name) in seen:
+            raise DataError(f"{folders[0].parent}: two class folders are called {name!r}; rename one of them")
+        seen.add(same_name(name))
 
 
 def data_folder(data: DataConfig) -> Path:
     folder = Path(data.path).expanduser().absolute()
     if not folder.is_dir():
         raise DataError(f"data.path = {data.path!r}: there is no folder {folder}; give the path of the data's folder")
-    if any((folder / marker).exists() for marker in _SAVED_TO_DISK):
+    if is_saved(folder):
         raise DataError(f"{folder} was written by datasets' save_to_disk; set data.source = 'hub', which reads it")
     return folder
 
 
-def _hub_split(data: DataConfig, name: str) -> HubSplit:
-    """A data set by its name on the Hub, or a local folder that `datasets` can read."""
-    failures: list[str] = []
-    for alias in _aliases(name):
-        try:
-            table = _hub_table(data.path, alias)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            failures.append(" ".join(str(error).split())[:200])
+@functools.lru_cache(maxsize=2)
+def _hub_splits(path: str) -> Mapping[str, Any]:
+    """The splits, by name, of a data set on the Hub or of a local folder that `datasets` can read."""
+    local = Path(path).expanduser().absolute()
+    if local.is_dir():
+        check_shards(sorted(file for file in local.rglob("*") if "of" in file.name))
+    try:
+        if is_saved(local):
+            found: Any = datasets.load_from_disk(str(local))
         else:
-            return HubSplit(data, table, alias)
-    raise DataError(
-        f"data.path = {data.path!r}: cannot load the split {name!r} from the Hugging Face Hub ({failures[0]}); "
-        "check the name and the network, or fetch its Parquet files and set data.source = 'parquet'"
-    )
-
-
-def _hub_table(path: str, split: str) -> Any:
-    local = Path(path).expanduser()
-    if not any((local / marker).exists() for marker in _SAVED_TO_DISK):
-        name = str(local) if local.is_dir() else path
-        return FederatedDataset(dataset=name, partitioners={}, shuffle=False).load_split(split)
-    saved = datasets.load_from_disk(str(local))
-    if not isinstance(saved, datasets.DatasetDict) or split not in saved:
-        raise ValueError(f"it was saved without a split {split!r}")
-    return saved[split]
+            found = datasets.load_dataset(str(local) if local.is_dir() else path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if local.is_dir():
+            raise DataError(f"data.path = {path!r}: `datasets` cannot read {local} ({reason}); mend it") from error
+        raise DataError(
+            f"data.path = {path!r}: there is no folder {local}, and no data set can be loaded from the Hugging Face "
+            f"Hub ({reason}); check the name and the network, or give the path of a folder"
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        raise DataError(f"{local} was saved without splits; save a DatasetDict with 'train' and 'test'")
+    return dict(found)

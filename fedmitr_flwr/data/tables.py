@@ -2,35 +2,73 @@
 
 import bisect
 import itertools
-import re
-from collections.abc import Iterable, Iterator
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config import DataConfig
 from ..errors import DataError
 from .decode import Rows
+from .labels import Labels, all_differ, has_none, is_whole, kind_of, read, together
+from .layout import check_shards, say_once
 
-TEST_NAMES = ("test", "validation", "val")  # the first of these that is there is the test split
-_USUAL_LABELS = ("label", "labels", "fine_label")
+log = logging.getLogger("fedmitr")
+
+_USUAL_LABELS = ("label", "labels", "class", "target", "fine_label")  # the first that is there; upper case, too
 _BATCH = 1000
-_SET = "set data.{}-column to one of its columns"
+_SET = "set data.{}-column to one of: "
+_LABELS = "labels"
+_IMAGES = "encoded images"
 
 
-class ParquetImages:
-    """The images of one split's shards, read one row group at a time."""
+class NoLabelsError(DataError):
+    """A table without any column that could hold labels."""
 
-    def __init__(self, files: list[Path], image_column: str = "", fix: str = _SET) -> None:
-        """Find the column: the one of this name, or the only one that can be meant; what cannot be has this `fix`."""
-        self.files = files
+
+class Columns(NamedTuple):
+    """The names of the two columns that are read."""
+
+    image: str
+    label: str
+
+
+class Table(Protocol):
+    """Rows with images, of one split."""
+
+    place: str  # for messages
+    schema: pa.Schema
+
+    def __len__(self) -> int: ...
+
+    def where(self, row: int) -> str:
+        """The place of a row, for messages."""
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A whole column."""
+
+    def images(self, name: str, rows: Rows) -> Iterator[bytes]:
+        """The encoded images of `rows` (rising) in a column."""
+
+
+class ParquetTable:
+    """One split's shards, read one row group at a time."""
+
+    def __init__(self, files: Sequence[Path], folder: Path) -> None:
+        """Open the files; images that they name in place of holding them must lie in `folder`."""
+        check_shards(files)
+        self.files, self._folder = files, folder
+        self.place = str(files[0])
         self._parquet = [_open(file) for file in files]
         self.schema = self._parquet[0].schema_arrow
-        self.image = find_images(self.schema, image_column, str(files[0]), fix)
         for file, parquet in zip(files, self._parquet, strict=True):
             if not parquet.schema_arrow.equals(self.schema, check_metadata=False):
                 raise DataError(f"{file} has other columns than {files[0]}; shards of one split must agree")
@@ -43,115 +81,263 @@ class ParquetImages:
         shard = bisect.bisect_right(self._ends, row)
         return f"{self.files[shard]} row {row - (self._ends[shard - 1] if shard else 0)}"
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
+    def images(self, name: str, rows: Rows) -> Iterator[bytes]:
         start = 0
         for file, parquet in zip(self.files, self._parquet, strict=True):
             for group in range(parquet.num_row_groups):
                 stop = start + parquet.metadata.row_group(group).num_rows
                 wanted = rows[(rows >= start) & (rows < stop)]
                 if len(wanted):
-                    column = _read(parquet, file, self.image, group).take(pa.array(wanted - start))
-                    places = (self.where(row) for row in wanted.tolist())
-                    yield from _cells(column, places, file.parent)
+                    column = _without_views(_read(parquet, file, name, group)).take(pa.array(wanted - start))
+                    yield from _cells(column, map(self.where, wanted.tolist()), file.parent, (self._folder,))
                 start = stop
 
-    def column(self, name: str) -> list[pa.ChunkedArray]:
-        """A whole column, shard by shard."""
-        return [_read(parquet, file, name) for file, parquet in zip(self.files, self._parquet, strict=True)]
+    def column(self, name: str) -> pa.ChunkedArray:
+        shards = [_read(parquet, file, name) for file, parquet in zip(self.files, self._parquet, strict=True)]
+        return pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], self.schema.field(name).type)
 
 
-class ParquetSplit(ParquetImages):
-    """With their labels."""
-
-    def __init__(self, data: DataConfig, files: list[Path], *, named: bool = False) -> None:
-        """Read the labels; `named` lets them be text, too."""
-        super().__init__(files, data.image_column)
-        self.label = find_labels(self.schema, data.label_column, str(files[0]), named=named)
-        columns = self.column(self.label)
-        self.labels: Rows
-        self.classes: tuple[str, ...] | None
-        if _is_text(self.schema.field(self.label).type):
-            self.labels, self.classes = _from_text(columns, self.where)
-        else:
-            self.labels, self.classes = _to_labels(columns, self.where), _class_names(self.schema, self.label)
-
-
-class HubSplit:
+class HubTable:
     """One split of a `datasets.Dataset`."""
 
-    def __init__(self, data: DataConfig, dataset: Any, name: str) -> None:
-        self.place = f"{data.path}, split {name!r},"
+    def __init__(self, path: str, dataset: Any, split: str) -> None:
+        self.place = f"{path}, split {split!r},"
         self._dataset = dataset
-        schema = dataset.features.arrow_schema
-        self.image = find_images(schema, data.image_column, self.place)
-        self.label = find_labels(schema, data.label_column, self.place)
-        column = dataset.select_columns([self.label]).with_format("arrow")[:].column(self.label)
-        self.labels = _to_labels([column], self.where)
-        self.classes = _class_names(schema, self.label)
+        self.schema = dataset.features.arrow_schema
+        # Where `datasets` keeps the files of data sets whose tables name them.
+        caches = HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
+        self._folder = Path(path).expanduser().absolute()
+        self._roots = (self._folder, self._folder.resolve(), *(Path(cache).absolute() for cache in caches))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
     def where(self, row: int) -> str:
         return f"{self.place} row {row}"
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
-        table = self._dataset.select(rows).select_columns([self.image]).with_format("arrow")
-        places = (self.where(row) for row in rows.tolist())
+    def images(self, name: str, rows: Rows) -> Iterator[bytes]:
+        table = self._dataset.select(rows).select_columns([name]).with_format("arrow")
+        places = map(self.where, rows.tolist())
         for batch in table.iter(batch_size=_BATCH):
-            yield from _cells(batch.column(self.image), itertools.islice(places, len(batch)), Path())
+            column = _without_views(batch.column(name))
+            yield from _cells(column, itertools.islice(places, len(batch)), self._folder, self._roots)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self._dataset.select_columns([name]).with_format("arrow")[:].column(name)
 
 
-def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The Parquet files of the first of the splits `names` that is there: `test.parquet`, or its shards.
+class TableImages:
+    """The images of a table's column; no label is read."""
 
-    They lie in the folder or in its `data/`. `NAME.parquet` goes before `NAME-00000-of-00002.parquet`, and that
-    before any other `NAME*.parquet`, so that copies beside a split are not read twice.
+    def __init__(self, table: Table, image: str) -> None:
+        self._table, self._image = table, image
+
+    def where(self, row: int) -> str:
+        return self._table.where(row)
+
+    def encoded(self, rows: Rows) -> Iterator[bytes]:
+        return self._table.images(self._image, rows)
+
+
+class TableSplit(TableImages):
+    """With their labels."""
+
+    def __init__(self, table: Table, image: str, labels: Labels) -> None:
+        super().__init__(table, image)
+        self.labels: Rows = labels.numbers
+        self.classes: tuple[str, ...] | None = labels.names
+
+
+def train_split(train: Table, tests: Iterable[Table], data: DataConfig) -> TableSplit:
+    """Classes that are text are those of train and test together, unless `data.validation` leaves the test unread."""
+    columns = find_columns(train, data)
+    labels = read_labels(train, columns.label)
+    if labels.is_text and not data.validation:
+        for _, theirs in _labelled(tests, data, columns):
+            labels, _ = _matched(labels, theirs, train, data)
+            break
+    return TableSplit(train, columns.image, labels)
+
+
+def test_split(train: Table | None, tests: Iterable[Table], data: DataConfig) -> TableSplit:
+    """The first test split that has labels, from the columns that `train`, if it is there, has.
 
     Raises:
-        DataError: there is none, or a shard is missing.
+        DataError: none has labels; or they are other classes than train's.
     """
-    for name, place in itertools.product(names, (folder, folder / "data")):
-        for pattern in (f"{name}.parquet", f"{name}-[0-9]*-of-[0-9]*.parquet", f"{name}*.parquet"):
-            if files := sorted(place.glob(pattern)):
-                check_shards(files)
-                return files
-    raise DataError(f"{folder} has no {names[0]}*.parquet (nor has its data/); data.path must be a folder with them")
+    columns = find_columns(train, data) if train is not None else None
+    why: list[str] = []
+    for table, labels in _labelled(tests, data, columns, why):
+        image = columns.image if columns else find_images(table, data.image_column)
+        if train is not None and columns:
+            labels = _matched(_declared_labels(train, columns.label), labels, train, data)[1]
+        return TableSplit(table, image, labels)
+    raise NoLabelsError(
+        f"{why[0]}; label them, or judge on a share of the training images, which data.validation = 0.2 sets aside"
+    )
 
 
-def find_images(schema: pa.Schema, configured: str, place: str, fix: str = _SET) -> str:
+def own_split(table: Table, data: DataConfig) -> TableSplit:
+    """A split for itself."""
+    columns = find_columns(table, data)
+    return TableSplit(table, columns.image, read_labels(table, columns.label))
+
+
+def _labelled(
+    tests: Iterable[Table], data: DataConfig, columns: Columns | None, why: list[str] | None = None
+) -> Iterator[tuple[Table, Labels]]:
+    """The test splits that have labels; of those before them it is said, and added to `why`, that they have none."""
+    passed = [] if why is None else why
+    for table in tests:
+        name = columns.label if columns else _found_label(table, data)
+        if name not in table.schema.names:
+            passed.append(f"{table.place} has no column {name or 'of labels'!r}")
+        elif has_none(table.column(name)):
+            passed.append(f"{table.place} has no labels: of {len(table)} rows, none has one in {name!r}")
+        else:
+            for line in passed:
+                say_once(f"{line}; it is passed over, and {table.place} is the test split")
+            yield table, read_labels(table, name)
+
+
+def _found_label(table: Table, data: DataConfig) -> str:
+    try:
+        return find_labels(table, data.label_column)
+    except NoLabelsError:
+        return ""
+
+
+def _declared_labels(train: Table, name: str) -> Labels:
+    """Of train, what decides the classes of test: names that it declares, or all its text."""
+    if kind_of(train.schema.field(name).type) == "text":
+        return read_labels(train, name)
+    return Labels(np.zeros(0, np.int64), _declared(train, name))
+
+
+def _matched(train: Labels, test: Labels, where: Table, data: DataConfig) -> tuple[Labels, Labels]:
+    """Both in one numbering, with train's names."""
+    if train.is_text != test.is_text:
+        kinds = ("text", "numbers") if train.is_text else ("numbers", "text")
+        raise DataError(f"{where.place}: labels are {kinds[0]} here and {kinds[1]} in the test split; make them alike")
+    if train.is_text:
+        if more := sorted({*(test.names or ())} - {*(train.names or ())}):
+            say_once(f"{where.place}: no training image is of the classes {', '.join(map(repr, more[:5]))} of the test")
+        return together(train, test)
+    for ours, theirs in itertools.zip_longest(train.names or (), test.names or train.names or ()):
+        if ours != theirs and train.names:
+            raise DataError(
+                f"{data.path}: class {ours!r} of the train split is {theirs!r} in the test split; "
+                "give both the same class names in the same order"
+            )
+    return train, test._replace(names=test.names or train.names)
+
+
+# --- columns
+
+
+def find_columns(table: Table, data: DataConfig) -> Columns:
+    return Columns(find_images(table, data.image_column), find_labels(table, data.label_column))
+
+
+def find_images(table: Table, configured: str, fix: str = _SET) -> str:
     """The image column: as configured, else the only one that can be meant.
 
     Raises:
-        DataError: it is missing, of an unsuitable type, or ambiguous; the columns there are listed.
+        DataError: it is missing, of an unsuitable type, or ambiguous; the columns that would do are listed.
     """
-    features = _features(schema, place)
-    images = [field.name for field in schema if _holds_images(field.type)]
-    typed = [name for name in images if isinstance(features[name], datasets.Image)]
-    return _choose("image", configured, images, typed if len(typed) == 1 else images, schema, place, fix)
+    images = [field.name for field in table.schema if _holds_images(field.type)]
+    typed = _of_feature(table, datasets.Image, images)
+    candidates = [configured] if configured in images else typed if len(typed) == 1 else images
+    if len(candidates) == 1 and configured in ("", candidates[0]):
+        return candidates[0]
+    raise _refusal(table, "image", _IMAGES, configured, images, fix, several=len(candidates) > 1)
 
 
-def find_labels(schema: pa.Schema, configured: str, place: str, *, named: bool = False) -> str:
-    """The label column, as `find_images`: whole numbers, or with `named` also text."""
-    features = _features(schema, place)
-    suitable = [field.name for field in schema if pa.types.is_integer(field.type) or (named and _is_text(field.type))]
-    labels = [name for name in suitable if isinstance(features[name], datasets.ClassLabel)]
-    if len(labels) != 1:
-        labels = [name for name in _USUAL_LABELS if name in suitable][:1] or suitable
-    return _choose("label", configured, suitable, labels, schema, place, _SET)
+def find_labels(table: Table, configured: str) -> str:
+    """The label column: as configured, else the ClassLabel, else by its name, else the only one that can be meant.
+
+    Raises:
+        NoLabelsError: no column could hold labels.
+        DataError: it is missing, of an unsuitable type, or ambiguous; the columns that would do are listed.
+    """
+    suitable: list[str] = [field.name for field in table.schema if kind_of(field.type)]
+    if configured in suitable:
+        return configured
+    typed = _of_feature(table, datasets.ClassLabel, suitable)
+    usual = _usual(table.schema.names)
+    if not configured and len(typed) == 1:
+        if usual and usual != typed[0]:
+            say_once(f"{table.place}: labels are read from the ClassLabel {typed[0]!r}, not from {usual!r}")
+        return typed[0]
+    if not configured and usual in suitable:
+        return usual
+    plausible = [name for name in suitable if is_whole(table.column(name)) and not all_differ(table.column(name))]
+    if not configured and not usual and len(plausible) == 1:
+        say_once(f"{table.place}: labels are read from the column {plausible[0]!r}; no other can be meant")
+        return plausible[0]
+    good = [name for name in plausible if not _problem(table, name)]
+    raise _refusal(table, "label", _LABELS, configured or usual, good, _SET, several=len(plausible) > 1)
 
 
-def _choose(
-    kind: str, configured: str, suitable: list[str], candidates: list[str], schema: pa.Schema, place: str, fix: str
-) -> str:
-    if configured in suitable or (not configured and len(candidates) == 1):
-        return configured or candidates[0]
-    there = ", ".join(f"{field.name} ({_short(field.type)})" for field in schema)
-    fix = f"{fix.format(kind)}: {there}"
-    wanted = "encoded images" if kind == "image" else "class numbers"
-    if configured and configured in schema.names:
-        raise DataError(f"{place} column {configured!r} does not hold {wanted}; {fix}")
-    if configured:
-        raise DataError(f"{place} has no column {configured!r}; {fix}")
-    problem = f"several columns with {wanted}" if candidates else f"no column with {wanted}"
-    raise DataError(f"{place} has {problem}; {fix}")
+def _usual(names: Sequence[str]) -> str:
+    """The first usual name of a label column that is there, or ""."""
+    there = {name.casefold(): name for name in names} | {name: name for name in names}
+    return next((there[usual] for usual in _USUAL_LABELS if usual in there), "")
+
+
+def _problem(table: Table, name: str) -> str:
+    """Why the column cannot be read as labels, or ""."""
+    try:
+        read_labels(table, name)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _refusal(
+    table: Table, kind: str, wanted: str, name: str, good: Sequence[str], fix: str, *, several: bool
+) -> DataError:
+    """Only columns that would be taken are proposed."""
+    there = {field.name: f"{field.name} ({_short(field.type)})" for field in table.schema}
+    if name in there:
+        problem = f"column {name!r} ({_short(table.schema.field(name).type)}) does not hold {wanted}"
+    elif name:
+        problem = f"has no column {name!r}"
+    else:
+        problem = f"has {'several columns' if several else 'no column'} with {wanted}"
+    if good:
+        return DataError(f"{table.place} {problem}; {fix.format(kind)}{', '.join(there[each] for each in good)}")
+    error = NoLabelsError if wanted == _LABELS and not name else DataError
+    return error(f"{table.place} {problem}; none of its columns would do: {', '.join(there.values())}")
+
+
+def read_labels(table: Table, name: str) -> Labels:
+    """All labels of a column."""
+    if not kind_of(table.schema.field(name).type):
+        raise _refusal(table, "label", _LABELS, name, (), _SET, several=False)
+    return read(table.column(name), _declared(table, name), table.where)
+
+
+def _declared(table: Table, name: str) -> tuple[str, ...] | None:
+    feature = _features(table).get(name)
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _of_feature(table: Table, feature: type, names: Sequence[str]) -> list[str]:
+    features = _features(table)
+    return [name for name in names if isinstance(features.get(name), feature)]
+
+
+def _features(table: Table) -> Mapping[str, Any]:
+    """What Hugging Face's metadata says of the columns."""
+    text = (table.schema.metadata or {}).get(b"huggingface")
+    try:
+        told = json.loads(text)["info"]["features"] if text else None
+        return datasets.Features.from_dict(told) if told else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{table.place} has Hugging Face metadata that this version of datasets cannot read; upgrade datasets"
+        ) from error
 
 
 def _short(kind: pa.DataType) -> str:
@@ -159,33 +345,20 @@ def _short(kind: pa.DataType) -> str:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # pandas' categories
-    return bool(pa.types.is_string(values) or pa.types.is_large_string(values))
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_binary(values) or pa.types.is_large_binary(values) or pa.types.is_binary_view(values))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     """Bytes, or the struct of bytes and path that Hugging Face's Image feature is stored as."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+        names_files = kind.get_field_index("path") >= 0 and kind_of(kind.field("path").type) == "text"
+        there = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+        return there is not None and (_is_bytes(there) or (pa.types.is_null(there) and names_files))
     return _is_bytes(kind)
 
 
-def _features(schema: pa.Schema, place: str) -> Any:
-    try:
-        return datasets.Features.from_arrow_schema(schema)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{place} has Hugging Face metadata that this version of datasets cannot read; upgrade datasets"
-        ) from error
-
-
-def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    feature = datasets.Features.from_arrow_schema(schema)[label]
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+# --- cells
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -208,51 +381,45 @@ def _corrupt(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again")
 
 
-def _require_labels(columns: list[pa.ChunkedArray], where: Any) -> list[pa.Array]:
-    """The chunks of all columns, none of which has an empty cell."""
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    nulls = np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in chunks] or [np.zeros(0, bool)])
-    if nulls.any():
-        raise DataError(f"{where(int(nulls.argmax()))} has no label; remove the row or label it")
-    return chunks
+def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Arrow's newer types, of which not every operation is there yet, as the older ones."""
+    older = _older(column.type)
+    return column if older == column.type else column.cast(older)
 
 
-def _from_text(columns: list[pa.ChunkedArray], where: Any) -> tuple[Rows, tuple[str, ...]]:
-    """Numbers for names, which are sorted."""
-    labels = [name for chunk in _require_labels(columns, where) for name in chunk.to_pylist()]
-    numbers = {name: number for number, name in enumerate(sorted(set(labels)))}
-    return np.array([numbers[name] for name in labels], dtype=np.int64), tuple(numbers)
+def _older(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _older(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_older(field.type)) for field in kind])
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    return pa.large_string() if pa.types.is_string_view(kind) else kind
 
 
-def _to_labels(columns: list[pa.ChunkedArray], where: Any) -> Rows:
-    chunks = _require_labels(columns, where)
-    arrays = [chunk.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
-    return np.concatenate(arrays or [np.zeros(0, np.int64)])
-
-
-def _cells(column: pa.ChunkedArray, places: Iterable[str], base: Path) -> Iterator[bytes]:
-    """The bytes in each cell, or in the file that it names (relative paths from `base`)."""
+def _cells(column: pa.ChunkedArray, places: Iterable[str], base: Path, roots: Sequence[Path]) -> Iterator[bytes]:
+    """The bytes in each cell, or in the file that it names."""
     for cell, place in zip(column, places, strict=True):
         value = cell.as_py()
         path = None
         if isinstance(value, dict):
             value, path = value["bytes"], value.get("path")
         if value is None and path:
-            try:
-                value = (base / path).read_bytes()
-            except OSError as error:
-                raise DataError(f"{place}: the image file {base / path} cannot be read ({error.strerror})") from error
+            value = _named_file(path, place, base, roots)
         if value is None:
             raise DataError(f"{place} has no image; remove the row")
         yield value
 
 
-def check_shards(files: list[Path]) -> None:
-    """Raise DataError where `NAME-00000-of-00002.parquet` stands without its sisters."""
-    for file in files:
-        if match := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", file.name):
-            wanted = int(match[2])
-            if len(files) != wanted:
-                raise DataError(
-                    f"{file.parent} has {len(files)} of the {wanted} shards of {match[1]!r}; fetch the rest"
-                )
+def _named_file(path: str, place: str, base: Path, roots: Sequence[Path]) -> bytes:
+    """A file that a cell names, relative to `base`; a table may name no file outside of `roots`."""
+    file = Path(os.path.normpath(base / path))
+    if not any(file.is_relative_to(root) for root in roots):
+        raise DataError(
+            f"{place}: the image file {path!r} is outside of the data's folder, {roots[0]}; "
+            "put it there and name it relative to the table, or store its bytes"
+        )
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{place}: the image file {file} cannot be read ({error.strerror})") from error

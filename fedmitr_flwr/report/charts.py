@@ -12,6 +12,9 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ..errors import printable
+from .figures import glyphs_in_one_line
+
 Curve = Mapping[str, Sequence[float]]
 
 ALONE, OTHERS, STUDENT = "#56B4E9", "#767676", "#D55E00"  # of Okabe and Ito's colours
@@ -25,7 +28,7 @@ def as_svg(figure: Figure) -> str:
     """The picture as text; equal pictures are equal texts."""
     FigureCanvasSVG(figure)
     out = io.StringIO()
-    with rc_context({"svg.hashsalt": "fedmitr"}):
+    with rc_context({"svg.hashsalt": "fedmitr"}), glyphs_in_one_line():
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
@@ -55,7 +58,9 @@ def accuracies(accuracy: Mapping[str, Any], method: str, names: Sequence[str] = 
 
 def _alone(local: Sequence[float | None], names: Sequence[str]) -> list[tuple[str, float | None, str]]:
     if len(local) <= _MOST_CLIENTS:
-        called = [names[client] if client < len(names) else f"client {client}" for client in range(len(local))]
+        called = [
+            printable(names[client]) if client < len(names) else f"client {client}" for client in range(len(local))
+        ]
         return [(f"{name} alone", value, ALONE) for name, value in zip(called, local, strict=True)]
     known = [value for value in local if value is not None]
     every = {"best": max(known), "mean": sum(known) / len(known), "worst": min(known)} if known else {}
@@ -66,6 +71,7 @@ def confusion(counts_YY: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
     """True classes as rows, answers as columns; shades are shares of a row, numbers are images."""
     size = len(counts_YY)
     numbers = size <= _MOST_NUMBERS
+    classes = [printable(name) for name in classes]
     side = 0.46 if numbers else 0.14
     figure = Figure(figsize=(side * size + 2.6, side * size + 1.4), layout="constrained")
     axis = figure.subplots()

@@ -4,7 +4,10 @@ Axes: B image, C channel, H, W pixels, N patch (row by row), K client, Y class.
 """
 
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data.images import to_uint8
+from ..data.layout import say_once
+from ..errors import printable
 from ..files import replacing
 
 _FADED = 0.3  # how much of a halted patch is left
@@ -100,11 +105,30 @@ def _write_numbers(axis: object, counts: Tensor) -> None:
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def save(figure: Figure, path: Path) -> None:
     """Whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
     FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, glyphs_in_one_line():
         figure.savefig(temporary, format="png", dpi=130)
+
+
+@contextmanager
+def glyphs_in_one_line() -> Iterator[None]:
+    """One line for all letters that the font lacks, in place of matplotlib's warning for each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    missing = ""
+    for warning in caught:
+        if found := re.match(r"Glyph (\d+) ", str(warning.message)):
+            missing += chr(int(found[1]))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if missing:
+        say_once(
+            f"the pictures show boxes for {''.join(sorted(set(missing)))}, which their font lacks; tables show them"
+        )

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..config import Config
+from ..errors import printable
 from ..files import write_text
 from ..settings import toml_value
 from .charts import accuracies, as_svg, confusion, curves
@@ -111,11 +112,11 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         *([("rounds", str(rounds))] if rounds > 1 else []),
     ]
     return {
-        "title": f"{result['method']} on {data_set(config)}",
+        "title": printable(f"{result['method']} on {data_set(config)}"),
         "about": f"{result['clients']} clients, {skew(config)}, seed {result['seed']}, {model(config)}",
         "numbers": numbers,
         "evaluated": _evaluated(result.get("evaluated_on")),
-        "recall": [(name, _percent(value)) for name, value in accuracy["per_class"].items()],
+        "recall": [(printable(name), _percent(value)) for name, value in accuracy["per_class"].items()],
         "clients": _client_costs(result),
         "server": _server_costs(result),
         "changed": _changed(config),

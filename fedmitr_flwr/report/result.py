@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, DataConfig
+from ..errors import printable
 from ..fingerprint import core, fingerprint
 
 PACKAGES = ("torch", "timm", "numpy", "flwr")
@@ -155,7 +156,11 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     lines = [f"{'model':{width}} {'accuracy %':>10}", "-" * (width + 11)]
     lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
     if accuracy["per_class"]:
-        lines += ["", "recall % of the student by class", *_columns(accuracy["per_class"])]
+        lines += [
+            "",
+            "recall % of the student by class",
+            *_columns({printable(name): value for name, value in accuracy["per_class"].items()}),
+        ]
     measured = result.get("evaluated_on", {})
     if measured.get("split") == "validation":
         lines += ["", f"on {measured['images']} validation images; the test images were not read"]

@@ -8,8 +8,9 @@ Flat = Mapping[str, Any]
 
 
 def data_set(config: Flat) -> str:
-    """The name of its folder, or of its source."""
-    return PurePath(config["data.path"]).name or str(config["data.source"])
+    """The name of what was read: its folder, or its source. Early runs on digits may have a path that was not read."""
+    source = str(config["data.source"])
+    return source if source == "digits" else PurePath(config["data.path"]).name or source
 
 
 def skew(config: Flat) -> str:

@@ -1,0 +1,194 @@
+"""Labels of every type, in every source, have the numbers that their sorted names give."""
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layout import a_table, parquet, picture
+
+from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.data.own import Place, load_own, load_own_test
+from fedmitr_flwr.data.sources import load, open_split
+from fedmitr_flwr.errors import DataError
+
+TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+WHOLE = (pa.int8(), pa.uint16(), pa.int64(), pa.uint64(), pa.dictionary(pa.int8(), pa.int64()))
+FLOATS = (pa.float32(), pa.float64(), pa.decimal128(5, 1))
+NOT_IN_DATASETS = (pa.string_view(), pa.binary_view())
+
+names = st.lists(
+    st.text("abcXYZ é高", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True
+)
+
+
+def column(kind: pa.DataType, values: list[object]) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        return pa.array(values, kind.value_type).dictionary_encode().cast(kind)
+    return pa.array(values, kind)
+
+
+@settings(derandomize=True, max_examples=40)
+@given(
+    kind=st.sampled_from([*TEXT, *WHOLE, *FLOATS, pa.bool_(), "ClassLabel"]),
+    source=st.sampled_from(["parquet", "hub", "own", "own test"]),
+    called=names,
+    image=st.sampled_from([pa.binary(), pa.large_binary(), pa.binary_view()]),
+    draw=st.data(),
+)
+def test_labels_of_every_type_in_every_source(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: object,
+    source: str,
+    called: list[str],
+    image: object,
+    draw: st.DataObject,
+) -> None:
+    numbers = st.lists(st.integers(0, len(called) - 1), min_size=2, max_size=8)
+    rows = {"train": draw.draw(numbers), "test": draw.draw(numbers)}
+    rows["train"][0] = len(called) - 1  # so that there are as many numbers as names
+    expected = called  # by number
+    if kind in TEXT:
+        expected = sorted({called[row] for split in rows.values() for row in split})
+    elif kind == pa.bool_():
+        rows = {split: [row % 2 for row in given] for split, given in rows.items()}
+        called = expected = ["False", "True"]
+    folder = tmp_path_factory.mktemp("labels")
+    for split, given_rows in rows.items():
+        values = [called[row] for row in given_rows] if kind in TEXT else given_rows
+        labels = column(
+            pa.int64() if kind == "ClassLabel" else kind, list(map(bool, values)) if kind == pa.bool_() else values
+        )
+        table = pa.table({"image": pa.array([picture(row) for row in given_rows], image), "label": labels})
+        if kind == "ClassLabel":
+            features = datasets.Features(
+                {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=called)}
+            )
+            table = table.replace_schema_metadata(features.arrow_schema.metadata)
+        if source != "hub" or {image, kind} & {*NOT_IN_DATASETS}:
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            datasets.Dataset(table).save_to_disk(str(folder / split))
+            (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    if source.startswith("own"):  # by name, whatever the numbers
+        by_name = kind in TEXT or kind in ("ClassLabel", pa.bool_())
+        known = called[::-1] if by_name else [str(number) for number in range(len(called))]
+        flat = {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": len(known)}
+        config = Config.from_flat(flat | {"data.classes": "|".join(known), "data.path": str(folder)})
+        at = "train" if source == "own" else "test"
+        images = load_own(Place(str(folder)), config) if at == "train" else load_own_test(config.data, config.model)
+        found = [known[label] for label in images.labels.tolist()]
+        assert found == [called[row] if by_name else str(row) for row in rows[at]]
+        return
+    for split, given_rows in rows.items():
+        opened = open_split(DataConfig(path=str(folder)), split)
+        labels = given_rows if kind not in TEXT else [expected.index(called[row]) for row in given_rows]
+        assert opened.labels.tolist() == labels
+        assert opened.labels.dtype == np.int64
+        assert opened.classes == (None if kind in (*WHOLE, *FLOATS) else tuple(expected))
+    images = load(DataConfig(path=str(folder)), ModelConfig(num_classes=len(expected))).train
+    assert images.pixels[:, 0, 0, 0].tolist() == rows["train"]  # each label at its own picture
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ([0.0, 0.5, 1.0], "row 1: label 0.5 is no whole number"),
+        ([0.0, 1.0, float("nan")], r"row 2 has no label \(NaN\)"),
+        ([0.0, float("inf"), 1.0], "row 1: label inf is no whole number"),
+        (["a", " ", "b"], r"row 1 has no label \(empty text\)"),
+        ([0, None, 1], "row 1 has no label"),
+        (pa.array([0, 2**63 + 1, 1], pa.uint64()), "labels that cannot be read"),
+        (pa.array([b"\xff"] * 3).cast(pa.string(), safe=False), "labels that are not UTF-8"),
+        (
+            [[0], [1], [0]],
+            r"column 'label' \(list<.*\) does not hold labels; set data.label-column to one of: fold \(int64\)$",
+        ),
+    ],
+)
+@pytest.mark.parametrize("named", ["label", "Class", "TARGET"])
+def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(
+    tmp_path, labels: object, problem: str, named: str
+) -> None:
+    table = pa.table({"image": [picture()] * 3, named: labels, "fold": [0, 1, 0]})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match=problem.replace("'label'", f"'{named}'")):
+        open_split(DataConfig(path=str(tmp_path)), "train")
+
+
+def test_which_column_has_the_labels(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = 12
+    many = {"image": [picture(row) for row in range(rows)], "file": [f"{row}.png" for row in range(rows)]}
+    kinds = {"species": ["b", "a"] * 6, "fold": [0, 1, 2] * 4, "weight": [0.5] * rows, "size": [2.0, 3.0, 2.0] * 4}
+    for number, (columns, outcome) in enumerate(
+        [
+            (("species",), ("a", "b")),  # text is no worse than numbers
+            (("species", "weight"), ("a", "b")),
+            (("species", "fold"), r"several columns with labels; .* one of: species \(string\), fold \(int64\)$"),
+            (("fold", "size"), r"several columns with labels; .* one of: fold \(int64\), size \(double\)$"),
+            (("weight",), r"no column with labels; none of its columns would do: image"),
+            ((), r"no column with labels; none of its columns would do: .*file \(string\)"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        table = pa.table({**many, **{name: kinds[name] for name in columns}})
+        for split in ("train", "test"):
+            pq.write_table(table, folder / f"{split}.parquet")
+        if isinstance(outcome, tuple):
+            assert open_split(DataConfig(path=str(folder)), "train").classes == outcome
+            assert f"{folder}/train.parquet: labels are read from the column 'species'" in caplog.text
+        else:
+            with pytest.raises(DataError, match=outcome):
+                open_split(DataConfig(path=str(folder)), "train")
+
+
+def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path) -> None:
+    parquet(tmp_path)
+    test = a_table([0, 1]).rename_columns(["image", "fold"])
+    pq.write_table(test, tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet has no column 'label'; label them, or judge on a share"):
+        open_split(DataConfig(path=str(tmp_path)), "test")
+    pq.write_table(a_table(["a", "b"]), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="labels are numbers here and text in the test split"):
+        open_split(DataConfig(path=str(tmp_path)), "test")
+
+
+def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path) -> None:
+    for split, labels in {"train": ["b", "d", "b"], "test": ["c", "b"]}.items():
+        pq.write_table(a_table(labels), tmp_path / f"{split}.parquet")
+    data = DataConfig(path=str(tmp_path))
+    opened = [open_split(data, split) for split in ("train", "test")]
+    assert [split.classes for split in opened] == [("b", "c", "d")] * 2
+    assert [split.labels.tolist() for split in opened] == [[0, 2, 0], [1, 0]]
+    assert open_split(DataConfig(path=str(tmp_path), validation=0.5), "train").classes == ("b", "d")
+
+
+@pytest.mark.parametrize("none", [-1, None, float("nan")])
+def test_a_test_split_without_labels_is_passed_over(tmp_path, none: object, caplog: pytest.LogCaptureFixture) -> None:
+    parquet(tmp_path, test="validation")
+    pq.write_table(a_table([none] * 3), tmp_path / "test.parquet")
+    data, model = DataConfig(path=str(tmp_path)), ModelConfig(num_classes=2)
+    assert load(data, model).test.labels.tolist() == [0, 1, 1, 0]
+    assert (
+        f"test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and {tmp_path}/val"
+        in caplog.text
+    )
+    (tmp_path / "validation.parquet").unlink()
+    with pytest.raises(
+        DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share .* data\.val"
+    ):
+        open_split(data, "test")
+
+
+def test_labels_that_begin_at_1(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        pq.write_table(a_table([1, 2, 2]), tmp_path / f"{split}.parquet")
+    data = DataConfig(path=str(tmp_path))
+    with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\), but classes are numbered from 0; subtract 1"):
+        load(data, ModelConfig(num_classes=2))
+    assert load(data, ModelConfig(num_classes=3)).classes == ("0", "1", "2")
+    assert "labels begin at 1 (1 to 2), so class 0 has no image here" in caplog.text
