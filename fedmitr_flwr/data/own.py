@@ -261,7 +261,7 @@ def named_classes(config: Config) -> Config:
 def _names_of_data(config: Config) -> tuple[str, ...]:
     numerals = tuple(map(str, range(config.model.num_classes)))
     if config.evaluate.where == "server":
-        return _open_test(config.data).classes or numerals
+        return open_test(config.data).classes or numerals
     if config.data.source == "digits" and numerals == DigitsSplit.classes:  # known without a look at an image
         return numerals
     raise ConfigError(
@@ -277,14 +277,14 @@ def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
 
 @lru_cache(maxsize=1)
 def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
-    split = _open_test(data)
+    split = open_test(data)
     labels = _renumbered(split, data, f"{data.path or data.source}, test split", at_server=True)
     rows = np.flatnonzero(labels >= 0)
     rows = rows[kept(len(rows), data.test_limit, "test")]
     return Images(decode(split, rows, in_chans, img_size), torch.from_numpy(labels[rows]))
 
 
-def _open_test(data: DataConfig) -> Split:
+def open_test(data: DataConfig) -> Split:
     """Unlike the test split of a data set, it needs no train split beside it."""
     if data.source == "imagefolder":
         folders = split_folders(data_folder(data), TEST_NAMES)
