@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deploy.demo_data import as_folders, as_parquet
 from deploy.federation import ROOT, Federation
-from fedmitr_flwr.config import DataConfig, ModelConfig
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.resolve import resolve
 
 SITES = ("hospital-a", "factory", "university", "observatory", "library", "museum")
 DIGITS = tuple("0123456789")
@@ -105,7 +106,8 @@ def make_sites(folder: Path, names: Sequence[str], most: int = 0) -> dict[str, P
 
     Site k of K has the five digits from 10 k / K on (9 is followed by 0), and shares each with the others that have it.
     """
-    images = load(DataConfig(), ModelConfig()).train
+    config = resolve(Config())
+    images = load(config.data, config.model).train
     holders = {digit: [k for k in range(len(names)) if (digit - 10 * k // len(names)) % 10 < 5] for digit in range(10)}
     turns = dict.fromkeys(range(10), 0)
     rows: list[list[int]] = [[] for _ in names]

@@ -50,7 +50,7 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
             loss = train_local(vit, images, config, stream(config.seed, NAME), device)
         with stopwatch.stage("evaluation"):
             model = config.model
-            found = evaluate(vit, test, model.img_size, model.num_classes, config.evaluate.batch_size, device)
+            found = evaluate(vit, test, model, config.evaluate.batch_size, device)
     folder.log_metrics(stage="training", images=len(images), loss=loss)
     folder.save_model(vit.state_dict(), timm_arguments(config.model))
     folder.write_result(

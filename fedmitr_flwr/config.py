@@ -108,14 +108,14 @@ class Config(Section):
             )
         self._check_own()
         self._check_privacy()
-        if self.partition.scheme == "classes-per-client":
+        if self.partition.scheme == "classes-per-client" and self.model.num_classes:
             check(
                 "partition.classes-per-client",
                 self.partition.classes_per_client,
                 self.partition.classes_per_client <= self.model.num_classes,
                 f"at most model.num-classes = {self.model.num_classes}",
             )
-        if self.inversion.mode == "pri":
+        if self.inversion.mode == "pri" and self.model.num_patches:
             check(
                 "inversion.rebirths",
                 self.inversion.rebirths,
@@ -128,7 +128,7 @@ class Config(Section):
         own, names = self.partition.scheme == OWN, self.data.class_names
         if names and not own:
             raise ConfigError(f"data.classes = {self.data.classes!r} is for partition.scheme = 'own'; leave it empty")
-        if names and len(names) != self.model.num_classes:
+        if names and self.model.num_classes not in (0, len(names)):
             raise ConfigError(
                 f"data.classes = {self.data.classes!r} has {len(names)} names, but model.num-classes = "
                 f"{self.model.num_classes}; make them equal"

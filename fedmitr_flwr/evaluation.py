@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import ModelConfig
 from .data.images import Images, prepare
 
 
@@ -35,22 +36,21 @@ class Evaluation:
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     images: Images,
-    img_size: int,
-    num_classes: int,
+    model: ModelConfig,
     batch_size: int,
     device: torch.device,
 ) -> Evaluation:
     """`predict` maps normalised images (B, C, S, S) to scores (B, Y), of which softmax gives probabilities."""
-    return graded(scores_of(predict, images, img_size, batch_size, device), images.labels, num_classes)
+    return graded(scores_of(predict, images, model, batch_size, device), images.labels, model.num_classes)
 
 
 @torch.no_grad()
 def scores_of(
-    predict: Callable[[Tensor], Tensor], images: Images, img_size: int, batch_size: int, device: torch.device
+    predict: Callable[[Tensor], Tensor], images: Images, model: ModelConfig, batch_size: int, device: torch.device
 ) -> Tensor:
     """What `predict` says of all images (M, Y), on the CPU."""
     batches = images.pixels.split(batch_size)
-    return torch.cat([predict(prepare(pixels.to(device), img_size)).float().cpu() for pixels in batches])
+    return torch.cat([predict(prepare(pixels.to(device), model)).float().cpu() for pixels in batches])
 
 
 def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:

@@ -66,9 +66,7 @@ def answers_of(teachers: Sequence[Upload], images: Images, config: Config, devic
     def answers(teacher: Upload) -> Tensor:
         return_memory()
         one = Ensemble.of([teacher], model, config.ensemble).to(device)
-        return scores_of(
-            lambda batch: one.answers(batch)[0], images, model.img_size, config.evaluate.batch_size, device
-        )
+        return scores_of(lambda batch: one.answers(batch)[0], images, model, config.evaluate.batch_size, device)
 
     return torch.stack(list(map(answers, teachers)))
 
@@ -94,7 +92,7 @@ def evaluate_on(
     model = config.model
     if isinstance(predict, torch.nn.Module):
         predict.to(device).eval()
-    return evaluate(predict, images, model.img_size, model.num_classes, config.evaluate.batch_size, device)
+    return evaluate(predict, images, model, config.evaluate.batch_size, device)
 
 
 def by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Upload], Any]) -> list[Any]:

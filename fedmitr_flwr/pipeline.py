@@ -272,7 +272,7 @@ def _free_name(config: Config) -> str:
 def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
     if not config.upload.statistics:
         return {}
-    features = frozen_features(vit, images, config.model.img_size, resolve_device(config.device))
+    features = frozen_features(vit, images, config.model, resolve_device(config.device))
     return measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
 
 
@@ -280,7 +280,7 @@ def _input_statistics(vit: VisionTransformer, images: Images, config: Config) ->
     directions = config.upload.directions
     if not directions:
         return {}
-    measured = measure_inputs(vit, images, config.model.img_size, directions, resolve_device(config.device))
+    measured = measure_inputs(vit, images, config.model, directions, resolve_device(config.device))
     return {name: _sent(tensor, getattr(torch, config.upload.dtype)) for name, tensor in measured.items()}
 
 
@@ -303,7 +303,7 @@ def _report(
     if fused.pool is not None:
         pool = fused.pool
         pool.save(folder.pool_path)
-        save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, folder.images_path)
+        save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, config.model, folder.images_path)
         facts["synthetic_images"] = len(pool)
     if config.privacy.epsilon:
         facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)

@@ -2,10 +2,97 @@
 
 from dataclasses import replace
 
-from .config import Config
+from .config import Config, ModelConfig
+from .data.facts import Facts, facts
 from .data.layout import found_source
+from .errors import ConfigError, DataError
+from .vit.build import require_token_code
+from .vit.names import SMALL, architecture
+
+MOST_PATCHES = 8  # along a side of `small`, where its patch size is left to be found
+LEAST_PATCHES = 4  # with fewer, the images' own size is not taken
+LARGEST = 64  # pixels along a side of images whose own size `small` takes
+SIDE = 32  # of `small`, where the images have no such size
+CHANNELS = 3  # of `small`, where no image can be looked at
+
+_FOUND = ("img_size", "patch_size", "in_chans", "num_classes")
 
 
 def resolve(config: Config) -> Config:
-    """`config` with nothing left to be found out: what the run folder keeps and the clients are sent."""
-    return replace(config, data=found_source(config.data))
+    """`config` with nothing left to be found out: what the run folder keeps and the clients are sent.
+
+    The number of classes stays 0 where neither the data nor data.classes says it (`own.named_classes` refuses that).
+
+    Raises:
+        ConfigError: a setting contradicts the model's name or the data, or has no effect on it.
+        ModelError: the model is none that can be run by patches.
+        DataError: the data, of which something is to be found, cannot be read.
+    """
+    config = replace(config, data=found_source(config.data))
+    model = config.model
+    if model.name != SMALL:
+        _require_of_name(model)
+        model = _of_name(model)
+    if not all(getattr(model, name) for name in _FOUND):
+        model = _of_data(model, facts(config), config.data.path or config.data.source)
+    if model.num_classes:
+        require_token_code(model)
+    return replace(config, model=model)
+
+
+def _require_of_name(model: ModelConfig) -> None:
+    """Raise ConfigError where a setting is not the named model's own."""
+    published = architecture(model.name)
+    if model.patch_size not in (0, published.patch_size):
+        raise ConfigError(
+            f"model.patch-size = {model.patch_size}, but model.name = {model.name!r} has patches of "
+            f"{published.patch_size} px; leave model.patch-size out, or name another model"
+        )
+    defaults = ModelConfig()
+    for key in ("width", "depth", "heads"):
+        if getattr(model, key) != getattr(defaults, key):
+            raise ConfigError(
+                f"model.{key} = {getattr(model, key)} is of model.name = 'small', but model.name = {model.name!r} has "
+                f"its own; leave model.{key} out, or name another model"
+            )
+
+
+def _of_name(model: ModelConfig) -> ModelConfig:
+    published = architecture(model.name)
+    return replace(
+        model,
+        img_size=model.img_size or published.img_size,
+        patch_size=published.patch_size,
+        in_chans=model.in_chans or published.in_chans,
+    )
+
+
+def _of_data(model: ModelConfig, found: Facts, place: str) -> ModelConfig:
+    more = found.classes > model.num_classes
+    if model.num_classes and found.classes and (more or (found.named and model.num_classes != found.classes)):
+        raise ConfigError(
+            f"model.num-classes = {model.num_classes}, but {place} has {found.classes} classes; "
+            "leave model.num-classes out, or give the data of that model"
+        )
+    if found.classes == 1 and not model.num_classes:
+        raise DataError(f"{place}: all images are of one class; put images of another class there, too")
+    patch = model.patch_size
+    side = model.img_size or _side(found.side, patch)
+    return replace(
+        model,
+        img_size=side,
+        patch_size=patch or patch_of(side),
+        in_chans=model.in_chans or found.channels or CHANNELS,
+        num_classes=model.num_classes or found.classes,
+    )
+
+
+def _side(own: int, patch: int) -> int:
+    """The images' own size where `small` can be trained on it, or else 32."""
+    fits = 0 < own <= LARGEST and own // (patch or patch_of(own)) >= LEAST_PATCHES and own % (patch or 1) == 0
+    return own if fits else SIDE
+
+
+def patch_of(side: int) -> int:
+    """The smallest patch of at least 2 px that divides the side into at most 8: 2 for 8 px, 4 for 28 and 32."""
+    return next(patch for patch in range(min(2, side), side + 1) if side % patch == 0 and side // patch <= MOST_PATCHES)

@@ -69,30 +69,32 @@ class PartitionConfig(Section):
 class ModelConfig(Section):
     section = "model"
     name: str = "small"  # small, or any timm vision transformer with a [CLS] token
-    img_size: int = 8  # pixels; images are resized to it
-    patch_size: int = 2
-    in_chans: int = 1
-    num_classes: int = 10
+    img_size: int = 0  # pixels; images are resized to it; 0: timm's for the name; of "small" the images' own
+    patch_size: int = 0  # pixels; 0: timm's for the name; of "small" chosen for at most 8 x 8 patches
+    in_chans: int = 0  # 1 (grey) | 3 (colour) | 0: timm's for the name; of "small" the images' own
+    num_classes: int = 0  # 0: as many as the data has
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
     heads: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
 
     def __post_init__(self) -> None:
-        self._at_least(1, "img_size", "patch_size", "in_chans", "width", "depth", "heads")
-        self._at_least(2, "num_classes")
-        check(
-            "model.img-size",
-            self.img_size,
-            self.img_size % self.patch_size == 0,
-            f"a multiple of model.patch-size = {self.patch_size}",
-        )
+        self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
+        self._at_least(1, "width", "depth", "heads")
+        check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
+        if self.patch_size:
+            check(
+                "model.img-size",
+                self.img_size,
+                self.img_size % self.patch_size == 0,
+                f"a multiple of model.patch-size = {self.patch_size}",
+            )
         check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
-        return self.img_size // self.patch_size
+        """Patches along one side; 0 before `resolve`."""
+        return self.img_size // self.patch_size if self.patch_size else 0
 
     @property
     def num_patches(self) -> int:
@@ -163,7 +165,7 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities) | joint (see docs)
-    temperature: float = 3.0  # logp, probs, joint: of each teacher's softmax
+    temperature: float = 3.0  # of each teacher's softmax: in logp, probs, joint; in importance by every `combine`
     teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)

@@ -1,17 +1,25 @@
 """How networks and their public start are made: plain timm models, equal for equal seeds, misfits refused by name."""
 
 import json
+import math
+import shlex
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from tiny import a_vit, settings, some_images
+from torch import Tensor
 
 from fedmitr_flwr.config import Config, ModelConfig
+from fedmitr_flwr.data.images import normalisation
 from fedmitr_flwr.errors import ModelError
 from fedmitr_flwr.training.upload import Weights
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments, vit_of
@@ -39,10 +47,11 @@ def weights_file(folder: Path, **changes: object) -> tuple[Path, Weights]:
     ("name", "patch", "reason"),
     [
         ("vit_tinny_patch16_224", 16, "'vit_tinny_patch16_224' is not a timm model; did you mean vit_tiny_patch16_224"),
-        ("???", 16, r"is not a timm model; timm.list_models\('vit\*'\) lists them"),
-        ("resnet18", 16, "timm cannot build model.name = 'resnet18'"),
+        ("???", 16, "is not a timm model; use small, or a plain ViT such as deit_tiny_patch16_224"),
+        ("resnet18", 16, "is a ResNet, no plain vision transformer; use small, or a plain ViT"),
+        ("vit_tiny_patch16_224.augreg", 16, "Invalid pretrained tag.*did you mean vit_tiny_patch16_224.augreg_in21k"),
         ("deit_tiny_distilled_patch16_224", 16, "a VisionTransformerDistilled; use a plain ViT"),
-        ("swin_tiny_patch4_window7_224", 4, "a SwinTransformer; use a plain ViT"),
+        ("swin_tiny_patch4_window7_224", 4, "a SwinTransformer, no plain vision transformer"),
         ("vit_small_r26_s32_224", 1, "a HybridEmbed; use a plain ViT"),
         ("vit_small_patch16_18x2_224", 16, "a ParallelThingsBlock; use a plain ViT"),
         ("vit_base_patch16_xp_224", 16, "a ParallelScalingBlock; use a plain ViT"),
@@ -74,6 +83,12 @@ def test_plain_timm_builds_the_same_network(shape: dict[str, object]) -> None:
     images = some_images(config(**shape), 2)
     with torch.no_grad():
         assert torch.equal(plain(images), ours(images))
+    shown = resolve_model_data_config(plain)  # as timm reads it from the arguments, whose names these are
+    mean, std = normalisation(wanted)
+    assert shown["input_size"] == [wanted.in_chans, wanted.img_size, wanted.img_size]
+    assert (shown["interpolation"], shown["crop_pct"], shown["crop_mode"]) == ("bilinear", 1.0, "squash")
+    assert torch.equal(torch.tensor(shown["mean"]), mean)
+    assert torch.equal(torch.tensor(shown["std"]), std)
     assert ours(images).shape == (2, wanted.num_classes)
     assert ours.embed_dim == (192 if shape.get("name") else wanted.width)
     assert len(ours.blocks) == (12 if shape.get("name") else wanted.depth)
@@ -159,6 +174,7 @@ def test_colour_weights_serve_grey_images(tmp_path: Path) -> None:
         ({"width": 24}, r"blocks\.0\.attn\.proj\.bias is \(24,\), not \(16,\) \(and \d+ more\)"),
         ({"depth": 1}, r"blocks\.1\..* is missing \(and \d+ more\)"),
         ({"depth": 3}, r"blocks\.2\..* is not in the model \(and \d+ more\)"),
+        ({"patch_size": 4}, r"its patches are 4 x 4 px, and model\.patch-size = 2"),
     ],
 )
 def test_weights_of_another_shape_are_refused(tmp_path: Path, there: dict[str, object], reason: str) -> None:
@@ -169,13 +185,84 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, there: dict[str, o
     assert "'small'" in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
-def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "weights.safetensors"
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "state_dict.model.", "module.backbone."])
+def test_a_wrappers_prefix_is_left_out_with_a_line(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the head has another prefix than the backbone, or there is the head of another task."""
+    path, there = weights_file(tmp_path)
+    heads = {"model.head.": "head.", "head_dist.": "head."} if prefix == "module.backbone." else {}
+    renamed = {
+        next(
+            (outer + name.removeprefix(own) for outer, own in heads.items() if name.startswith(own)), prefix + name
+        ): each
+        for name, each in there.items()
+    }
+    other = {"head_dist.weight": torch.ones(3, 16)} if heads else {}
+    save_file(renamed | other, path)
+    with caplog.at_level("INFO", logger="fedmitr"):
+        loaded = initial_weights(model(weights=str(path)), 0)
+    assert all(torch.equal(loaded[key], there[key]) for key in there)
+    assert f"begin with '{prefix}', which is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"norm.weight": torch.tensor([math.nan])}, r"norm\.weight in .* has NaN or infinity"),
+        ({"head.bias": torch.tensor([math.inf]).half()}, r"head\.bias in .* has NaN or infinity"),
+        ({"module.patch_embed.proj.weight": torch.ones(1)}, r"holds 2 models"),
+        ({"norm.weight": torch.ones(16, dtype=torch.int8)}, r"norm\.weight has whole numbers \(int8\)"),
+        ({"student.cls_token": torch.ones(1)}, r"student\.cls_token is not in the model"),
+        ({"pos_embed": torch.ones(1, 12, 16)}, r"do not fit model\.name = 'small'"),
+    ],
+)
+def test_a_file_of_other_tensors_is_refused_by_name(tmp_path: Path, changed: dict[str, Tensor], reason: str) -> None:
+    path, there = weights_file(tmp_path)
+    save_file(there | changed, path)
+    with pytest.raises(ModelError, match=reason) as refused:
+        initial_weights(model(weights=str(path)), 0)
+    assert "model.weights" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "there is no weights file"),
+        (b"", "is empty"),
+        (b"no safetensors at all", "as safetensors: .*; it may be cut off or damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        (b'{"metadata": {}}', "is JSON text"),
+        (b"\x80\x02}q\x00.", "is a PyTorch file"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        (struct.pack("<Q", 0x13C) + b"{" + b" " * 0x13A + b"}", "holds no tensors"),  # begins with "<", as HTML does
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "weights.bin"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.weights: cannot read .*weights\.safetensors"):
+    with pytest.raises(ModelError, match=reason) as refused:
         initial_weights(model(weights=str(path)), 0)
+    assert str(refused.value).startswith("model.weights: ")
+    assert str(path) in str(refused.value)
+    with pytest.raises(ModelError, match=r"is a folder"):
+        initial_weights(model(weights=str(tmp_path)), 0)
+
+
+def test_the_command_for_a_pytorch_file_converts_it(tmp_path: Path) -> None:
+    _, there = weights_file(tmp_path)
+    torch.save({"state_dict": {f"module.{name}": each for name, each in there.items()}, "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match="PyTorch file") as refused:
+        initial_weights(model(weights=str(tmp_path / "x.pth")), 0)
+    command = str(refused.value).partition("convert it once: ")[2]
+    subprocess.run(
+        command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path, timeout=120
+    )
+    loaded = initial_weights(model(weights=str(tmp_path / "x.safetensors")), 0)
+    assert all(torch.equal(loaded[key], there[key]) for key in there)
 
 
 def test_without_a_network_the_hub_is_an_error_with_a_fix() -> None:
@@ -213,7 +300,7 @@ def test_deit_tiny_gives_timms_logits(shared: Path) -> None:
 
 @pytest.mark.parametrize("name", ["small", "vit_tiny_patch16_224"])
 def test_a_network_around_given_weights_copies_none(name: str) -> None:
-    model = ModelConfig(name=name, img_size=32, patch_size=16, in_chans=3)
+    model = ModelConfig(name=name, img_size=32, patch_size=16, in_chans=3, num_classes=10)
     weights = initial_weights(model, 3)
     around, loaded = vit_of(model, weights), build_vit(model)
     loaded.load_state_dict(weights)

@@ -37,12 +37,12 @@ from faults import (
 from local_grid import TINY, server_context, task_identity
 from sites import Sites, named
 from test_flwr_run import Run as SimulatedRun
-from tiny import timeless
+from tiny import small, timeless
 
 from deploy.demo_data import as_parquet
 from deploy.federation import Federation
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.report.run_folder import RunFolder
 from server_app.app import app as server_app
@@ -67,7 +67,7 @@ def table() -> Iterator[list[Row]]:
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`a` has few images and is soon done, `b` has more and other classes."""
-    images, root = load(DataConfig(), ModelConfig()).train, tmp_path_factory.mktemp("sites")
+    images, root = load(DataConfig(), small()).train, tmp_path_factory.mktemp("sites")
     shares = {"a": (images.labels < 5).nonzero().flatten()[:30], "b": (images.labels > 3).nonzero().flatten()[:150]}
     return {name: as_parquet(root / name, images.subset(rows), DIGITS) for name, rows in shares.items()}
 

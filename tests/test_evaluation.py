@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import a_vit, settings
+from tiny import a_vit, settings, small
 from torch import Tensor
 
 from fedmitr_flwr.data.images import DataSet, Images, prepare
@@ -27,7 +27,7 @@ def six() -> Images:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
 def test_by_hand(batch_size: int) -> None:
-    found = evaluate(by_brightness, six(), 4, 4 - 1, batch_size, CPU)
+    found = evaluate(by_brightness, six(), small(4, num_classes=3), batch_size, CPU)
     assert found.accuracy == 50.0
     assert found.num_examples == 6
     assert found.per_class[0] == pytest.approx(100 / 3)
@@ -48,17 +48,17 @@ def test_images_arrive_resized_and_normalised(tiny: DataSet) -> None:
         seen.append(images)
         return torch.zeros(len(images), 3)
 
-    found = evaluate(predict, tiny.test, 12, 3, 20, CPU)
+    found = evaluate(predict, tiny.test, small(12, num_classes=3), 20, CPU)
     assert [tuple(batch.shape) for batch in seen] == [(20, 1, 12, 12), (10, 1, 12, 12)]
-    assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, 12))
+    assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, small(12)))
     third, confusion = pytest.approx(100 / 3), ((10, 0, 0),) * 3
     assert found == Evaluation(third, pytest.approx(math.log(3)), (100.0, 0.0, 0.0), 30, confusion)
 
 
 def test_scores_need_not_be_normalised(tiny: DataSet) -> None:
     vit = a_vit(settings(**{"model.num-classes": 3}), 0)
-    plain = evaluate(vit, tiny.test, 8, 3, 7, CPU)
-    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, 8, 3, 7, CPU)
+    plain = evaluate(vit, tiny.test, small(num_classes=3), 7, CPU)
+    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, small(num_classes=3), 7, CPU)
     assert shifted.accuracy == plain.accuracy
     assert shifted.loss == pytest.approx(plain.loss, rel=1e-5)
 
@@ -71,5 +71,5 @@ def test_no_graph_is_built(tiny: DataSet) -> None:
         recorded.append(vit(images).requires_grad)
         return vit(images)
 
-    evaluate(predict, tiny.test, 8, 3, 30, CPU)
+    evaluate(predict, tiny.test, small(num_classes=3), 30, CPU)
     assert recorded == [False]

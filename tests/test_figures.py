@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from tiny import small
 from torch import Tensor
 
 from fedmitr_flwr.data.images import prepare
@@ -34,7 +35,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def some_images(count: int, channels: int, size: int, grid: int) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, channels, size, size), generator=rng, dtype=torch.uint8)
-    return prepare(pixels, size), torch.rand(count, grid**2, generator=rng) < 0.6
+    return prepare(pixels, small(size, channels)), torch.rand(count, grid**2, generator=rng) < 0.6
 
 
 def outside(figure: Figure) -> list[str]:
@@ -70,7 +71,7 @@ def test_images(tmp_path: Path, drawn: list[Figure], channels: int, size: int, g
     images, alive = some_images(count, channels, size, grid)
     classes = [f"class_with_long_name_{label}" for label in range(10)]
     targets = torch.arange(count) * 7 % 10
-    save_images(images, alive, targets, classes, tmp_path / "images.png")
+    save_images(images, alive, targets, classes, small(size, channels), tmp_path / "images.png")
     picture = imread(tmp_path / "images.png")
     assert picture.shape[0] > 100
     assert np.ptp(picture[..., :3]) > 0.5  # not blank
@@ -90,7 +91,7 @@ def test_the_chosen_images_cover_all_classes_and_stand_under_their_own_name(
     targets = torch.arange(200) % 10
     pixels = (targets * 20).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)  # the colour tells the class
     alive = torch.ones(200, 16, dtype=torch.bool)
-    save_images(prepare(pixels, 8), alive, targets, [str(label) for label in range(10)], tmp_path / "i.png")
+    save_images(prepare(pixels, small()), alive, targets, [*map(str, range(10))], small(), tmp_path / "i.png")
     titles = [axis.get_title() for axis in drawn[0].axes]
     assert titles == sorted(titles)
     assert all(titles.count(str(label)) == 4 for label in range(10))
@@ -129,14 +130,14 @@ def no_overlap(texts: list[mpl.text.Text], figure: Figure) -> bool:
 def test_class_names_are_no_formulas(tmp_path: Path) -> None:
     images, alive = some_images(2, 1, 8, 4)
     names = ["$\\frac{$", "a_b^c$"]
-    save_images(images, alive, torch.tensor([0, 1]), names, tmp_path / "i.png")
+    save_images(images, alive, torch.tensor([0, 1]), names, small(), tmp_path / "i.png")
     save_partition(torch.ones(2, 2, dtype=torch.int64), names, tmp_path / "p.png")
 
 
 def test_equal_contents_make_equal_files(tmp_path: Path) -> None:
     images, alive = some_images(3, 1, 8, 4)
     for name in ("a.png", "b.png"):
-        save_images(images, alive, torch.tensor([2, 0, 1]), ["a", "b", "c"], tmp_path / name)
+        save_images(images, alive, torch.tensor([2, 0, 1]), ["a", "b", "c"], small(), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings
+from tiny import a_vit, an_upload, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.data import sources
 from fedmitr_flwr.data.images import DataSet, prepare
 from fedmitr_flwr.data.partition import holdout, split
@@ -247,7 +247,7 @@ def test_evenness_by_hand() -> None:
 
 
 def test_images_of_no_class_are_own_ones_turned_or_shuffled(tiny: DataSet) -> None:
-    pixels = prepare(tiny.train.pixels[:5], 8)
+    pixels = prepare(tiny.train.pixels[:5], small())
     own = patchify(pixels[:3], 2)
     turned = [patchify(pixels[:3].rot90(quarter, (2, 3)), 2) for quarter in (1, 3)]
     seen = {"turned": 0, "shuffled": 0}
@@ -295,7 +295,7 @@ def test_who_learned_on_images_of_no_class_names_none_on_them(tiny: DataSet) -> 
         config = for_bars(**{"local.outliers": weight, "local.epochs": 30})
         vit = a_vit(config, 0)
         train_local(vit, two, config, stream(0), CPU)
-        pixels = prepare(two.pixels, config.model.img_size)
+        pixels = prepare(two.pixels, config.model)
         strange = torch.cat([outliers(pixels, config.model.patch_size, stream(seed)) for seed in range(6)])
         with torch.no_grad():
             losses.append(evenness_loss(forward_tokens(vit, strange, all_positions(strange)), 0.5).item())
@@ -350,7 +350,7 @@ def test_the_loss_falls_on_separable_classes(tiny: DataSet) -> None:
     assert last < 0.4 * first
     assert not vit.training
     with torch.no_grad():
-        right = vit(prepare(tiny.test.pixels, 8)).argmax(1) == tiny.test.labels
+        right = vit(prepare(tiny.test.pixels, small())).argmax(1) == tiny.test.labels
     assert right.float().mean() >= 0.9
 
 
@@ -359,16 +359,16 @@ def test_the_loss_returned_is_the_last_epochs_mean_over_images(tiny: DataSet) ->
     config = for_bars(**{"local.lr": 1e-30, "local.augment": False, "local.weight-decay": 0.0, "local.token-loss": 0.0})
     vit = a_vit(config, 0)
     with torch.no_grad():
-        wanted = torch.nn.functional.cross_entropy(vit(prepare(tiny.train.pixels, 8)), tiny.train.labels).item()
+        wanted = torch.nn.functional.cross_entropy(vit(prepare(tiny.train.pixels, small())), tiny.train.labels).item()
     assert train_local(vit, tiny.train, config, stream(0), CPU) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_every_epoch_sees_every_image_once(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spy(pixels: Tensor, img_size: int) -> Tensor:
+    def spy(pixels: Tensor, model: ModelConfig) -> Tensor:
         seen.extend(int(image.long().sum()) for image in pixels)
-        return prepare(pixels, img_size)
+        return prepare(pixels, model)
 
     monkeypatch.setattr("fedmitr_flwr.training.local.prepare", spy)
     trained(tiny, for_bars(**{"local.epochs": 2}), stream(0))

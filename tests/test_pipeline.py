@@ -143,7 +143,7 @@ def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
         vit = timm.create_model(**json.loads(done.model_arguments_path.read_text())).eval()
         vit.load_state_dict(weights)
         with torch.no_grad():
-            return vit(prepare(test.pixels, 8))
+            return vit(prepare(test.pixels, done.config.model))
 
     def percent(answers: torch.Tensor) -> float:
         return pytest.approx(100 * (answers.argmax(1) == test.labels).float().mean().item(), abs=0.01)

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from local_grid import TINY, LocalGrid, server_context, task_identity
 from timm.models.vision_transformer import VisionTransformer
-from tiny import a_vit, settings
+from tiny import a_vit, settings, small
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
@@ -68,7 +68,7 @@ def gradients(config: Config, images: Images) -> list[list[torch.Tensor]]:
     vit, every = a_vit(config, 1), []
     for row in range(len(images)):
         one = images.subset(torch.tensor([row]))
-        patches = patchify(prepare(one.pixels, 8), 2)
+        patches = patchify(prepare(one.pixels, small()), 2)
         loss = label_loss(forward_tokens(vit, patches, all_positions(patches)), one.labels, 0.0, 0.5)
         every.append(list(torch.autograd.grad(loss, list(vit.parameters()))))
     return every
@@ -272,7 +272,7 @@ def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
     )
     vit = a_vit(config, 1)
     trained(config, tiny.train, vit=vit)
-    answers = vit(prepare(tiny.test.pixels, 8)).argmax(1)
+    answers = vit(prepare(tiny.test.pixels, small())).argmax(1)
     assert (answers == tiny.test.labels).float().mean() > 0.6  # of three classes
 
 

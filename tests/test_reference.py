@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny import an_upload, settings, some_images
+from tiny import an_upload, settings, small, some_images
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.central import train_centrally
@@ -76,7 +76,7 @@ def test_lda_is_scikit_learns_on_all_clients_features() -> None:
     start = build_vit(config.model)
     start.load_state_dict(initial_weights(config.model, config.seed))
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2)
-    theirs.fit(frozen_features(start, images, 8, CPU).numpy(), images.labels.numpy())
+    theirs.fit(frozen_features(start, images, small(), CPU).numpy(), images.labels.numpy())
     fresh = some_images(config, 20)
     wanted = theirs.decision_function(start.forward_head(start.forward_features(fresh), pre_logits=True).numpy())
     np.testing.assert_allclose(made.predict(fresh).numpy(), wanted, rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings
+from tiny import a_vit, an_upload, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import methods, pipeline
@@ -71,8 +71,8 @@ def test_the_layers_of_a_vision_transformer_are_all_found() -> None:
 def test_second_moments_are_those_of_what_layers_are_given() -> None:
     """Against numpy, where a layer's inputs are known without asking it: patches, class tokens, normed tokens."""
     vit, images = a_vit(CONFIG, 0), client_images(CONFIG, 0)[0]
-    found = second_moments(vit, images, 8, CPU)
-    shown = prepare(images.pixels, 8)
+    found = second_moments(vit, images, small(), CPU)
+    shown = prepare(images.pixels, small())
     tokens = vit._pos_embed(vit.patch_embed(shown))
     inputs = {
         "patch_embed.proj": patchify(shown, 2),
@@ -154,7 +154,7 @@ def test_what_nobody_was_given_stays_averaged() -> None:
 def an_upload_of(config: Config, client: int, weights: int) -> Upload:
     """What client `client` would send, had it trained to the weights of number `weights`."""
     vit, images = a_vit(config, weights), client_images(config, client)[0]
-    statistics = measure(vit, images, config.model.img_size, config.upload.directions, CPU)
+    statistics = measure(vit, images, config.model, config.upload.directions, CPU)
     return replace(an_upload(config, weights, 10 + client), client=client, statistics=statistics)
 
 

@@ -78,10 +78,10 @@ def test_generated_images_have_the_shape_and_range_of_pictures(size: int, chans:
     torch.manual_seed(0)
     images = Generator(config.model, latent=5, width=4)(100 * torch.randn(2, 5))
     assert images.shape == (2, chans, size, size)
-    low, high = value_range(chans)
+    low, high = value_range(config.model)
     assert (images >= low[:, None, None]).all()
     assert (images <= high[:, None, None]).all()
-    mean, std = normalisation(chans)
+    mean, std = normalisation(config.model)
     torch.testing.assert_close(low * std + mean, torch.zeros(chans))
     torch.testing.assert_close(high * std + mean, torch.ones(chans))
 
@@ -145,10 +145,10 @@ def test_a_generated_batch_too_large_for_the_memory_is_made_in_halves() -> None:
 def test_diversified_images_move_by_so_many_grey_levels(chans: int) -> None:
     config = settings(**{"model.in-chans": chans, "rival.perturb": 8.0})
     ensemble = an_ensemble(config)
-    low, high = (limit.repeat_interleave(4) for limit in value_range(chans))
+    low, high = (limit.repeat_interleave(4) for limit in value_range(config.model))
     patches = patchify(some_images(config, 6), 2).clamp(low, high)
     moved = diversify(ensemble, patches, all_positions(patches), stream(0), config)
-    greys = (moved - patches) * normalisation(chans)[1].repeat_interleave(4) * 255
+    greys = (moved - patches) * normalisation(config.model)[1].repeat_interleave(4) * 255
     inside = (moved > low) & (moved < high)
     assert inside.float().mean() > 0.5
     torch.testing.assert_close(greys[inside].abs(), torch.full_like(greys[inside], 8.0), rtol=0, atol=1e-3)

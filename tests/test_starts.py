@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import small
 from torch import Tensor
 
 from fedmitr_flwr.inversion import starts
@@ -13,7 +14,7 @@ from fedmitr_flwr.rng import stream
 
 def test_noise_is_the_streams_own_normal_numbers() -> None:
     torch.testing.assert_close(
-        starting_images("noise", 3, 2, 8, stream(0)), torch.randn(3, 2, 8, 8, generator=stream(0))
+        starting_images("noise", 3, small(8, 2), stream(0)), torch.randn(3, 2, 8, 8, generator=stream(0))
     )
 
 
@@ -56,15 +57,15 @@ def _slope(images_BCHW: Tensor) -> float:
 
 def test_power_falls_with_frequency_as_in_photographs() -> None:
     """The power of photographs falls with an exponent of 2 and more, that of a single edge with 3."""
-    assert -3.1 < _slope(starting_images("leaves", 100, 1, 64, stream(4))) < -2
-    assert _slope(starting_images("noise", 100, 1, 64, stream(4))) == pytest.approx(0, abs=0.1)
+    assert -3.1 < _slope(starting_images("leaves", 100, small(64), stream(4))) < -2
+    assert _slope(starting_images("noise", 100, small(64), stream(4))) == pytest.approx(0, abs=0.1)
 
 
 def test_leaves_are_normalised_to_the_range_of_pixels() -> None:
     """Grey pixels are normalised by mean 1/2 and deviation 1/2, colour ones as ImageNet's."""
-    grey = starting_images("leaves", 50, 1, 16, stream(5))
+    grey = starting_images("leaves", 50, small(16), stream(5))
     torch.testing.assert_close(grey, dead_leaves((50, 1, 16, 16), stream(5)) * 2 - 1)
-    colour = starting_images("leaves", 50, 3, 16, stream(5))
+    colour = starting_images("leaves", 50, small(16, 3), stream(5))
     red = (dead_leaves((50, 3, 16, 16), stream(5))[:, 0] - 0.485) / 0.229
     torch.testing.assert_close(colour[:, 0], red)
 
@@ -72,9 +73,9 @@ def test_leaves_are_normalised_to_the_range_of_pixels() -> None:
 @pytest.mark.parametrize("start", ["leaves", "objects"])
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33)])
 def test_the_same_stream_gives_the_same_images_and_no_two_are_alike(start: str, channels: int, side: int) -> None:
-    images = starting_images(start, 20, channels, side, stream(6))
+    images = starting_images(start, 20, small(side, channels), stream(6))
     assert images.shape == (20, channels, side, side)
-    assert torch.equal(images, starting_images(start, 20, channels, side, stream(6)))
+    assert torch.equal(images, starting_images(start, 20, small(side, channels), stream(6)))
     assert len(images.flatten(1).unique(dim=0)) == 20
 
 

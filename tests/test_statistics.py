@@ -187,9 +187,9 @@ def test_features_are_what_the_head_gets() -> None:
     config = settings()
     vit = a_vit(config, 0).train()
     images = Images(torch.arange(300 * 64).reshape(300, 1, 8, 8).to(torch.uint8), torch.zeros(300, dtype=torch.int64))
-    z = frozen_features(vit, images, config.model.img_size, torch.device("cpu"))
+    z = frozen_features(vit, images, config.model, torch.device("cpu"))
     assert (z.dtype, tuple(z.shape)) == (torch.float64, (300, config.model.width))
-    torch.testing.assert_close(vit.head(z.float()), vit(prepare(images.pixels, 8)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vit.head(z.float()), vit(prepare(images.pixels, config.model)), rtol=1e-4, atol=1e-5)
 
 
 def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:

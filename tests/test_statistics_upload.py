@@ -133,7 +133,7 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
     images = client_images(config, 1)[0]
-    features = frozen_features(vit, images, config.model.img_size, torch.device("cpu"))
+    features = frozen_features(vit, images, config.model, torch.device("cpu"))
     wanted = measure(features, images.labels, 10, variances=True)
     assert tuple(upload.statistics) == names(config.upload) == ("sums", "moment", "squares")
     assert all(torch.equal(upload.statistics[name], tensor) for name, tensor in wanted.items())

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.training.upload import Upload
@@ -97,6 +97,11 @@ def settings(**changes: object) -> Config:
     """The ensemble teaches as it decides, unless told otherwise."""
     alike = {"ensemble.teach": changes.get("ensemble.combine", _TINY["ensemble.combine"])}
     return Config.from_flat(_TINY | alike | changes)
+
+
+def small(img_size: int = 8, in_chans: int = 1, num_classes: int = 10) -> ModelConfig:
+    """What says how pixels become its input, and how many classes there are."""
+    return ModelConfig(img_size=img_size, in_chans=in_chans, num_classes=num_classes)
 
 
 def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:

@@ -11,6 +11,7 @@ from .. import methods
 from ..config import Config
 from ..errors import ConfigError
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
+from ..resolve import resolve
 from .spec import Bench, Flat, Skew, Tune, Variant
 
 # What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
@@ -162,7 +163,7 @@ def _config(
     try:
         if not variant.flower:
             _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)
-        config = _least(flat) if variant.is_method else Config.from_flat(flat)
+        config = _least(flat) if variant.is_method else resolve(Config.from_flat(flat))
     except ConfigError as error:
         raise ConfigError(f"{error} (of {data}, {skew.name}, {clients} clients, {variant.label})") from error
     if config.evaluate.where != "server":
@@ -184,7 +185,7 @@ def _least(flat: Flat) -> Config:
     problems = []
     for told in TOLD:
         try:
-            config = Config.from_flat({**flat, **told})
+            config = resolve(Config.from_flat({**flat, **told}))
             methods.check(config, config.partition.clients)
         except ConfigError as error:
             problems.append(error)

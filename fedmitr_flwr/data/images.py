@@ -6,8 +6,14 @@ Shapes: n images of a set, B images of a batch, C channels, H x W pixels, S the 
 from dataclasses import dataclass
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional
+
+from ..config import ModelConfig
+from ..vit.names import SMALL, architecture
+
+RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,37 +47,53 @@ class DataSet:
     classes: tuple[str, ...]
 
 
-def normalisation(in_chans: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and standard deviation (C,) on the 0..1 scale: ImageNet's for colour, 0.5 and 0.5 otherwise."""
-    if in_chans == 3:
-        return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return torch.full((in_chans,), 0.5), torch.full((in_chans,), 0.5)
+def normalisation(model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and standard deviation (C,) of `channel_statistics`."""
+    mean, std = channel_statistics(model)
+    return torch.tensor(mean), torch.tensor(std)
 
 
-def value_range(in_chans: int) -> tuple[Tensor, Tensor]:
+def channel_statistics(model: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Each channel's mean and standard deviation on the 0..1 scale, as the model's published weights were trained with.
+
+    For a timm name they are those of its `pretrained_cfg`; where the model has another number of channels than its
+    published weights, each channel gets their mean over channels. `small`, which has no published weights, has
+    ImageNet's for colour, and 0.5 and 0.5 otherwise.
+    """
+    channels = model.in_chans
+    if model.name == SMALL:
+        grey = (0.5,) * channels
+        return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else (grey, grey)
+    published = architecture(model.name)
+    if len(published.mean) == channels:
+        return published.mean, published.std
+    mean, std = ((sum(each) / len(each),) * channels for each in (published.mean, published.std))
+    return mean, std
+
+
+def value_range(model: ModelConfig) -> tuple[Tensor, Tensor]:
     """The least (C,) and the greatest (C,) normalised value of a picture."""
-    mean, std = normalisation(in_chans)
+    mean, std = normalisation(model)
     return (0 - mean) / std, (1 - mean) / std
 
 
-def prepare(pixels_uint8_BCHW: Tensor, img_size: int) -> Tensor:
+def prepare(pixels_uint8_BCHW: Tensor, model: ModelConfig) -> Tensor:
     """Resize (antialiased bilinear, only if needed) and normalise: float32 (B, C, S, S) on the pixels' device."""
     images = pixels_uint8_BCHW.float() / 255
-    if images.shape[-2:] != (img_size, img_size):
-        images = functional.interpolate(
-            images, size=(img_size, img_size), mode="bilinear", align_corners=False, antialias=True
-        )
-    mean, std = _statistics_like(images)
+    size = (model.img_size, model.img_size)
+    if images.shape[-2:] != size:
+        images = functional.interpolate(images, size=size, mode=RESIZED, align_corners=False, antialias=True)
+    mean, std = _statistics_like(images, model)
     return (images - mean) / std
 
 
-def to_uint8(images_BCHW_normalised: Tensor) -> Tensor:
+def to_uint8(images_BCHW_normalised: Tensor, model: ModelConfig) -> Tensor:
     """Inverse of the normalisation, clamped to uint8 (B, C, S, S): pictures to look at."""
     images = images_BCHW_normalised.detach()
-    mean, std = _statistics_like(images)
+    mean, std = _statistics_like(images, model)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _statistics_like(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = normalisation(images_BCHW.shape[1])
+def _statistics_like(images_BCHW: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor]:
+    mean, std = normalisation(model)
     return mean.to(images_BCHW.device)[:, None, None], std.to(images_BCHW.device)[:, None, None]  # (C, 1, 1)

@@ -2,21 +2,23 @@
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cosine_similarity
 
-from ..config import Config
+from ..config import Config, ModelConfig
 from ..errors import ConfigError
 from ..sections import IMPROVED
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
 from ..training.average import average
 from ..training.upload import Upload, Weights
-from ..vit.build import SMALL, build_vit, initial_weights, load_pretrained
+from ..vit.build import build_vit, initial_weights, load_pretrained
 from ..vit.ensemble import Ensemble
+from ..vit.names import SMALL
 from ..vit.tokens import forward_tokens, patchify, take
 from .classwise import merge_heads
 from .layerwise import fit_layers
@@ -30,18 +32,24 @@ FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # that `choose_start` tries
 
 
 def require_start(config: Config) -> None:
-    """Raise ConfigError where `distill.init` names weights that are not there; the hub is not asked."""
+    """Raise a UserError where `distill.init` names weights that are not there or do not fit; the hub is not asked."""
     model, distill = config.model, config.distill
     if distill.init != "pretrained":
         return
     if distill.pretrained != "timm":
         if not Path(distill.pretrained).expanduser().is_file():
             raise ConfigError(f"distill.pretrained = {distill.pretrained!r}: there is no such file; give another")
+        _require_fitting(model, distill.pretrained)
     elif model.name == SMALL:
         raise ConfigError(
             f"distill.init = 'pretrained': there are no timm weights for model.name = {SMALL!r}; "
             "set distill.pretrained to a safetensors file, or distill.init to another start"
         )
+
+
+@lru_cache(maxsize=4)
+def _require_fitting(model: ModelConfig, source: str) -> None:
+    load_pretrained(build_vit(model), model, source, "distill.pretrained")
 
 
 def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:

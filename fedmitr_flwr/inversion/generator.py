@@ -45,7 +45,7 @@ class Generator(nn.Module):
         channels = [2 * width] * doublings + [width]
         self.stages = nn.Sequential(*(_stage(*pair) for pair in pairwise(channels)))
         self.end = nn.Conv2d(width, model.in_chans, 3, padding=1)
-        mean, std = normalisation(model.in_chans)
+        mean, std = normalisation(model)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", mean[:, None, None])

@@ -44,8 +44,8 @@ def invert(
         B images; for `pri`, B · config.rebirths.
     """
     device = ensemble.weights.device
-    starts = starting_images(config.start, len(targets_B), model.in_chans, model.img_size, rng)
-    low, high = value_range(model.in_chans)
+    starts = starting_images(config.start, len(targets_B), model, rng)
+    low, high = value_range(model)
     modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
     question = class_question(config, device)
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from ..data.images import value_range
 
 MOST_LEAVES = 24  # in an image; their number is uniform from 1
@@ -25,17 +26,17 @@ RADII = 0.35, 0.85  # mean radius of an object, in halves of the image's side
 OFF_CENTRE = 0.25  # how far its middle lies from the image's at most, likewise
 
 
-def starting_images(kind: str, batch: int, in_chans: int, img_size: int, rng: torch.Generator) -> Tensor:
+def starting_images(kind: str, batch: int, model: ModelConfig, rng: torch.Generator) -> Tensor:
     """Normalised images (B, C, S, S) to start from, on the CPU.
 
     - `noise`: each number ~ N(0, 1) (SMI [C]).
     - `leaves`: `dead_leaves`, for inversion [M].
     - `objects`: `objects` [M].
     """
-    size = (batch, in_chans, img_size, img_size)
+    size = (batch, model.in_chans, model.img_size, model.img_size)
     if kind == "noise":
         return torch.randn(size, generator=rng)
-    low, high = (end[:, None, None] for end in value_range(in_chans))
+    low, high = (end[:, None, None] for end in value_range(model))
     drawn = {"leaves": dead_leaves, "objects": objects}[kind](size, rng)
     return torch.lerp(low, high, drawn)
 

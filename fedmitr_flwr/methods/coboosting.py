@@ -93,9 +93,9 @@ def diversify(
 ) -> Tensor:
     """The patches (B, N, E), moved to where the ensemble's answer turns in a random direction of each image's own."""
     rival, area = config.rival, config.model.patch_size**2
-    sizes_C = rival.perturb / 255 / normalisation(config.model.in_chans)[1]
+    sizes_C = rival.perturb / 255 / normalisation(config.model)[1]
     step_E, low_E, high_E = (
-        each.repeat_interleave(area).to(patches_BNE.device) for each in (sizes_C, *value_range(config.model.in_chans))
+        each.repeat_interleave(area).to(patches_BNE.device) for each in (sizes_C, *value_range(config.model))
     )
     directions_BY = 2 * torch.rand(len(patches_BNE), config.model.num_classes, generator=rng) - 1
     directions_BY = directions_BY.to(patches_BNE.device)

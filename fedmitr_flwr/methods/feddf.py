@@ -78,7 +78,7 @@ def follow(
         for _ in range(passes):
             losses = []
             for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(size):
-                images = prepare(pixels_NCHW[batch].to(device), config.model.img_size)
+                images = prepare(pixels_NCHW[batch].to(device), config.model)
                 if config.local.augment:
                     images = shift_and_flip(images, flip=config.data.flip, rng=rng)
                 with torch.no_grad():

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..config import ModelConfig
 from ..data.images import to_uint8
 from ..data.layout import say_once
 from ..errors import printable
@@ -26,7 +27,13 @@ _LONGEST_NAME = 16  # characters
 
 
 def save_images(
-    images_BCHW: Tensor, alive_BN: Tensor, targets: Tensor, classes: Sequence[str], path: Path, most: int = 40
+    images_BCHW: Tensor,
+    alive_BN: Tensor,
+    targets: Tensor,
+    classes: Sequence[str],
+    model: ModelConfig,
+    path: Path,
+    most: int = 40,
 ) -> None:
     """Draw synthetic images under their class names, with their halted patches faded.
 
@@ -35,12 +42,13 @@ def save_images(
         alive_BN: True = alive, False = halted, for each patch.
         targets: (B,) class numbers.
         classes: their names.
+        model: whose normalisation is undone.
         path: of the PNG.
         most: draw at most this many, evenly over the classes.
     """
     order = torch.argsort(targets.cpu(), stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()]
-    pictures = _fade(to_uint8(images_BCHW[chosen].detach().cpu()), alive_BN[chosen].cpu())
+    pictures = _fade(to_uint8(images_BCHW[chosen].detach().cpu(), model), alive_BN[chosen].cpu())
     columns = min(10, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(max(1.15 * columns + 0.2, 5.2), 1.3 * rows + 0.5), layout="constrained")

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import ModelConfig
 from ..data.images import Images, prepare
 from ..vit.tokens import patchify
 
@@ -46,14 +47,14 @@ def like(weights: Mapping[str, Tensor], directions: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure(
-    vit: VisionTransformer, images: Images, img_size: int, directions: int, device: torch.device
+    vit: VisionTransformer, images: Images, model: ModelConfig, directions: int, device: torch.device
 ) -> dict[str, Tensor]:
     """What a client uploads.
 
     Args:
         vit: as the client trained it.
         images: its own, shown whole and unaugmented.
-        img_size: S.
+        model: how pixels become its input.
         directions: at least 1.
         device: where the model is asked.
 
@@ -61,13 +62,15 @@ def measure(
         For each layer `inputs/NAME` (R, I), and `inputs/rest` (L,); see `leading`. float32, on the CPU.
     """
     told, rests = {}, []
-    for layer, moment_II in second_moments(vit, images, img_size, device).items():
+    for layer, moment_II in second_moments(vit, images, model, device).items():
         told[PREFIX + layer], rest = leading(moment_II, directions)
         rests.append(rest)
     return told | {REST: torch.stack(rests)}
 
 
-def second_moments(vit: VisionTransformer, images: Images, img_size: int, device: torch.device) -> dict[str, Tensor]:
+def second_moments(
+    vit: VisionTransformer, images: Images, model: ModelConfig, device: torch.device
+) -> dict[str, Tensor]:
     """The mean of x xᵀ over all that each layer is given, (I, I) by name: an x per token, or per image for the head."""
     vit.to(device).eval()
     layers = widths(vit.state_dict())
@@ -83,7 +86,7 @@ def second_moments(vit: VisionTransformer, images: Images, img_size: int, device
     hooks = [vit.get_submodule(layer).register_forward_pre_hook(partial(hear, layer)) for layer in layers]
     try:
         for pixels in images.pixels.split(_BATCH):
-            vit(prepare(pixels.to(device), img_size))
+            vit(prepare(pixels.to(device), model))
     finally:
         for hook in hooks:
             hook.remove()

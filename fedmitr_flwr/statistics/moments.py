@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..config import UploadConfig
+from ..config import ModelConfig, UploadConfig
 from ..data.images import Images, prepare
 
 _BATCH = 256  # images
@@ -74,10 +74,10 @@ def total(parts: Iterable[Statistics]) -> Statistics:
 
 
 @torch.no_grad()
-def frozen_features(vit: VisionTransformer, images: Images, img_size: int, device: torch.device) -> Tensor:
+def frozen_features(vit: VisionTransformer, images: Images, model: ModelConfig, device: torch.device) -> Tensor:
     """What the head gets of each whole, unaugmented image: (n, D), float64 on the CPU."""
     vit.to(device).eval()
-    batches = (prepare(pixels.to(device), img_size) for pixels in images.pixels.split(_BATCH))
+    batches = (prepare(pixels.to(device), model) for pixels in images.pixels.split(_BATCH))
     features = [vit.forward_head(vit.forward_features(batch), pre_logits=True).cpu() for batch in batches]
     return torch.cat(features).double()
 

@@ -42,7 +42,7 @@ def train_local(
     for epoch in range(local.epochs):
         losses, shuffled = [], torch.randperm(len(images), generator=rng).split(local.batch_size)
         for batch in shuffled:
-            pixels = prepare(images.pixels[batch].to(device), config.model.img_size)
+            pixels = prepare(images.pixels[batch].to(device), config.model)
             labels = images.labels[batch].to(device)
             if local.augment:
                 pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)

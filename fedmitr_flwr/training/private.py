@@ -173,7 +173,7 @@ def _gradients(
     vit: VisionTransformer, weights: dict[str, Tensor], images: Images, seeds_B: Tensor, config: Config
 ) -> dict[str, Tensor]:
     local, network, device = config.local, _Tokens(vit), next(iter(weights.values())).device
-    pixels = prepare(images.pixels.to(device), config.model.img_size)
+    pixels = prepare(images.pixels.to(device), config.model)
     if local.augment:
         pixels = _augmented(pixels, seeds_B, flip=config.data.flip)
 

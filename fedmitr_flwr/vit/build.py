@@ -1,53 +1,77 @@
 """Build a timm vision transformer, and the public weights from which every client starts."""
 
-import difflib
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..data.images import RESIZED, channel_statistics
 from ..errors import ModelError
-from ..rng import seeded_init
+from ..rng import seeded_init, stream
 from ..training.upload import Weights
+from .names import SMALL, architecture, require_plain
+from .tokens import all_positions, forward_cls, forward_tokens, patchify
+from .weights_file import read_weights, without_prefix
 
-SMALL = "small"
+log = logging.getLogger("fedmitr")
+
+TOLERANCE = 1e-5  # largest `token_difference` of a model that may be used
+SHALLOW = 2  # blocks that a trial of the token code has: all of a plain ViT's are alike
+NOISE = 0.05  # that a trial adds to each parameter: fresh biases are 0, norms 1, and some layer scales 1e-6
+
+_MISFITS = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
+_OTHER_HEADS = ("head_dist.", "fc.", "classifier.", "pre_logits.")  # of tasks that the model here does not have
 
 
 def timm_arguments(model: ModelConfig) -> dict[str, Any]:
-    """The arguments with which plain `timm.create_model` builds the same network."""
+    """The arguments with which plain `timm.create_model` builds the same network.
+
+    Its `pretrained_cfg` then says how pixels become input, and `timm.data.resolve_model_data_config` gives that back:
+    images squashed to the model's size and normalised by `mean` and `std`.
+    """
+    assert 0 not in (model.grid, model.in_chans, model.num_classes), f"{model} is not resolved"
     shape = {"img_size": model.img_size, "patch_size": model.patch_size}
     shape |= {"in_chans": model.in_chans, "num_classes": model.num_classes}
+    mean, std = map(list, channel_statistics(model))
+    size = [model.in_chans, model.img_size, model.img_size]
+    prepared = {"input_size": size, "interpolation": RESIZED, "crop_pct": 1.0, "crop_mode": "squash"}
+    shown = {"pretrained_cfg_overlay": {**prepared, "mean": mean, "std": std}}
     if model.name == SMALL:
-        shape |= {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
-        return {"model_name": "vit_tiny_patch16_224", **shape}
-    return {"model_name": model.name, **shape}
+        small = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
+        return {"model_name": "vit_tiny_patch16_224", **shape, **small, **shown}
+    return {"model_name": model.name, **shape, **shown}
 
 
 def build_vit(model: ModelConfig, seed: int = 0) -> VisionTransformer:
-    """A fresh network in eval mode. Its weights are drawn from a private stream; load others over them."""
+    """A fresh network in eval mode. Its weights are drawn from a private stream; load others over them.
+
+    Raises:
+        ModelError: no such model, not with these sizes, or no plain vision transformer.
+    """
+    if model.name != SMALL:
+        architecture(model.name)
+    return _build(model, seed)
+
+
+def _build(model: ModelConfig, seed: int, **other: Any) -> VisionTransformer:
     arguments = timm_arguments(model)
-    name = arguments["model_name"]
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(["vit_*", "deit*"]), n=3)
-        hint = f"did you mean {' | '.join(near)}?" if near else "timm.list_models('vit*') lists them"
-        raise ModelError(f"model.name = {name!r} is not a timm model; {hint}")
     try:
         with seeded_init(seed, "init"):
-            vit = timm.create_model(pretrained=False, **arguments)
+            vit = timm.create_model(pretrained=False, **arguments | other)
             if model.name == SMALL:
                 _fan_in_init(vit)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(f"timm cannot build model.name = {name!r} with {arguments}: {error}") from error
-    _require_cls_vit(vit, name)
+        sizes = f"{model.img_size} px, patches of {model.patch_size} px, {model.in_chans} channels"
+        raise ModelError(f"timm cannot build model.name = {model.name!r} for {sizes}: {error}") from error
+    require_plain(vit, model.name)
     return vit.eval()
 
 
@@ -57,6 +81,45 @@ def vit_of(model: ModelConfig, weights: Mapping[str, Tensor]) -> VisionTransform
         vit = build_vit(model)
     vit.load_state_dict(dict(weights), assign=True)
     return vit
+
+
+@functools.lru_cache(maxsize=16)
+def require_token_code(model: ModelConfig) -> None:
+    """Raise ModelError unless our forward by tokens gives the logits of the model's own: see `token_difference`."""
+    apart = token_difference(model)
+    if not apart <= TOLERANCE:
+        raise ModelError(
+            f"model.name = {model.name!r} answers otherwise when it is run by patches (logits differ by {apart:.2g}); "
+            "use a plain ViT or DeiT"
+        )
+
+
+@torch.no_grad()
+def token_difference(model: ModelConfig) -> float:
+    """How far logits by tokens are from the model's own, of the largest one where that is above 1.
+
+    Two blocks, their parameters drawn, are run on one image of noise.
+
+    Raises:
+        ModelError: the model cannot be built, or not be run by tokens.
+    """
+    shallow = min(SHALLOW, model.depth) if model.name == SMALL else SHALLOW
+    vit, rng = _build(model, 0, depth=shallow), stream(0, "token code")
+    for parameter in vit.parameters():
+        parameter += NOISE * torch.randn(parameter.shape, generator=rng)
+    images = torch.randn(1, model.in_chans, model.img_size, model.img_size, generator=rng)
+    patches = patchify(images, model.patch_size)
+    positions = all_positions(patches)
+    try:
+        wanted = vit(images)
+        found = forward_tokens(vit, patches, positions).cls, forward_cls(vit, patches, positions).logits
+        apart: float = max((each - wanted).abs().max().item() for each in found) / max(1.0, wanted.abs().max().item())
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"model.name = {model.name!r} cannot be run by patches ({reason}); use a plain ViT or DeiT"
+        ) from error
+    return apart
 
 
 def initial_weights(model: ModelConfig, seed: int) -> Weights:
@@ -78,29 +141,77 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
     """Load `source` (`timm` or a safetensors file) into `vit`, except a head for another number of classes.
 
     Raises:
-        ModelError: the hub cannot be reached, or the file does not fit; the setting `key`, which named it, is told.
+        ModelError: the hub cannot be reached, or the file does not fit or has NaN; the setting `key` is named.
     """
-    state = _from_hub(model, key) if source == "timm" else _from_file(Path(source).expanduser(), key)
-    state = checkpoint_filter_fn(state, vit)
-    weight = "patch_embed.proj.weight"
-    if weight in state and state[weight].shape[1] != model.in_chans:
-        state[weight] = adapt_input_conv(model.in_chans, state[weight])
+    state = _from_hub(model, key) if source == "timm" else read_weights(Path(source).expanduser(), key)
+    _require_numbers(state, source, key)
     own = vit.state_dict()
+    state, prefix = without_prefix(state, source, key)
+    if prefix:
+        log.info("%s: the names in %s begin with %r, which is left out", key, source, prefix)
+    state = _fitted(state, vit, model, source, key)
+    if others := sorted(name for name in state if name.startswith(_OTHER_HEADS) and name not in own):
+        log.info("%s: %s of %s are of another task and left out", key, ", ".join(others), source)
+    state = {name: tensor for name, tensor in state.items() if name not in others}
     head = {name for name in own if name.startswith("head.") and state.get(name, own[name]).shape != own[name].shape}
-    state = {name: tensor.float() for name, tensor in state.items() if name not in head}
+    state = {name: tensor for name, tensor in state.items() if name not in head}
     head |= {name for name in own if name.startswith("head.") and name not in state}
     missing = sorted(own.keys() - state.keys() - head)
-    wrong = [
-        f"{name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-        if name in own
-        else f"{name} is not in the model"
-        for name, tensor in state.items()
-        if name not in own or tensor.shape != own[name].shape
-    ] + [f"{name} is missing" for name in missing]
+    wrong = (
+        [
+            f"{name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+            if name in own
+            else f"{name} is not in the model"
+            for name, tensor in state.items()
+            if name not in own or tensor.shape != own[name].shape
+        ]
+        + [
+            f"{name} has whole numbers ({str(tensor.dtype).removeprefix('torch.')})"
+            for name, tensor in state.items()
+            if not tensor.is_floating_point()
+        ]
+        + [f"{name} is missing" for name in missing]
+    )
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ModelError(f"{key}: the weights of {source!r} do not fit model.name = {model.name!r}: {wrong[0]}{more}")
-    vit.load_state_dict(state, strict=False)
+        raise _misfit(model, source, key, wrong[0] + more)
+    if head:
+        log.info("%s: %s has no head for %d classes; a fresh one is trained", key, source, model.num_classes)
+    vit.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+
+
+def _misfit(model: ModelConfig, source: str, key: str, reason: str) -> ModelError:
+    return ModelError(f"{key}: the weights of {source!r} do not fit model.name = {model.name!r}: {reason}")
+
+
+def _fitted(
+    state: Mapping[str, Tensor], vit: VisionTransformer, model: ModelConfig, source: str, key: str
+) -> dict[str, Tensor]:
+    """The tensors by timm's own names, with positions for this image size and weights for this number of channels.
+
+    Patches of another size are refused, which timm would resample.
+    """
+    weight = "patch_embed.proj.weight"
+    size = vit.patch_embed.proj.weight.shape[-2:]
+    if weight in state and state[weight].dim() == 4 and state[weight].shape[-2:] != size:
+        other = " x ".join(map(str, state[weight].shape[-2:]))
+        raise _misfit(model, source, key, f"its patches are {other} px, and model.patch-size = {model.patch_size}")
+    try:
+        fitted: dict[str, Tensor] = dict(checkpoint_filter_fn(dict(state), vit))
+        if weight in fitted and fitted[weight].shape[1] != model.in_chans:
+            fitted[weight] = adapt_input_conv(model.in_chans, fitted[weight])
+    except (*_MISFITS, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _misfit(model, source, key, f"timm cannot read them ({reason[:200]})") from error
+    return fitted
+
+
+def _require_numbers(state: Mapping[str, Tensor], source: str, key: str) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ModelError(
+                f"{key}: {name} in {source!r} has NaN or infinity; give weights of a run that did not diverge"
+            )
 
 
 def _from_hub(model: ModelConfig, key: str) -> Weights:
@@ -113,30 +224,6 @@ def _from_hub(model: ModelConfig, key: str) -> Weights:
         raise ModelError(
             f"cannot fetch the timm weights of {model.name!r} ({reason}); set {key} to a safetensors file"
         ) from error
-
-
-def _from_file(path: Path, key: str) -> Weights:
-    try:
-        state: Weights = load_file(path)
-        return state
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{key}: cannot read {path} as safetensors: {error}") from error
-
-
-def _require_cls_vit(vit: Any, name: str) -> None:
-    """Token dropping and [CLS] importance need a plain ViT whose class token is classified."""
-    parts: list[tuple[object, type]] = [(vit, VisionTransformer)]
-    if type(vit) is VisionTransformer:
-        parts += [(vit.patch_embed, PatchEmbed), *((block, Block) for block in vit.get_submodule("blocks").children())]
-    kind = next((type(part).__name__ for part, wanted in parts if type(part) is not wanted), None)
-    if kind:
-        raise ModelError(
-            f"model.name = {name!r} is or has a {kind}; use a plain ViT or DeiT (no distilled, hybrid or Swin one)"
-        )
-    if vit.global_pool != "token" or vit.cls_token is None or vit.pos_embed is None:
-        raise ModelError(
-            f"model.name = {name!r} pools by {vit.global_pool!r}; use a ViT with a classified [CLS] token and positions"
-        )
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ class Ensemble(nn.Module):
     ) -> None:
         """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`.
 
-        `temperature` is that of each teacher's softmax, where distributions are combined, and of `joint`.
+        `temperature` is that of each teacher's softmax where distributions are combined, and of `joint`. A teacher's
+        confidence in `importance` is softened by it under every `combine`, `logits` too.
         The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
         """
         super().__init__()

@@ -35,7 +35,7 @@ def _is_finite(vit: VisionTransformer, patches_BME: Tensor) -> bool:
 
 def _probes(model: ModelConfig) -> Tensor:
     """(B, C, S, S), normalised, within the limits of a picture."""
-    mean, std = normalisation(model.in_chans)
+    mean, std = normalisation(model)
     size = (model.in_chans, model.img_size, model.img_size)
     noise = torch.rand(NOISE_IMAGES, *size, generator=stream(0, "probe"))
     pixels = torch.cat([noise, torch.zeros(1, *size), torch.ones(1, *size)])

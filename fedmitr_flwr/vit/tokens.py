@@ -106,7 +106,9 @@ def embed_patches(vit: VisionTransformer, patches_BKE: Tensor) -> Tensor:
 def embed(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tensor) -> Tensor:
     """(B, P + K, D): prefix tokens, and the given patches with the embeddings of their positions."""
     tokens = vit.patch_embed.norm(embed_patches(vit, patches_BKE))  # (B, K, D)
-    empty = tokens.new_zeros(1, vit.patch_embed.num_patches, tokens.shape[-1])
+    # timm adds positions to a grid of patches where the image size may vary, and else to a row of them.
+    rows = vit.patch_embed.grid_size if vit.dynamic_img_size else (vit.patch_embed.num_patches,)
+    empty = tokens.new_zeros(1, *rows, tokens.shape[-1])
     table = vit._pos_embed(empty)[0]  # (P + N, D): what timm gives to patches of zeros
     prefix, places = table[: vit.num_prefix_tokens], table[vit.num_prefix_tokens :]
     x = torch.cat([prefix.expand(len(tokens), -1, -1), tokens + places[positions_BK]], dim=1)

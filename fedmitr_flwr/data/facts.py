@@ -1,0 +1,90 @@
+"""What the data itself says of the model that it needs: how many classes, which channels, how large."""
+
+import functools
+import io
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from ..config import Config, DataConfig
+from ..errors import DataError
+from ..sections import OWN
+from .decode import Split
+from .sources import DigitsSplit, open_split, open_test
+
+LOOKED_AT = 64  # images whose headers are read, spread evenly over the split
+
+_GREY = {"1", "L", "LA", "La", "I", "F"}  # Pillow's modes of one channel; of 16 bits there are more
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the images; 0 is unknown.
+
+    Attributes:
+        classes: how many.
+        channels: 1 where every image looked at is grey, else 3.
+        side: of all images looked at, in pixels, where they are square and of one size.
+        named: whether the classes have names: else there may be more than the labels say.
+    """
+
+    classes: int
+    channels: int
+    side: int
+    named: bool
+
+
+def facts(config: Config) -> Facts:
+    """Of the train split; with partition.scheme = "own" of the server's own images, where it has any.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    data, names = config.data, len(config.data.class_names)
+    if config.partition.scheme != OWN:
+        return _facts(data, "train")
+    if config.evaluate.where == "server":
+        found = _facts(data, "own test")
+    elif data.source == "digits":
+        found = _facts(data, "train")
+    else:
+        return Facts(names, 0, 0, named=True)
+    return replace(found, classes=names, named=True) if names else found
+
+
+@functools.lru_cache(maxsize=4)
+def _facts(data: DataConfig, name: str) -> Facts:
+    split = open_test(data) if name == "own test" else open_split(data, name)
+    if not len(split.labels):
+        raise DataError(f"{data.path or data.source}: no images; put some there or choose another data.path")
+    classes = len(split.classes) if split.classes else int(split.labels.max()) + 1
+    if isinstance(split, DigitsSplit):
+        return Facts(classes, 1, 8, named=True)
+    grey, sizes = _look(split)
+    sides = {side for size in sizes for side in size}
+    side = sides.pop() if len(sides) == 1 else 0
+    return Facts(classes, 1 if grey else 3, side, named=split.classes is not None)
+
+
+def _look(split: Split) -> tuple[bool, set[tuple[int, int]]]:
+    """Whether all images looked at are grey, and their sizes."""
+    total = len(split.labels)
+    rows = np.unique(np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(np.int64))
+    grey, sizes = True, set()
+    for row, encoded in zip(rows.tolist(), split.encoded(rows), strict=True):
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                sizes.add(image.size)
+                grey = grey and _is_grey(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{split.where(row)}: not a readable image ({reason}); repair it or remove it") from error
+    return grey, sizes
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        colours = np.asarray(image.convert("RGB"))
+        return bool((colours == colours[..., :1]).all())
+    return image.mode in _GREY or image.mode.startswith("I;16")

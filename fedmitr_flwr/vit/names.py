@@ -1,0 +1,90 @@
+"""What timm knows of a vision transformer by its name: which it is, its sizes, and how its pixels are normalised."""
+
+import difflib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from ..errors import ModelError
+
+SMALL = "small"  # our own shape, by model.width, model.depth and model.heads
+
+_UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of timm's plain vision transformers. Pixels are normalised per channel, on the 0..1 scale."""
+
+    patch_size: int
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@functools.cache
+def architecture(name: str) -> Architecture:
+    """The sizes of timm's `name` and the normalisation that its published weights were trained with.
+
+    Raises:
+        ModelError: there is no such model, or it is no plain vision transformer with a class token.
+    """
+    require_known(name)
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(name)
+    except _UNBUILDABLE as error:
+        raise ModelError(f"timm cannot build model.name = {name!r} ({error}); {_examples(name)}") from error
+    require_plain(vit, name)
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None, name
+    channels, height, width = config.input_size
+    assert height == width, f"{name}: {config.input_size}"  # all plain ones are square
+    return Architecture(vit.patch_embed.patch_size[0], height, channels, tuple(config.mean), tuple(config.std))
+
+
+def require_known(name: str) -> None:
+    if not timm.is_model(name):
+        raise ModelError(f"model.name = {name!r} is not a timm model; {_examples(name)}")
+
+
+def _examples(name: str) -> str:
+    families = ["vit_*", "deit*"]
+    near = difflib.get_close_matches(name, [SMALL, *timm.list_models(families), *timm.list_pretrained(families)], n=3)
+    if near:
+        return f"did you mean {' | '.join(near)}?"
+    return "use small, or a plain ViT such as deit_tiny_patch16_224; timm.list_models(['vit_*', 'deit*']) names them"
+
+
+def require_plain(vit: Any, name: str) -> None:
+    """Token dropping and [CLS] importance need a plain ViT whose class token is classified.
+
+    Raises:
+        ModelError: it has another structure. The part that differs is named.
+    """
+    if not isinstance(vit, VisionTransformer):
+        raise ModelError(
+            f"model.name = {name!r} is a {type(vit).__name__}, no plain vision transformer; {_examples('')}"
+        )
+    parts: list[tuple[object, type]] = [(vit, VisionTransformer), (vit.patch_embed, PatchEmbed)]
+    for block in vit.get_submodule("blocks").children():
+        parts += [(block, Block), (getattr(block, "attn", None), Attention)]
+    kind = next((type(part).__name__ for part, wanted in parts if type(part) is not wanted), None)
+    if kind:
+        raise ModelError(
+            f"model.name = {name!r} is or has a {kind}; use a plain ViT or DeiT (no distilled, hybrid or Swin one)"
+        )
+    if vit.global_pool != "token" or vit.cls_token is None or vit.pos_embed is None:
+        raise ModelError(
+            f"model.name = {name!r} pools by {vit.global_pool!r}; use a ViT with a classified [CLS] token and positions"
+        )
+    if vit.patch_embed.patch_size[0] != vit.patch_embed.patch_size[1]:
+        raise ModelError(
+            f"model.name = {name!r} has patches of {vit.patch_embed.patch_size}; use one with square patches"
+        )
