@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import __version__
 from .config import Config
 from .errors import ConfigError, UserError
-from .settings import parse_assignment, read_flat
+from .settings import option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
     from .report.run_folder import RunFolder
@@ -74,8 +74,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words; `key=value` may stand before, between and behind the options."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if strange := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
-        parser.error(f"unknown argument {strange[0]!r}")
+    if unknown := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
+        words = list(sys.argv[1:] if argv is None else argv)
+        hint = option_hint(unknown[0], words[words.index(unknown[0]) + 1 :], Config().to_flat())
+        if hint and "settings" in arguments:
+            raise ConfigError(f"unknown argument {unknown[0]!r}{hint}")
+        parser.error(f"unknown argument {unknown[0]!r}")
     if "settings" in arguments:
         arguments.settings += rest
     return arguments
@@ -83,14 +87,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _overrides(arguments: argparse.Namespace, base: Config) -> dict[str, object]:
     """The file's settings under those of the command line, checked on top of `base`."""
-    assigned = dict(parse_assignment(word) for word in arguments.settings)
-    if not arguments.config:
-        Config.from_flat(assigned, base)
-        return assigned
-    together = read_flat(arguments.config) | assigned
+    together = read_settings(arguments.config, arguments.settings, base.to_flat())
     try:
         Config.from_flat(together, base)
     except ConfigError as error:
+        if not arguments.config:
+            raise
         raise ConfigError(f"{error} (with the settings of {arguments.config})") from error
     return together
 
@@ -120,7 +122,7 @@ def _central(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench.command import bench
 
-    words = dict(parse_assignment(word) for word in arguments.settings)
+    words = dict(parse_assignment(word, Config().to_flat()) for word in arguments.settings)
     chosen = arguments.file, words, arguments.out, arguments.table
     return bench(*chosen, known=arguments.known, any_code=arguments.any_code, verbose=arguments.verbose)
 

@@ -27,7 +27,7 @@ from .sections import (
     RelabelConfig,
     UploadConfig,
 )
-from .settings import parse_toml, read_flat, toml_value, typed
+from .settings import parse_toml, read_flat, spelled, toml_value, typed
 
 __all__ = [
     "Config",
@@ -171,6 +171,7 @@ class Config(Section):
         """
         known = _leaves(base or cls())
         for key, value in flat.items():
+            key = spelled(key) if spelled(key) in known else key
             known[key] = typed(key, value, known)
         return _build(cls, known)
 

@@ -20,6 +20,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import parts_of, server_images
 from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
+from fedmitr_flwr.limits import nearest
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -63,7 +64,8 @@ def check(config: Config) -> None:
     """Raise ConfigError for what Flower's strategies cannot do."""
     name = config.flower.strategy
     if name not in STRATEGIES:
-        raise ConfigError(f"flower.strategy = {name!r} is unknown; use oneshot | {' | '.join(STRATEGIES)}")
+        known = ("oneshot", *STRATEGIES)
+        raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
     if others := [key for key in _given(config) if key not in SETTINGS.get(name, {})]:
         raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at 0")
     if config.resume_from:

@@ -246,7 +246,13 @@ def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) ->
         ),
         ("keep = 'none'\n[grid]\nmethods = ['fedavg']", "keep: 'none' is unknown; use one of: all, results"),
         ("grid = 1", "grid = 1 is not possible; make it a table [grid]"),
-        ("[grid\n", "cannot read the bench file"),
+        ("[grid\n", "bench.toml: not valid TOML"),
+        ("seed = 1\n[local]\nlr = 0.1", "is a file of settings and no bench file; run it by: fedmitr run -c"),
+        (
+            "[settings]\nlr = 0.1\n[grid]\nmethods = ['fedavg']",
+            "settings: unknown config key 'lr'; did you mean local.lr",
+        ),
+        ("\ufeff[grid]\nmethods = ['fedmedain']", "did you mean fedmedian?"),
     ],
 )
 def test_what_is_wrong_is_named(write: Write, text: str, message: str) -> None:

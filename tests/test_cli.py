@@ -126,6 +126,13 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run model.img-size=9", "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
         ("run seed", "'seed' is not of the form key=value"),
         ("run -c none.toml", "there is no config file none.toml; give the path of one"),
+        ("run --seed 1", "unknown argument '--seed'; settings are words of the form key=value: seed=1"),
+        ("fuse here --method fedavg --lr=0.1", "key=value: local.lr=0.1 or inversion.lr=0.1 or distill.lr=0.1"),
+        (
+            "run settings.toml",
+            "'settings.toml' is not of the form key=value; for a file of settings write: -c settings",
+        ),
+        ("run local.lr = 3", "'local.lr' is not of the form key=value; write it without spaces"),
         ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
         ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
         ("run --name", "argument --name: expected one argument; see fedmitr run --help"),
