@@ -6,6 +6,7 @@
 # CREDENTIALS holds ca.crt, server.crt and server.key. STATE is a folder for its database, which outlives a restart.
 # HOST (default 127.0.0.1) and PORT (8443) are where it listens: read "Who may reach the port" in deploy/README.md first.
 set -eu
+umask 077 # what a run leaves, and the database, is this user's alone
 [ "$#" -ge 2 ] || {
     echo "superlink.sh: error: usage: superlink.sh CREDENTIALS STATE [HOST [PORT]]" >&2
     exit 2

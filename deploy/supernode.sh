@@ -8,6 +8,7 @@
 # NODE_CONFIG may hold more of Flower's --node-config, such as: label-column="finding"
 # SUPERNODE_OPTIONS may hold more options of flower-supernode, such as: --trusted-entities /etc/fedmitr/trusted.yaml
 set -eu
+umask 077 # what a run leaves, and the database, is this user's alone
 [ "$#" -ge 4 ] || {
     echo "supernode.sh: error: usage: supernode.sh CREDENTIALS SERVER:PORT NAME IMAGES [LOCAL_PORT]" >&2
     exit 2

@@ -29,7 +29,7 @@ from fedmitr_flwr.settings import toml_value
 from fedmitr_flwr.training.upload import Upload, Weights
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
 
-from .clients import Clients, meet
+from .clients import Clients, meet, with_number_of
 from .grid import ObservedGrid
 from .intake import checked, shapes_of
 from .records import order, read_evaluation
@@ -87,7 +87,7 @@ def check(config: Config) -> None:
 def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
     clients = meet(grid, config)
-    config = config.with_clients(clients.number)
+    config = with_number_of(clients, config)
     folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
     initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))

@@ -1,0 +1,44 @@
+"""What every process of this project does before anything else: its files are its user's alone, its log is plain text."""
+
+import logging
+import os
+
+from .errors import printable
+
+PRIVATE = 0o077  # permissions that no file or folder gets
+
+
+def begin(*loggers: logging.Logger) -> None:
+    """Let the files made from here on be read by their user only, and escape control characters in these logs."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
+    for logger in loggers:
+        if _escaped not in logger.filters:
+            logger.addFilter(_escaped)
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    """A filter that changes the record: names and texts of other machines must not steer the reader's terminal."""
+    lines = record.getMessage().split("\n")
+    record.msg = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+    record.args = ()
+    return True
+
+
+class Forward(logging.Handler):
+    """Passes every record on to another logger, as if it had been logged there."""
+
+    def __init__(self, to: logging.Logger) -> None:
+        super().__init__()
+        self.to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= self.to.getEffectiveLevel():
+            self.to.handle(record)
+
+
+def forward(name: str, to: logging.Logger) -> None:
+    """Let what is logged as `name` and below appear where `to` does, and nowhere else."""
+    logger = logging.getLogger(name)
+    logger.handlers[:] = [Forward(to)]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG)
