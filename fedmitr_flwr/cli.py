@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .config import Config
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, printable
+from .process import begin
 from .settings import option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
@@ -147,14 +148,27 @@ def _report(folder: "RunFolder") -> None:
     print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
 
 
+class _MadeFolder(logging.Handler):
+    """Remembers the run folder that the log names, for the line that an interrupted run ends with."""
+
+    path = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said, _, path = record.getMessage().partition("run folder: ")
+        self.path = path if path and not said else self.path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), 130 after Ctrl-C, or
     141 where nobody reads what it prints any longer, as behind `| head`.
     """
+    begin(logging.getLogger("fedmitr"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
+    made = _MadeFolder()
+    logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
         **{"bench": _bench, "report": _report_page},
@@ -165,11 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print("fedmitr: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("fedmitr: error:", printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedmitr: interrupted", file=sys.stderr)
+        how = f"; go on with: fedmitr run ... resume-from={made.path}" if made.path else ""
+        print(f"fedmitr: interrupted{printable(how)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
         return 141
+    finally:
+        logging.getLogger("fedmitr").removeHandler(made)

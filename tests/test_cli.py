@@ -196,6 +196,43 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().err == "fedmitr: interrupted\n"
 
 
+def test_an_interrupted_run_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        logging.getLogger("fedmitr").info("run folder: %s", "/runs/a\x1bb")
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, run=run)
+    assert main(["run"]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "fedmitr: interrupted; go on with: fedmitr run ... resume-from=/runs/a\\x1bb"
+
+
+def test_what_a_command_writes_is_its_user_s_alone(calls: list[Call], tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert main(["run", "--name", "first"]) == 0
+    finally:
+        os.umask(before)
+    assert calls
+    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert modes == {
+        **dict.fromkeys(("first", "first/uploads", "first/uploads/refused"), "0o700"),
+        **dict.fromkeys(("first/config.toml", "first/result.json"), "0o600"),
+    }
+
+
+def test_control_characters_are_escaped_in_the_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        raise DataError("class 'a\x1b]0;owned\x07\u202eb' is unknown")
+
+    stand_in(monkeypatch, run=run)
+    assert refused(capsys, "run") == r"class 'a\x1b]0;owned\x07\u202eb' is unknown"
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> None:
         raise ZeroDivisionError

@@ -1,9 +1,12 @@
 """Private training: plain SGD without noise, images clipped by hand, what is spent by formula, a secret that is one."""
 
 import importlib.util
+import json
 import math
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
