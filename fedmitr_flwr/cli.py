@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import __version__
 from .config import Config
 from .errors import ConfigError, UserError, printable
-from .process import begin
+from .process import NO_HOME, begin, homeless
 from .settings import option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
@@ -180,6 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print("fedmitr: error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not homeless(error):
+            raise
+        print("fedmitr: error:", NO_HOME, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         how = f"; go on with: fedmitr run ... resume-from={made.path}" if made.path else ""

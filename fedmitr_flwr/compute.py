@@ -79,7 +79,9 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
             for folder in (root / place, *(root / above for above in place.parents)):
                 with suppress(OSError, ValueError):  # no limit: "max" or -1, or no such file
                     if controllers:
-                        quota, period = (int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period"))
+                        quota, period = (
+                            int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period")
+                        )
                     else:
                         quota, period = map(int, (folder / "cpu.max").read_text().split())
                     if quota > 0 and period > 0:

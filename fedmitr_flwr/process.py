@@ -1,4 +1,4 @@
-"""What every process of this project does before anything else: its files are its user's alone, its log is plain text."""
+"""What every process of this project does first: its files are its user's alone, and its log is plain text."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import os
 from .errors import printable
 
 PRIVATE = 0o077  # permissions that no file or folder gets
+NO_HOME = "there is no home folder for ~ (HOME is not set); set HOME, or give absolute paths (out-dir=/runs)"
 
 
 def begin(*loggers: logging.Logger) -> None:
@@ -14,6 +15,11 @@ def begin(*loggers: logging.Logger) -> None:
     for logger in loggers:
         if _escaped not in logger.filters:
             logger.addFilter(_escaped)
+
+
+def homeless(error: Exception) -> bool:
+    """Whether a `~` stands for no folder: HOME is not set, and the system knows no other for this user."""
+    return isinstance(error, RuntimeError) and "home directory" in str(error)
 
 
 def _escaped(record: logging.LogRecord) -> bool:

@@ -152,11 +152,11 @@ def read_settings(file: Path | None, words: Sequence[str], known: Mapping[str, o
     assigned = dict(parse_assignment(word, known) for word in words)
     of_file = read_flat(file) if file else {}
     source = (of_file | assigned).get("data.source", known["data.source"])
-    located = absolute(of_file, file.expanduser().absolute().parent, source) if file else {}
-    return located | absolute(assigned, Path.cwd(), source)
+    from_file = located(of_file, file.expanduser().absolute().parent, source) if file else {}
+    return from_file | located(assigned, Path.cwd(), source)
 
 
-def absolute(flat: Mapping[str, object], folder: Path, source: object = None) -> dict[str, object]:
+def located(flat: Mapping[str, object], folder: Path, source: object = None) -> dict[str, object]:
     """The same settings, whose relative paths are taken as relative to `folder`.
 
     With the source `hub` (default: these settings' own), `data.path` is a data set's name unless there is such a path.
@@ -168,9 +168,16 @@ def absolute(flat: Mapping[str, object], folder: Path, source: object = None) ->
         if not isinstance(value, str) or not value or value in PATHS[key]:
             continue
         path = Path(os.path.normpath(folder / Path(value).expanduser()))
-        if not (key == "data.path" and source == "hub" and not path.exists()):
+        if not (key == "data.path" and source == "hub" and not _exists(path)):
             found[key] = str(path)
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no path at all: a name that is too long, a null character
+        return False
 
 
 def toml_value(value: bool | int | float | str) -> str:

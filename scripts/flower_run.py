@@ -32,7 +32,7 @@ from processes import MARK, free_ports, stop  # noqa: E402
 
 from fedmitr_flwr.config import Config  # noqa: E402 - the checkout's own, whether installed or not
 from fedmitr_flwr.errors import ConfigError, UserError, printable  # noqa: E402
-from fedmitr_flwr.process import begin  # noqa: E402
+from fedmitr_flwr.process import NO_HOME, begin, homeless  # noqa: E402
 from fedmitr_flwr.settings import option_hint, read_settings  # noqa: E402
 
 START_SECONDS, LOST_SECONDS = 60.0, 300.0
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except RuntimeError as error:
+        if homeless(error):
+            return _complain(NO_HOME, 2)
         return _complain(str(error), 2 if seen.bad_input else 1)
     except KeyboardInterrupt:
         return _complain(_interrupted(seen, options.superlink, config), 130)
@@ -146,7 +148,9 @@ def check(config: Config, options: argparse.Namespace) -> None:
     require_possible(config)
     if not options.superlink:
         if config.partition.scheme == "own":
-            raise ConfigError("partition.scheme = 'own' is for SuperNodes with images of their own; name their --superlink")
+            raise ConfigError(
+                "partition.scheme = 'own' is for SuperNodes with images of their own; name their --superlink"
+            )
         require_opacus(config)
         prepared(config)
 

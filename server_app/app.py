@@ -14,7 +14,7 @@ from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.process import begin, forward
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.settings import absolute
+from fedmitr_flwr.settings import located
 from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     share_memory()
     try:
         # Whatever may change the current folder from here on, and wherever the clients stand.
-        config = prepared(Config.from_flat(absolute(context.run_config, Path.cwd())))
+        config = prepared(Config.from_flat(located(context.run_config, Path.cwd())))
         if config.flower.strategy == ONE_SHOT:
             one_shot(grid, config, context.run_id)
         else:

@@ -9,6 +9,7 @@ from fedmitr_flwr.bench import spec
 from fedmitr_flwr.bench.grid import cells, tune_cells
 from fedmitr_flwr.bench.spec import Bench, read
 from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.settings import PATHS, PLACES
 
 ROOT = Path(__file__).parents[1]
 
@@ -304,3 +305,27 @@ def test_every_preset_can_be_expanded(path: Path) -> None:
     assert all(variant.label in tuned for variant in bench.variants if variant.label == "flower:fedadam")
     settings = {tuple(sorted(cell.config.to_flat().items())): cell.name for cell in made}
     assert len(settings) == len(made)  # no two labels are the same method under the same settings
+
+
+def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("bench", "base", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "base/base.toml").write_text("model.weights = 'w.safetensors'\nout-dir = 'runs'\n")
+    (tmp_path / "base/data.toml").write_text("data.source = 'parquet'\ndata.path = 'images'\n")
+    (tmp_path / "bench/b.toml").write_text(
+        "base = '../base/base.toml'\n[settings]\ndistill.pretrained = 'p.safetensors'\nlocal.batch_size = 8\n"
+        "[datasets.d]\nconfig = '../base/data.toml'\n[grid]\nmethods = ['feddf']\n"
+        "[methods.feddf]\nfeddf.path = 'proxy'\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    for words, images in ({}, "base/images"), ({"data.path": "other"}, "here/other"):
+        (cell,) = cells(read(Path("../bench/b.toml"), words))
+        assert {key: cell.config.to_flat()[key] for key in PATHS if key not in PLACES} == {
+            "data.path": str(tmp_path / images),
+            "feddf.path": str(tmp_path / "bench/proxy"),
+            "model.weights": str(tmp_path / "base/w.safetensors"),
+            "distill.pretrained": str(tmp_path / "bench/p.safetensors"),
+        }
+        assert cell.config.local.batch_size == 8

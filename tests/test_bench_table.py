@@ -78,7 +78,7 @@ def test_marks_are_corrected_for_the_number_of_tests() -> None:
             entry["accuracy"]["local"] = []
     one = markdown(results([*entries, *others["fedavg"]]))
     assert "| `fedavg` | 30.0 ± 0.0 (3) ▼ |" in one
-    assert "p < 0.05 after Holm's correction for the 1 tests of this table" in one
+    assert "p < 0.05 after Holm's correction for the number of tests of this table, 1." in one
     four = markdown(results([*entries, *(entry for own in others.values() for entry in own)]))
     assert "▼ |" not in four
 

@@ -233,6 +233,14 @@ def test_control_characters_are_escaped_in_the_last_line(
     assert refused(capsys, "run") == r"class 'a\x1b]0;owned\x07\u202eb' is unknown"
 
 
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert "HOME is not set" in refused(capsys, "run", "out-dir=~/runs")
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> None:
         raise ZeroDivisionError

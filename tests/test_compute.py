@@ -11,7 +11,16 @@ from threading import Event
 import pytest
 import torch
 
-from fedmitr_flwr.compute import ahead, as_made, forget_peak, peak_memory, return_memory, side_by_side, threads, usable_cores
+from fedmitr_flwr.compute import (
+    ahead,
+    as_made,
+    forget_peak,
+    peak_memory,
+    return_memory,
+    side_by_side,
+    threads,
+    usable_cores,
+)
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000

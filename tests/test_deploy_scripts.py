@@ -107,7 +107,8 @@ def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], told: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("tool", "words"), [("openssl", ["ca"]), ("openssl", ["server", "fl.example.org"]), ("ssh-keygen", ["node", "site-b"])]
+    ("tool", "words"),
+    [("openssl", ["ca"]), ("openssl", ["server", "fl.example.org"]), ("ssh-keygen", ["node", "site-b"])],
 )
 def test_a_failed_try_leaves_nothing_and_blocks_no_next_one(
     made: Path, tmp_path: Path, tool: str, words: list[str]
@@ -125,7 +126,9 @@ def test_a_failed_try_leaves_nothing_and_blocks_no_next_one(
     (fake / tool).write_text(broken)
     (fake / tool).chmod(0o755)
     command = ["sh", DEPLOY / "credentials.sh", words[0], folder, *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"}
+    )
     assert done.returncode == 2
     assert "the disk is full" in done.stderr
     assert done.stderr.count("\n") == 1

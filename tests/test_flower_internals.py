@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
-from flwr.superlink.runtime import run_serverapp
 from local_grid import LocalGrid, task_identity
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -37,7 +37,7 @@ def test_the_ids_of_a_message_can_be_set_in_its_metadata() -> None:
 
 def test_the_grid_of_a_deployment_is_called_http_grid() -> None:
     """`ObservedGrid.sends_copies` tells it from a simulation's, whose messages are the very objects that were sent."""
-    assert run_serverapp.HttpGrid is HttpGrid
+    assert import_module("flwr.superlink.runtime.run_serverapp").HttpGrid is HttpGrid
     assert ObservedGrid(object.__new__(HttpGrid)).sends_copies
     assert not ObservedGrid(object.__new__(InMemoryGrid)).sends_copies
 

@@ -1,5 +1,6 @@
 """Whole runs by `flwr run` on Ray, through scripts/flower_run.py: the straight line's bits, an honest exit status."""
 
+import io
 import os
 import re
 import signal
@@ -143,13 +144,13 @@ def test_flwr_run_gives_the_bits_of_the_straight_line(start: Start, tmp_path: Pa
     assert flower.read_result()["accuracy"] == straight.read_result()["accuracy"]
 
 
-def test_what_only_the_clients_can_tell_is_bad_input_too(start: Start, tmp_path: Path) -> None:
-    """A partition that cannot be: the ServerApp says so, which is told from a run that failed."""
-    run = start(clients=2, **{"partition.scheme": "classes-per-client", "partition.min-size": 2000})
-    assert run.end() in (1, 2)
-    assert re.search("flower_run: error: ", run.lines[-1])
-    (kept,) = (tmp_path / "home").glob("superlink-*.log")
-    assert f"flower_run: the SuperLink's log is kept, since the run failed: {kept}" in run.log
+def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
+    seen = flower_run.Seen()
+    lines = [b"Successfully started run 42\n", b"INFO : run folder: /runs/a b\n", b"ERROR : bad input: lr = 'x'\n"]
+    flower_run._show(io.BytesIO(b"".join(lines[:2])), seen)
+    assert seen == flower_run.Seen("42", "/runs/a b", False)
+    flower_run._show(io.BytesIO(lines[2]), seen)
+    assert seen.bad_input
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_what_is_seen_without_a_client_fails_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> None:
+def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_path: Path) -> None:
     slow = {"local.epochs": 600}
     run = start(clients=4, **slow)
     run.wait_for(run.folder)
@@ -192,6 +193,8 @@ def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> N
     time.sleep(0.5)
     os.kill(actors[0], signal.SIGKILL)
     assert run.end() == 1
+    (kept,) = (tmp_path / "home").glob("superlink-*.log")
+    assert f"flower_run: the SuperLink's log is kept, since the run failed: {kept}" in run.log
     folder = run.folder()
     assert folder is not None
     (missing,) = folder.missing(4)

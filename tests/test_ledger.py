@@ -38,7 +38,9 @@ def test_epsilon_adds_up_to_the_limit_and_no_further(ledger: Ledger) -> None:
     assert len(ledger.path.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("content", ['{"data": "/data/im', "[1]", '{"data": "/data/images", "epsilon": "much"}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ['{"data": "/data/im', "[1]", '{"data": "/data/images", "epsilon": "much"}', "\x00"]
+)
 def test_a_damaged_ledger_lets_nothing_out(ledger: Ledger, content: str) -> None:
     ledger.note(spending(2.0, 0), 1e-5, "first")
     with ledger.path.open("a") as file:

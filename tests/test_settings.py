@@ -6,7 +6,7 @@ import pytest
 
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.settings import absolute, keys_like, parse_assignment, read_flat, read_settings
+from fedmitr_flwr.settings import keys_like, located, parse_assignment, read_flat, read_settings
 
 KNOWN = Config().to_flat()
 
@@ -131,8 +131,10 @@ def test_a_path_is_relative_to_whatever_says_it(tmp_path: Path, monkeypatch: pyt
 
 def test_a_data_set_of_the_hub_is_no_path_unless_there_is_one(tmp_path: Path) -> None:
     hub = {"data.source": "hub", "data.path": "some/name"}
-    assert absolute(hub, tmp_path) == hub
+    assert located(hub, tmp_path) == hub
     (tmp_path / "some/name").mkdir(parents=True)
-    assert absolute(hub, tmp_path)["data.path"] == str(tmp_path / "some/name")
+    assert located(hub, tmp_path)["data.path"] == str(tmp_path / "some/name")
+    for name in ("n" * 5000, "a\0b"):
+        assert located(hub | {"data.path": name}, tmp_path)["data.path"] == name
     folder = {"data.source": "parquet", "data.path": "no/name"}
-    assert absolute(folder, tmp_path)["data.path"] == str(tmp_path / "no/name")
+    assert located(folder, tmp_path)["data.path"] == str(tmp_path / "no/name")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import ConfigError
-from ..settings import absolute, flatten, read_document, read_flat, typed
+from ..settings import flatten, located, read_document, read_flat, typed
 from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
@@ -186,8 +186,8 @@ def _data(document: Mapping[str, Any], path: Path, last: Flat) -> dict[str, Flat
         file = _of_file(own.pop("config", ""), "config", path)
         source = {"data.source": "", **base, **file, **settings, **own, **last}["data.source"]
         data[name] = {
-            **absolute(base, _folder(document.get("base", ""), path), source),
-            **absolute(file, _folder(table.get("config", ""), path), source),
+            **located(base, _folder(document.get("base", ""), path), source),
+            **located(file, _folder(table.get("config", ""), path), source),
             **_settings(settings, "settings", path.parent, source),
             **_settings(own, f"datasets.{name}", path.parent, source),
         }
@@ -299,6 +299,6 @@ def _settings(flat: Flat, where: str, folder: Path, source: object = "hub") -> F
         if key in _OURS:
             raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
     try:
-        return absolute({key: typed(key, value, _KNOWN) for key, value in flat.items()}, folder.absolute(), source)
+        return located({key: typed(key, value, _KNOWN) for key, value in flat.items()}, folder.absolute(), source)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

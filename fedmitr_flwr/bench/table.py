@@ -66,8 +66,8 @@ def accuracy(found: Sequence[Row], reference: str) -> list[str]:
         return f"**{text}**" if row is best[row.place] else text
 
     marks = (
-        f" ▲ better, ▼ worse than `{reference}` in a paired t-test over the seeds, p < {LEVEL} after Holm's correction for "
-        f"the {len(tests)} tests of this table."
+        f" ▲ better, ▼ worse than `{reference}` in a paired t-test over the seeds, p < {LEVEL} after Holm's "
+        f"correction for the number of tests of this table, {len(tests)}."
     )
     return [
         f"{measure(found[0].entries[0]['config'])} in percent, last epoch: mean ± sample standard deviation "
