@@ -99,6 +99,6 @@ made=''
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 [ -d "$dir" ] || made=yes
-mkdir -p "$dir" || fail "cannot make the folder $dir"
-new=$(mktemp -d "$dir/.new.XXXXXX") || fail "cannot write to the folder $dir"
+mkdir -p "$dir" 2>/dev/null || fail "cannot make the folder $dir"
+new=$(mktemp -d "$dir/.new.XXXXXX" 2>/dev/null) || fail "cannot write to the folder $dir"
 "$what" "$@"

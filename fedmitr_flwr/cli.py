@@ -27,6 +27,17 @@ _EXAMPLES = """examples:
 """
 
 
+class Once(argparse.Action):
+    """An option that is given twice is refused: one of the two would be left out in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, found: argparse.Namespace, value: object, option: str | None = None
+    ) -> None:
+        if getattr(found, self.dest) is not None:
+            parser.error(f"{option} is given twice; put the settings into one file")
+        setattr(found, self.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other bad input."""
@@ -65,7 +76,7 @@ def _parser() -> _Parser:
     report = commands.add_parser("report", help="one page, report.html, of a run", allow_abbrev=False)
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for command in (run, fuse):
-        command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
+        command.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     commands.add_parser("methods", help="list the methods", allow_abbrev=False)
     return parser

@@ -30,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from processes import MARK, free_ports, stop  # noqa: E402
 
-from fedmitr_flwr.config import Config  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.cli import Once  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.config import Config  # noqa: E402
 from fedmitr_flwr.errors import ConfigError, UserError, printable  # noqa: E402
 from fedmitr_flwr.process import NO_HOME, begin, homeless  # noqa: E402
 from fedmitr_flwr.settings import option_hint, read_settings  # noqa: E402
@@ -111,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
+    parser.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     parser.add_argument("--clients", type=int, metavar="K", help="simulated clients (default: partition.clients)")
     parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml, for real SuperNodes")
@@ -129,6 +130,9 @@ def settings(options: argparse.Namespace) -> Config:
     """
     flat = read_settings(options.config, options.settings, Config().to_flat())
     if options.clients is not None:
+        said = read_settings(None, options.settings, Config().to_flat()).get("partition.clients", options.clients)
+        if said != options.clients:
+            raise ConfigError(f"--clients {options.clients} and partition.clients={said}; give one of them")
         flat["partition.clients"] = options.clients
     try:
         return Config.from_flat(flat)

@@ -68,7 +68,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_marks_are_corrected_for_the_number_of_tests() -> None:
-    """Of one method, three seeds with p = 0.0155; beside five others, three hundredths are no finding any more."""
+    """Of one method, three seeds with p = 0.0155; beside three others, four times that is no finding any more."""
     entries = [an_entry("fedmitr", value, seed) for seed, value in enumerate((48.0, 50.0, 57.0))]
     for entry in entries:
         entry["accuracy"]["local"] = []

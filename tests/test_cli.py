@@ -133,6 +133,7 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
             "'settings.toml' is not of the form key=value; for a file of settings write: -c settings",
         ),
         ("run local.lr = 3", "'local.lr' is not of the form key=value; write it without spaces"),
+        ("run -c a.toml -c b.toml", "-c is given twice; put the settings into one file"),
         ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
         ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
         ("run --name", "argument --name: expected one argument; see fedmitr run --help"),

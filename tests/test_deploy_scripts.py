@@ -150,11 +150,31 @@ def test_a_service_without_its_words_says_which(script: str) -> None:
     assert done.stderr.startswith(f"{script}: error: usage: {script} CREDENTIALS")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["superlink.sh", "{0}", "{0}/state"], "cannot read {0}/server.crt; make it by credentials.sh"),
+        (["supernode.sh", "{0}", "h:1", "site-b", "{0}"], "cannot read {0}/site-b; put it there"),
+        (["supernode.sh", "{0}", "h:1", "site-a", "{0}/none"], "there is no folder {0}/none of images"),
+    ],
+)
+def test_a_service_without_its_files_says_which(tmp_path: Path, words: list[str], told: str) -> None:
+    for name in ("ca.crt", "site-a"):
+        (tmp_path / name).touch()
+    script, *others = (word.format(tmp_path) for word in words)
+    done = subprocess.run(["sh", DEPLOY / script, *others], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: error: {told.format(tmp_path)}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_supernode_is_told_its_name_and_its_images(tmp_path: Path) -> None:
     """Flower's command is replaced by one that prints its words; blanks in a path survive."""
     images, fake = tmp_path / "the images", tmp_path / "bin"
     for folder in (images, fake, tmp_path / "keys"):
         folder.mkdir()
+    for name in ("ca.crt", "site-a"):
+        (tmp_path / "keys" / name).touch()
     (fake / "flower-supernode").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (fake / "flower-supernode").chmod(0o755)
     script = (DEPLOY / "supernode.sh").read_text().replace("$here/../.venv/bin", str(fake))

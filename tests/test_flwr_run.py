@@ -165,6 +165,7 @@ def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
         ({"model.name": "vit_nothing"}, "vit_nothing"),
         ({"model.weights": "none.safetensors"}, "none.safetensors"),
         ({"resume-from": "nowhere"}, "is not a run folder"),
+        ({"partition.clients": "3 --clients=4"}, "--clients 4 and partition.clients=3; give one of them"),
         ({"partition.scheme": "own"}, "name their --superlink"),
     ],
 )
@@ -172,7 +173,8 @@ def test_what_is_seen_without_a_client_fails_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], told: str
 ) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    words = [f"{key}={value}" for key, value in {**TINY, "out-dir": tmp_path / "out", **settings}.items()]
+    flat = {**TINY, "out-dir": tmp_path / "out", **settings}
+    words = " ".join(f"{key}={value}" for key, value in flat.items()).split()
     try:
         assert flower_run.main([*words, f"--flwr-home={tmp_path / 'home'}"]) == 2
     finally:

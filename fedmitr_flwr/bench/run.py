@@ -17,7 +17,7 @@ from .. import pipeline
 from ..central import train_centrally
 from ..compute import threads
 from ..config import Config
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, printable
 from ..files import write_text
 from ..fingerprint import changed, core
 from ..judge import Lines
@@ -140,7 +140,7 @@ class _Loop:
         return False
 
     def _fail(self, cell: Cell, error: Exception) -> None:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = printable(" ".join(str(error).split())) or type(error).__name__
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         self.store.note_failure(cell, f"{cell.name}\n{type(error).__name__}: {said}\n\n{trace}{_settings(cell)}")
         self.tally.failed += 1

@@ -23,7 +23,13 @@ STRATEGIES = (
 CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _NUMBERS = {"alpha": "dirichlet", "classes": "classes-per-client"}  # the axis of a scheme
-_GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
+_GRIDS = {  # settings that are axes, by what they are called there
+    "seed": "seed",
+    "partition.scheme": "partition",
+    "partition.alpha": "alpha",
+    "partition.classes-per-client": "classes",
+    "partition.clients": "clients",
+}
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
 _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "datasets", "grid", "methods", "tune")
 _KNOWN = Config().to_flat()
@@ -295,7 +301,9 @@ def _settings(flat: Flat, where: str, folder: Path, source: object = "hub") -> F
     """Settings as a config has them: known keys that a bench may set, typed values, and paths that are absolute."""
     for key in flat:
         if key in _GRIDS:
-            raise ConfigError(f"{where}: {key} is an axis of the grid; set it in [grid]")
+            raise ConfigError(
+                f"{where}: {key} is an axis of the grid; set it in [grid], or by grid.{_GRIDS[key]}=[...]"
+            )
         if key in _OURS:
             raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
     try:
