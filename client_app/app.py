@@ -281,8 +281,8 @@ def _ledger(context: Context, config: Config) -> Ledger | None:
     if place:
         data = str(Path(place.path).expanduser().resolve())
     else:
-        client, clients = _numbers(context)
-        data = f"share {client} of {clients} of {config.data.source} {config.data.path}".strip()
+        who = _name(context) or "client {} of {}".format(*_numbers(context))
+        data = f"share of {who} in {config.data.source} {config.data.path}".strip()
     return Ledger(_work_path(context) / ledger.NAME, data, limits[0])
 
 

@@ -184,9 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
         **{"bench": _bench, "report": _report_page},
     }
+    command = ""
     try:
         arguments = _parse(argv)
-        status = commands[arguments.command](arguments) or 0
+        command = arguments.command
+        status = commands[command](arguments) or 0
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -198,8 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fedmitr: error:", NO_HOME, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = f"; go on with: fedmitr run ... resume-from={made.path}" if made.path else ""
-        print(f"fedmitr: interrupted{printable(how)}", file=sys.stderr)
+        goes_on = {"bench": "; the same command goes on where it was"}
+        goes_on |= {"run": f"; go on with: fedmitr run ... resume-from={made.path}"} if made.path else {}
+        print(f"fedmitr: interrupted{printable(goes_on.get(command, ''))}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends

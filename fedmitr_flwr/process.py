@@ -24,10 +24,14 @@ def homeless(error: Exception) -> bool:
 
 def _escaped(record: logging.LogRecord) -> bool:
     """A filter that changes the record: names and texts of other machines must not steer the reader's terminal."""
-    lines = record.getMessage().split("\n")
-    record.msg = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
-    record.args = ()
+    record.msg, record.args = _in_lines(record.getMessage()), ()
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = _in_lines(logging.Formatter().formatException(record.exc_info))
     return True
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 class Forward(logging.Handler):

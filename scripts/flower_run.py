@@ -147,6 +147,7 @@ def check(config: Config, options: argparse.Namespace) -> None:
     At a SuperLink that is there already, data and devices are those of its machine: there, only settings are looked at.
     """
     from fedmitr_flwr.training.private import require_opacus
+    from fedmitr_flwr.compute import resolve_device
     from server_app.checks import prepared, require_possible
 
     require_possible(config)
@@ -155,6 +156,10 @@ def check(config: Config, options: argparse.Namespace) -> None:
             raise ConfigError(
                 "partition.scheme = 'own' is for SuperNodes with images of their own; name their --superlink"
             )
+        if options.client_gpus < 0:
+            raise ConfigError(f"--client-gpus {options.client_gpus:g} is not possible; use a number >= 0")
+        if options.client_gpus:  # or Flower would wait for one
+            resolve_device("cuda")
         require_opacus(config)
         prepared(config)
 
@@ -200,7 +205,10 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
     """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment."""
     environment = environment_for(options, config, free_ports(2))
     home = Path(environment["FLWR_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--flwr-home: cannot make the folder {home}: {error.strerror}; name another") from error
     with ray_folder(environment):
         log = home / f"superlink-{environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT']}.log"
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]

@@ -166,6 +166,8 @@ def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
         ({"model.weights": "none.safetensors"}, "none.safetensors"),
         ({"resume-from": "nowhere"}, "is not a run folder"),
         ({"partition.clients": "3 --clients=4"}, "--clients 4 and partition.clients=3; give one of them"),
+        ({"seed": "1 --client-gpus=-1"}, "--client-gpus -1 is not possible"),
+        ({"seed": "1 --flwr-home=/proc/none"}, "--flwr-home: cannot make the folder /proc/none"),
         ({"partition.scheme": "own"}, "name their --superlink"),
     ],
 )
@@ -176,7 +178,7 @@ def test_what_is_seen_without_a_client_fails_before_anything_starts(
     flat = {**TINY, "out-dir": tmp_path / "out", **settings}
     words = " ".join(f"{key}={value}" for key, value in flat.items()).split()
     try:
-        assert flower_run.main([*words, f"--flwr-home={tmp_path / 'home'}"]) == 2
+        assert flower_run.main([f"--flwr-home={tmp_path / 'home'}", *words]) == 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
