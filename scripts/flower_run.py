@@ -146,8 +146,8 @@ def check(config: Config, options: argparse.Namespace) -> None:
 
     At a SuperLink that is there already, data and devices are those of its machine: there, only settings are looked at.
     """
-    from fedmitr_flwr.training.private import require_opacus
     from fedmitr_flwr.compute import resolve_device
+    from fedmitr_flwr.training.private import require_opacus
     from server_app.checks import prepared, require_possible
 
     require_possible(config)
