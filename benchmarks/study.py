@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.report.result import versions
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.settings import parse_assignment, read_flat
+from fedmitr_flwr.settings import PATHS, read_settings
 from fedmitr_flwr.vit.ensemble import Ensemble
 
 Rows = list[dict[str, Any]]
@@ -31,9 +31,11 @@ Part = tuple[Rows, dict[str, Any]]  # one seed's rows, and the facts of its uplo
 
 
 def facts(uploads: RunFolder) -> dict[str, Any]:
-    """What the result of a run says of code, machine and settings, without the folder it was made in."""
+    """What the result of a run says of code, machine and settings; of paths the last part, and none of its own."""
     result = uploads.read_result()
-    del result["config"]["out-dir"]
+    config = result["config"]
+    named = {key: PurePath(config[key]).name for key in PATHS if Path(config[key]).is_absolute()}
+    result["config"] = {key: value for key, value in (config | named).items() if key != "out-dir"}
     return {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
 
 
@@ -63,8 +65,7 @@ def run(script: str, about: str | None, one_seed: Callable[..., Part], *, takes_
         parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     if takes_settings:
-        flat = read_flat(arguments.config) if arguments.config else {}
-        flat |= dict(map(parse_assignment, arguments.settings))
+        flat = read_settings(arguments.config, arguments.settings, Config().to_flat())
         Config.from_flat(flat)  # refuses at once what is no setting
         one_seed = partial(one_seed, settings=flat)
     seeds = list(map(int, arguments.seeds.split(",")))

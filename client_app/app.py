@@ -1,10 +1,12 @@
 """The Flower ClientApp: train once and upload once; the same for the one-shot strategy and Flower's own."""
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable
 from functools import wraps
+from hashlib import sha256
 from pathlib import Path
 
 import flwr
@@ -14,16 +16,21 @@ from flwr.clientapp import ClientApp
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.own import Place, look_at_own
-from fedmitr_flwr.errors import ConfigError, DataError, UserError
+from fedmitr_flwr.errors import ConfigError, DataError, UserError, printable
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.process import begin, forward
 from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.settings import PLACES
 from fedmitr_flwr.training.private import require_opacus
 from fedmitr_flwr.training.upload import Weights
 from fedmitr_flwr.vit.build import initial_weights
 
+from . import ledger
+from .ledger import Ledger
+
 app = ClientApp()
 log = logging.getLogger("flwr")
-logging.getLogger("fedmitr").parent = log  # the core's progress appears where Flower's log does
+forward("fedmitr", log)  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
 # What a --node-config may say. Any other key is a mistake, such as a limit that would not hold.
@@ -53,6 +60,7 @@ def discreet(answer: Answer) -> Answer:
 
     @wraps(answer)
     def guarded(message: Message, context: Context) -> Message:
+        begin(log)
         try:
             return answer(message, context)
         except Exception as error:
@@ -65,7 +73,7 @@ def _told(error: Exception) -> str:
     """What the server may read of an error, which is logged here as a whole."""
     if isinstance(error, UserError):
         log.error("%s", error)
-        return _PATH.sub("<path>", " ".join(str(error).split()))
+        return printable(_PATH.sub("<path>", " ".join(str(error).split())))
     log.error("the client failed", exc_info=error)
     return type(error).__name__
 
@@ -94,6 +102,8 @@ def _look(message: Message, context: Context) -> None:
     """Raise what would keep this client from training, before anybody trains."""
     _, config = _order(message)
     _require_privacy(context, config)
+    if ours := _ledger(context, config):
+        ours.require_room(config.privacy.epsilon, _digest(config))
     place = _place(context)
     if place and config.partition.scheme == OWN:
         try:
@@ -109,6 +119,9 @@ def train(message: Message, context: Context) -> Message:
     order, config = _order(message)
     _require_privacy(context, config)
     client = _client(context, config)
+    ours = _ledger(context, config)
+    if ours:
+        ours.require_room(config.privacy.epsilon, _digest(config))
     upload = pipeline.train_client(
         config,
         client,
@@ -118,6 +131,8 @@ def train(message: Message, context: Context) -> Message:
         server_round=int(order.get("server-round", 1)),  # type: ignore[arg-type]
         prox_mu=float(order.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
     )
+    if ours:
+        ours.note(upload, config.privacy.delta, _digest(config))
     numbers: dict[str, Numbers] = {
         "num-examples": upload.num_examples,
         "train_loss": upload.train_loss,
@@ -248,9 +263,33 @@ def _keep(context: Context, config: Config, client: int) -> Path | None:
     """Where this client's upload is kept: with images of its own, in its node's `work-path`, by default FLWR_HOME."""
     if config.partition.scheme != OWN or config.flower.strategy != "oneshot":
         return None
-    folder = context.node_config.get("work-path") or Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "fedmitr"
     who = re.sub(r"[^\w.-]", "_", _name(context) or str(client))
-    return Path(str(folder)).expanduser() / f"upload_{who}.safetensors"
+    return _work_path(context) / f"upload_{who}.safetensors"
+
+
+def _work_path(context: Context) -> Path:
+    folder = context.node_config.get("work-path") or Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "fedmitr"
+    return Path(str(folder)).expanduser()
+
+
+def _ledger(context: Context, config: Config) -> Ledger | None:
+    """Where this node notes what it spends; None where it sets no limit."""
+    limits = _limits(context)
+    if limits is None:
+        return None
+    place = _place(context)
+    if place:
+        data = str(Path(place.path).expanduser().resolve())
+    else:
+        who = _name(context) or "client {} of {}".format(*_numbers(context))
+        data = f"share of {who} in {config.data.source} {config.data.path}".strip()
+    return Ledger(_work_path(context) / ledger.NAME, data, limits[0])
+
+
+def _digest(config: Config) -> str:
+    """Which order this is: equal where the same upload is asked for again."""
+    told = {key: value for key, value in config.to_flat().items() if key not in PLACES}
+    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _weights(message: Message, config: Config) -> Weights:

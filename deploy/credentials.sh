@@ -6,13 +6,19 @@
 #                                       by which SuperNodes and operators reach the server
 #   credentials.sh node DIR NAME        DIR/NAME (secret) and DIR/NAME.pub; at the client, whose secret never leaves it
 #
-# Needs openssl and ssh-keygen. Never overwrites a file.
+# Needs openssl and ssh-keygen. Never overwrites a file; a try that fails or is interrupted leaves nothing.
 set -eu
 umask 077
 
 fail() {
     echo "credentials.sh: error: $*" >&2
     exit 2
+}
+
+# Everything is made in a folder of its own and moved once it is whole.
+clean_up() {
+    [ -z "$new" ] || rm -rf "$new"
+    [ -z "$made" ] || rmdir "$dir" 2>/dev/null || true
 }
 
 absent() {
@@ -24,9 +30,10 @@ absent() {
 ca() {
     absent "$dir/ca.key" "$dir/ca.crt"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 -subj "/CN=fedmitr CA" \
-        -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout "$dir/ca.key" -out "$dir/ca.crt" 2>"$dir/openssl.log" ||
-        fail "$(cat "$dir/openssl.log")"
-    chmod 644 "$dir/ca.crt"
+        -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout "$new/ca.key" -out "$new/ca.crt" 2>"$new/log" ||
+        fail "$(tr '\n' ' ' <"$new/log")"
+    chmod 644 "$new/ca.crt"
+    keep ca.key ca.crt
 }
 
 server() {
@@ -49,30 +56,49 @@ server() {
         echo "subjectKeyIdentifier=hash"
         echo "authorityKeyIdentifier=keyid"
         echo "subjectAltName=$names"
-    } >"$dir/server.ext"
+    } >"$new/server.ext"
     {
         openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=fedmitr server" \
-            -keyout "$dir/server.key" -out "$dir/server.csr" &&
-            openssl x509 -req -in "$dir/server.csr" -CA "$dir/ca.crt" -CAkey "$dir/ca.key" -CAcreateserial -sha384 \
-                -days 825 -extfile "$dir/server.ext" -out "$dir/server.crt"
-    } 2>"$dir/openssl.log" || fail "$(cat "$dir/openssl.log")"
-    rm -f "$dir/server.csr" "$dir/server.ext"
-    chmod 644 "$dir/server.crt"
+            -keyout "$new/server.key" -out "$new/server.csr" &&
+            openssl x509 -req -in "$new/server.csr" -CA "$dir/ca.crt" -CAkey "$dir/ca.key" -sha384 \
+                -set_serial "0x$(openssl rand -hex 16)" -days 825 -extfile "$new/server.ext" -out "$new/server.crt"
+    } 2>"$new/log" || fail "$(tr '\n' ' ' <"$new/log")"
+    chmod 644 "$new/server.crt"
+    keep server.key server.crt
 }
 
 node() {
     [ "$#" -eq 1 ] || fail "give one name, such as hospital-a"
+    case "$1" in
+    "" | .* | -* | */* | *\"* | *\\* | *\|*) fail "'$1' cannot be a client's name; use letters, digits, - and _" ;;
+    esac
     absent "$dir/$1" "$dir/$1.pub"
-    ssh-keygen -q -t ecdsa -b 384 -N "" -C "$1" -f "$dir/$1" || fail "ssh-keygen made no key in $dir"
+    ssh-keygen -q -t ecdsa -b 384 -N "" -C "$1" -f "$new/$1" </dev/null 2>"$new/.log" ||
+        fail "ssh-keygen made no key in $dir: $(tr '\n' ' ' <"$new/.log")"
+    keep "$1" "$1.pub"
+}
+
+keep() {
+    mv "$new/$1" "$dir/$1" || fail "cannot write $dir/$1"
+    mv "$new/$2" "$dir/$2" || {
+        rm -f "$dir/$1"
+        fail "cannot write $dir/$2"
+    }
 }
 
 [ "$#" -ge 2 ] || fail "usage: credentials.sh ca DIR | server DIR NAME... | node DIR NAME"
 what=$1
 dir=$2
 shift 2
-mkdir -p "$dir" || fail "cannot make the folder $dir"
 case "$what" in
-ca | server | node) "$what" "$@" ;;
+ca | server | node) ;;
 *) fail "'$what' is none of: ca, server, node" ;;
 esac
-rm -f "$dir/openssl.log"
+new=''
+made=''
+trap clean_up EXIT
+trap 'exit 130' INT TERM HUP
+[ -d "$dir" ] || made=yes
+mkdir -p "$dir" 2>/dev/null || fail "cannot make the folder $dir"
+new=$(mktemp -d "$dir/.new.XXXXXX" 2>/dev/null) || fail "cannot write to the folder $dir"
+"$what" "$@"

@@ -8,10 +8,16 @@
 # NODE_CONFIG may hold more of Flower's --node-config, such as: label-column="finding"
 # SUPERNODE_OPTIONS may hold more options of flower-supernode, such as: --trusted-entities /etc/fedmitr/trusted.yaml
 set -eu
-[ "$#" -ge 4 ] || {
-    echo "supernode.sh: error: usage: supernode.sh CREDENTIALS SERVER:PORT NAME IMAGES [LOCAL_PORT]" >&2
+umask 077 # what a run leaves, and the database, is this user's alone
+fail() {
+    echo "supernode.sh: error: $*" >&2
     exit 2
 }
+[ "$#" -ge 4 ] || fail "usage: supernode.sh CREDENTIALS SERVER:PORT NAME IMAGES [LOCAL_PORT]"
+for file in ca.crt "$3"; do
+    [ -r "$1/$file" ] || fail "cannot read $1/$file; put it there, or let this user read it"
+done
+[ -d "$4" ] || fail "there is no folder $4 of images"
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 credentials=$(CDPATH='' cd -- "$1" && pwd)
 images=$(CDPATH='' cd -- "$4" && pwd)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .config import Config
-from .errors import ConfigError, UserError, escape_on_streams
-from .settings import parse_assignment, read_flat
+from .errors import ConfigError, UserError, printable
+from .process import NO_HOME, begin, homeless
+from .settings import option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
     from .report.run_folder import RunFolder
@@ -24,6 +25,17 @@ _EXAMPLES = """examples:
   fedmitr report ~/fedmitr-runs/first
   fedmitr bench configs/bench/smoke.toml
 """
+
+
+class Once(argparse.Action):
+    """An option that is given twice is refused: one of the two would be left out in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, found: argparse.Namespace, value: object, option: str | None = None
+    ) -> None:
+        if getattr(found, self.dest) is not None:
+            parser.error(f"{option} is given twice; put the settings into one file")
+        setattr(found, self.dest, value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +76,7 @@ def _parser() -> _Parser:
     report = commands.add_parser("report", help="one page, report.html, of a run", allow_abbrev=False)
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for command in (run, fuse):
-        command.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
+        command.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     commands.add_parser("methods", help="list the methods", allow_abbrev=False)
     return parser
@@ -74,8 +86,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words; `key=value` may stand before, between and behind the options."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if strange := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
-        parser.error(f"unknown argument {strange[0]!r}")
+    if unknown := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
+        words = list(sys.argv[1:] if argv is None else argv)
+        hint = option_hint(unknown[0], words[words.index(unknown[0]) + 1 :], Config().to_flat())
+        if hint and "settings" in arguments:
+            raise ConfigError(f"unknown argument {unknown[0]!r}{hint}")
+        parser.error(f"unknown argument {unknown[0]!r}")
     if "settings" in arguments:
         arguments.settings += rest
     return arguments
@@ -83,14 +99,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _overrides(arguments: argparse.Namespace, base: Config) -> dict[str, object]:
     """The file's settings under those of the command line, checked on top of `base`."""
-    assigned = dict(parse_assignment(word) for word in arguments.settings)
-    if not arguments.config:
-        Config.from_flat(assigned, base)
-        return assigned
-    together = read_flat(arguments.config) | assigned
+    together = read_settings(arguments.config, arguments.settings, base.to_flat())
     try:
         Config.from_flat(together, base)
     except ConfigError as error:
+        if not arguments.config:
+            raise
         raise ConfigError(f"{error} (with the settings of {arguments.config})") from error
     return together
 
@@ -120,7 +134,7 @@ def _central(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench.command import bench
 
-    words = dict(parse_assignment(word) for word in arguments.settings)
+    words = dict(parse_assignment(word, Config().to_flat()) for word in arguments.settings)
     chosen = arguments.file, words, arguments.out, arguments.table
     return bench(*chosen, known=arguments.known, any_code=arguments.any_code, verbose=arguments.verbose)
 
@@ -145,30 +159,53 @@ def _report(folder: "RunFolder") -> None:
     print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
 
 
+class _MadeFolder(logging.Handler):
+    """Remembers the run folder that the log names, for the line that an interrupted run ends with."""
+
+    path = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said, _, path = record.getMessage().partition("run folder: ")
+        self.path = path if path and not said else self.path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), 130 after Ctrl-C, or
     141 where nobody reads what it prints any longer, as behind `| head`.
     """
-    escape_on_streams()
+    begin(logging.getLogger("fedmitr"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedmitr").setLevel(logging.INFO)
+    made = _MadeFolder()
+    logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
         **{"bench": _bench, "report": _report_page},
     }
+    command = ""
     try:
         arguments = _parse(argv)
-        status = commands[arguments.command](arguments) or 0
+        command = arguments.command
+        status = commands[command](arguments) or 0
         sys.stdout.flush()
         return status
     except UserError as error:
-        print("fedmitr: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("fedmitr: error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not homeless(error):
+            raise
+        print("fedmitr: error:", NO_HOME, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedmitr: interrupted", file=sys.stderr)
+        goes_on = {"bench": "; the same command goes on where it was"}
+        goes_on |= {"run": f"; go on with: fedmitr run ... resume-from={made.path}"} if made.path else {}
+        print(f"fedmitr: interrupted{printable(goes_on.get(command, ''))}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
         return 141
+    finally:
+        logging.getLogger("fedmitr").removeHandler(made)

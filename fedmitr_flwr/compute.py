@@ -2,13 +2,14 @@
 
 import ctypes
 import gc
+import math
 import os
 import resource
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import TypeVar
 
@@ -37,16 +38,54 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with `count` CPU threads (0: one per core).
+    """Run with `count` CPU threads (0: OMP_NUM_THREADS, else one for each core that this process may use).
 
     Ray gives every actor its own thread count and sums are split by thread, so results would depend on who runs them.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    torch.set_num_threads(count or usable_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """How many threads can be at work at once: what OMP_NUM_THREADS says, or the cores that are this process's.
+
+    Fewer than the machine's where its affinity (`taskset`, a batch system) or its cgroup's CPU quota (a container) says
+    so; a fraction of a core counts as one.
+
+    Args:
+        cgroups: where version 2 of Linux's cgroups is mounted, and `cpu` of version 1 within it.
+        own: what tells the cgroups of this process.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is for nested parallelism
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(min(_quotas(cgroups, own), default=cores))))
+
+
+def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's cgroups and of all above them."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = cgroups if not controllers else cgroups / "cpu"
+            place = PurePosixPath(group.lstrip("/"))
+            for folder in (root / place, *(root / above for above in place.parents)):
+                with suppress(OSError, ValueError):  # no limit: "max" or -1, or no such file
+                    if controllers:
+                        quota, period = (
+                            int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period")
+                        )
+                    else:
+                        quota, period = map(int, (folder / "cpu.max").read_text().split())
+                    if quota > 0 and period > 0:
+                        yield quota / period
 
 
 @contextmanager

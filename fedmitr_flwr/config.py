@@ -27,7 +27,7 @@ from .sections import (
     RelabelConfig,
     UploadConfig,
 )
-from .settings import parse_toml, read_flat, toml_value, typed
+from .settings import parse_toml, read_flat, spelled, toml_value, typed
 
 __all__ = [
     "Config",
@@ -59,7 +59,7 @@ class Config(Section):
     method: str = "fedmitr"  # a file of fedmitr_flwr/methods
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
-    threads: int = 0  # CPU threads of the server phase; 0: one per core
+    threads: int = 0  # CPU threads of the server phase; 0: OMP_NUM_THREADS, or one per core that this process may use
     out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
     resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
     data: DataConfig = field(default_factory=DataConfig)
@@ -171,6 +171,7 @@ class Config(Section):
         """
         known = _leaves(base or cls())
         for key, value in flat.items():
+            key = spelled(key) if spelled(key) in known else key
             known[key] = typed(key, value, known)
         return _build(cls, known)
 

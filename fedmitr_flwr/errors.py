@@ -1,7 +1,5 @@
 """The errors a user can mend. Each message is one line: what is wrong, where, and the fix."""
 
-import io
-import sys
 from pathlib import Path
 
 
@@ -44,10 +42,3 @@ def unread(what: str, path: Path, error: Exception) -> str:
 def printable(text: str) -> str:
     """One line that a terminal shows as it is: control characters, line breaks too, are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def escape_on_streams() -> None:
-    """From now on stdout and stderr escape letters that their encoding lacks, which otherwise are errors."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

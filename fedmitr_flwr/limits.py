@@ -1,6 +1,8 @@
 """Limits of settings, checked by name: the base of every section."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 from .errors import ConfigError
 
@@ -12,6 +14,18 @@ def check(key: str, value: object, ok: bool, wanted: str) -> None:
         raise ConfigError(f"{key} = {value!r} is not possible; use {wanted}")
 
 
+def one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ConfigError, with the nearest choice if one is near, where the value is none of the choices."""
+    choices = list(choices)
+    check(key, value, value in choices, " | ".join(choices) + nearest(value, choices))
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """The end of a line: the choice that was meant perhaps, or nothing."""
+    near = difflib.get_close_matches(value.lower(), list(choices), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Section:
     """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
 
@@ -21,8 +35,7 @@ class Section:
         return f"{self.section}.{name}".lstrip(".").replace("_", "-")
 
     def _one_of(self, name: str, *choices: str) -> None:
-        value = getattr(self, name)
-        check(self._key(name), value, value in choices, " | ".join(choices))
+        one_of(self._key(name), getattr(self, name), choices)
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -29,57 +30,90 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from processes import MARK, free_ports, stop  # noqa: E402
 
-from fedmitr_flwr.config import Config  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.cli import Once  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.config import Config  # noqa: E402
 from fedmitr_flwr.data.layout import found_source  # noqa: E402
-from fedmitr_flwr.errors import UserError  # noqa: E402
-from fedmitr_flwr.settings import parse_assignment, read_flat  # noqa: E402
+from fedmitr_flwr.errors import ConfigError, UserError, printable  # noqa: E402
+from fedmitr_flwr.process import NO_HOME, begin, homeless  # noqa: E402
+from fedmitr_flwr.settings import option_hint, read_settings  # noqa: E402
 
 START_SECONDS, LOST_SECONDS = 60.0, 300.0
-_GOES_ON = "; the run goes on at {0}: `flwr log RUN {0}` shows it, `flwr stop RUN {0}` ends it"
-# Settings that are paths, with their values that are none. On the command line they are relative to where one stands.
-PATHS = {
-    "out-dir": (),
-    "resume-from": (),
-    "data.path": (),
-    "feddf.path": (),
-    "model.weights": ("none", "timm"),
-    "distill.pretrained": ("timm",),
-}
+BAD_INPUT = "bad input: "  # before what the ServerApp says of settings, data or weights that cannot be
+
+
+@dataclass
+class Seen:
+    """What Flower's log has told of the run."""
+
+    run_id: str = ""
+    folder: str = ""
+    bad_input: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C."""
+    begin()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
-    options = _parse(argv)
+    options, seen, config = argparse.Namespace(superlink=None), Seen(), None
     try:
+        options = _parse(argv)
         config = settings(options)
+        check(config, options)
         link = there_already() if options.superlink else super_link(options, config)
         with tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, link as environment:
             run_file = Path(scratch) / "run.toml"
             run_file.write_text(config.to_toml(), encoding="utf-8")
-            run(environment, run_file, options)
+            run(environment, run_file, options, seen)
         return 0
     except UserError as error:
         return _complain(str(error), 2)
     except RuntimeError as error:
-        return _complain(str(error), 1)
+        if homeless(error):
+            return _complain(NO_HOME, 2)
+        return _complain(str(error), 2 if seen.bad_input else 1)
     except KeyboardInterrupt:
-        return _complain("interrupted" + _GOES_ON.format(options.superlink) * bool(options.superlink), 130)
+        return _complain(_interrupted(seen, options.superlink, config), 130)
 
 
 def _interrupt(*_: object) -> NoReturn:
+    os.write(2, b"flower_run: interrupted; ending what it has started\n")  # at once: what follows takes seconds
     raise KeyboardInterrupt
 
 
+def _interrupted(seen: Seen, superlink: str | None, config: Config | None) -> str:
+    """The last line: where the run is, and how it goes on."""
+    if superlink:
+        run_id = seen.run_id or "RUN"
+        return (
+            f"interrupted; the run goes on at {superlink}: `flwr log {run_id} {superlink}` shows it, "
+            f"`flwr stop {run_id} {superlink}` ends it"
+        ) + (f"; its run folder: {seen.folder}" if seen.folder else "")
+    if not seen.folder:
+        return "interrupted, before there was a run folder; start it again"
+    resumes = config is not None and config.flower.strategy == "oneshot"
+    how = f"the same command goes on with resume-from={seen.folder}" if resumes else "start it again"
+    return f"interrupted; {how} (run folder: {seen.folder})"
+
+
 def _complain(text: str, status: int) -> int:
-    print("flower_run: error:", " ".join(text.split()), file=sys.stderr)
+    print("flower_run: error:", printable(" ".join(text.split())), file=sys.stderr)
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other bad input; what is no option may be meant as a setting."""
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        words = [*sys.argv[1:], ""]
+        at = words.index(unknown[1]) + 1 if unknown and unknown[1] in words else len(words)
+        hint = option_hint(unknown[1], words[at:], Config().to_flat()) if unknown else ""
+        raise ConfigError(f"{message}{hint or '; see --help'}")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings in TOML")
+    parser = _Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     parser.add_argument("--clients", type=int, metavar="K", help="simulated clients (default: partition.clients)")
     parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml, for real SuperNodes")
@@ -95,20 +129,40 @@ def settings(options: argparse.Namespace) -> Config:
     Raises:
         ConfigError: a file that cannot be read, or a key or value that is not possible. It is named.
     """
-    flat = read_flat(options.config) if options.config else {}
-    for word in options.settings:
-        key, value = parse_assignment(word)
-        if isinstance(value, str) and value and key in PATHS and value not in PATHS[key]:
-            value = str(Path(value).expanduser().absolute()) if _is_local(key, value) else value
-        flat[key] = value
+    flat = read_settings(options.config, options.settings, Config().to_flat())
     if options.clients is not None:
+        said = read_settings(None, options.settings, Config().to_flat()).get("partition.clients", options.clients)
+        if said != options.clients:
+            raise ConfigError(f"--clients {options.clients} and partition.clients={said}; give one of them")
         flat["partition.clients"] = options.clients
-    return Config.from_flat(flat)
+    try:
+        return Config.from_flat(flat)
+    except ConfigError as error:
+        file = f" (with the settings of {options.config})" if options.config else ""
+        raise ConfigError(f"{error}{file}") from error
 
 
-def _is_local(key: str, value: str) -> bool:
-    """A data set of the hub is named like a relative path; it is a path if there is one."""
-    return key != "data.path" or Path(value).expanduser().exists()
+def check(config: Config, options: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong with the run and can be seen without a node.
+
+    At a SuperLink that is there already, data and devices are those of its machine: there, only settings are looked at.
+    """
+    from fedmitr_flwr.compute import resolve_device
+    from fedmitr_flwr.training.private import require_opacus
+    from server_app.checks import prepared, require_possible
+
+    require_possible(config)
+    if not options.superlink:
+        if config.partition.scheme == "own":
+            raise ConfigError(
+                "partition.scheme = 'own' is for SuperNodes with images of their own; name their --superlink"
+            )
+        if options.client_gpus < 0:
+            raise ConfigError(f"--client-gpus {options.client_gpus:g} is not possible; use a number >= 0")
+        if options.client_gpus:  # or Flower would wait for one
+            resolve_device("cuda")
+        require_opacus(config)
+        prepared(config)
 
 
 def environment_for(options: argparse.Namespace, config: Config, ports: Sequence[int]) -> dict[str, str]:
@@ -152,7 +206,10 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
     """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment."""
     environment = environment_for(options, config, free_ports(2))
     home = Path(environment["FLWR_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--flwr-home: cannot make the folder {home}: {error.strerror}; name another") from error
     with ray_folder(environment):
         log = home / f"superlink-{environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT']}.log"
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
@@ -162,18 +219,24 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
             process = subprocess.Popen(  # its own session: Ctrl-C reaches only us, and we stop it in good order
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
             )
+        failed = interrupted = False
         try:
             _wait_until_up(process, environment, log)
-            try:
-                yield environment
-            except RuntimeError:
-                print(f"flower_run: the SuperLink's log is kept: {log}", flush=True)
-                raise
+            yield environment
+        except RuntimeError:
+            failed = True
+            raise
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
-            stop([process], environment[MARK])
-        log.unlink()  # kept where the block raised
+            stop([process], environment[MARK], at_once=interrupted)
+            if failed:
+                print(f"flower_run: the SuperLink's log is kept, since the run failed: {log}", flush=True)
+            else:
+                log.unlink()
 
 
 @contextlib.contextmanager
@@ -203,8 +266,8 @@ def _wait_until_up(process: subprocess.Popen[bytes], environment: dict[str, str]
     raise RuntimeError(f"the SuperLink did not start; see {log}")
 
 
-def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace) -> None:
-    """Submit the app and show its log.
+def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace, seen: Seen) -> None:
+    """Submit the app and show its log, from which `seen` learns.
 
     Raises:
         RuntimeError: the run did not complete. It says what Flower says of it.
@@ -220,10 +283,11 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
     ) as process:
         assert process.stdout is not None
         try:
-            run_id, folder = _show(process.stdout)
+            _show(process.stdout, seen)
         except BaseException:
-            process.terminate()  # or leaving the block would wait for the end of the run
+            process.kill()  # it only shows the log; or leaving the block would wait for the end of the run
             raise
+    run_id = seen.run_id
     if not run_id:
         raise RuntimeError("Flower did not take the run; see above")
     status, details = _status(run_id, link, environment)
@@ -234,25 +298,24 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
             ["flwr", "log", run_id, *link, "--show"], env=environment, stdout=subprocess.PIPE
         ) as again:
             assert again.stdout is not None
-            _, folder = _show(again.stdout)
+            _show(again.stdout, seen)
     print(f"flower_run: run {run_id}: {status}")
-    if folder:
-        print(f"flower_run: run folder: {folder}", flush=True)
+    if seen.folder:
+        print(f"flower_run: run folder: {seen.folder}", flush=True)
     if status != "finished:completed":
         raise RuntimeError(details or "Flower gives no reason; see above")
 
 
-def _show(stream: IO[bytes]) -> tuple[str, str]:
-    """Pass Flower's output on as it comes, and pick the run's id and folder out of it."""
-    run_id = folder = ""
+def _show(stream: IO[bytes], seen: Seen) -> None:
+    """Pass Flower's output on as it comes, and pick out of it what is needed at the end."""
     for line in stream:
         sys.stdout.buffer.write(line)
         sys.stdout.flush()
         if found := re.search(rb"Successfully started run (\d+)", line):
-            run_id = found[1].decode()
+            seen.run_id = found[1].decode()
         if found := re.search(rb"run folder: (.+)", line):
-            folder = found[1].decode(errors="replace").strip()
-    return run_id, folder
+            seen.folder = found[1].decode(errors="replace").strip()
+        seen.bad_input |= BAD_INPUT.encode() in line
 
 
 def _wait_for_end(run_id: str, link: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 MARK = "FEDMITR_RUN"  # an environment variable that all processes of one run inherit
 STOP_SECONDS = 15.0
+LEAST_SECONDS = 1.0  # between being told to end and being ended, after Ctrl-C
 
 
 def free_ports(count: int) -> list[int]:
@@ -25,29 +26,33 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str) -> None:
+def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str, *, at_once: bool = False) -> None:
     """End these processes, one after the other, and everything that they started: Flower's processes and Ray's.
 
     Args:
         processes: each the first of a session of its own.
         mark: what MARK is in their environment.
+        at_once: end all of them now, in whatever they are at: what they have written is whole or absent.
     """
     # Some of Ray's processes overwrite their environment with a title; their session tells whose they are. Ours, with
     # the terminal that we run in, is never theirs.
     sessions = {_session(pid) for pid in marked(mark)} - {0, os.getsid(0)} | {process.pid for process in processes}
-    for process in processes:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they are at work
-    for kind in (signal.SIGTERM, signal.SIGKILL):
+    if not at_once:
+        for process in processes:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they work
+    for kind, seconds in ((signal.SIGTERM, LEAST_SECONDS if at_once else STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         for pid in _in(sessions):
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(pid, kind)
-        _wait_until_gone(sessions, STOP_SECONDS)
+        _wait_until_gone(sessions, seconds)
+    for process in processes:
+        process.kill()  # where there is no /proc, only these are known
+        process.wait()
 
 
 def marked(mark: str, also: str = "") -> list[int]:

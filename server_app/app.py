@@ -1,6 +1,7 @@
 """The Flower ServerApp: parse the settings once, meet the clients, run one shot or one of Flower's own strategies."""
 
 import logging
+from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -8,56 +9,51 @@ from flwr.serverapp import Grid, ServerApp
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.compute import share_memory
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.own import named_classes
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.errors import ConfigError, DataError, ModelError, printable
 from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.process import begin, forward
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.resolve import resolve
-from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.settings import located
 from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
-from .clients import Clients, meet
+from .checks import ONE_SHOT, prepared
+from .clients import Clients, meet, with_number_of
 from .records import order
 from .strategy import OneShot
 
 app = ServerApp()
 log = logging.getLogger("flwr")
-logging.getLogger("fedmitr").parent = log  # the core's progress appears where Flower's log does
-
-ONE_SHOT = "oneshot"
+forward("fedmitr", log)  # the core's progress appears where Flower's log does
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment."""
+    begin(log)
     share_memory()
-    config = resolve(Config.from_flat(context.run_config))
-    if config.partition.scheme == OWN:
-        config = named_classes(config)
-    if config.flower.strategy == ONE_SHOT:
-        methods.check(config)  # what cannot work is known before anybody is waited for
-        one_shot(grid, config, context.run_id)
-    else:
-        builtin.check(config)
-        builtin.run(grid, config, context.run_id)
+    try:
+        # Whatever may change the current folder from here on, and wherever the clients stand.
+        config = prepared(Config.from_flat(located(context.run_config, Path.cwd())))
+        if config.flower.strategy == ONE_SHOT:
+            one_shot(grid, config, context.run_id)
+        else:
+            builtin.run(grid, config, context.run_id)
+    except (ConfigError, DataError, ModelError) as error:
+        log.error("bad input: %s", printable(str(error)))  # by which scripts/flower_run.py tells it from a failure
+        raise
 
 
 def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     """Get the uploads that are missing, then run the server phase."""
-    if config.flower.rounds != 1:
-        raise ConfigError(
-            f"flower.rounds = {config.flower.rounds}, but one shot is one round; "
-            "set flower.rounds = 1, or flower.strategy to one of Flower's own"
-        )
     initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
     if config.resume_from:
         folder = resume(config)
         clients = meet_again(grid, folder)
     else:
         clients = meet(grid, config)
-        config = config.with_clients(clients.number)
+        config = with_number_of(clients, config)
         methods.check(config, clients.number)
         folder = pipeline.created(config, f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)

@@ -20,6 +20,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import known_parts, server_images
 from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
+from fedmitr_flwr.limits import nearest
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -28,7 +29,7 @@ from fedmitr_flwr.settings import toml_value
 from fedmitr_flwr.training.upload import Upload, Weights
 from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
 
-from .clients import Clients, meet
+from .clients import Clients, meet, with_number_of
 from .grid import ObservedGrid
 from .intake import checked, shapes_of
 from .records import order, read_evaluation
@@ -63,7 +64,8 @@ def check(config: Config) -> None:
     """Raise ConfigError for what Flower's strategies cannot do."""
     name = config.flower.strategy
     if name not in STRATEGIES:
-        raise ConfigError(f"flower.strategy = {name!r} is unknown; use oneshot | {' | '.join(STRATEGIES)}")
+        known = ("oneshot", *STRATEGIES)
+        raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
     if others := [key for key in _given(config) if key not in SETTINGS.get(name, {})]:
         raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at 0")
     if config.resume_from:
@@ -85,7 +87,7 @@ def check(config: Config) -> None:
 def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
     clients = meet(grid, config)
-    config = config.with_clients(clients.number)
+    config = with_number_of(clients, config)
     folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
     initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))

@@ -103,6 +103,16 @@ def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] =
         time.sleep(LOOK)
 
 
+def with_number_of(clients: Clients, config: Config) -> Config:
+    """The settings with the number of clients that there are, which is said where another one was wanted."""
+    wanted = config.partition.clients
+    if wanted != clients.number:
+        log.warning(
+            "partition.clients = %d has no effect here: there are %d clients, one for each node", wanted, clients.number
+        )
+    return config.with_clients(clients.number)
+
+
 class _Asking:
     """Asks every node who it is, once it is there; answers count whenever they come."""
 

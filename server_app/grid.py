@@ -10,12 +10,13 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmitr_flwr.errors import RunError, UploadError
+from fedmitr_flwr.errors import RunError, UploadError, printable
 from fedmitr_flwr.limits import needed
 
 log = getLogger("flwr")
 
 STUMBLE = 300.0  # seconds for which a SuperLink may do nothing but fail
+MOST_SAID = 10_000  # characters of an error's text that are kept
 TRIES = 3  # how often a client is asked that only dead actors were handed
 REFUSED, UNREADABLE = 2, 4  # Flower's codes (the ClientApp raised, no reply to be had) of the errors that are made here
 _CONNECTION = {"grpc", "httpcore", "httpx", "sqlalchemy", "sqlite3"}  # whose errors are no client's fault
@@ -142,7 +143,10 @@ class ObservedGrid(Grid):
         node = self.node_of(reply)
         if reply.has_error():
             log.warning("%s failed: %s", self.name_of(node), reason(reply))
-        elif self.on_reply:
+            # Flower's strategies log the text themselves.
+            said = printable((reply.error.reason or "")[:MOST_SAID])
+            return self._failure(reply.metadata.reply_to_message_id, reply.error.code, said)
+        if self.on_reply:
             started = time.monotonic()
             try:
                 self.on_reply(reply, node)
@@ -220,7 +224,7 @@ def reason(reply: Message) -> str:
 
 def first_line(said: object) -> str:
     """Of a text that came from outside, as much as fits a log."""
-    return (str(said).strip().splitlines() or ["no reason given"])[0][:300]
+    return printable((str(said).strip().splitlines() or ["no reason given"])[0][:300])
 
 
 def _is_of_the_connection(error: Exception) -> bool:

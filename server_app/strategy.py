@@ -108,7 +108,13 @@ class OneShot(Strategy):
                 "use evaluate.where = 'server'"
             )
         accuracy = outcome.result["accuracy"]
-        numbers = {name: value for name in ("student", "fedavg", "ensemble") if (value := accuracy[name]) is not None}
+        # Flower logs them as "ClientApp-side Train Metrics": the names say whose they are, and on which images.
+        measured = f"server_{'validation' if self.config.data.validation else 'test'}_accuracy"
+        numbers = {
+            f"{measured}_{name}": value
+            for name in ("student", "fedavg", "ensemble")
+            if (value := accuracy[name]) is not None
+        }
         metrics = MetricRecord({"uploads": len(self.folder.upload_paths()), **numbers})
         return (None if outcome.weights is None else ArrayRecord(dict(outcome.weights))), metrics
 

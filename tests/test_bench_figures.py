@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fedmitr_flwr.bench import figures
-from fedmitr_flwr.bench.figures import OURS, apart, draw, points, recall, scatter, skew, styles
+from fedmitr_flwr.bench.figures import OURS, draw, points, recall, scatter, skew, styles
 from fedmitr_flwr.bench.rows import Row, rows
 from fedmitr_flwr.bench.spec import STRATEGIES
 
@@ -43,15 +43,13 @@ def test_points_by_hand() -> None:
     assert "clients alone, mean" not in found  # it has no bytes
 
 
-@pytest.mark.parametrize("log", [True, False])
-def test_points_on_each_other_are_moved_apart_evenly(log: bool) -> None:
-    given = {name: [(10.0, 1.0, 0.0)] for name in "abc"} | {"far": [(1000.0, 1.0, 0.0)]}
-    moved = apart(given, log=log)
-    scale = [math.log10(moved[name][0][0]) if log else moved[name][0][0] for name in "abc"]
-    assert scale[0] < scale[1] < scale[2]
-    assert scale[1] == pytest.approx(1.0 if log else 10.0)
-    assert scale[2] - scale[1] == pytest.approx(scale[1] - scale[0])
-    assert moved["far"] == [(pytest.approx(1000.0), 1.0, 0.0)]
+def test_points_of_equal_cost_have_equal_places() -> None:
+    found = [row for row in many() if row.cost("bytes_up") == 2e6]
+    figure = scatter(found, styles(found, "fedmitr"), "bytes_up", 1e6, "MB", "digits")
+    assert figure is not None
+    drawn_at = [line.get_xdata()[0] for line in figure.axes[0].get_lines() if line.get_marker() not in ("None", "")]
+    assert len(drawn_at) > 10
+    assert set(drawn_at) == {2.0}
 
 
 def test_every_method_looks_different() -> None:

@@ -9,6 +9,7 @@ from fedmitr_flwr.bench import spec
 from fedmitr_flwr.bench.grid import cells, tune_cells
 from fedmitr_flwr.bench.spec import Bench, read
 from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.settings import PATHS, PLACES
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,7 +247,13 @@ def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) ->
         ),
         ("keep = 'none'\n[grid]\nmethods = ['fedavg']", "keep: 'none' is unknown; use one of: all, results"),
         ("grid = 1", "grid = 1 is not possible; make it a table [grid]"),
-        ("[grid\n", "cannot read the bench file"),
+        ("[grid\n", "bench.toml: not valid TOML"),
+        ("seed = 1\n[local]\nlr = 0.1", "is a file of settings and no bench file; run it by: fedmitr run -c"),
+        (
+            "[settings]\nlr = 0.1\n[grid]\nmethods = ['fedavg']",
+            "settings: unknown config key 'lr'; did you mean local.lr",
+        ),
+        ("\ufeff[grid]\nmethods = ['fedmedain']", "did you mean fedmedian?"),
     ],
 )
 def test_what_is_wrong_is_named(write: Write, text: str, message: str) -> None:
@@ -298,3 +305,27 @@ def test_every_preset_can_be_expanded(path: Path) -> None:
     assert all(variant.label in tuned for variant in bench.variants if variant.label == "flower:fedadam")
     settings = {tuple(sorted(cell.config.to_flat().items())): cell.name for cell in made}
     assert len(settings) == len(made)  # no two labels are the same method under the same settings
+
+
+def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("bench", "base", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "base/base.toml").write_text("model.weights = 'w.safetensors'\nout-dir = 'runs'\n")
+    (tmp_path / "base/data.toml").write_text("data.source = 'parquet'\ndata.path = 'images'\n")
+    (tmp_path / "bench/b.toml").write_text(
+        "base = '../base/base.toml'\n[settings]\ndistill.pretrained = 'p.safetensors'\nlocal.batch_size = 8\n"
+        "[datasets.d]\nconfig = '../base/data.toml'\n[grid]\nmethods = ['feddf']\n"
+        "[methods.feddf]\nfeddf.path = 'proxy'\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    for words, images in ({}, "base/images"), ({"data.path": "other"}, "here/other"):
+        (cell,) = cells(read(Path("../bench/b.toml"), words))
+        assert {key: cell.config.to_flat()[key] for key in PATHS if key not in PLACES} == {
+            "data.path": str(tmp_path / images),
+            "feddf.path": str(tmp_path / "bench/proxy"),
+            "model.weights": str(tmp_path / "base/w.safetensors"),
+            "distill.pretrained": str(tmp_path / "bench/p.safetensors"),
+        }
+        assert cell.config.local.batch_size == 8

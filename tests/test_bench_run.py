@@ -26,7 +26,7 @@ from fedmitr_flwr.bench.results import load
 from fedmitr_flwr.bench.spec import read
 from fedmitr_flwr.bench.store import Store
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import RunError
+from fedmitr_flwr.errors import ConfigError, RunError
 from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.report.result import build
@@ -324,10 +324,32 @@ def test_the_time_that_is_left_by_hand(tmp_path: Path) -> None:
     loop.spent = {"fedavg": [1.0, 3.0], "fedmitr": [14.0]}
     after = [cell for cell in cells(spec) if cell.seed == 0]
     # twice each of fedavg (2 s on average), fedmitr (14 s) and lda (not known: 18 / 3 = 6 s)
-    assert loop._left(after) == "about 0:44 left"
+    loop.run([], after)
+    assert loop._left() == "about 0:44 left"
     Slow()(after[0], store)
-    assert loop._left(after) == "about 0:42 left"
-    assert loop._left([]) == "the last one"
+    loop.run([], after)
+    assert loop._left() == "about 0:42 left"
+    loop.run([])
+    assert loop._left() == "the last one"
+
+
+def test_a_grid_looks_up_each_result_a_few_times_however_long_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    monkeypatch.setattr(running, "make", Slow())
+    real = storing.read_result
+
+    def spy(path: Path) -> dict[str, Any] | None:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(storing, "read_result", spy)
+    for seeds in (2, 4):
+        looked.clear()
+        words = {"grid.seed": list(range(seeds))}
+        running.run(read(a_bench(tmp_path, GRID), words), Store(tmp_path / str(seeds)), no_flower)
+        assert len(looked) == 3 * 6 * seeds  # for the estimate, before the lock and behind it
 
 
 def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
@@ -366,8 +388,9 @@ def test_other_code_makes_other_cells_unless_it_is_said_to_be_the_same(
 
 
 def test_only_results_are_kept_where_the_file_says_so(tmp_path: Path) -> None:
-    spec, store = read(a_bench(tmp_path, 'keep = "results"\n'.join(["", GRID]))), Store(tmp_path / "out")
-    assert spec.keep == "all"  # a key behind a table belongs to that table
+    with pytest.raises(ConfigError, match="settings: unknown config key 'keep'"):  # it belongs to the table above it
+        read(a_bench(tmp_path, f'keep = "results"\n{GRID}'))
+    store = Store(tmp_path / "out")
     path = a_bench(tmp_path, GRID)
     path.write_text('keep = "results"\n' + path.read_text())
     running.run(replace(read(path), seeds=(0,)), store, no_flower)

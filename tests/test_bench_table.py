@@ -13,7 +13,7 @@ from bench_fakes import an_entry, results
 from fedmitr_flwr.bench.command import bench
 from fedmitr_flwr.bench.results import load, save
 from fedmitr_flwr.bench.rows import p_value, reference_of, rows
-from fedmitr_flwr.bench.stats import Spread, paired_p
+from fedmitr_flwr.bench.stats import Spread, holm, paired_p
 from fedmitr_flwr.bench.table import as_csv, markdown
 from fedmitr_flwr.errors import ConfigError, RunError
 
@@ -60,6 +60,29 @@ def test_where_the_test_says_nothing_there_is_none(ours: tuple[float, ...], thei
     assert paired_p(spread(*ours), spread(*theirs)) is None
 
 
+def test_holm_by_hand() -> None:
+    # in order 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1, which is no less than the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_marks_are_corrected_for_the_number_of_tests() -> None:
+    """Of one method, three seeds with p = 0.0155; beside three others, four times that is no finding any more."""
+    entries = [an_entry("fedmitr", value, seed) for seed, value in enumerate((48.0, 50.0, 57.0))]
+    for entry in entries:
+        entry["accuracy"]["local"] = []
+    others = {name: [an_entry(name, 30.0, seed) for seed in range(3)] for name in ("fedavg", "krum", "adi", "dense")}
+    for own in others.values():
+        for entry in own:
+            entry["accuracy"]["local"] = []
+    one = markdown(results([*entries, *others["fedavg"]]))
+    assert "| `fedavg` | 30.0 ± 0.0 (3) ▼ |" in one
+    assert "p < 0.05 after Holm's correction for the number of tests of this table, 1." in one
+    four = markdown(results([*entries, *(entry for own in others.values() for entry in own)]))
+    assert "▼ |" not in four
+
+
 def test_the_accuracy_table() -> None:
     text = markdown(results([*three_methods(), an_entry("ensemble", 90.0)]))
     assert "### digits, 4 clients, small ViT, 8 px" in text
@@ -77,11 +100,11 @@ def test_the_accuracy_table() -> None:
 
 
 def test_a_row_of_fewer_seeds_is_marked_by_these_and_is_not_the_best() -> None:
-    # On the seeds that both have lda is better, by 2 and 2.2; fedmitr's mean is higher for it has an easy seed more.
+    # On the seeds that both have lda is better, by 2 and 2.02; fedmitr's mean is higher for it has an easy seed more.
     entries = [an_entry("fedmitr", value, seed) for seed, value in enumerate((40.0, 41.0, 80.0))]
-    entries += [an_entry("lda", value, seed) for seed, value in enumerate((42.0, 43.2))]
+    entries += [an_entry("lda", value, seed) for seed, value in enumerate((42.0, 43.02))]
     text = markdown(results(entries))
-    assert "| `lda` | 42.6 ± 0.8 (2) ▲ |" in text
+    assert "| `lda` | 42.5 ± 0.7 (2) ▲ |" in text
     assert "| `fedmitr` | **53.7 ± 22.8 (3)** |" in text
     entries += [an_entry("fedavg", 90.0, 0)]
     assert "| `fedavg` | 90.0 (1) |" in markdown(results(entries))

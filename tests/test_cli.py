@@ -127,6 +127,14 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run model.img-size=9", "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2"),
         ("run seed", "'seed' is not of the form key=value"),
         ("run -c none.toml", "there is no config file none.toml; give the path of one"),
+        ("run --seed 1", "unknown argument '--seed'; settings are words of the form key=value: seed=1"),
+        ("fuse here --method fedavg --lr=0.1", "key=value: local.lr=0.1 or inversion.lr=0.1 or distill.lr=0.1"),
+        (
+            "run settings.toml",
+            "'settings.toml' is not of the form key=value; for a file of settings write: -c settings",
+        ),
+        ("run local.lr = 3", "'local.lr' is not of the form key=value; write it without spaces"),
+        ("run -c a.toml -c b.toml", "-c is given twice; put the settings into one file"),
         ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
         ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
         ("run --name", "argument --name: expected one argument; see fedmitr run --help"),
@@ -188,6 +196,51 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     stand_in(monkeypatch, run=run)
     assert main(["run"]) == 130
     assert capsys.readouterr().err == "fedmitr: interrupted\n"
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        logging.getLogger("fedmitr").info("run folder: %s", "/runs/a\x1bb")
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, run=run)
+    assert main(["run"]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "fedmitr: interrupted; go on with: fedmitr run ... resume-from=/runs/a\\x1bb"
+
+
+def test_what_a_command_writes_is_its_user_s_alone(calls: list[Call], tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert main(["run", "--name", "first"]) == 0
+    finally:
+        os.umask(before)
+    assert calls
+    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert modes == {
+        **dict.fromkeys(("first", "first/uploads", "first/uploads/refused"), "0o700"),
+        **dict.fromkeys(("first/config.toml", "first/result.json"), "0o600"),
+    }
+
+
+def test_control_characters_are_escaped_in_the_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        raise DataError("class 'a\x1b]0;owned\x07\u202eb' is unknown")
+
+    stand_in(monkeypatch, run=run)
+    assert refused(capsys, "run") == r"class 'a\x1b]0;owned\x07\u202eb' is unknown"
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert "HOME is not set" in refused(capsys, "run", "out-dir=~/runs")
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Threads that share the cores; and the memory that a piece of work took, without what was there before and after."""
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,16 @@ from threading import Event
 import pytest
 import torch
 
-from fedmitr_flwr.compute import ahead, as_made, forget_peak, peak_memory, return_memory, side_by_side, threads
+from fedmitr_flwr.compute import (
+    ahead,
+    as_made,
+    forget_peak,
+    peak_memory,
+    return_memory,
+    side_by_side,
+    threads,
+    usable_cores,
+)
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -147,3 +157,42 @@ def test_who_is_still_at_work_is_told_that_it_is_over(fails: bool) -> None:
     with closing(as_made(make, [0, 1], at_once=2)) as results, suppress(ValueError):
         next(results)
     assert told == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "300000 100000"}, 2),  # 1.5 cores
+        ("0::/a\n", {"a/cpu.max": "5000 100000"}, 1),
+        ("0::/a\n", {"a/cpu.max": "damaged"}, 8),
+        ("4:cpu,cpuacct:/a\n2:memory:/\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 8),
+        ("4:cpu,cpuacct:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        (None, {}, 8),
+    ],
+)
+def test_threads_are_the_cores_that_one_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert usable_cores(tmp_path, tmp_path / "own") == cores
+    for asked, wanted in {"5": 5, "3,2": 3, "0": cores, "many": cores}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert usable_cores(tmp_path, tmp_path / "own") == wanted
+
+
+def test_0_threads_are_the_affinity_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    with threads(0):
+        assert torch.get_num_threads() == 1

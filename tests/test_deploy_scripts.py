@@ -1,5 +1,6 @@
 """The scripts of deploy/: certificates that verify, keys that Flower reads, nothing overwritten, one-line mistakes."""
 
+import os
 import re
 import shutil
 import stat
@@ -63,7 +64,7 @@ def test_secrets_are_the_owner_s_alone(made: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
     assert {modes[name] for name in ("ca.key", "server.key", "site-a")} == {0o600}
     assert {modes[name] for name in ("ca.crt", "server.crt")} == {0o644}
-    assert set(modes) <= {"ca.crt", "ca.key", "ca.srl", "server.crt", "server.key", "site-a", "site-a.pub"}
+    assert set(modes) <= {"ca.crt", "ca.key", "server.crt", "server.key", "site-a", "site-a.pub"}
 
 
 def test_flower_reads_the_key(made: Path) -> None:
@@ -93,6 +94,7 @@ def test_nothing_is_overwritten(made: Path, words: list[str]) -> None:
         (["server", "DIR", "x"], "there is no .*ca.key; run: credentials.sh ca"),
         (["node", "DIR"], "give one name"),
         (["node", "DIR", "a", "b"], "give one name"),
+        (["node", "DIR", "a/b"], "'a/b' cannot be a client's name"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], told: str) -> None:
@@ -101,6 +103,44 @@ def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], told: str) -> N
     assert done.stderr.startswith("credentials.sh: error: ")
     assert done.stderr.count("\n") == 1
     assert re.search(told, done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [("openssl", ["ca"]), ("openssl", ["server", "fl.example.org"]), ("ssh-keygen", ["node", "site-b"])],
+)
+def test_a_failed_try_leaves_nothing_and_blocks_no_next_one(
+    made: Path, tmp_path: Path, tool: str, words: list[str]
+) -> None:
+    """The tool writes part of its files, complains and fails."""
+    folder, fake = tmp_path / "keys", tmp_path / "bin"
+    fake.mkdir()
+    if words[0] == "server":
+        folder.mkdir()
+        shutil.copy(made / "ca.key", folder)
+        shutil.copy(made / "ca.crt", folder)
+    before = sorted(folder.iterdir()) if folder.exists() else None
+    real = shutil.which(tool)
+    broken = f'#!/bin/sh\n"{real}" "$@" || true\necho "the disk is full" >&2\nexit 1\n'
+    (fake / tool).write_text(broken)
+    (fake / tool).chmod(0o755)
+    command = ["sh", DEPLOY / "credentials.sh", words[0], folder, *words[1:]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"}
+    )
+    assert done.returncode == 2
+    assert "the disk is full" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (sorted(folder.iterdir()) if folder.exists() else None) == before
+    assert credentials(words[0], folder, *words[1:]).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["superlink.sh", "supernode.sh"])
+def test_a_service_s_files_are_its_user_s_alone(script: str) -> None:
+    assert "\numask 077 " in (DEPLOY / script).read_text()
+    unit = (DEPLOY / "systemd" / f"fedmitr-{script.removesuffix('.sh')}.service").read_text()
+    assert "\nUMask=0077\n" in unit
 
 
 @pytest.mark.parametrize("script", ["superlink.sh", "supernode.sh"])
@@ -110,11 +150,31 @@ def test_a_service_without_its_words_says_which(script: str) -> None:
     assert done.stderr.startswith(f"{script}: error: usage: {script} CREDENTIALS")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["superlink.sh", "{0}", "{0}/state"], "cannot read {0}/server.crt; make it by credentials.sh"),
+        (["supernode.sh", "{0}", "h:1", "site-b", "{0}"], "cannot read {0}/site-b; put it there"),
+        (["supernode.sh", "{0}", "h:1", "site-a", "{0}/none"], "there is no folder {0}/none of images"),
+    ],
+)
+def test_a_service_without_its_files_says_which(tmp_path: Path, words: list[str], told: str) -> None:
+    for name in ("ca.crt", "site-a"):
+        (tmp_path / name).touch()
+    script, *others = (word.format(tmp_path) for word in words)
+    done = subprocess.run(["sh", DEPLOY / script, *others], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: error: {told.format(tmp_path)}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_supernode_is_told_its_name_and_its_images(tmp_path: Path) -> None:
     """Flower's command is replaced by one that prints its words; blanks in a path survive."""
     images, fake = tmp_path / "the images", tmp_path / "bin"
     for folder in (images, fake, tmp_path / "keys"):
         folder.mkdir()
+    for name in ("ca.crt", "site-a"):
+        (tmp_path / "keys" / name).touch()
     (fake / "flower-supernode").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (fake / "flower-supernode").chmod(0o755)
     script = (DEPLOY / "supernode.sh").read_text().replace("$here/../.venv/bin", str(fake))

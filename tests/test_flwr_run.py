@@ -1,5 +1,6 @@
 """Whole runs by `flwr run` on Ray, through scripts/flower_run.py: the straight line's bits, an honest exit status."""
 
+import io
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from local_grid import TINY
 from tiny import timeless
 
+import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -142,23 +144,52 @@ def test_flwr_run_gives_the_bits_of_the_straight_line(start: Start, tmp_path: Pa
     assert flower.read_result()["accuracy"] == straight.read_result()["accuracy"]
 
 
-def test_a_run_that_fails_has_a_failing_status_and_says_why(start: Start, tmp_path: Path) -> None:
-    run = start(method="fedmitre", clients=2)
-    assert run.end() == 1
-    assert re.search("flower_run: error: .*fedmitre", run.lines[-1])
-    (kept,) = (tmp_path / "home").glob("superlink-*.log")
-    assert f"flower_run: the SuperLink's log is kept: {kept}" in run.log
-    assert run.folder() is None
+def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
+    seen = flower_run.Seen()
+    lines = [b"Successfully started run 42\n", b"INFO : run folder: /runs/a b\n", b"ERROR : bad input: lr = 'x'\n"]
+    flower_run._show(io.BytesIO(b"".join(lines[:2])), seen)
+    assert seen == flower_run.Seen("42", "/runs/a b", False)
+    flower_run._show(io.BytesIO(lines[2]), seen)
+    assert seen.bad_input
 
 
-def test_a_bad_word_fails_before_anything_starts(start: Start) -> None:
-    run = start(**{"local.epochz": 3})
-    assert run.end(20) == 2
-    assert run.log.startswith("flower_run: error: unknown config key 'local.epochz'")
-    assert len(run.lines) == 1
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"local.epochz": 3}, "unknown config key 'local.epochz'; did you mean local.epochs?"),
+        ({"method": "fedmitre"}, "did you mean fedmitr?"),
+        ({"flower.strategy": "fedavgg"}, "did you mean fedavg"),
+        ({"device": "gpu"}, "device = 'gpu' is not a torch device"),
+        ({"flower.rounds": 2}, "one shot is one round"),
+        ({"data.source": "parquet", "data.path": "nowhere"}, "nowhere"),
+        ({"model.name": "vit_nothing"}, "vit_nothing"),
+        ({"model.weights": "none.safetensors"}, "none.safetensors"),
+        ({"resume-from": "nowhere"}, "is not a run folder"),
+        ({"partition.clients": "3 --clients=4"}, "--clients 4 and partition.clients=3; give one of them"),
+        ({"seed": "1 --client-gpus=-1"}, "--client-gpus -1 is not possible"),
+        ({"seed": "1 --flwr-home=/proc/none"}, "--flwr-home: cannot make the folder /proc/none"),
+        ({"partition.scheme": "own"}, "name their --superlink"),
+    ],
+)
+def test_what_is_seen_without_a_client_fails_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], told: str
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    flat = {**TINY, "out-dir": tmp_path / "out", **settings}
+    words = " ".join(f"{key}={value}" for key, value in flat.items()).split()
+    try:
+        assert flower_run.main([f"--flwr-home={tmp_path / 'home'}", *words]) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    line = capsys.readouterr().err
+    assert line.startswith("flower_run: error: ")
+    assert told in line
+    assert line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> None:
+def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_path: Path) -> None:
     slow = {"local.epochs": 600}
     run = start(clients=4, **slow)
     run.wait_for(run.folder)
@@ -166,6 +197,8 @@ def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> N
     time.sleep(0.5)
     os.kill(actors[0], signal.SIGKILL)
     assert run.end() == 1
+    (kept,) = (tmp_path / "home").glob("superlink-*.log")
+    assert f"flower_run: the SuperLink's log is kept, since the run failed: {kept}" in run.log
     folder = run.folder()
     assert folder is not None
     (missing,) = folder.missing(4)
@@ -197,9 +230,19 @@ def test_a_killed_server_resumes_without_the_clients(start: Start) -> None:
     assert folder.finished
 
 
-def test_an_interrupted_run_leaves_nothing_behind(start: Start) -> None:
+def test_an_interrupted_run_leaves_nothing_behind(start: Start, tmp_path: Path) -> None:
     run = start(clients=2, **{"local.epochs": 100_000})
     run.wait_for(run.folder)
     assert len(run.processes("ray::")) > 2
+    folder = run.folder()
+    assert folder is not None
+    asked = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     assert run.end(180) == 130
+    assert time.monotonic() - asked < 10  # on a busy machine
+    assert "flower_run: interrupted; ending what it has started\n" in run.lines
+    assert run.lines[-1] == (
+        f"flower_run: error: interrupted; the same command goes on with resume-from={folder.path} "
+        f"(run folder: {folder.path})\n"
+    )
+    assert not list((tmp_path / "home").glob("superlink-*.log"))

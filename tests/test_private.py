@@ -1,9 +1,12 @@
 """Private training: plain SGD without noise, images clipped by hand, what is spent by formula, a secret that is one."""
 
 import importlib.util
+import json
 import math
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -337,13 +340,30 @@ DELTA = "this node wants privacy.delta of at most {}, and the server's is {}; lo
 )
 @needs_opacus
 def test_a_node_may_want_more_privacy_than_the_server(
-    node: dict[str, Any], epsilon: float, delta: float, refused: str
+    node: dict[str, Any], epsilon: float, delta: float, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     described, *others = replies(node, **{"privacy.epsilon": epsilon, "privacy.delta": delta})
     told = [str(described.content["name"].get("trouble", ""))]
     told += [reply.error.reason if reply.has_error() else "" for reply in others]
     assert len(told) == 3
     assert all(each.startswith(refused) and bool(each) == bool(refused) for each in told)
+    assert (tmp_path / "fedmitr/privacy.jsonl").exists() == (bool(epsilon) and not refused)
+
+
+@pytest.mark.usefixtures("_identity")
+@needs_opacus
+def test_a_node_s_limit_bounds_all_runs_together(tmp_path: Path) -> None:
+    node = {"max-epsilon": 7, "work-path": str(tmp_path / "work")}
+    refused = "this node's max-epsilon = 7 bounds all uploads of its images together: "
+    for seed in range(3):
+        described, trained, _ = replies(node, **{"privacy.epsilon": 3.0, "seed": seed})
+        trouble = str(described.content["name"].get("trouble", ""))
+        assert trouble.startswith(refused) == trained.has_error() == (seed == 2)
+    lines = (tmp_path / "work/privacy.jsonl").read_text().splitlines()
+    assert [2.7 < json.loads(line)["epsilon"] <= 3.0 for line in lines] == [True, True]
+    assert stat.S_IMODE((tmp_path / "work/privacy.jsonl").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "work").stat().st_mode) == 0o700
 
 
 @needs_opacus

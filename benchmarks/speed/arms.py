@@ -16,7 +16,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.rng import stream
-from fedmitr_flwr.settings import parse_assignment
+from fedmitr_flwr.settings import read_settings
 from fedmitr_flwr.vit.ensemble import Ensemble
 
 from .flops import Shape, bound, images_each, stages
@@ -49,7 +49,7 @@ def config_of(arm: Arm, options: argparse.Namespace, steps: int | None = None) -
     flat |= {"inversion.batch-size": options.batch, "inversion.stops": options.stops, "inversion.drop": options.drop}
     flat |= {"inversion.route": arm.route, "inversion.precision": arm.precision, "inversion.compile": arm.compile}
     flat |= {"ensemble.teacher-chunk": arm.teacher_chunk}
-    return Config.from_flat(flat | dict(parse_assignment(text) for text in options.set))
+    return Config.from_flat(flat | read_settings(None, options.set, Config().to_flat()))
 
 
 def short_steps(arm: Arm, options: argparse.Namespace) -> int:

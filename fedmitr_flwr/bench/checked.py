@@ -1,26 +1,26 @@
 """Values of a bench file, checked one by one; every refusal names the key, the value and the fix."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..limits import nearest
 
 
 def require_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in table:
         if key not in known:
-            raise ConfigError(f"unknown key '{where}{key}'; {_hint(key, known, where)}")
+            raise ConfigError(f"unknown key '{where}{key}'{_hint(key, known, where)}")
 
 
-def _hint(key: str, known: Iterable[str], where: str = "") -> str:
-    near = difflib.get_close_matches(key, known := list(known), n=1)
-    return f"did you mean {where}{near[0]}?" if near else f"use one of: {', '.join(where + name for name in known)}"
+def _hint(value: str, known: Iterable[str], where: str = "") -> str:
+    near = nearest(value, known := list(known))
+    return near.replace("mean ", f"mean {where}") or f"; use one of: {', '.join(where + name for name in known)}"
 
 
 def require_one_of(value: str, known: Iterable[str], where: str, more: str = "") -> str:
     if value not in (known := list(known)):
-        raise ConfigError(f"{where}: {value!r} is unknown; {_hint(value, known)}{more}")
+        raise ConfigError(f"{where}: {value!r} is unknown{_hint(value, known)}{more}")
     return value
 
 

@@ -23,7 +23,6 @@ MARKERS = "osDXPv^<>hp"  # 11, so that with 6 colours 66 methods differ; the sta
 SCHEMES = ("classes-per-client", "dirichlet", "iid")  # from the most skewed
 _PANEL = (4.0, 3.1)  # inches
 _ACROSS = 3
-_SPREAD = 0.03  # of the width of an axis: between points that would lie on each other
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def draw(results: Results, folder: Path) -> int:
                 looks,
                 "bytes_up",
                 1e6,
-                "MB uploaded by each client, all rounds; equal ones side by side",
+                "MB uploaded by each client, all rounds",
                 title,
             ),
             "seconds": scatter(
@@ -108,7 +107,10 @@ def points(found: Sequence[Row], x_of: Callable[[Row], float | None]) -> dict[st
 def scatter(
     found: Sequence[Row], looks: Mapping[str, Style], cost: str, unit: float, x_label: str, title: str
 ) -> Figure | None:
-    """Accuracy against a cost on a logarithmic axis: one panel for each partition."""
+    """Accuracy against a cost on a logarithmic axis: one panel for each partition.
+
+    Every point is where its numbers are, also where several lie on each other.
+    """
     shown = [row for row in found if row.cost(cost)]
     if not shown:
         return None
@@ -117,7 +119,7 @@ def scatter(
     for axis, place in zip(axes, columns, strict=True):
         here = points([row for row in shown if row.place == place], lambda row: (row.cost(cost) or 0) / unit)
         axis.set_xscale("log")
-        for label, where in (apart(here, log=True) if cost == "bytes_up" else here).items():
+        for label, where in here.items():
             _plot(axis, where, looks[label], label)
         axis.set_title(place.partition, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
@@ -191,28 +193,6 @@ def _longest(found: Sequence[Row]) -> list[Row]:
     return [row for row in found if row.rounds == most[row.label]]
 
 
-def apart(found: Mapping[str, Sequence[Point]], *, log: bool = False) -> dict[str, list[Point]]:
-    """The same points, moved sideways as little as keeps those of equal x apart."""
-    xs = [math.log10(x) if log else x for where in found.values() for x, _, _ in where]
-    step = _SPREAD * (max(xs) - min(xs) or 1.0)
-    seen: dict[int, list[str]] = {}
-    for label, where in found.items():
-        for x, _, _ in where:
-            seen.setdefault(_bin(x, step, log), []).append(label)
-    moved: dict[str, list[Point]] = {}
-    for label, where in found.items():
-        moved[label] = []
-        for x, mean, std in where:
-            together = seen[_bin(x, step, log)]
-            shift = (together.index(label) - (len(together) - 1) / 2) * step * min(1.0, 6 / len(together))
-            moved[label].append((x * 10**shift if log else x + shift, mean, std))
-    return moved
-
-
-def _bin(x: float, step: float, log: bool) -> int:
-    return round((math.log10(x) if log else x) / step)
-
-
 def _panels(count: int, size: tuple[float, float] = _PANEL) -> tuple[Figure, list[Any]]:
     across = min(count, _ACROSS)
     down = math.ceil(count / across)
@@ -237,6 +217,7 @@ def _plot(axis: Any, where: Sequence[Point], style: Style, label: str) -> None:
         linestyle=style.line,
         linewidth=1.0,
         elinewidth=0.7,
+        alpha=0.8,  # what lies below others shows through
         zorder=3 if style.colour == OURS else 2,
     )
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 
 from .. import methods
@@ -12,6 +13,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
+from ..settings import PATHS, PLACES
 from .spec import Bench, Flat, Skew, Tune, Variant
 
 # What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
@@ -25,8 +27,7 @@ TOLD: tuple[dict[str, object], ...] = (
 ALL_TOLD: dict[str, object] = {key: value for told in TOLD for key, value in told.items()}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
-_PLACES = ("out-dir", "resume-from")
-_PATHS = ("data.path", "model.weights", "distill.pretrained", "feddf.path")
+_KNOWN = Config().to_flat()
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,35 @@ class Cell:
         tried = ", ".join(f"{key} = {value}" for key, value in (self.tried or {}).items())
         return f"tuning: {where}, {self.label}{rounds}, {tried}" if tried else f"{where}, {self.label}{rounds}"
 
-    @property
+    @cached_property
     def group(self) -> str:
         """The folder of its uploads: equal for all cells whose clients train alike."""
         told = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
         told = {key: value for key, value in told.items() if key not in NARROWABLE} | {"device": self.config.device}
         return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(told)}"
 
-    @property
+    @cached_property
     def folder(self) -> str:
         rounds = f"-r{self.rounds}" if self.variant.flower else ""
         return f"{_slug(self.label)}{rounds}.{_hash(self._decides)}"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Equal for cells that are the same run."""
+        return self.group, self.folder
 
     def is_of(self, settings: Mapping[str, object], but: tuple[str, ...] = ()) -> bool:
         """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`.
 
         Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own, defaults = self._decides, Config().to_flat()
-        compared = [key for key in own if not key.startswith((*_PATHS, *but))]
-        return all(settings.get(key, defaults[key]) == own[key] for key in compared)
+        own = self._decides
+        compared = [key for key in own if not key.startswith((*PATHS, *but))]
+        return all(settings.get(key, _KNOWN[key]) == own[key] for key in compared)
 
-    @property
+    @cached_property
     def _decides(self) -> dict[str, object]:
-        return {key: value for key, value in self.config.to_flat().items() if key not in _PLACES}
+        return {key: value for key, value in self.config.to_flat().items() if key not in PLACES}
 
     @property
     def facts(self) -> dict[str, object]:

@@ -11,11 +11,10 @@ from typing import Any
 
 from ..errors import RunError, unread
 from ..files import write_text
+from ..settings import PATHS
 from .store import read_manifest, read_result
 
 Entry = Mapping[str, Any]  # a result.json, and under `bench` the cell's place in the grid
-
-_LEFT_OUT = ("out-dir", "resume-from", "data.path", "model.weights", "distill.pretrained", "feddf.path")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def _from_folder(path: Path) -> Results:
         if result is None:
             missing.append(about)
         else:
-            config = {key: value for key, value in result["config"].items() if key not in _LEFT_OUT}
+            config = {key: value for key, value in result["config"].items() if key not in PATHS}
             entries.append({**result, "config": config, "bench": about})
     return Results(manifest["name"], manifest["reference"], tuple(entries), tuple(missing))
 

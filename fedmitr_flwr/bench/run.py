@@ -17,7 +17,7 @@ from .. import pipeline
 from ..central import train_centrally
 from ..compute import threads
 from ..config import Config
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, printable
 from ..files import write_text
 from ..fingerprint import changed, core
 from ..judge import Lines
@@ -71,7 +71,8 @@ def run(bench: Bench, store: Store, flower: Runner, known: Results | None = None
     untuned = cells(bench, choices)
     store.write_manifest(about, [*first, *untuned])
     loop = _Loop(bench, store, flower, Tally(len(first) + len(untuned)))
-    loop.run(first, untuned)
+    if first:
+        loop.run(first, untuned)
     grid = cells(bench, {**choices, **choose(trials, store)}) if trials else untuned
     if known:
         adopt(known, grid, store)
@@ -86,18 +87,20 @@ class _Loop:
     def __init__(self, bench: Bench, store: Store, flower: Runner, tally: Tally) -> None:
         self.bench, self.store, self.flower, self.tally = bench, store, flower, tally
         self.spent: dict[str, list[float]] = {}  # seconds of finished cells by label
+        self.unknown: dict[tuple[str, str], str] = {}  # labels of cells without a result, for the estimate
         self.started = time.time()
 
     def run(self, wanted: Sequence[Cell], later: Sequence[Cell] = ()) -> None:
         """Make what is `wanted`; what comes `later` is only counted in the estimate of what is left."""
+        self.unknown = {cell.key: cell.label for cell in (*wanted, *later) if self.store.result(cell) is None}
         todo = list(wanted)
         while todo:
-            left = [cell for place, cell in enumerate(todo) if not self._settle(cell, [*todo[place + 1 :], *later])]
+            left = [cell for cell in todo if not self._settle(cell)]
             if len(left) == len(todo):
                 time.sleep(WAIT_SECONDS)
             todo = left
 
-    def _settle(self, cell: Cell, after: Sequence[Cell]) -> bool:
+    def _settle(self, cell: Cell) -> bool:
         """Make a cell, unless it is there; False: somebody else is at it."""
         if self._known(cell):
             return True
@@ -116,8 +119,9 @@ class _Loop:
                 return True
         self.spent.setdefault(cell.label, []).append(time.perf_counter() - started)
         self.store.forget_failure(cell)
+        self.unknown.pop(cell.key, None)
         accuracy, spent = result["accuracy"]["student"], clock(self.spent[cell.label][-1])
-        self._tell(cell, f"{accuracy:.2f} % in {spent}; {self._left(after)}")
+        self._tell(cell, f"{accuracy:.2f} % in {spent}; {self._left()}")
         return True
 
     def _known(self, cell: Cell) -> bool:
@@ -136,7 +140,7 @@ class _Loop:
         return False
 
     def _fail(self, cell: Cell, error: Exception) -> None:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = printable(" ".join(str(error).split())) or type(error).__name__
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         self.store.note_failure(cell, f"{cell.name}\n{type(error).__name__}: {said}\n\n{trace}{_settings(cell)}")
         self.tally.failed += 1
@@ -145,14 +149,14 @@ class _Loop:
 
     def _tell(self, cell: Cell, what: str) -> None:
         self.tally.done += 1
+        self.unknown.pop(cell.key, None)
         log.info("[%d/%d] %s: %s", self.tally.done, self.tally.total, cell.name, what)
 
-    def _left(self, after: Sequence[Cell]) -> str:
+    def _left(self) -> str:
         """An estimate: what cells of the same label took; of unknown labels, what cells took on average."""
-        unknown = [cell for cell in after if self.store.result(cell) is None]
         every = mean(spent for label in self.spent.values() for spent in label)
-        seconds = sum(mean(self.spent.get(cell.label) or [every]) for cell in unknown)
-        return f"about {clock(seconds)} left" if unknown else "the last one"
+        seconds = sum(mean(self.spent.get(label) or [every]) for label in self.unknown.values())
+        return f"about {clock(seconds)} left" if self.unknown else "the last one"
 
 
 def _settings(cell: Cell) -> str:

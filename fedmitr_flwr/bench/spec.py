@@ -3,14 +3,14 @@
 The file's form is told in docs/benchmark.md. Settings are those of any run; what the grid decides cannot be set.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, unread
-from ..settings import flatten, read_flat
+from ..config import Config
+from ..errors import ConfigError
+from ..settings import flatten, located, read_document, read_flat, typed
 from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
@@ -23,9 +23,16 @@ STRATEGIES = (
 CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _NUMBERS = {"alpha": "dirichlet", "classes": "classes-per-client"}  # the axis of a scheme
-_GRIDS = ("seed", "partition.scheme", "partition.alpha", "partition.classes-per-client", "partition.clients")
+_GRIDS = {  # settings that are axes, by what they are called there
+    "seed": "seed",
+    "partition.scheme": "partition",
+    "partition.alpha": "alpha",
+    "partition.classes-per-client": "classes",
+    "partition.clients": "clients",
+}
 _OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
 _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "datasets", "grid", "methods", "tune")
+_KNOWN = Config().to_flat()
 _TABLES = ("grid", "tune")  # of which the command line can set keys
 _AXES = ("data", "partition", "alpha", "classes", "clients", "seed", "rounds", "methods")
 _TUNE = ("seed", "validation", "partition", "alpha", "classes", "clients", "methods")
@@ -107,10 +114,9 @@ def read(path: Path, words: Flat | None = None) -> Bench:
     Raises:
         ConfigError: a key is unknown, or a value is not possible. File and key are named.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(unread("bench file", path, error)) from error
+    document = read_document(path, "bench file")
+    if not set(document) & {"base", "settings", "datasets", "grid", "methods"} and set(flatten(document)) & set(_KNOWN):
+        raise ConfigError(f"{path} is a file of settings and no bench file; run it by: fedmitr run -c {path}")
     try:
         if "reference" in document:
             labels = as_texts(as_table(document.get("grid", {}), "grid").get("methods", []), "grid.methods")
@@ -149,16 +155,16 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     require_known(document, _TOP, "")
     axes = document["grid"]
     require_known(axes, _AXES, "grid.")
-    data = _data(document, path)
+    data = _data(document, path, last)
     chosen = as_texts(axes.get("data", list(data)), "grid.data")
     for name in chosen:
         require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
-    _settable(last, "the command line")
+    last = _settings(last, "the command line", Path.cwd())
     skews = _skews(axes, "grid")
     seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
-    variants = _variants(axes, as_table(document.get("methods", {}), "methods"))
-    tune = _tune(document["tune"], variants, skews, clients, seeds) if "tune" in document else None
+    variants = _variants(axes, as_table(document.get("methods", {}), "methods"), path.parent)
+    tune = _tune(document["tune"], variants, skews, clients, seeds, path.parent) if "tune" in document else None
     if tune:
         _not_tried(tune, last)
     return Bench(
@@ -176,18 +182,22 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     )
 
 
-def _data(document: Mapping[str, Any], path: Path) -> dict[str, Flat]:
+def _data(document: Mapping[str, Any], path: Path, last: Flat) -> dict[str, Flat]:
     """The settings of each data set: the file's base, under its own config file, under [settings], under its own."""
     base = _of_file(document.get("base", ""), "base", path)
     settings = flatten(as_table(document.get("settings", {}), "settings"))
-    _settable(settings, "settings")
     data: dict[str, Flat] = {}
-    for name, table in as_table(document.get("datasets", {}), "datasets").items():
+    for name, table in (as_table(document.get("datasets", {}), "datasets") or {"digits": {}}).items():
         own = flatten(as_table(table, f"datasets.{name}"))
         file = _of_file(own.pop("config", ""), "config", path)
-        _settable(own, f"datasets.{name}")
-        data[name] = {**base, **file, **settings, **own}
-    return data or {"digits": {**base, **settings}}
+        source = {"data.source": "", **base, **file, **settings, **own, **last}["data.source"]
+        data[name] = {
+            **located(base, _folder(document.get("base", ""), path), source),
+            **located(file, _folder(table.get("config", ""), path), source),
+            **_settings(settings, "settings", path.parent, source),
+            **_settings(own, f"datasets.{name}", path.parent, source),
+        }
+    return data
 
 
 def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
@@ -207,7 +217,7 @@ def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
     return tuple(Skew(scheme, value) for scheme in schemes for value in values[scheme])
 
 
-def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Variant, ...]:
+def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any], folder: Path) -> tuple[Variant, ...]:
     from ..methods import available  # here: it imports torch
 
     rounds = as_numbers(axes.get("rounds", [1]), "grid.rounds", int, 1)
@@ -225,13 +235,18 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[Varia
         require_one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
         if not flower and own != (1,):
             raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")
-        _settable(flat, where)
-        variants.append(Variant(label, method.removeprefix(FLOWER), flower, own, flat))
+        settings = _settings(flat, where, folder)
+        variants.append(Variant(label, method.removeprefix(FLOWER), flower, own, settings))
     return tuple(variants)
 
 
 def _tune(
-    told: object, variants: Sequence[Variant], skews: Sequence[Skew], clients: Sequence[int], seeds: Sequence[int]
+    told: object,
+    variants: Sequence[Variant],
+    skews: Sequence[Skew],
+    clients: Sequence[int],
+    seeds: Sequence[int],
+    folder: Path,
 ) -> Tune:
     table = dict(as_table(told, "tune"))
     require_known(table, _TUNE, "tune.")
@@ -247,9 +262,8 @@ def _tune(
     for label, axes in as_table(table.get("methods", {}), "tune.methods").items():
         where = f"tune.methods.{quoted(label)}"
         require_one_of(label, [variant.label for variant in variants], where, "; it must be in grid.methods")
-        flat = flatten(as_table(axes, where))
-        _settable(flat, where)
-        tried[label] = _product({key: as_list(values, f"{where}.{key}") for key, values in flat.items()})
+        flat = {key: as_list(values, f"{where}.{key}") for key, values in flatten(as_table(axes, where)).items()}
+        tried[label] = tuple(_settings(one, where, folder) for one in _product(flat))
     wanted = as_numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
     return Tune(seed, validation, skew, wanted, tried)
 
@@ -278,9 +292,21 @@ def _of_file(told: object, key: str, path: Path) -> Flat:
     return {key: value for key, value in read_flat(path.parent / file).items() if key not in ours} if file else {}
 
 
-def _settable(flat: Flat, where: str) -> None:
+def _folder(file: str, path: Path) -> Path:
+    """Of the config file that the bench file `path` names."""
+    return (path.parent / file).absolute().parent
+
+
+def _settings(flat: Flat, where: str, folder: Path, source: object = "hub") -> Flat:
+    """Settings as a config has them: known keys that a bench may set, typed values, and paths that are absolute."""
     for key in flat:
         if key in _GRIDS:
-            raise ConfigError(f"{where}: {key} is an axis of the grid; set it in [grid]")
+            raise ConfigError(
+                f"{where}: {key} is an axis of the grid; set it in [grid], or by grid.{_GRIDS[key]}=[...]"
+            )
         if key in _OURS:
             raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
+    try:
+        return located({key: typed(key, value, _KNOWN) for key, value in flat.items()}, folder.absolute(), source)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error

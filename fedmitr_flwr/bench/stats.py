@@ -1,6 +1,6 @@
 """Means over seeds, and the test of two methods on the same seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
@@ -42,3 +42,17 @@ def paired_p(ours: Spread, theirs: Spread) -> float | None:
     if len(seeds) < 2 or len(differences) < 2:
         return None
     return float(ttest_rel([ours.by_seed[s] for s in seeds], [theirs.by_seed[s] for s in seeds]).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of one family of tests, corrected for their number by Holm's step-down method, in the same order.
+
+    The chance of any false finding among those below a level is at most that level, whatever the tests have in common.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [1.0] * len(p_values)
+    least = 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[place]))
+        corrected[place] = least
+    return corrected

@@ -9,7 +9,7 @@ from ..report.words import measure, model
 from .markup import figure, origin, table
 from .results import Results
 from .rows import Place, Row, p_value, places, reference_of, rows
-from .stats import Spread, difference
+from .stats import Spread, difference, holm
 
 LEVEL = 0.05
 KINDS = {"one-shot": "One-shot", "flower": "Flower's own", "reference": "For reference"}
@@ -58,17 +58,20 @@ def accuracy(found: Sequence[Row], reference: str) -> list[str]:
     best = {place: max(_in_race(found, place), key=lambda row: row.accuracy.mean, default=None) for place in columns}
     against = {place: reference_of(found, place, reference) for place in columns}
 
+    tests = [(row, p) for row in found if (p := p_value(row, against[row.place])) is not None]
+    corrected = {id(row): p for (row, _), p in zip(tests, holm([p for _, p in tests]), strict=True)}
+
     def cell(row: Row) -> str:
-        text = _spread(row.accuracy) + _mark(row, against[row.place])
+        text = _spread(row.accuracy) + _mark(row, against[row.place], corrected.get(id(row)))
         return f"**{text}**" if row is best[row.place] else text
 
     marks = (
-        f" ▲ better, ▼ worse than `{reference}` in a paired t-test over the seeds, p < {LEVEL}, not corrected for the "
-        "number of tests."
+        f" ▲ better, ▼ worse than `{reference}` in a paired t-test over the seeds, p < {LEVEL} after Holm's "
+        f"correction for the number of tests of this table, {len(tests)}."
     )
     return [
         f"{measure(found[0].entries[0]['config'])} in percent, last epoch: mean ± sample standard deviation "
-        f"(seeds). Best in bold, without the lines for reference.{marks if any(against.values()) else ''}",
+        f"(seeds). Best in bold, without the lines for reference.{marks if tests else ''}",
         "",
         *_by_place(found, columns, cell),
     ]
@@ -108,8 +111,7 @@ def _spread(found: Spread) -> str:
     return f"{found.mean:.1f}{deviation} ({found.n})"
 
 
-def _mark(row: Row, reference: Row | None) -> str:
-    p = p_value(row, reference)
+def _mark(row: Row, reference: Row | None, p: float | None) -> str:
     if p is None or p >= LEVEL or reference is None:
         return ""
     return " ▲" if difference(row.accuracy, reference.accuracy) > 0 else " ▼"

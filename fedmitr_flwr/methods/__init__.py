@@ -11,6 +11,7 @@ from types import ModuleType
 
 from ..config import Config
 from ..errors import ConfigError
+from ..limits import nearest
 
 NOT_METHODS = {"contract", "loop"}
 
@@ -35,5 +36,6 @@ def check(config: Config, clients: int | None = None) -> None:
 def load(name: str) -> ModuleType:
     """The module of a method; `load("fedmitr").fuse(job)`."""
     if name not in available():
-        raise ConfigError(f"method = {name!r} is not one of: {', '.join(available())}")
+        known = available()
+        raise ConfigError(f"method = {name!r} is not one of: {', '.join(known)}{nearest(name, known)}")
     return import_module(f"{__name__}.{name}")

@@ -1,0 +1,49 @@
+"""What is wrong with a run and can be seen before any node is there: settings, files, the device, the model."""
+
+from fedmitr_flwr import methods
+from fedmitr_flwr.compute import resolve_device
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.own import named_classes
+from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.resolve import resolve
+from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.vit.build import build_vit
+
+from . import builtin
+
+ONE_SHOT = "oneshot"
+
+
+def require_possible(config: Config) -> None:
+    """Raise ConfigError for settings that cannot work together, wherever the run takes place."""
+    if config.flower.strategy != ONE_SHOT:
+        builtin.check(config)
+        return
+    methods.check(config)
+    if config.flower.rounds != 1:
+        raise ConfigError(
+            f"flower.rounds = {config.flower.rounds}, but one shot is one round; "
+            "set flower.rounds = 1, or flower.strategy to one of Flower's own"
+        )
+
+
+def prepared(config: Config) -> Config:
+    """The settings of this machine's run, complete.
+
+    Raises:
+        UserError: the settings cannot work together, the device is not there, the model cannot be built, the test
+            images cannot be read, or the run to continue is none.
+    """
+    config = resolve(config)
+    if config.partition.scheme == OWN:
+        config = named_classes(config)
+    require_possible(config)
+    resolve_device(config.device)
+    build_vit(config.model)
+    if config.evaluate.where == "server":
+        server_images(config)
+    if config.resume_from:
+        RunFolder.open(config.resume_from)
+    return config
