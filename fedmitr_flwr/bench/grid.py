@@ -73,9 +73,14 @@ class Cell:
 
         Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own, defaults = self._decides, Config().to_flat()
-        compared = [key for key in own if not key.startswith((*_PATHS, *but))]
+        own, defaults = self.in_force.to_flat(), Config().to_flat()
+        compared = [key for key in own if not key.startswith((*_PATHS, *_PLACES, *but))]
         return all(settings.get(key, defaults[key]) == own[key] for key in compared)
+
+    @property
+    def in_force(self) -> Config:
+        """The settings that its result has."""
+        return methods.in_force(self.config) if self.variant.is_method else self.config
 
     @property
     def _decides(self) -> dict[str, object]:
