@@ -157,6 +157,8 @@ def reading(path: Path) -> Iterator[Any]:
         RunError: the file is missing, cut short or corrupt. It is named.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise RunError(f"{path} is corrupt: it is no file")
         path.open("rb").close()  # first, as safetensors says of a file without permission that there is none
         with safe_open(path, framework="pt") as file:
             yield file

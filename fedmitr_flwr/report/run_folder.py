@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import config as settings
 from ..config import Config
-from ..errors import ConfigError, DiskError, RunError, UploadError, unread
+from ..errors import ConfigError, DiskError, RunError, unread
 from ..files import PRIVATE, PRIVATE_FOLDER, absolute, save_tensors, sync_folder, write_text
 from ..gate import admit, require_finite
 from ..limits import needed
@@ -109,8 +109,9 @@ class RunFolder:
         made = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
         temporary: Path | None = None
         try:
-            if not parent.is_dir():
-                parent.mkdir(mode=PRIVATE_FOLDER, parents=True)
+            if parent.exists() and not parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            parent.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:40]}.", dir=parent))  # for its owner alone
             if uploads:
                 (temporary / "uploads" / "refused").mkdir(mode=PRIVATE_FOLDER, parents=True)
@@ -268,7 +269,7 @@ class RunFolder:
         except RunError as error:
             raise type(error)(f"client {self.config.flower.label(client)}: {error}") from error
         if upload.client != client:
-            raise UploadError(f"{path} holds the upload of client {upload.client}; give it back its own name")
+            raise RunError(f"{path} holds the upload of client {upload.client}; give it back its own name")
         return admit(narrowed(upload, self.config.upload), self.config)
 
     def missing(self, clients: int) -> list[int]:
