@@ -17,7 +17,7 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.own import Place, look_at_own
 from fedmitr_flwr.errors import ConfigError, DataError, UserError, printable
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.process import begin, forward
 from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.settings import PLACES
@@ -86,7 +86,7 @@ def describe(message: Message, context: Context) -> Message:
     Where it has images of its own, it looks at them before anybody trains.
     """
     name = _name(context)
-    card: dict[str, Numbers] = {"fingerprint": int(fingerprint(), 16), "own-data": int(_place(context) is not None)}
+    card: dict[str, Numbers] = {"fingerprint": int(core(), 16), "own-data": int(_place(context) is not None)}
     texts = ConfigRecord({"name": name, "flwr": flwr.__version__})
     try:
         if not name:
@@ -175,10 +175,10 @@ def _order(message: Message) -> tuple[ConfigRecord, Config]:
     """
     order: ConfigRecord = message.content.config_records.get("config", ConfigRecord())
     theirs = order.get("fingerprint")
-    if theirs != fingerprint().encode():
+    if theirs != core().encode():
         code = theirs.decode(errors="replace")[:12] if isinstance(theirs, bytes) else "which it does not tell"
         raise ConfigError(
-            f"the server runs other code ({code}) than this client ({fingerprint()}); "
+            f"the server runs other code ({code}) than this client ({core()}); "
             "restart the SuperLink and its SuperNodes from one checkout"
         )
     return order, Config.from_toml(bytes(order["toml"]).decode())  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from typing import Any
 from filelock import FileLock
 
 from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.training.upload import Upload, hash_tensors
+from fedmitr_flwr.files import hash_tensors
+from fedmitr_flwr.training.upload import Upload
 
 NAME = "privacy.jsonl"
 _SLACK = 1 + 1e-9  # of floating point

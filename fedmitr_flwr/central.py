@@ -13,17 +13,20 @@ from .data.images import Images
 from .data.shares import client_images, server_images
 from .errors import ConfigError
 from .evaluation import evaluate
+from .gate import require_finite, require_loss, require_model
 from .methods.contract import Stopwatch
 from .report import result as report
 from .report.run_folder import RunFolder
 from .rng import stream
 from .sections import OWN
 from .training.local import train_local
+from .training.upload import Weights
 from .vit.build import build_vit, initial_weights, timm_arguments
 
 log = logging.getLogger("fedmitr")
 
 NAME = "central"
+_FIX = "lower local.lr"
 
 
 def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolder:
@@ -37,13 +40,23 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
         raise ConfigError("partition.scheme = 'own': the clients' images are not here to be trained on")
     if config.evaluate.where != "server":
         raise ConfigError(f"evaluate.where = {config.evaluate.where!r}, but a central model is judged by the server")
-    folder = folder or run.sub(NAME)
     device, stopwatch = resolve_device(config.device), Stopwatch()
     forget_peak(device)
     images = everybodys([client_images(config, client)[0] for client in range(config.partition.clients)])
+    server_images(config)
+    initial = initial_weights(config.model, config.seed)
+    require_finite(initial, "give other weights", f"model.weights = {config.model.weights!r}")
+    folder = folder or run.sub(NAME)
+    with folder.at_work():
+        _train(folder, initial, images, device, stopwatch)
+    return folder
+
+
+def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.device, stopwatch: Stopwatch) -> None:
+    config = folder.config
     test, classes = server_images(config)
     vit = build_vit(config.model)
-    vit.load_state_dict(initial_weights(config.model, config.seed))
+    vit.load_state_dict(initial)
     log.info("training on the %d images of %d clients", len(images), config.partition.clients)
     with threads(config.threads):
         with stopwatch.stage("training"):
@@ -51,6 +64,8 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
         with stopwatch.stage("evaluation"):
             model = config.model
             found = evaluate(vit, test, model, config.evaluate.batch_size, device)
+    require_model(vit.state_dict(), config.model, _FIX)
+    require_loss(found.loss, _FIX)
     folder.log_metrics(stage="training", images=len(images), loss=loss)
     folder.save_model(vit.state_dict(), timm_arguments(config.model))
     folder.write_result(
@@ -67,7 +82,6 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
             evaluated_on=report.on_server(config.data, len(test)),
         )
     )
-    return folder
 
 
 def everybodys(shares: list[Images]) -> Images:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .config import Config
 from .errors import RunError
-from .files import header_of, load_tensors, reading, save_tensors
-from .fingerprint import fingerprint
+from .files import PRIVATE_FOLDER, load_tensors, save_tensors
+from .fingerprint import core
 from .report.result import versions
 from .training.upload import Upload, digest
 
@@ -38,18 +38,7 @@ class Checkpoints:
 
     def has(self, name: str, settings: tuple[str, ...]) -> bool:
         """Whether `load` would give something."""
-        if self.folder is None or not self._path(name).exists():
-            return False
-        try:
-            with reading(self._path(name)) as file:
-                key = header_of(file, self._path(name)).get("key")
-        except RunError as error:
-            log.warning("%s; it is made afresh", error)
-            return False
-        if key != self._key(name, settings):
-            log.info("%s is of other settings, uploads, code or threads; it is made afresh", self._path(name))
-            return False
-        return True
+        return self.load(name, settings) is not None
 
     def load(self, name: str, settings: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Take back what an earlier start has kept.
@@ -59,11 +48,19 @@ class Checkpoints:
             settings: beginnings of the keys of all settings that decide it, such as ("seed", "model.").
 
         Returns:
-            Tensors (on the CPU) and facts, as they were saved; None: there are none under the same key.
+            Tensors (on the CPU) and facts, as they were saved; None: there are none under the same key, or they were
+            altered since.
         """
-        if not self.has(name, settings):
+        if self.folder is None or not self._path(name).exists():
             return None
-        tensors, header = load_tensors(self._path(name))
+        try:
+            tensors, header = load_tensors(self._path(name))
+        except RunError as error:
+            log.warning("%s; it is made afresh", error)
+            return None
+        if header.get("key") != self._key(name, settings):
+            log.info("%s is of other settings, uploads, code or threads; it is made afresh", self._path(name))
+            return None
         return tensors, header["facts"]
 
     def save(self, name: str, settings: tuple[str, ...], tensors: Mapping[str, Tensor], **facts: object) -> None:
@@ -75,7 +72,7 @@ class Checkpoints:
         if self.folder is None:
             return
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         save_tensors(self._path(name), tensors, {"key": self._key(name, settings), "facts": facts})
@@ -95,7 +92,7 @@ class Checkpoints:
         return {
             "method": self.config.method,
             "uploads": [digest(upload) for upload in self.uploads],
-            "code": fingerprint(),
+            "code": core(),
             "versions": versions(),
             "device": self.device.type,
             "threads": self.threads,

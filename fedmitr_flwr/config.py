@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+# Keys of older versions that this one has no longer: a run folder with them opens, and they are named and ignored.
+RETIRED: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """One experiment."""

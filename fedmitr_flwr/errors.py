@@ -28,7 +28,7 @@ class RunError(UserError):
 
 
 class DiskError(RunError):
-    """A file of the run cannot be written: the disk is full, read-only or over its quota."""
+    """A file of the run cannot be written or read: the disk is full or read-only, or permission is denied."""
 
 
 def unread(what: str, path: Path, error: Exception) -> str:

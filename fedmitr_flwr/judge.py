@@ -1,5 +1,7 @@
 """How good is what a server phase has made, and what is it compared with?"""
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -19,26 +21,32 @@ from .training.upload import Upload
 from .vit.build import vit_of
 from .vit.ensemble import Ensemble, combine_answers, teacher_weights
 
+log = logging.getLogger("fedmitr")
+
 
 class Lines(TypedDict):
     """Accuracies in percent of what comparisons are made with."""
 
-    fedavg: float
-    local: list[float | None]  # by client; None: no upload
+    fedavg: float | None  # None: it gives no numbers
+    local: list[float | None]  # by client; None: no upload, or as above
 
 
-def judge(
-    fused: Fused, uploads: Sequence[Upload], config: Config, device: torch.device, known: Lines | None
+def compare(
+    student: Evaluation,
+    fused: Fused,
+    uploads: Sequence[Upload],
+    config: Config,
+    device: torch.device,
+    known: Lines | None,
 ) -> dict[str, Any]:
-    """Accuracy on the server's test images: the result, and the lines it is compared with."""
+    """Accuracy on the server's test images: the result's, and the lines it is compared with."""
     images, classes = server_images(config)
-    student = evaluate_on(fused.predict, images, config, device)
     compared = known or lines(uploads, config)  # before all teachers may have to be in memory
     ensemble: float | None = None
     if fused.ensemble:
-        ensemble = evaluate_on(fused.ensemble, images, config, device).accuracy
+        ensemble = _accuracy(evaluate_on(fused.ensemble, images, config, device), "the ensemble")
     elif not known:
-        ensemble = ensemble_alone(uploads, images, config, device).accuracy
+        ensemble = _accuracy(ensemble_alone(uploads, images, config, device), "the ensemble")
     return {
         "student": student.accuracy,
         "per_class": dict(zip(classes, student.per_class, strict=True)),
@@ -76,14 +84,22 @@ def lines(uploads: Sequence[Upload], config: Config) -> Lines:
     images, _ = server_images(config)
     device = resolve_device(config.device)
 
-    def accuracy(weights: Mapping[str, Tensor]) -> float:
+    def accuracy(weights: Mapping[str, Tensor], what: str) -> float | None:
         return_memory()
-        return evaluate_on(vit_of(config.model, weights), images, config, device).accuracy
+        return _accuracy(evaluate_on(vit_of(config.model, weights), images, config, device), what)
 
     return {
-        "fedavg": accuracy(average(uploads)),
-        "local": by_client(config, uploads, lambda upload: accuracy(upload.weights)),
+        "fedavg": accuracy(average(uploads), "the clients' average"),
+        "local": by_client(config, uploads, lambda upload: accuracy(upload.weights, f"client {upload.client}'s model")),
     }
+
+
+def _accuracy(found: Evaluation, what: str) -> float | None:
+    """In percent; None, and a warning, where the answers are no numbers: the accuracy would be that of chance."""
+    if math.isfinite(found.loss):
+        return found.accuracy
+    log.warning("%s has a loss of %s on the test images; its accuracy is left out", what, found.loss)
+    return None
 
 
 def evaluate_on(

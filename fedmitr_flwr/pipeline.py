@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -23,11 +22,13 @@ from .data.images import Images
 from .data.own import Place
 from .data.partition import table
 from .data.shares import client_images, known_parts, parts_of, server_images
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, UploadError
 from .evaluation import Evaluation
-from .fingerprint import fingerprint
-from .judge import Lines, by_client, evaluate_on, judge
-from .methods.contract import Fused, Job, Stopwatch
+from .files import load_tensors
+from .fingerprint import core
+from .gate import admit, require_finite, require_loss, require_model, shapes
+from .judge import Lines, by_client, compare, evaluate_on
+from .methods.contract import DIVERGED, Fused, Job, Stopwatch
 from .report import result as report
 from .report.figures import save_images, save_partition
 from .report.run_folder import RunFolder
@@ -58,7 +59,10 @@ UPLOAD_SETTINGS = (
     "evaluate.holdout",
 )
 
-# Of these, what only tells more beside the weights: a fusion may do with less than was uploaded.
+# Of these, what a later start may have otherwise: where files lie now, and which images the server tests on.
+MOVABLE = ("data.path", "data.test-limit", "model.weights")
+
+# And what only tells more beside the weights: a fusion may do with less than was uploaded.
 NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances", "upload.directions")
 
 
@@ -79,25 +83,50 @@ def run(config: Config, name: str | None = None) -> RunFolder:
             f"--name {name} is of a new run folder, and resume-from goes on in an old one; give one of them"
         )
     parts_of(config)  # first: what cannot be dealt out or built leaves no folder
-    initial = initial_weights(config.model, config.seed)
-    folder = continued(config) if config.resume_from else created(config, name or _free_name(config))
+    initial = start_of(config)
+    folder = continued(config) if config.resume_from else created(config, name)
     log.info("run folder: %s", folder.path)
-    for client in folder.missing(config.partition.clients):
-        folder.save_upload(train_client(config, client, initial))
-    serve(folder)
-    if config.evaluate.where == "clients":
-        weights = _global_weights(folder)
-        conclude_on_clients(folder, [evaluate_client(config, k, weights) for k in range(config.partition.clients)])
+    with folder.at_work():
+        for client in folder.missing(config.partition.clients):
+            take_upload(folder, client, initial)
+        serve(folder)
+        if config.evaluate.where == "clients":
+            weights = _global_weights(folder)
+            conclude_on_clients(folder, [evaluate_client(config, k, weights) for k in range(config.partition.clients)])
     return folder
 
 
-def created(config: Config, name: str) -> RunFolder:
-    """A new run folder. Images that cannot be read or dealt out are found now, not after the training; none is made."""
+def start_of(config: Config) -> Weights:
+    """The weights that every client starts from.
+
+    Raises:
+        ModelError: they cannot be built or read.
+        RunError: a number in them is NaN or infinite.
+    """
+    initial = initial_weights(config.model, config.seed)
+    require_finite(initial, "give other weights", f"model.weights = {config.model.weights!r}")
+    return initial
+
+
+def created(config: Config, name: str | None) -> RunFolder:
+    """A new run folder of this name; None: method, seed and time, and a number where there is one already.
+
+    What cannot work is known now, not after the training, and leaves no folder: device, test images, partition.
+    """
+    resolve_device(config.device)
     if config.evaluate.where == "server":
         server_images(config)
         if config.partition.scheme != OWN:
             parts_of(config)
-    return RunFolder.create(config, name)
+    if name is not None:
+        return RunFolder.create(config, name)
+    return RunFolder.create(config, f"{config.method}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}", or_next=True)
+
+
+def take_upload(folder: RunFolder, client: int, initial: Weights) -> None:
+    """Train a client and keep its upload, if it passes the gate."""
+    upload = train_client(folder.config, client, initial)
+    folder.save_upload(admit(upload, folder.config, fingerprint=core()))
 
 
 def train_client(
@@ -138,6 +167,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
             rng = stream(config.seed, "local", server_round, client)
             loss = train_local(vit, images, config, rng, device, prox_mu)
             log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
+        _require_trained(vit, client, loss)
         told = frozen | _input_statistics(vit, images, config)
     seconds = time.perf_counter() - started
     dtype = getattr(torch, config.upload.dtype)
@@ -147,12 +177,22 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         weights={name: _sent(tensor, dtype) for name, tensor in vit.state_dict().items()},
         num_examples=len(images),
         train_loss=loss,
-        fingerprint=fingerprint(),
+        fingerprint=core(),
         class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
         seconds=seconds,
         statistics=told or None,
         epsilon=epsilon,
     )
+
+
+def _require_trained(vit: VisionTransformer, client: int, loss: float) -> None:
+    """What has diverged is not worth sending, and statistics cannot be had of it."""
+    fix = "lower local.lr, or set local.grad-clip"
+    try:
+        require_finite(vit.state_dict(), fix, f"client {client}'s training")
+        require_loss(loss, fix)
+    except RunError as error:
+        raise UploadError(f"client {client}: {error}") from error
 
 
 def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
@@ -164,18 +204,20 @@ def evaluate_client(config: Config, client: int, weights: Weights, place: Place 
         return evaluate_on(vit, held, config, resolve_device(config.device))
 
 
-def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
-    """The server phase from the uploads on disk: fuse, evaluate, write every output file.
+def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] | None = None) -> Outcome:
+    """The server phase from the uploads on disk: fuse, evaluate, write every output file. The folder's lock is held.
 
     One that was killed goes on with the checkpoints that it left in the folder. With the `lines` of these uploads
     known, this is one of many fusions: they are not evaluated or drawn again, and the ensemble is only where the method
-    has asked one.
+    has asked one. The `uploads`, if given, are what `require_uploads` has given just now.
 
     Raises:
-        RunError: fewer uploads than `flower.quorum` of the clients.
+        RunError: fewer uploads than `flower.quorum` of the clients, or the model diverged; no model is written then.
+        UploadError: an upload does not pass the gate.
     """
     config = folder.config
-    uploads = folder.require_uploads(config.flower.quorum)
+    if uploads is None:
+        uploads = folder.require_uploads(config.flower.quorum)
     device, stopwatch = resolve_device(config.device), Stopwatch()
     forget_peak(device)
     started = time.perf_counter()
@@ -183,20 +225,28 @@ def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
         screened = screen(uploads, config, device, folder.log_metrics)
         if screened.excluded:
             uploads, lines = screened.kept, None
-        job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
-        fused: Fused = methods.load(config.method).fuse(job)
+        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path)
+        fused = methods.fuse(job)
         # Not every method tells its stages; and where an earlier start has done some, they tell more than the clock.
         cost = {
             "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())),
             "peak_memory": peak_memory(device),
         }
+        fix = DIVERGED if "distillation" in stopwatch.seconds else "look at the uploads (screen.mode = 'warn')"
         if fused.weights is not None:
-            folder.save_model(fused.weights, timm_arguments(config.model))
+            require_model(fused.weights, config.model, fix)
         on_server = config.evaluate.where == "server"
+        scores: dict[str, Any] = {"student": None}
         with stopwatch.stage("evaluation"):
-            scores = judge(fused, uploads, config, device, lines) if on_server else {"student": None}
+            if on_server:
+                student = evaluate_on(fused.predict, server_images(config)[0], config, device)
+                require_loss(student.loss, fix)
+            if fused.weights is not None:
+                folder.save_model(fused.weights, timm_arguments(config.model))
+            if on_server:
+                scores = compare(student, fused, uploads, config, device, lines)
     measured = {**scores, **cost, "screen": screened.facts(config.screen.mode)}
-    result = _report(folder, fused, uploads, measured, stopwatch, one_of_many=lines is not None)
+    result = _report(folder, fused, job, measured, one_of_many=lines is not None)
     if on_server:
         folder.clear_work()
     return Outcome(fused.weights, result)
@@ -224,26 +274,36 @@ def fuse(
     """The server phase again, by another method or other settings, on the uploads of an earlier run.
 
     With a `name` for its folder, one that was begun there goes on behind what it had finished. `lines` as in `serve`.
+    What cannot work is known before a folder is made.
     """
     before = run_folder.config
     config = Config.from_flat({**overrides, "method": method}, base=before)
     methods.check(config, config.partition.clients)
     require_same_uploads(before, config, "to change it, make a new run")
-    run_folder.require_uploads(config.flower.quorum)
+    resolve_device(config.device)
+    uploads = RunFolder(run_folder.path, config).require_uploads(config.flower.quorum)
+    if config.evaluate.where == "server":
+        server_images(config)
     folder = run_folder.sub(method, config) if name is None else run_folder.begun(name, config)
-    serve(folder, lines)
-    folder.clear_work()  # also where the clients evaluate: they are not asked here
+    with folder.at_work():
+        serve(folder, lines, uploads)
+        folder.clear_work()  # also where the clients evaluate: they are not asked here
     return folder
 
 
 def continued(config: Config) -> RunFolder:
     """The run folder `config.resume_from`, if `config` would give the same uploads and the run has not ended."""
+    resolve_device(config.device)
     folder = RunFolder.open(config.resume_from)
-    if folder.finished and folder.read_result()["accuracy"]["student"] is not None:
-        raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
-    _require_same_order(folder.config, config)
-    require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
-    folder.continue_with(config)
+    with folder.locked():
+        if folder.finished and folder.read_result()["accuracy"]["student"] is not None:
+            raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
+        _require_same_order(folder.config, config)
+        require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
+        uploads = RunFolder(folder.path, config).load_uploads()
+        folder.continue_with(config)
+    if stale := [upload.client for upload in uploads if upload.fingerprint != core()]:
+        log.warning("the uploads of clients %s were made by another version of the code", stale)
     return folder
 
 
@@ -261,12 +321,9 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
     old, new = before.to_flat(), after.to_flat()
     for key in old:
         less = key in NARROWABLE and not new[key]
-        if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not less:
+        moved = key in MOVABLE and (key != "model.weights" or not {old[key], new[key]} & {"none", "timm"})
+        if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not (less or moved):
             raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
-
-
-def _free_name(config: Config) -> str:
-    return f"{config.method}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
@@ -291,14 +348,13 @@ def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _report(
     folder: RunFolder,
     fused: Fused,
-    uploads: Sequence[Upload],
+    job: Job,
     measured: Mapping[str, Any],
-    stopwatch: Stopwatch,
     *,
     one_of_many: bool,
 ) -> dict[str, Any]:
     """Write pool, pictures and result.json; one of many fusions does not draw who holds what once more."""
-    config = folder.config
+    config, uploads = job.config, job.uploads
     classes, facts = _data_facts(folder, uploads, draws=not one_of_many)
     if fused.pool is not None:
         pool = fused.pool
@@ -309,14 +365,14 @@ def _report(
         facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)
     if config.upload.sends_statistics:
         facts["bytes_statistics"] = by_client(config, uploads, lambda upload: size(upload.statistics or {}))
-    start = size(build_vit(config.model).state_dict())  # what each client got, in float32
+    start = size(shapes(config.model))  # what each client got, in float32
     result = report.build(
         config=config,
         device=str(resolve_device(config.device)),
         bytes_up=by_client(config, uploads, lambda upload: upload.num_bytes),
         bytes_down=by_client(config, uploads, lambda _: start),
         client_seconds=by_client(config, uploads, lambda upload: upload.seconds),
-        seconds=stopwatch.seconds,
+        seconds=job.stopwatch.seconds,
         **measured,
         **facts,
     )
@@ -335,8 +391,7 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) ->
         images, classes = server_images(config)
         facts["evaluated_on"] = report.on_server(config.data, len(images))
     if config.evaluate.where == "server" and config.partition.scheme != OWN:
-        if parts := known_parts(config):
-            facts |= {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+        facts |= dealt(config)
     elif all(upload.class_counts for upload in uploads):
         facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
     if draws and config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
@@ -346,10 +401,15 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) ->
     return classes, facts
 
 
+def dealt(config: Config) -> dict[str, Any]:
+    """Who holds what, of one data set that the settings deal out; nothing where its training labels cannot be read."""
+    parts = known_parts(config)
+    return {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256} if parts else {}
+
+
 def _global_weights(folder: RunFolder) -> Weights:
     if not folder.model_path.exists():
         raise RunError(
             f"method = {folder.config.method!r} makes no single model to evaluate; use evaluate.where = 'server'"
         )
-    weights: Weights = load_file(folder.model_path)
-    return weights
+    return load_tensors(folder.model_path)[0]

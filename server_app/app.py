@@ -10,12 +10,10 @@ from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.compute import share_memory
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError, DataError, ModelError, printable
-from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.process import begin, forward
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.settings import located
-from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
 from .checks import ONE_SHOT, prepared
@@ -47,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     """Get the uploads that are missing, then run the server phase."""
-    initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
+    arrays = ArrayRecord(dict(pipeline.start_of(config)))  # first: what cannot be had leaves no folder
     if config.resume_from:
         folder = resume(config)
         clients = meet_again(grid, folder)
@@ -58,9 +56,9 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         folder = pipeline.created(config, f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
-    arrays = ArrayRecord(dict(initial))
-    strategy = OneShot(folder, clients.nodes, arrays.to_torch_state_dict())
-    strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
+    strategy = OneShot(folder, clients.nodes)
+    with folder.at_work():
+        strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
     log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)
 
 
@@ -69,11 +67,7 @@ def resume(config: Config) -> RunFolder:
     number = RunFolder.open(config.resume_from).config.partition.clients
     config = config.with_clients(number)
     methods.check(config, number)
-    folder = pipeline.continued(config)
-    stale = [upload.client for upload in folder.load_uploads() if upload.fingerprint != fingerprint()]
-    if stale:
-        log.warning("the uploads of clients %s were made by another version of the code", stale)
-    return folder
+    return pipeline.continued(config)
 
 
 def meet_again(grid: Grid, folder: RunFolder) -> Clients:

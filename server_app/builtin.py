@@ -8,7 +8,6 @@ from logging import getLogger
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
@@ -17,24 +16,28 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.shares import known_parts, server_images
+from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.evaluation import Evaluation, evaluate
+from fedmitr_flwr.gate import require_loss, require_model, shapes
 from fedmitr_flwr.limits import nearest
+from fedmitr_flwr.method_sections import UNSET
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.report import result as report
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.sections import OWN
 from fedmitr_flwr.settings import toml_value
 from fedmitr_flwr.training.upload import Upload, Weights
-from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments
+from fedmitr_flwr.vit.build import build_vit, timm_arguments
 
 from .clients import Clients, meet, with_number_of
 from .grid import ObservedGrid
-from .intake import checked, shapes_of
+from .intake import checked
 from .records import order, read_evaluation
 
 log = getLogger("flwr")
+
+_FIX = "lower local.lr or strategy.eta"
 
 # Flower's class, and what it is given where Flower's default is none or would make it plain FedAvg.
 STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, float]]] = {
@@ -67,7 +70,7 @@ def check(config: Config) -> None:
         known = ("oneshot", *STRATEGIES)
         raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
     if others := [key for key in _given(config) if key not in SETTINGS.get(name, {})]:
-        raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at 0")
+        raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at {UNSET:g}")
     if config.resume_from:
         raise ConfigError(f"resume-from needs flower.strategy = 'oneshot'; {name} starts from the beginning")
     for key, value in {"statistics": config.upload.statistics, "directions": config.upload.directions}.items():
@@ -88,26 +91,27 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
     clients = meet(grid, config)
     config = with_number_of(clients, config)
+    initial = ArrayRecord(dict(pipeline.start_of(config)))  # first: what cannot be had leaves no folder
     folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
-    initial = ArrayRecord(dict(initial_weights(config.model, config.seed)))
-    session = _Session(folder, clients, shapes_of(initial.to_torch_state_dict()))
-    result = session.timed(_strategy(config)).start(
-        grid=session.grid(grid),
-        initial_arrays=initial,
-        num_rounds=config.flower.rounds,
-        timeout=config.flower.upload_timeout,
-        train_config=order(config),
-        evaluate_config=order(config),
-        evaluate_fn=session.evaluate if config.evaluate.where == "server" else None,
-    )
-    table = session.finish(result)
+    with folder.at_work():
+        session = _Session(folder, clients)
+        result = session.timed(_strategy(config)).start(
+            grid=session.grid(grid),
+            initial_arrays=initial,
+            num_rounds=config.flower.rounds,
+            timeout=config.flower.upload_timeout,
+            train_config=order(config),
+            evaluate_config=order(config),
+            evaluate_fn=session.evaluate if config.evaluate.where == "server" else None,
+        )
+        table = session.finish(result)
     log.info("\n%s\n\nrun folder: %s", table, folder.path)
 
 
 def _given(config: Config) -> dict[str, float]:
     """The settings of the strategy that are not left as they are."""
-    return {key: value for key, value in asdict(config.strategy).items() if value}
+    return {key: value for key, value in asdict(config.strategy).items() if value != UNSET}
 
 
 def _strategy(config: Config) -> Strategy:
@@ -169,8 +173,9 @@ class _CountingGrid(ObservedGrid):
 class _Session:
     """What is counted and evaluated while a strategy runs."""
 
-    def __init__(self, folder: RunFolder, clients: Clients, shapes: Weights) -> None:
-        self.folder, self.config, self.clients, self.shapes = folder, folder.config, clients, shapes
+    def __init__(self, folder: RunFolder, clients: Clients) -> None:
+        self.folder, self.config, self.clients = folder, folder.config, clients
+        self.shapes = shapes(folder.config.model)
         self.device = resolve_device(self.config.device)
         self.bytes_up, self.bytes_down = dict.fromkeys(clients.nodes, 0), dict.fromkeys(clients.nodes, 0)
         self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
@@ -206,7 +211,7 @@ class _Session:
 
     def take_training(self, reply: Message, client: int, node: int) -> None:
         """Check a reply as an upload is checked, count it, and leave in it what the strategy needs."""
-        upload = checked(reply, client, node, self.config, self.shapes)
+        upload = checked(reply, client, node, self.config)
         reply.content = _trained(upload, self.shapes)
         self.bytes_up[client] += upload.num_bytes
         self.client_seconds[client] += upload.seconds or 0.0
@@ -252,11 +257,9 @@ class _Session:
         weights = {name: tensor.float() for name, tensor in flower_result.arrays.to_torch_state_dict().items()}
         if not weights:
             raise RunError(f"flower.strategy = {self.config.flower.strategy!r} made no model; see the failures above")
-        if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-            raise RunError(
-                f"flower.strategy = {self.config.flower.strategy!r} ended in a model with NaN or infinity in "
-                f"{broken[0]!r}, which is not kept; lower local.lr or strategy.eta"
-            )
+        require_model(weights, self.config.model, _FIX)
+        if self.last is not None:
+            require_loss(self.last.loss, _FIX)
         self.folder.save_model(weights, timm_arguments(self.config.model))
         result = report.build(
             config=self.config,
@@ -297,7 +300,4 @@ class _Session:
         """Who holds what, where the server has dealt it out."""
         if self.config.evaluate.where != "server" or self.config.partition.scheme == OWN:
             return {}
-        parts = known_parts(self.config)
-        if parts is None:
-            return {}
-        return {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256}
+        return pipeline.dealt(self.config)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.limits import SEPARATOR, needed
 from fedmitr_flwr.releases import FLWR, too_old
 from fedmitr_flwr.sections import OWN
@@ -239,7 +239,7 @@ def _require_new_flwr(node: int, card: _Card) -> None:
 
 
 def _require_same_code(node: int, card: _Card) -> None:
-    own = int(fingerprint(), 16)
+    own = int(core(), 16)
     if card.fingerprint != own:
         raise RunError(
             f"{card} (node {node}) runs other code ({card.fingerprint:012x}) than the server "

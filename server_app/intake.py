@@ -11,10 +11,10 @@ from flwr.app import Message
 from fedmitr_flwr.compute import return_memory
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DiskError, RunError, UploadError, UserError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
+from fedmitr_flwr.gate import admit, shapes
 from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import Upload, Weights, validate
-from fedmitr_flwr.vit.probe import computes
+from fedmitr_flwr.training.upload import Upload, Weights
 
 from .records import keep, read_upload, room
 
@@ -24,12 +24,7 @@ PAUSE, REMIND = 2.0, 60.0  # seconds between two tries to write, and between two
 MOST = 10  # times the arrays of a model are kept of a refused upload, no more
 
 
-def shapes_of(initial: Weights) -> Weights:
-    """The weights without their numbers."""
-    return {name: tensor.to("meta") for name, tensor in initial.items()}
-
-
-def checked(reply: Message, client: int, node: int, config: Config, initial: Weights) -> Upload:
+def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
     """The upload in a reply, if it may be used.
 
     Args:
@@ -37,7 +32,6 @@ def checked(reply: Message, client: int, node: int, config: Config, initial: Wei
         client: whom the message was sent to.
         node: where it was sent to.
         config: of the run.
-        initial: what the client started from; its shapes are enough.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
@@ -46,18 +40,10 @@ def checked(reply: Message, client: int, node: int, config: Config, initial: Wei
     try:
         if (source := reply.metadata.src_node_id) != node:
             raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
-        upload = read_upload(reply, client, told.tells_counts, room(initial), with_statistics=told.sends_statistics)
-        validate(
-            upload,
-            initial,
-            config.model.num_classes,
-            fingerprint(),
-            config.partition.clients,
-            config.screen.max_images,
-            asked=told,
+        upload = read_upload(
+            reply, client, told.tells_counts, room(shapes(config.model)), with_statistics=told.sends_statistics
         )
-        if not computes(upload.weights, config.model):
-            raise UploadError(f"client {client}: its model gives NaN or infinity; lower local.lr, and train it again")
+        return admit(upload, config, fingerprint=core())
     except UserError:
         raise
     except Exception as error:  # what nobody foresaw must not let a reply through, nor cost the others
@@ -65,15 +51,19 @@ def checked(reply: Message, client: int, node: int, config: Config, initial: Wei
         raise UploadError(
             f"client {client}: its upload cannot be checked ({type(error).__name__}); see the log"
         ) from error
-    return upload
 
 
 class Intake:
     """The way of a reply to the folder of a run."""
 
-    def __init__(self, folder: RunFolder, initial: Weights) -> None:
-        """Take uploads of models like `initial`, from which the clients start; only its shape is kept."""
-        self.folder, self.initial = folder, shapes_of(initial)
+    def __init__(self, folder: RunFolder) -> None:
+        """Take uploads of the folder's model."""
+        self.folder = folder
+
+    @property
+    def shapes(self) -> Weights:
+        """What every upload must look like."""
+        return shapes(self.folder.config.model)
 
     def take(self, reply: Message, client: int, node: int) -> None:
         """Write one upload to disk, accepted or refused, and free its memory.
@@ -85,7 +75,7 @@ class Intake:
         """
         started = time.monotonic()
         try:
-            self._accept(checked(reply, client, node, self.folder.config, self.initial))
+            self._accept(checked(reply, client, node, self.folder.config))
         except UserError as error:
             self._refuse(reply, client, error)
         for name in list(reply.content):  # no variable holds on to a record
@@ -96,7 +86,7 @@ class Intake:
     def _refuse(self, reply: Message, client: int, error: UserError) -> None:
         """Keep what was sent, if that works at once: nobody waits for what nobody may use."""
         try:
-            kept = keep(reply.content, room(self.initial), MOST * len(self.initial))
+            kept = keep(reply.content, room(self.shapes), MOST * len(self.shapes))
             told = f"{error}; {kept.left_out}" if kept.left_out else str(error)
             path = self.folder.refuse_upload(f"client {client}", kept.tensors, told, kept.said)
         except Exception as problem:  # whatever a stranger sent

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import UploadError
 from fedmitr_flwr.evaluation import Evaluation
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.training.foreign import raw, read_npy
 from fedmitr_flwr.training.upload import Upload, Weights, size
 
@@ -33,7 +33,7 @@ def order(config: Config) -> ConfigRecord:
 
     Bytes, because Flower logs strings.
     """
-    return ConfigRecord({"toml": config.to_toml().encode(), "fingerprint": fingerprint().encode()})
+    return ConfigRecord({"toml": config.to_toml().encode(), "fingerprint": core().encode()})
 
 
 def room(start: Weights) -> int:

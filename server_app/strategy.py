@@ -15,7 +15,7 @@ from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.limits import needed
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.statistics import inputs
-from fedmitr_flwr.training.upload import Weights, size
+from fedmitr_flwr.training.upload import size
 
 from .grid import ObservedGrid
 from .intake import Intake
@@ -29,16 +29,15 @@ DAY = 86400.0
 class OneShot(Strategy):
     """Ask the clients whose upload is not on disk, keep what they send, and run the method on it."""
 
-    def __init__(self, folder: RunFolder, nodes: Mapping[int, int], initial: Weights) -> None:
+    def __init__(self, folder: RunFolder, nodes: Mapping[int, int]) -> None:
         """Prepare one run.
 
         Args:
             folder: of the run; its config says how many clients there are.
             nodes: client -> node id, of the clients that can be asked.
-            initial: the weights that every client starts from.
         """
         self.folder, self.config = folder, folder.config
-        self.intake, self.collecting = Intake(folder, initial), False
+        self.intake, self.collecting = Intake(folder), False
         self.nodes = dict(nodes)
         self.clients = {node: client for client, node in nodes.items()}
         self.sent = ArrayRecord()
@@ -70,8 +69,8 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
-        told = inputs.like(self.intake.initial, self.config.upload.directions)
-        self.folder.require_room(len(asked), size(self.intake.initial) + size(told))
+        told = inputs.like(self.intake.shapes, self.config.upload.directions)
+        self.folder.require_room(len(asked), size(self.intake.shapes) + size(told))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)
@@ -98,7 +97,7 @@ class OneShot(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         del server_round, replies  # taken as they arrived
         self.collecting = False
-        self.folder.require_uploads(self.config.flower.quorum)
+        self.folder.require_quorum(self.config.flower.quorum)
         self.sent.clear()  # Flower holds on to the start, which nobody needs any more
         outcome = pipeline.serve(self.folder)
         self.result = outcome.result

@@ -3,21 +3,27 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, DiskError, RunError
+from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UploadError
 from fedmitr_flwr.files import load_tensors, write_text
 from fedmitr_flwr.report.run_folder import RunFolder, plain
 from fedmitr_flwr.training.upload import Upload
 
 
 def config_in(folder: Path, **flat: object) -> Config:
-    return Config.from_flat({"out-dir": str(folder), "partition.clients": 4, **flat})
+    small = {"model.width": 8, "model.depth": 1, "partition.clients": 4}
+    return Config.from_flat({"out-dir": str(folder), **small, **flat})
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def an_upload(client: int) -> Upload:
-    return Upload(client, {"w": torch.full((2,), float(client))}, 10 + client, 0.5, "c" * 12)
+    return tiny.an_upload(config_in(Path()), client, 10 + client)
 
 
 def test_a_new_folder_holds_the_complete_config_and_opens_again(tmp_path: Path) -> None:
@@ -91,23 +97,115 @@ def test_other_folders_are_no_runs(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=rf"{path} is not a run folder \(no config.toml\)"):
             RunFolder.open(path)
     (tmp_path / "config.toml").write_text("sead = 3")
-    with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'sead'"):
+    with pytest.raises(RunError, match=r"config\.toml is not whole: it has 1 settings and no checksum; restore it"):
         RunFolder.open(tmp_path)
 
 
+def sealed_file(folder: Path, text: str) -> Path:
+    (folder / "config.toml").write_text(f"# checksum of what follows: {sha256(text.encode()).hexdigest()}\n{text}")
+    return folder
+
+
+def test_settings_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused."""
+    text = Config().to_toml().replace("seed = 0", "seed = 7").replace("relabel.temperature = 1.0\n", "")
+    sealed_file(tmp_path, text + 'distill.gone = "x"\n')
+    with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
+        RunFolder.open(tmp_path)
+    monkeypatch.setattr("fedmitr_flwr.config.RETIRED", frozenset({"distill.gone"}))
+    assert RunFolder.open(tmp_path).config == Config(seed=7)
+    retired, absent = caplog.messages
+    assert retired.endswith("settings of an older version, ignored: distill.gone")
+    assert absent.endswith("settings that it was made without have their defaults: relabel.temperature")
+
+
+def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:
+    """Within a process, too; what is killed holds nothing."""
+    other = RunFolder.open(run.path)
+    with run.locked(), run.at_work(), pytest.raises(RunError, match=r"another process is at work in .*first; wait"):
+        other.locked().__enter__()
+    script = (
+        "import os, signal, sys; from fedmitr_flwr.report.run_folder import RunFolder\n"
+        "with RunFolder.open(sys.argv[1]).locked(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(run.path)], check=False).returncode == -9
+    assert (run.path / ".lock").exists()
+    with other.locked(), pytest.raises(RunError, match="another process"):
+        run.locked().__enter__()
+
+
+def test_only_the_owner_may_look(run: RunFolder) -> None:
+    run.save_upload(an_upload(0))
+    run.log_metrics(stage="x")
+    run.save_model({"head.bias": torch.ones(1)}, {})
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
+def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("no room") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmitr_flwr.report.run_folder.write_text", full)
+        with pytest.raises(RunError, match=r"cannot make the run folder .*No space left on device; make room there"):
+            RunFolder.create(config_in(tmp_path / "deep" / "er"), "x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x").mkdir()  # what an older version has left there
+    assert RunFolder.open(RunFolder.create(config_in(tmp_path), "x").path).config == config_in(tmp_path)
+    with pytest.raises(RunError, match="no name for a run folder; leave out control"):
+        RunFolder.create(config_in(tmp_path), "a\x1b[31m")
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    """Two runs without a name may begin within one second."""
+    names = [RunFolder.create(config_in(tmp_path), "x", or_next=True).path.name for _ in range(3)]
+    assert names == ["x", "x-2", "x-3"]
+
+
+def test_without_a_home_folder_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", none)
+    with pytest.raises(RunError, match=r"cannot look at '~/fedmitr-runs': Could not .*; set out-dir to a path that"):
+        RunFolder.create(Config(), "x")
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"File name too long; set the path to another path"):
+        RunFolder.open(tmp_path / ("x" * 300))
+
+
+def test_names_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's folder is written out behind the rename."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+    inode = {tmp_path.stat().st_ino: "folder"}
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(inode.get(os.fstat(fd).st_ino, "file")), sync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda own, to: (done.append("rename"), replace(own, to))[1])
+    write_text(tmp_path / "x", "text")
+    assert done == ["file", "rename", "folder"]
+
+
 def test_uploads_come_back_in_the_clients_order(run: RunFolder) -> None:
-    for client in (2, 0, 12, 3):
+    for client in (2, 0, 3):
         path = run.save_upload(an_upload(client))
         assert path == run.path / "uploads" / f"client_{client:03}.safetensors"
     (run.uploads_path / ".client_001.safetensors.7.tmp").write_text("cut off while it was written")
-    assert list(run.upload_paths()) == [0, 2, 3, 12]
+    shutil.copy(run.uploads_path / "client_002.safetensors", run.uploads_path / "client_01.safetensors")
+    assert list(run.upload_paths()) == [0, 2, 3]
     assert [(upload.client, upload.num_examples) for upload in run.load_uploads()] == [
         (0, 10),
         (2, 12),
         (3, 13),
-        (12, 22),
     ]
     assert run.missing(5) == [1, 4]
+    run.save_upload(an_upload(12))
+    with pytest.raises(UploadError, match=r"client 12: there are only the clients 0 to 3"):
+        run.load_uploads()
 
 
 def test_a_client_uploads_once(run: RunFolder) -> None:
@@ -213,12 +311,19 @@ def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:
 def test_result_round_trip(run: RunFolder) -> None:
     with pytest.raises(RunError, match=r"has no result.json: the run has not ended"):
         run.read_result()
-    run.write_result({"accuracy": {"student": 61.25, "per_class": {"Käse": float("nan")}}, "counts": [(1, 2)]})
+    accuracy = {"student": 61.25, "fedavg": None, "ensemble": 7, "local": [], "per_class": {"Käse": None}}
+    result: dict[str, object] = {"method": "x", "accuracy": accuracy, "seconds": {}, "config": {"seed": 1}}
+    nan = {"accuracy": accuracy | {"per_class": {"Käse": float("nan")}}}
+    run.write_result(result | nan | {"counts": [(1, 2)]})
     assert run.finished
-    assert run.read_result() == {"accuracy": {"student": 61.25, "per_class": {"Käse": None}}, "counts": [[1, 2]]}
-    run.result_path.write_text("{")
-    with pytest.raises(RunError, match=r"cannot read .*result\.json"):
-        run.read_result()
+    assert run.read_result() == result | {"counts": [[1, 2]]}
+    text = run.result_path.read_text()
+    wrong = {"{": "cannot read", text.replace("61.25", "61.26"): "its checksum differs", "[]": "it is no table"}
+    wrong |= {json.dumps({**result, key: []}): f"its {key!r} is not that of a run" for key in result}
+    for content, reason in wrong.items():
+        run.result_path.write_text(content)
+        with pytest.raises(RunError, match=rf"cannot read .*result\.json.*{reason}|{reason} .*result\.json"):
+            run.read_result()
 
 
 def test_the_model_and_its_arguments(run: RunFolder) -> None:
@@ -255,7 +360,7 @@ def test_a_write_that_fails_is_one_line(run: RunFolder, monkeypatch: pytest.Monk
     with pytest.raises(RunError, match=r"cannot write .*result\.json: .*No space left"):
         run.write_result({})
     assert not run.finished
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("builtins.open", full)
     with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
         run.log_metrics(loss=1.0)
 

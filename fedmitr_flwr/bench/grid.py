@@ -80,9 +80,14 @@ class Cell:
 
         Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own = self._decides
-        compared = [key for key in own if not key.startswith((*PATHS, *but))]
+        own = self.in_force
+        compared = [key for key in own if not key.startswith((*PATHS, *PLACES, *but))]
         return all(settings.get(key, _KNOWN[key]) == own[key] for key in compared)
+
+    @cached_property
+    def in_force(self) -> Flat:
+        """The settings that its result has."""
+        return (methods.in_force(self.config) if self.variant.is_method else self.config).to_flat()
 
     @cached_property
     def _decides(self) -> dict[str, object]:

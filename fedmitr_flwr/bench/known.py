@@ -44,7 +44,7 @@ def adopt(known: Results, grid: Iterable[Cell], store: Store) -> None:
         entry = by_place.get(_place(cell.facts))
         if entry and cell.is_of(entry["config"]) and store.result(cell) is None:
             result = {key: value for key, value in entry.items() if key != "bench"}
-            result["config"] = cell.config.to_flat()  # the same, with the paths that the file leaves out
+            result["config"] = cell.in_force  # the same, with the paths that the file leaves out
             folder = store.place(cell)
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")

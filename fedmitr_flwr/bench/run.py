@@ -24,7 +24,6 @@ from ..judge import Lines
 from ..judge import lines as lines_of
 from ..progress import clock
 from ..report.run_folder import RunFolder
-from ..vit.build import initial_weights
 from .flower import Runner
 from .grid import ALL_TOLD, Cell, cells, tune_cells
 from .known import adopt, chosen_in
@@ -192,9 +191,9 @@ def _uploads(cell: Cell, store: Store) -> RunFolder:
     """The run folder of a cell's uploads; those that are missing are made. Clients tell all that a method may ask."""
     folder = _group(store.uploads(cell), cell)
     missing = folder.missing(cell.clients)
-    initial = initial_weights(cell.config.model, cell.config.seed) if missing else {}
+    initial = pipeline.start_of(cell.config) if missing else {}
     for client in missing:
-        folder.save_upload(pipeline.train_client(folder.config, client, initial))
+        pipeline.take_upload(folder, client, initial)
     return folder
 
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from ..errors import RunError
 from ..files import write_text
 from ..fingerprint import core, of_flower
+from ..report.result import unsealed
 from .grid import Cell
 
 MANIFEST = "bench.json"
@@ -118,10 +119,9 @@ def _key(cell: Cell) -> str:
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result.json; None where there is none, or a damaged one: such a cell is made again."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if {"accuracy", "config"} <= found.keys() else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -132,6 +132,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not {"name", "reference", "cells"} <= manifest.keys() or not isinstance(manifest["cells"], list):
+            raise ValueError("another kind of file")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is not a folder of `fedmitr bench` (no {MANIFEST}: {error}); name one") from error
     return manifest

@@ -4,7 +4,7 @@ Patches of high information density keep the class that was inverted; those of l
 labels [P]. What "density" and "relabelled" mean exactly is our reading [M]; docs/fedmitr.md lists the readings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,11 +50,18 @@ def relabel(ensemble: Ensemble, inverted: Inverted, config: RelabelConfig, batch
     - `complement`: the low-density patches alone are an image of their own, whose class token gets the ensemble's
       answer (R2).
     """
-    looks = [
-        _ask(ensemble, inverted, rows, given, high, soft, batch_size)
-        for rows, given, high, soft in _looks(inverted, config.mode)
-    ]
-    return tuple(looks)
+    looks = _looks(inverted, config.mode)
+    answers = [_ask(ensemble, inverted.images, rows, given, batch_size) for rows, given, _, _ in looks]
+    return tuple(
+        View(rows, given, high, high.any(1), *answer, soft)
+        for (rows, given, high, soft), answer in zip(looks, answers, strict=True)
+    )
+
+
+def answered(view: View, images: Tensor, ensemble: Ensemble, batch_size: int = 256) -> View:
+    """The view with the answers that the ensemble gives now; `images` are all that `view.rows` may name."""
+    scores, token_scores = _ask(ensemble, images, view.rows, view.given, batch_size)
+    return replace(view, scores=scores, token_scores=token_scores)
 
 
 def _looks(inverted: Inverted, mode: str) -> list[tuple[Tensor, Tensor, Tensor, str]]:
@@ -82,12 +89,11 @@ def _select(rows: Tensor, given_MJ: Tensor, wanted_MJ: Tensor) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def _ask(
-    ensemble: Ensemble, inverted: Inverted, rows: Tensor, given: Tensor, high: Tensor, soft: str, batch_size: int
-) -> View:
+def _ask(ensemble: Ensemble, images: Tensor, rows: Tensor, given: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Answers of the class token (M, Y) and of the patch tokens (M, J, Y)."""
     answers = [
-        ensemble.scores(take(patchify(inverted.images[chunk_rows], ensemble.patch), chunk), chunk)
+        ensemble.scores(take(patchify(images[chunk_rows], ensemble.patch), chunk), chunk)
         for chunk_rows, chunk in zip(rows.split(batch_size), given.split(batch_size), strict=True)
     ]
     scores, token_scores = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    return View(rows, given, high, high.any(1), scores, token_scores, soft)
+    return scores, token_scores

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..errors import RunError
+
 
 @dataclass(frozen=True)
 class Inverted:
@@ -29,6 +31,12 @@ class Inverted:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def require_finite(self, rate: str) -> "Inverted":
+        """Itself; raise RunError, naming the setting of the learning `rate`, if its making has diverged."""
+        if not (torch.isfinite(self.images).all() and torch.isfinite(self.loss).all()):
+            raise RunError(f"the synthetic images diverged: NaN or infinity in pixels or loss; lower {rate}")
+        return self
 
 
 def joined(parts: Sequence[Inverted]) -> Inverted:

@@ -88,10 +88,10 @@ def first_images(ensemble: Ensemble, config: Config) -> tuple[Tensor, Tensor]:
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     rng = stream(config.seed, "scouting")
     images = [
-        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
+        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).require_finite("inversion.lr")
         for chunk in targets.split(config.inversion.batch_size)
     ]
-    return torch.cat(images), targets.to(ensemble.weights.device)
+    return torch.cat([each.images for each in images]), targets.to(ensemble.weights.device)
 
 
 def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:

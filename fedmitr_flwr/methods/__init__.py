@@ -3,15 +3,19 @@
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
+One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
+that returns.
 """
 
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 
 from ..config import Config
 from ..errors import ConfigError
 from ..limits import nearest
+from .contract import Fused, Job
 
 NOT_METHODS = {"contract", "loop"}
 
@@ -31,6 +35,19 @@ def check(config: Config, clients: int | None = None) -> None:
         module.check(config)
     if clients is not None and hasattr(module, "check_clients"):
         module.check_clients(config, clients)
+
+
+def in_force(config: Config) -> Config:
+    """The settings that the method reads: `config`, but for those that it replaces. Of its own result, itself."""
+    module = load(config.method)
+    return module.settings(config) if hasattr(module, "settings") else config
+
+
+def fuse(job: Job) -> Fused:
+    """The method of `job.config.method` on the uploads, with the settings in force."""
+    config = in_force(job.config)
+    fused: Fused = load(config.method).fuse(replace(job, config=config))
+    return fused
 
 
 def load(name: str) -> ModuleType:

@@ -14,8 +14,6 @@ Other than in the papers:
   `ensemble.*`, all as for FedMITR; the papers' ensemble is combine = "logits", weights = "uniform".
 """
 
-from dataclasses import replace
-
 from ..config import Config
 from ..distillation.start import require_start
 from . import fedmitr
@@ -25,8 +23,12 @@ from .loop import plain
 check = require_start
 
 
-def fuse(job: Job) -> Fused:
+def settings(config: Config) -> Config:
     """Dense images, nothing relabelled, nothing mixed, the class token alone."""
     published = {"inversion.mode": "dense", "inversion.start": "noise", "inversion.lr": 0.25}
-    config = Config.from_flat(published, base=plain(job.config))
-    return fedmitr.fuse(replace(job, config=config))
+    return Config.from_flat(published, base=plain(config))
+
+
+def fuse(job: Job) -> Fused:
+    """As FedMITR, with these settings."""
+    return fedmitr.fuse(job)

@@ -21,7 +21,6 @@ Other than in the paper:
   "uniform". `estimated` and `learned` start by size.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,17 +54,21 @@ def check(config: Config) -> None:
         )
 
 
+def settings(config: Config) -> Config:
+    """Those of the rivals; where images are perturbed, teachers must see it."""
+    again: dict[str, object] = {"distill.teachers": "again"} if config.rival.perturb else {}
+    return Config.from_flat(again, base=plain(config))
+
+
 def fuse(job: Job) -> Fused:
     """Make hard images, weigh the teachers by them, distil on harder ones; E times, on a pool that grows."""
     rival = job.config.rival
-    config = plain(job.config)
-    perturb = None
-    if rival.perturb:  # which teachers must see
-        config = Config.from_flat({"distill.teachers": "again"}, base=config)
-        perturb = partial(diversify, config=config)
+    perturb = partial(diversify, config=job.config) if rival.perturb else None
     by_student = bool(rival.adversarial)
-    recipe = Recipe(make, rival.steps, by_student=by_student, learns=True, perturb=perturb, stage="generation")
-    return grow(replace(job, config=config), recipe)
+    recipe = Recipe(
+        make, rival.steps, by_student=by_student, learns=True, perturb=perturb, stage="generation", rate="rival.lr"
+    )
+    return grow(job, recipe)
 
 
 def make(

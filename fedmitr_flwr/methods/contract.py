@@ -16,6 +16,8 @@ from ..distillation.pool import Pool
 from ..training.upload import Upload
 from ..vit.ensemble import Ensemble
 
+DIVERGED = "lower distill.lr"  # what to do about a student that diverged
+
 
 @dataclass
 class Stopwatch:

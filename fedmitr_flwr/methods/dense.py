@@ -14,7 +14,6 @@ Other than in the paper:
 - The ensemble is `ensemble.*`; the paper's is combine = "logits", weights = "uniform".
 """
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,13 +32,14 @@ from .contract import Fused, Job
 from .loop import Recipe, grow, plain
 
 check = require_start
+settings = plain
 
 
 def fuse(job: Job) -> Fused:
     """Train a generator, make images, distil; E times, on a pool that grows."""
     rival = job.config.rival
-    recipe = Recipe(make, rival.steps, by_student=bool(rival.adversarial), stage="generation")
-    return grow(replace(job, config=plain(job.config)), recipe)
+    recipe = Recipe(make, rival.steps, by_student=bool(rival.adversarial), stage="generation", rate="rival.lr")
+    return grow(job, recipe)
 
 
 def make(

@@ -23,13 +23,14 @@ from ..data.proxy import proxy_pixels, require_proxy
 from ..distillation.losses import soft_divergence
 from ..distillation.start import require_start, start_student
 from ..errors import ConfigError
+from ..gate import require_finite
 from ..inversion.scout import scouted_ensemble
 from ..progress import Progress
 from ..rng import stream
 from ..training.local import shift_and_flip
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
-from .contract import Fused, Job
+from .contract import DIVERGED, Fused, Job
 
 
 def check(config: Config) -> None:
@@ -56,6 +57,7 @@ def fuse(job: Job) -> Fused:
     student = start_student(job.uploads, config).to(job.device)
     with job.stopwatch.stage("distillation"):
         loss = follow(student, ensemble, pixels, config, stream(config.seed, "feddf"), job.device)
+    require_finite(student.state_dict(), DIVERGED, "the student")
     job.log(stage="distillation", images=len(pixels), kd=loss)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     return Fused(student, weights, ensemble=ensemble)

@@ -7,7 +7,7 @@ finished, so that a run that was killed goes on behind them.
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import NamedTuple
 
@@ -21,17 +21,18 @@ from ..distillation.distil import Perturb, count_batches, distil
 from ..distillation.ema import Ema
 from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
-from ..distillation.relabel import relabel
+from ..distillation.relabel import answered, relabel
 from ..distillation.start import settle, start_student
+from ..gate import require_finite
 from ..inversion.result import Inverted
-from ..inversion.scout import Weigher
+from ..inversion.scout import FROM_IMAGES, Weigher
 from ..inversion.trajectory import OnStep
 from ..progress import Progress, Series
 from ..rng import stream
 from ..training.optim import Stepper
 from ..vit.ensemble import Ensemble
 from ..vit.routing import route
-from .contract import Fused, Job, Stopwatch
+from .contract import DIVERGED, Fused, Job, Stopwatch
 
 log = logging.getLogger("fedmitr")
 
@@ -57,6 +58,7 @@ class Recipe:
         learns: are the teachers' weights learned, whatever `ensemble.weights` says?
         perturb: what distillation does to a batch of patches before anyone sees it; None: nothing.
         stage: the name of making images, in metrics, seconds and on the progress bar.
+        rate: the setting that is its learning rate.
     """
 
     make: Make
@@ -65,6 +67,7 @@ class Recipe:
     learns: bool = False
     perturb: Perturb | None = None
     stage: str = "inversion"
+    rate: str = "inversion.lr"
 
 
 def plain(config: Config) -> Config:
@@ -92,15 +95,17 @@ def grow(job: Job, recipe: Recipe) -> Fused:
             weigher.scout()
     student = start_student(job.uploads, config).to(job.device)
     pools: list[Pool] = []
-    sizes: list[int] = []  # of the batches in it
+    reads_cached = config.distill.teachers == "cached" or config.distill.start_needs_images
     stepper: Stepper | None = None
     ema = Ema(config.distill.ema)
     done = 0
     for epoch in range(config.distill.epochs):
         made = make_images(ensemble, student, epoch, recipe, job)
-        sizes += map(len, made)
-        pools = [pool := join(pools + made)]
-        weigher.refine(*_canvases(pool, sizes, config), epoch)
+        pool = join(pools + made)
+        weigher.refine(*_canvases(pool, config), epoch)
+        if reads_cached and weigher.how in FROM_IMAGES:  # the weights are others now: soft labels are of these
+            pool = replace(pool, views=tuple(answered(view, pool.images, ensemble) for view in pool.views))
+        pools = [pool]
         if weigher.how == "learned":
             job.log(stage="weights", epoch=epoch, weights=ensemble.weights[:, 0])
         if stepper is None:
@@ -113,18 +118,22 @@ def grow(job: Job, recipe: Recipe) -> Fused:
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
                 _distil(student, ensemble, pool, stepper, ema, epoch, recipe, job)
+            require_finite(student.state_dict(), DIVERGED, "the student")
             _keep(student, stepper, ema, epoch + 1, job)
     ema.write(student)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     return Fused(student, weights, pool, ensemble)
 
 
-def _canvases(pool: Pool, sizes: list[int], config: Config) -> tuple[Tensor, Tensor]:
-    """Images and targets, each canvas once: all that `pri` takes from one are the same to whoever sees them whole."""
+def _canvases(pool: Pool, config: Config) -> tuple[Tensor, Tensor]:
+    """Images and targets, each canvas once: all `pri` images of one share its pixels, whatever order they come in."""
     if config.inversion.mode != "pri":
         return pool.images, pool.targets
-    first = torch.cat([torch.arange(size) < size // config.inversion.rebirths for size in sizes])
-    return pool.images[first], pool.targets[first]
+    first: dict[bytes, int] = {}
+    for row, image in enumerate(pool.images.cpu()):
+        first.setdefault(image.numpy().tobytes(), row)
+    rows = list(first.values())
+    return pool.images[rows], pool.targets[rows]
 
 
 def make_images(ensemble: Ensemble, student: VisionTransformer, epoch: int, recipe: Recipe, job: Job) -> list[Pool]:
@@ -206,7 +215,7 @@ def _relabelled(
     made: _Made, ensemble: Ensemble, place: tuple[int, int], watch: Stopwatch, recipe: Recipe, job: Job
 ) -> Pool:
     """The batch with its labels, kept on disk."""
-    config, inverted = job.config, made.images
+    config, inverted = job.config, made.images.require_finite(recipe.rate)
     with watch.stage("relabelling"):
         pool = Pool.of(inverted, relabel(ensemble, inverted, config.relabel))
     job.stopwatch.add(watch.seconds)

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..config import Config
-from ..errors import printable
-from ..files import write_text
+from ..errors import RunError, printable
+from ..files import absolute, write_text
 from ..settings import toml_value
 from .charts import accuracies, as_svg, confusion, curves
 from .figures import save_partition
@@ -23,6 +23,9 @@ from .words import data_set, model, skew
 
 Rows = list[tuple[str, ...]]
 
+# What reading a result or a metric of another shape raises: they are JSON, in which anything may stand anywhere.
+_OTHER_SHAPE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
 
 def write_page(run: Path) -> Path:
     """Write report.html into the folder of a run; gives its path.
@@ -30,16 +33,29 @@ def write_page(run: Path) -> Path:
     The settings are read from result.json, so a run of an older version has a page, too.
 
     Raises:
-        RunError: there is no run, or it has not ended.
+        RunError: there is no run, it has not ended, or its files are not what a run has written.
     """
-    folder = RunFolder(run.expanduser().absolute(), Config())
+    folder = RunFolder(absolute(run), Config())
     result = folder.read_result()
+    try:
+        texts = _texts(result)
+    except _OTHER_SHAPE as error:
+        raise RunError(f"{folder.result_path} is not the result of a run ({_said(error)}); restore it") from error
+    try:
+        pictures = _pictures(folder, result)
+    except _OTHER_SHAPE as error:
+        both = f"{folder.result_path} or {folder.metrics_path.name}"
+        raise RunError(f"{both} is not what a run has written ({_said(error)}); restore it") from error
     template = Environment(autoescape=True, keep_trailing_newline=True).from_string(
         files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
     path = folder.path / "report.html"
-    write_text(path, template.render(**_texts(result), **_pictures(folder, result), picture=_picture))
+    write_text(path, template.render(**texts, **pictures, picture=_picture))
     return path
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _picture(uri: str | None, told: str, otherwise: str) -> Markup:
@@ -94,7 +110,7 @@ def _line(text: str) -> dict[str, Any]:
     """A line that a killed run has left half written is none."""
     try:
         line: dict[str, Any] = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return line
 

@@ -1,9 +1,11 @@
 """result.json: everything one must know to trust and to repeat a number, and the table made from it."""
 
+import hashlib
+import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from ..config import Config, DataConfig
 from ..errors import printable
 from ..fingerprint import core, fingerprint
 
+_SEAL = "checksum"  # of all else in the file; files of 0.1.0 have none
 PACKAGES = ("torch", "timm", "numpy", "flwr")
 _WIDTH = 96  # of the tables, in characters
 
@@ -88,6 +91,64 @@ def build(
         "machine": machine(device),
         "config": config.to_flat(),
     }
+
+
+def sealed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result as it goes to the file, with a checksum."""
+    return {**result, _SEAL: _checksum(result)}
+
+
+def unsealed(found: Any) -> dict[str, Any]:
+    """The result as it was read from the file.
+
+    Raises:
+        ValueError: it was altered, or is not the result of a run.
+    """
+    if not isinstance(found, dict):
+        raise ValueError("it is no table")
+    result = {key: value for key, value in found.items() if key != _SEAL}
+    if _SEAL in found and found[_SEAL] != _checksum(result):
+        raise ValueError("it was altered after it was written (its checksum differs)")
+    if wrong := [key for key, has in _SHAPE.items() if not has(result.get(key))]:
+        raise ValueError(f"its {wrong[0]!r} is not that of a run")
+    return result
+
+
+def _checksum(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_accuracy(value: object) -> bool:
+    """What `accuracy` is: percents by model, None where there is none."""
+    if not isinstance(value, dict) or not {"student", "fedavg", "ensemble", "local", "per_class"} <= value.keys():
+        return False
+    local, per_class = value["local"], value["per_class"]
+    if not isinstance(local, list) or not isinstance(per_class, dict):
+        return False
+    numbers = [value["student"], value["fedavg"], value["ensemble"], *local, *per_class.values()]
+    return all(number is None or _is_number(number) for number in numbers)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_config(value: object) -> bool:
+    kinds = (bool, int, float, str)
+    return isinstance(value, dict) and bool(value) and all(type(each) in kinds for each in value.values())
+
+
+# What every result has; parts that only some have are looked at by whoever shows them.
+_SHAPE: Mapping[str, Callable[[object], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "accuracy": _is_accuracy,
+    "seconds": _is_seconds,
+    "config": _is_config,
+}
 
 
 def on_server(data: DataConfig, images: int) -> dict[str, object]:

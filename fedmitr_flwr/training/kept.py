@@ -15,10 +15,10 @@ import torch
 
 from ..data.images import Images
 from ..errors import RunError
-from ..files import header_of, load_tensors, reading
-from ..fingerprint import fingerprint
+from ..files import hash_tensors, load_tensors
+from ..fingerprint import core
 from ..report.result import versions
-from .upload import STATISTICS, Upload, Weights, hash_tensors, load, save
+from .upload import STATISTICS, Upload, Weights, load, save
 
 log = logging.getLogger("fedmitr")
 
@@ -32,7 +32,7 @@ def key_of(facts: Mapping[str, object], initial: Weights, images: Images, device
         images: what it trains on.
         device: where it runs.
     """
-    told = {**facts, "code": fingerprint(), "versions": versions(), "device": device.type}
+    told = {**facts, "code": core(), "versions": versions(), "device": device.type}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     hash_tensors(digest, {**initial, "images/pixels": images.pixels, "images/labels": images.labels})
     return digest.hexdigest()
@@ -54,12 +54,11 @@ def recall(path: Path, key: str) -> Upload | None:
     if not path.exists():
         return None
     try:
-        with reading(path) as file:
-            if header_of(file, path).get("key") != key:
-                return None
-        upload, (tensors, _) = load(path), load_tensors(path)
+        upload, (tensors, header) = load(path), load_tensors(path)
     except RunError as error:
         log.warning("%s; the client trains again", error)
+        return None
+    if header.get("key") != key:
         return None
     statistics = {name.removeprefix(STATISTICS): one for name, one in tensors.items() if name.startswith(STATISTICS)}
     weights = {name: one for name, one in tensors.items() if not name.startswith(STATISTICS)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from ..files import header_of, reading
+from ..files import header_of, reading, require_checksum
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -44,7 +44,8 @@ class StoredWeights(Mapping[str, Tensor]):
         """
         self.path = path
         with reading(path) as checked:  # safetensors compares the header with the file's length
-            self.header: dict[str, Any] = header_of(checked, path)
+            self.header: dict[str, Any]
+            self.header, self._checksum = header_of(checked, path)
             with path.open("rb") as file:
                 self._state = _state(file)
                 length = int.from_bytes(file.read(8), "little")
@@ -55,7 +56,25 @@ class StoredWeights(Mapping[str, Tensor]):
             for name, entry in entries.items()
             for start, stop in [entry["data_offsets"]]
         }
-        self._exact = False
+        self._all, self._exact = self._places, False
+
+    @property
+    def exact(self) -> "StoredWeights":
+        """The same tensors in the types that they have in the file."""
+        own = copy(self)
+        own._exact = True
+        return own
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether `require_unaltered` has something to compare with; files of 0.1.0 have nothing."""
+        return self._checksum is not None
+
+    def require_unaltered(self) -> None:
+        """Raise RunError if the contents are not those that the file was written with. Reads all of it."""
+        whole = self.exact
+        whole._places = self._all
+        require_checksum(self.path, whole, self.header, self._checksum)
 
     def split(self, prefix: str) -> tuple["StoredWeights", "StoredWeights"]:
         """The tensors without this prefix, and those with it, under their names behind it and in their own type."""

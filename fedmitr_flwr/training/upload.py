@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import UploadConfig
-from ..errors import RunError, UploadError
-from ..files import save_tensors
+from ..errors import DiskError, RunError, UploadError
+from ..files import hash_tensors, save_tensors
 from ..statistics import inputs, moments
 from .stored import StoredWeights
 
@@ -23,6 +23,18 @@ _NAMES = reprlib.Repr()  # a stranger's may be long
 _NAMES.maxstring = 100
 STATISTICS = "statistics/"  # before their names in the file of an upload
 WEIGHTS = UploadConfig()  # what asks for no more than weights
+ASK_AGAIN = "delete it and set resume-from to its run folder to ask that client again"
+
+_NONE = type(None)
+_KINDS: Mapping[str, tuple[type, ...]] = {  # of what is in the header of an upload's file
+    "client": (int,),
+    "num_examples": (int,),
+    "train_loss": (float, int),
+    "fingerprint": (str,),
+    "class_counts": (list, _NONE),
+    "seconds": (float, int, _NONE),
+    "epsilon": (float, int, _NONE),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +91,11 @@ def digest(upload: Upload) -> str:
     return told.hexdigest()
 
 
-def hash_tensors(told: "hashlib._Hash", tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Add names, types, shapes and contents to a hash; one tensor is read at a time."""
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        told.update(repr((prefix + name, tensor.dtype, tuple(tensor.shape))).encode())
-        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
 def validate(
     upload: Upload,
     reference: Mapping[str, Tensor],
     num_classes: int,
-    fingerprint: str,
+    fingerprint: str | None,
     clients: int,
     max_images: int,
     asked: UploadConfig = WEIGHTS,
@@ -102,7 +106,7 @@ def validate(
         upload: as it arrived, before any cast.
         reference: the weights that the client started from; they give the keys, shapes and dtypes.
         num_classes: length of the class counts.
-        fingerprint: of the server's code.
+        fingerprint: of the server's code; None: any code may have made it.
         clients: K; client numbers are 0..K-1.
         max_images: that a client can have trained on.
         asked: what it was to send.
@@ -121,10 +125,10 @@ def validate(
         raise UploadError(f"client {upload.client}: {problem}")
 
 
-def _wrong_origin(upload: Upload, fingerprint: str, clients: int) -> str | None:
+def _wrong_origin(upload: Upload, fingerprint: str | None, clients: int) -> str | None:
     if not 0 <= upload.client < clients:
         return f"there are only the clients 0 to {clients - 1}; give every node its own partition-id below {clients}"
-    if upload.fingerprint != fingerprint:
+    if fingerprint is not None and upload.fingerprint != fingerprint:
         return (
             f"it ran other code ({upload.fingerprint}) than the server ({fingerprint}); "
             "restart the SuperLink and its SuperNodes from this checkout"
@@ -235,24 +239,34 @@ def load(path: Path) -> Upload:
     """
     try:
         return _from_file(StoredWeights(path))
+    except DiskError:  # it may be as good as ever
+        raise
     except RunError as error:
-        raise RunError(f"{error}; delete it and set resume-from to its run folder to ask that client again") from error
-    except (KeyError, TypeError) as error:
+        raise RunError(f"{error}; {ASK_AGAIN}") from error
+    except (KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _from_file(stored: StoredWeights) -> Upload:
     header = stored.header
+    if any(type(header.get(name)) not in kinds for name, kinds in _KINDS.items()):
+        raise TypeError
     counts = header["class_counts"]
+    if counts is not None and not all(type(count) is int for count in counts):
+        raise TypeError
     weights, statistics = stored.split(STATISTICS) if header.get("statistics") else (stored, None)
     return Upload(
         client=header["client"],
         weights=weights,
         num_examples=header["num_examples"],
-        train_loss=header["train_loss"],
+        train_loss=float(header["train_loss"]),
         fingerprint=header["fingerprint"],
         class_counts=None if counts is None else tuple(counts),
-        seconds=header.get("seconds"),
-        epsilon=header.get("epsilon"),
+        seconds=_number(header.get("seconds")),
+        epsilon=_number(header.get("epsilon")),
         statistics=statistics,
     )

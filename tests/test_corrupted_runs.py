@@ -1,0 +1,267 @@
+"""A run folder that was cut, altered or mixed up: the result of the whole one to the bit, or one line and status 2.
+
+A seeded table of mutations, each on a fresh copy of a tiny run. What is compared are the tensors of the model that
+`fuse` or a resumed run makes, and the page of `report`.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import settings
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.cli import main
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import UserError
+from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.report.run_folder import RunFolder
+
+Mutation = Callable[[Path, random.Random], None]
+
+
+def config_in(folder: Path, **changes: object) -> Config:
+    small = {"model.width": 8, "model.depth": 1, "inversion.steps": 4, "method": "fedmitr"}
+    return settings(**small | {"out-dir": str(folder)} | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished run, whose fusion `begun` was killed when it had distilled, so that its checkpoints are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for picture in ("save_images", "save_partition"):
+            patch.setattr(pipeline, picture, lambda *_: None)
+        run = pipeline.run(config_in(tmp_path_factory.mktemp("whole")), "run")
+        kill = pytest.MonkeyPatch()
+        kill.setattr(pipeline, "evaluate_on", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.fuse(run, "fedmitr", {}, "begun")
+        kill.undo()
+        assert sorted(path.name for path in (run.path / "fused" / "begun" / "work").iterdir()) == [
+            "images-0-0.safetensors",
+            "student.safetensors",
+        ]
+        yield run.path
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def model_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / "model.safetensors")[0]
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def overwrite(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    start = rng.randrange(len(content))
+    content[start : start + 16] = rng.randbytes(len(content[start : start + 16]))
+    path.write_bytes(content)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(1, len(content))])
+
+
+def cut_at_a_line(path: Path, rng: random.Random) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: rng.randrange(len(lines))]))
+
+
+def without_a_line(path: Path, rng: random.Random) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    del lines[rng.randrange(len(lines))]
+    path.write_bytes(b"".join(lines))
+
+
+def exchange(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    place = rng.randrange(1, len(content))
+    path.write_bytes(content[place:] + content[:place])
+
+
+def append(path: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + rng.randbytes(9))
+
+
+def empty(path: Path, _: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def a_folder(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_dangling_link(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def a_link_to_itself(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def a_pipe(path: Path, _: random.Random) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def another_file(path: Path, rng: random.Random) -> None:
+    run = next(parent for parent in path.parents if (parent / "uploads").is_dir())
+    others = [each for each in sorted(run.rglob("*.*")) if each.is_file() and each.suffix == path.suffix]
+    shutil.copy(rng.choice([each for each in others if each != path] or [run / "model.json"]), path)
+
+
+def renamed(path: Path, rng: random.Random) -> None:
+    path.rename(path.with_name(rng.choice([f"{path.name}.bak", path.name.replace("0", "1", 1), f"x{path.name}"])))
+
+
+ODD = [None, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": {"b": []}}, True, float("nan"), float("inf")]
+ANY_FILE: list[Mutation] = [flip, overwrite, cut, exchange, append, empty, a_folder, a_dangling_link]
+ANY_FILE += [a_link_to_itself, a_pipe, another_file]
+
+
+def an_odd_value(path: Path, rng: random.Random) -> None:
+    """Anywhere in a JSON file, or in one line of it."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    number = rng.randrange(len(lines))
+    lines[number] = json.dumps(_odd(json.loads(lines[number]), rng))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _odd(value: Any, rng: random.Random) -> Any:
+    if not value or not isinstance(value, dict | list) or rng.random() < 0.2:
+        return rng.choice(ODD)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[key] = _odd(value[key], rng)
+    return value
+
+
+def deep(path: Path, _: random.Random) -> None:
+    path.write_text("[" * 100_000)
+
+
+def an_odd_header(path: Path, rng: random.Random) -> None:
+    """A well-formed file whose header says something else: of a key, or altogether."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    own = json.loads(head["__metadata__"]["fedmitr"])
+    if rng.random() < 0.8:
+        own[rng.choice(list(own))] = rng.choice(ODD)
+    else:
+        own = rng.choice(ODD)
+    text = rng.choice([json.dumps(own), "[" * 50_000, "1" * 5_000]) if rng.random() < 0.2 else json.dumps(own)
+    head["__metadata__"]["fedmitr"] = text
+    written = json.dumps(head).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
+
+
+def odd_tensors(path: Path, rng: random.Random) -> None:
+    """Another type or shape of as many bytes, or another name."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    name = rng.choice([name for name in head if name != "__metadata__"])
+    entry = head.pop(name)
+    entry["dtype"] = rng.choice([entry["dtype"], "I32", "U32"])
+    entry["shape"] = rng.choice([entry["shape"], entry["shape"][::-1], [1, *entry["shape"]]])
+    head[rng.choice([name, name + "x", "\x1b[31m"])] = entry
+    written = json.dumps(head).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
+
+
+# File, what is done to it, how often, and by which command the folder is then looked at.
+UPLOAD: list[Mutation] = [*ANY_FILE, *[flip] * 8, *[an_odd_header] * 8, *[odd_tensors] * 4, renamed]
+PIECE: list[Mutation] = [*ANY_FILE, flip, flip, an_odd_header, an_odd_header, odd_tensors]
+CONFIG: list[Mutation] = [*ANY_FILE, *[flip] * 4, *[cut_at_a_line] * 3, *[without_a_line] * 3]
+TABLE: list[tuple[str, list[Mutation], int, str]] = [
+    ("config.toml", CONFIG, 3, "fuse"),
+    ("uploads/client_000.safetensors", UPLOAD, 2, "fuse"),
+    ("uploads/client_001.safetensors", UPLOAD, 2, "fuse"),
+    ("fused/begun/work/images-0-0.safetensors", PIECE, 1, "begun"),
+    ("fused/begun/work/student.safetensors", PIECE, 1, "begun"),
+    ("result.json", [*ANY_FILE, *[flip] * 8, *[an_odd_value] * 16, cut_at_a_line, without_a_line, deep], 2, "report"),
+    ("metrics.jsonl", [*ANY_FILE, *[an_odd_value] * 16, cut_at_a_line, deep], 1, "report"),
+]
+COMMANDS = {"fuse": ["fuse", "{run}", "--method", "fedavg"], "report": ["report", "{run}"]}
+
+
+def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for picture in ("save_images", "save_partition"):
+        monkeypatch.setattr(pipeline, picture, lambda *_: None)
+    monkeypatch.setattr("fedmitr_flwr.report.page.as_svg", lambda _: "")  # drawn, and not written out
+    monkeypatch.setattr("fedmitr_flwr.judge.return_memory", lambda: None)
+    wanted = {command: done(whole, tmp_path / command, command, capsys) for command in ("fuse", "begun", "report")}
+    assert all(status == 0 for status, _ in wanted.values())
+    tried, refused = 0, 0
+    for name, mutations, times, command in TABLE:
+        for number, mutate in enumerate(mutations * times):
+            what = f"{name}, {mutate.__name__} {number}, {command}"
+            copy = tmp_path / f"{tried}"
+            shutil.copytree(whole, copy, symlinks=True)
+            mutate(copy / name, random.Random(what))
+            status, found = done(copy, None, command, capsys, what)
+            assert status == 2 or same(found, wanted[command][1]) or name == "metrics.jsonl", what
+            shutil.rmtree(copy)
+            refused += status == 2
+            tried += 1
+    assert tried >= 300
+    assert 0.5 * tried < refused < tried  # some mutations change nothing that counts, and most are refused
+
+
+def done(
+    run: Path, copy_to: Path | None, command: str, capsys: pytest.CaptureFixture[str], what: str = ""
+) -> tuple[int, Any]:
+    """(exit status, what came of it); a refusal is one line."""
+    if copy_to is not None:
+        shutil.copytree(run, copy_to)
+        run = copy_to
+    capsys.readouterr()
+    if command == "begun":
+        status = main_of(lambda: pipeline.fuse(RunFolder.open(run), "fedmitr", {}, "begun"))
+        found = model_of(run / "fused" / "begun") if not status else None
+    else:
+        status = main([word.format(run=run) for word in COMMANDS[command]])
+        made = run / "fused" / "fedavg-1"
+        if status:
+            lines = capsys.readouterr().err.splitlines()
+            assert sum(line.startswith("fedmitr: error:") for line in lines) == 1, what
+            assert lines[-1].startswith("fedmitr: error:"), what
+            assert not (made / "model.safetensors").exists(), what
+            assert not (made / "result.json").exists(), what
+            return status, None
+        found = model_of(made) if command == "fuse" else (run / "report.html").read_text()
+    assert status in (0, 2), what
+    return status, found
+
+
+def main_of(work: Callable[[], object]) -> int:
+    try:
+        work()
+    except UserError:
+        return 2
+    return 0
+
+
+def same(found: Any, wanted: Any) -> bool:
+    if isinstance(found, dict):
+        return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    return bool(found == wanted)

@@ -1,0 +1,352 @@
+"""No upload enters and no model is written but through the gates; what is logged is what ran."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import settings
+
+from fedmitr_flwr import gate, methods, pipeline
+from fedmitr_flwr.central import train_centrally
+from fedmitr_flwr.cli import main
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.errors import ConfigError, DataError, RunError, UploadError, UserError
+from fedmitr_flwr.files import load_tensors, reading, save_tensors
+from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.methods.contract import Job
+from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.training.upload import Upload, load
+from fedmitr_flwr.vit.tokens import patchify, take
+
+OLD = Path(__file__).parent / "data" / "run-0.1.0"
+CPU = torch.device("cpu")
+SMALL = {"model.width": 8, "model.depth": 1, "inversion.steps": 4, "method": "fedavg"}
+ALL = {"upload.statistics": True, "upload.variances": True, "upload.directions": 2}  # what any method needs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """Clients that send all that there is, and real images for FedDF."""
+    with pytest.MonkeyPatch.context() as patch:
+        for picture in ("save_images", "save_partition"):
+            patch.setattr(pipeline, picture, lambda *_: None)
+        proxy = {"data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
+        out = str(tmp_path_factory.mktemp("runs"))
+        yield pipeline.run(settings(**SMALL | ALL | proxy | {"out-dir": out}), "first")
+
+
+@pytest.mark.parametrize("method", methods.available())
+def test_the_result_holds_the_settings_that_the_method_read(
+    run: RunFolder, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method is given the logged settings and makes no others: then it can have read none but these."""
+    given: list[Config] = []
+    made: list[Config] = []
+    module, check = methods.load(method), Config.__post_init__
+    fuse: Callable[[Job], Any] = module.fuse
+
+    def spy(job: Job) -> Any:
+        given.append(job.config)
+        with monkeypatch.context() as patch:
+            patch.setattr(Config, "__post_init__", lambda config: (made.append(config), check(config))[1])
+            return fuse(job)
+
+    monkeypatch.setattr(module, "fuse", spy)
+    changes = {"inversion.mode": "sparse", "relabel.mode": "tokens", "distill.mix": "tokens", "distill.high": 0.1}
+    folder = pipeline.fuse(run, method, changes)
+    (config,) = given
+    assert made == []
+    assert folder.read_result()["config"] == config.to_flat() == methods.in_force(config).to_flat()
+    forced = method in ("adi", "dense", "coboosting")
+    assert (config.inversion.mode, config.relabel.mode) == (("dense", "none") if forced else ("sparse", "tokens"))
+    assert folder.config.inversion.mode == "sparse"  # what was asked for
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+SGD = {"optimizer": "sgd", "grad-clip": 0.0}
+LOCAL = {f"local.{key}": value for key, value in SGD.items()} | {"local.lr": 1e6, "local.epochs": 3}
+DISTILL = {f"distill.{key}": value for key, value in SGD.items()} | {"distill.lr": 1e8, "distill.passes": 3}
+
+
+def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
+    config = settings(**SMALL | LOCAL | {"out-dir": str(tmp_path), "upload.directions": 2})
+    with pytest.raises(UploadError, match=r"^client 0: client 0's training diverged: NaN .* in '.*'; lower local\.lr"):
+        pipeline.run(config, "x")
+    assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) == [".lock", "config.toml"]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "reason"),
+    [
+        ("fedmitr", DISTILL, "the student diverged: NaN or infinity in '.*'; lower distill.lr"),
+        ("dense", DISTILL, "the student diverged: .*; lower distill.lr"),
+        ("feddf", DISTILL | {"feddf.passes": 3}, "the student diverged: .*; lower distill.lr"),
+        ("fedmitr", {"inversion.lr": 1e38}, "the synthetic images diverged: .*; lower inversion.lr"),
+        ("central", LOCAL, "the model diverged: NaN or infinity in '.*'; lower local.lr"),
+    ],
+)
+def test_a_model_that_diverges_is_not_written(
+    run: RunFolder, method: str, changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    central = method == "central"
+    with pytest.raises(RunError, match=reason):
+        _ = centrally(copy, changes) if central else pipeline.fuse(copy, method, changes)
+    (made,) = [path for path in (copy.path / "fused").iterdir() if path.name not in names(run.path / "fused")]
+    assert not {"model.safetensors", "result.json"} & names(made)
+
+
+def centrally(run: RunFolder, changes: dict[str, object]) -> RunFolder:
+    return train_centrally(RunFolder(run.path, Config.from_flat(changes, base=run.config)))
+
+
+def test_answers_that_are_no_numbers_are_no_result(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a method that keeps several models, there are no weights to look at."""
+    evaluate = pipeline.evaluate_on
+    monkeypatch.setattr(pipeline, "evaluate_on", lambda *what: replace(evaluate(*what), loss=float("nan")))
+    with pytest.raises(RunError, match=r"its loss on the evaluation's images is nan; look at the uploads"):
+        pipeline.fuse(run, "ensemble", {})
+
+
+def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder) -> None:
+    huge = {name: torch.full_like(tensor, 1e38) for name, tensor in load_tensors(run.model_path)[0].items()}
+    gate.require_finite(huge, "")
+    with pytest.raises(RunError, match="its answers to noise are NaN or infinity; lower x"):
+        gate.require_model(huge, run.config.model, "lower x")
+
+
+@pytest.mark.parametrize("command", ["run", "flower's"])
+def test_a_start_with_nan_leaves_no_folder(tmp_path: Path, command: str) -> None:
+    start = pipeline.start_of(settings(**SMALL))
+    save_tensors(tmp_path / "start.safetensors", start | {"head.bias": torch.full((10,), torch.nan)})
+    config = settings(**SMALL | {"model.weights": str(tmp_path / "start.safetensors"), "out-dir": str(tmp_path / "o")})
+    with pytest.raises(UserError, match=r"model\.weights"):
+        pipeline.run(config) if command == "run" else pipeline.start_of(config)
+    assert not (tmp_path / "o").exists()
+
+
+def rewritten(path: Path, **header: object) -> None:
+    """Without a checksum, as by 0.1.0 or by hand."""
+    tensors, own = load_tensors(path)
+    weights = {name: header.pop(name, tensor) for name, tensor in tensors.items()}
+    save_tensors(path, weights, own | header)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = content[8 : 8 + length].replace(b"checksum", b"checksul")
+    path.write_bytes(content[:8] + head + content[8 + length :])
+
+
+HEAD = "head.bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({HEAD: torch.full((10,), torch.nan)}, f"client 1: NaN or infinity in '{HEAD}'"),
+        ({HEAD: torch.zeros(11)}, rf"client 1: {HEAD} has the shape \(11,\), not \(10,\)"),
+        ({HEAD: torch.zeros(10, dtype=torch.float64)}, f"client 1: {HEAD} is float64; it must be float32 or float16"),
+        ({HEAD: torch.full((10,), 3e38)}, "client 1: its model gives NaN or infinity"),
+        ({"num_examples": -5}, "client 1: it trained on -5 images"),
+        ({"num_examples": 10**30}, "client 1: it says that it trained on 1000"),
+        ({"train_loss": float("nan")}, "client 1: its training loss is nan"),
+        ({"train_loss": 10**400}, "client 1: .* is not an upload"),
+        ({"class_counts": [1, "x"]}, "client 1: .* is not an upload"),
+        ({"class_counts": [10**20] * 10}, "client 1: its class counts"),
+        ({"client": True}, "client 1: .* is not an upload"),
+        ({}, ""),
+    ],
+)
+def test_an_upload_on_disk_passes_the_gate_of_one_that_arrives(
+    run: RunFolder, tmp_path: Path, changes: dict[str, object], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run", ignore=lambda *_: ["fused"]))
+    path = copy.upload_paths()[1]
+    rewritten(path, **changes)
+    if not reason:
+        assert len(copy.load_uploads()) == 4
+        return
+    with pytest.raises(UserError, match=reason):
+        pipeline.fuse(copy, "fedavg", {})
+    copy.result_path.unlink()
+    with pytest.raises(UserError, match=reason):
+        pipeline.continued(replace(copy.config, resume_from=str(copy.path)))
+    assert not (copy.path / "fused").exists()
+    assert main(["fuse", str(copy.path), "--method", "fedavg"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bytes_that_were_altered_are_noticed(run: RunFolder, tmp_path: Path) -> None:
+    """Contents, names and numbers that are all possible, but not what was written."""
+    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run", ignore=lambda *_: ["fused"]))
+    path = copy.upload_paths()[2]
+    content = path.read_bytes()
+    count = f'\\"num_examples\\": {load(path).num_examples}'.encode()
+    other = count[:-1] + b"%d" % (1 if count[-1:] == b"9" else int(count[-1:]) + 1)
+    for altered in (content[:-1] + bytes([content[-1] ^ 1]), content.replace(count, other)):
+        assert len(altered) == len(content)
+        assert altered != content
+        path.write_bytes(altered)
+        with pytest.raises(
+            UploadError, match=r"^client 2: .*client_002\.safetensors was altered .*; delete it and set"
+        ):
+            copy.load_uploads()
+
+
+def test_a_checkpoint_that_was_altered_is_made_afresh(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = load_tensors(pipeline.fuse(run, "fedmitr", {}).model_path)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "clear_work", lambda _: None)
+        folder = pipeline.fuse(run, "fedmitr", {}, "altered")
+    for piece in sorted(folder.work_path.iterdir()):
+        content = bytearray(piece.read_bytes())
+        content[-1] ^= 1
+        piece.write_bytes(content)
+    folder.model_path.unlink()
+    caplog.clear()
+    pipeline.fuse(run, "fedmitr", {}, "altered")
+    made = load_tensors(folder.model_path)[0]
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+    told = [line for line in caplog.messages if "was altered after it was written" in line]
+    assert len(told) == 2
+    assert all(line.endswith("it is made afresh") for line in told)
+
+
+def test_an_upload_that_may_not_be_read_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "client_000.safetensors"
+    save_tensors(path, {"x": torch.ones(1)})
+    opened = Path.open
+
+    def denied(own: Path, *mode: str, **more: Any) -> Any:
+        if own == path:
+            raise PermissionError(13, "Permission denied")
+        return opened(own, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(RunError) as refused:
+        load(path)
+    assert str(refused.value) == (
+        f"cannot read {path}: Permission denied; its owner can give you the permission (chmod, chown)"
+    )
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_one_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "x"
+    make(path)
+    with pytest.raises(RunError), reading(path):
+        pass
+
+
+def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
+    old = RunFolder.open(shutil.copytree(OLD, tmp_path / "old"))
+    assert old.config.strategy.mu == -1  # its 0 meant the strategy's own
+    assert old.config == replace(Config.from_flat(old.read_result()["config"]), strategy=old.config.strategy)
+    assert [upload.num_examples for upload in old.load_uploads()] == [79, 121]
+    again = pipeline.fuse(old, "fedmitr", {})
+    made, wanted = load_tensors(again.model_path)[0], load_tensors(old.model_path)[0]
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(made[name], tensor, rtol=1e-3, atol=1e-4)
+    assert again.read_result()["accuracy"]["local"] == old.read_result()["accuracy"]["local"] == [8.0, 12.0]
+    assert main(["report", str(old.path)]) == 0
+
+
+def test_test_settings_and_paths_decide_no_upload(run: RunFolder) -> None:
+    folder = pipeline.fuse(run, "fedavg", {"data.test-limit": 20})
+    assert folder.read_result()["evaluated_on"]["images"] == 20
+    moved = Config.from_flat({"data.path": "/elsewhere", "model.weights": "/a.safetensors"}, base=run.config)
+    with pytest.raises(RunError, match=r"model\.weights = '/a\.safetensors', but the uploads were made with 'none'"):
+        pipeline.require_same_uploads(run.config, moved, "")
+    pipeline.require_same_uploads(moved, Config.from_flat({"model.weights": "/b.safetensors"}, base=moved), "")
+    with pytest.raises(RunError, match=r"data\.train-limit = 7"):
+        pipeline.require_same_uploads(run.config, Config.from_flat({"data.train-limit": 7}, base=run.config), "")
+
+
+def test_a_device_that_is_none_is_known_before_a_folder_is_made(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device = 'gpu' is not a torch device"):
+        pipeline.run(settings(**SMALL | {"out-dir": str(tmp_path / "new"), "device": "gpu"}))
+    assert not (tmp_path / "new").exists()
+    before = names(run.path / "fused")
+    with pytest.raises(ConfigError, match="device = 'gpu'"):
+        pipeline.fuse(run, "fedavg", {"device": "gpu"})
+    assert names(run.path / "fused") == before
+
+
+def test_a_finished_server_phase_does_without_the_training_labels(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(_: Config) -> Any:
+        raise DataError("train: no such folder")
+
+    monkeypatch.setattr(pipeline, "parts_of", unreadable)
+    result = pipeline.fuse(run, "fedavg", {}).read_result()
+    assert result["accuracy"]["student"] is not None
+    assert result["counts"] is None
+    assert "the clients' numbers of images are left out: train: no such folder" in caplog.messages
+
+
+def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch too large for the memory is made by halves, whose rebirths do not lie as those of a whole batch."""
+    tried: list[int] = []
+    whole = invert.Trajectory
+
+    def small_memory(ensemble: Any, question: Any, starts: torch.Tensor, *rest: Any) -> Any:
+        tried.append(len(starts))
+        if len(starts) > 2:
+            raise MemoryError
+        return whole(ensemble, question, starts, *rest)
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    refine = "fedmitr_flwr.inversion.scout.Weigher.refine"
+    monkeypatch.setattr(invert, "Trajectory", small_memory)
+    monkeypatch.setattr(refine, lambda *given: seen.append(given[1:3]))
+    pri = {"inversion.mode": "pri", "inversion.rebirths": 4, "distill.images-per-epoch": 16}
+    config = settings(**SMALL | pri | {"method": "fedmitr"})
+    uploads = [tiny.an_upload(config, client) for client in range(2)]
+    pool = methods.fuse(Job(uploads, config, CPU, lambda **_: None)).pool
+    assert tried == [4, 2, 2]
+    ((images, targets),) = seen
+    assert len(images.flatten(1).unique(dim=0)) == len(images) == 4
+    assert sorted(targets.tolist()) == sorted(pool.targets.tolist())[::4]
+
+
+@pytest.mark.parametrize("mode", ["tokens", "complement"])
+def test_cached_answers_are_of_the_weights_in_force(mode: str) -> None:
+    """The teachers are weighed anew with each epoch's images, and soft labels are theirs by these weights."""
+    changes = {"ensemble.weights": "estimated", "distill.epochs": 2, "relabel.mode": mode, "method": "fedmitr"}
+    config = settings(**SMALL | changes)
+    uploads = [tiny.an_upload(config, client) for client in range(2)]
+    made = methods.fuse(Job(uploads, config, CPU, lambda **_: None))
+    assert made.pool is not None
+    assert made.ensemble is not None
+    for view in made.pool.views:
+        patches = tiny_patches(made.pool.images[view.rows], config, view.given)
+        answers = made.ensemble.scores(patches, view.given)
+        torch.testing.assert_close(view.scores, answers.cls)
+        torch.testing.assert_close(view.token_scores, answers.patches)
+
+
+def tiny_patches(images: torch.Tensor, config: Config, given: torch.Tensor) -> torch.Tensor:
+    return take(patchify(images, config.model.patch_size), given)
+
+
+def test_an_upload_in_memory_is_probed(run: RunFolder) -> None:
+    """`fedmitr run`, bench: right after the training."""
+    upload = run.load_uploads()[0]
+    whole = replace(upload, weights=dict(upload.weights))
+    assert gate.admit(whole, run.config) is whole
+    bad: Upload = replace(whole, weights={name: torch.full_like(x, 1e38) for name, x in whole.weights.items()})
+    with pytest.raises(UploadError, match="client 0: its model gives NaN or infinity"):
+        gate.admit(bad, run.config)
+    with pytest.raises(UploadError, match="client 0: it ran other code"):
+        gate.admit(whole, run.config, fingerprint="0" * 12)
