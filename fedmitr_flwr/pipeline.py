@@ -178,7 +178,7 @@ def serve(folder: RunFolder, lines: Lines | None = None) -> Outcome:
     started = time.perf_counter()
     with threads(config.threads):
         screened = screen(uploads, config, device, folder.log_metrics)
-        if screened.excluded:
+        if screened.changed:
             uploads, lines = screened.kept, None
         job = Job(uploads, config, device, folder.log_metrics, stopwatch, folder.work_path)
         fused: Fused = methods.load(config.method).fuse(job)
