@@ -17,7 +17,7 @@ from .config import Config, ModelConfig
 from .errors import DiskError, RunError, UploadError
 from .training.stored import StoredWeights
 from .training.upload import ASK_AGAIN, Upload, Weights, validate
-from .vit.build import build_vit
+from .vit.build import build_vit, initial_weights
 from .vit.probe import computes
 
 
@@ -26,6 +26,15 @@ def shapes(model: ModelConfig) -> Weights:
     """The model's weights without their numbers; nothing is drawn, and no memory is taken."""
     with torch.device("meta"):
         return dict(build_vit(model).state_dict())
+
+
+@lru_cache(maxsize=4)
+def _reference(config: Config) -> Weights:
+    """`shapes`; beside statistics with the numbers of the start's last LayerNorm, which say what its features can be."""
+    if not config.upload.statistics:
+        return shapes(config.model)
+    initial = initial_weights(config.model, config.seed)
+    return shapes(config.model) | {name: initial[name] for name in initial if name.startswith("norm.")}
 
 
 def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> Upload:
@@ -39,12 +48,13 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
         DiskError: it cannot be read.
+        ModelError: it has statistics, and the start that their features are of cannot be had.
     """
     stored = upload.weights if isinstance(upload.weights, StoredWeights) else None
     if stored is not None:
         _require_unaltered(upload.client, stored)
     exact = upload if stored is None else replace(upload, weights=stored.exact)
-    reference, model = shapes(config.model), config.model
+    reference, model = _reference(config), config.model
     limits = config.partition.clients, config.screen.max_images
     validate(exact, reference, model.num_classes, fingerprint, *limits, asked=config.upload)
     # One whose checksum is right has passed here before it was written; the probe takes seconds for a large model.

@@ -223,7 +223,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     started = time.perf_counter()
     with threads(config.threads):
         screened = screen(uploads, config, device, folder.log_metrics)
-        if screened.excluded:
+        if screened.changed:
             uploads, lines = screened.kept, None
         job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path)
         fused = methods.fuse(job)

@@ -7,15 +7,15 @@ from .limits import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenConfig(Section):
-    """What the server makes of uploads that are well-formed but strange."""
+    """What the server makes of uploads that are well-formed but unusual."""
 
     section = "screen"
-    mode: str = "warn"  # off | warn (say which uploads are unlike the others) | exclude (and fuse without them)
+    mode: str = "clear"  # off | warn of unusual uploads | clear: leave out what no honest client can be | exclude: all
     images: int = 5  # made for each class, to see whether a client calls the classes by their names; 0: not looked at
     max_images: int = 10_000_000  # an upload that claims more is refused: sizes are weights
 
     def __post_init__(self) -> None:
-        self._one_of("mode", "off", "warn", "exclude")
+        self._one_of("mode", "off", "warn", "clear", "exclude")
         self._at_least(0, "images")
         self._at_least(1, "max_images")
 

@@ -1,4 +1,4 @@
-"""What a hostile client uploads in place of its own model. All of it passes the checks of an upload's form."""
+"""What a hostile client uploads in place of its own model, or of its statistics."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +10,15 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.rng import derive, stream
+from fedmitr_flwr.statistics.frozen import statistics_of
+from fedmitr_flwr.statistics.moments import Statistics, last_norm, packed
 from fedmitr_flwr.training.local import train_local
 from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
 
 SCALE = 100
+CLAIMED = 1000  # images
+SHIFT = 3.0  # of each number of a feature: they are about 1
 
 Attack = Callable[[Upload, Config], Upload]
 
@@ -45,7 +49,55 @@ def permuted(upload: Upload, config: Config) -> Upload:
     return replace(upload, weights=dict(vit.state_dict()), train_loss=loss)
 
 
+def shifted(upload: Upload, config: Config) -> Upload:
+    """Many images are claimed, of features that are all moved by as much."""
+    del config
+    told = statistics_of(upload)
+    counts_Y = (told.counts * CLAIMED / told.counts.sum()).round()
+    number, share = counts_Y.sum(), counts_Y.sum() / told.counts.sum()
+    move_D = torch.full_like(told.sums[0], SHIFT)
+    sums_YD = counts_Y[:, None] * (told.means + move_D * (counts_Y > 0)[:, None])
+    means_YD = sums_YD / counts_Y.clamp_min(1)[:, None]
+    moment_DD = told.scatter * share + means_YD.T @ sums_YD
+    changed = _with(upload, Statistics(counts_Y, sums_YD, moment_DD))
+    return replace(changed, num_examples=int(number))
+
+
+def enlarged(upload: Upload, config: Config) -> Upload:
+    """Features a hundred times as long, of a truthful number of images."""
+    del config
+    told = statistics_of(upload)
+    return _with(upload, Statistics(told.counts, SCALE * told.sums, SCALE**2 * told.moment))
+
+
+def exchanged(upload: Upload, config: Config) -> Upload:
+    """The counts and sums of the classes, exchanged at random: possible sums, under other names."""
+    told = statistics_of(upload)
+    names = torch.randperm(len(told.counts), generator=stream(config.seed, "exchanged", upload.client))
+    return _with(upload, Statistics(told.counts[names], told.sums[names], told.moment))
+
+
+def turned(upload: Upload, config: Config) -> Upload:
+    """Each feature z as 2 β - z, which the public model's LayerNorm could give: pointing the other way."""
+    told = statistics_of(upload)
+    norm = last_norm(initial_weights(config.model, config.seed))
+    assert norm is not None, "a ViT has one"
+    beta_D, total_D = norm[1], told.sums.sum(0)
+    sums_YD = 2 * told.counts[:, None] * beta_D - told.sums
+    crossed_DD = 2 * torch.outer(beta_D, total_D)
+    moment_DD = told.moment - crossed_DD - crossed_DD.T + 4 * told.counts.sum() * torch.outer(beta_D, beta_D)
+    return _with(upload, Statistics(told.counts, sums_YD, moment_DD))
+
+
 ATTACKS: dict[str, Attack] = {"scaled": scaled, "reversed": reversed_, "random": random, "permuted": permuted}
+LIES: dict[str, Attack] = {"shifted": shifted, "enlarged": enlarged, "exchanged": exchanged, "turned": turned}
+
+
+def _with(upload: Upload, told: Statistics) -> Upload:
+    """The upload with other sums."""
+    assert upload.statistics is not None, "which are to be changed"
+    statistics = {**upload.statistics, "sums": told.sums, "moment": packed(told.moment)}
+    return replace(upload, class_counts=tuple(map(int, told.counts.tolist())), statistics=statistics)
 
 
 def _changed(upload: Upload, config: Config, change: Callable[[Tensor, Tensor], Tensor]) -> Upload:

@@ -1,7 +1,8 @@
 """FedPFT: each client's classes as Gaussians of frozen features; the server draws from them and trains a linear head.
 
 Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian per client and class [C]: as many
-features are drawn as the client has images of the class.
+features are drawn as the client has images of the class, but `MOST` at most; where it says that it has more, each counts
+for as many as it stands for. So neither memory nor time depends on what a client claims.
 
 Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
 is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied`
@@ -24,6 +25,7 @@ from .contract import Fused, Job
 
 PENALTY = 1.0  # on half the squared weights, beside the sum of cross-entropies: scikit-learn's C = 1
 STEPS = 500  # of L-BFGS at most
+MOST = 2000  # features drawn of one client and class
 
 
 def check(config: Config) -> None:
@@ -42,27 +44,29 @@ def fuse(job: Job) -> Fused:
         draw(statistics_of(upload), config.statistics.gaussian, stream(config.seed, "fedpft", upload.client))
         for upload in job.uploads
     ]
-    features, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    features, labels, weights = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     with job.stopwatch.stage("head"):
-        head = train_head(features, labels, config.model.num_classes)
+        head = train_head(features, labels, config.model.num_classes, weights)
     return Fused(*frozen_model(config, head, job.device))
 
 
-def draw(told: Statistics, gaussian: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As many features (n, D) and labels (n,) as the client has images."""
-    labels = torch.arange(len(told.counts)).repeat_interleave(told.counts.long())
+def draw(told: Statistics, gaussian: str, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (n, D), labels (n,) and for how many images each stands (n,): of each class as many as images, or `most`."""
+    drawn_Y = told.counts.clamp_max(most)
+    labels = torch.arange(len(told.counts)).repeat_interleave(drawn_Y.long())
+    weights_N = (told.counts / drawn_Y.clamp_min(1))[labels]
     noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
     if gaussian == "tied":
         values, vectors = torch.linalg.eigh(told.scatter / told.counts.sum())
-        return told.means[labels] + noise_ND * values.clamp_min(0).sqrt() @ vectors.T, labels
+        return told.means[labels] + noise_ND * values.clamp_min(0).sqrt() @ vectors.T, labels, weights_N
     variances_YD = told.variances
     if gaussian == "spherical":
         variances_YD = variances_YD.mean(1, keepdim=True).expand_as(variances_YD)
-    return told.means[labels] + variances_YD[labels].sqrt() * noise_ND, labels
+    return told.means[labels] + variances_YD[labels].sqrt() * noise_ND, labels, weights_N
 
 
-def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> Head:
-    """Multinomial logistic regression, from zero weights."""
+def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int, weights_N: Tensor | None = None) -> Head:
+    """Multinomial logistic regression, from zero weights; a feature of weight 2 counts as two equal ones."""
     linear = nn.Linear(features_ND.shape[1], num_classes, dtype=torch.float64)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -70,9 +74,14 @@ def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> Head:
         linear.parameters(), max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
+    alike = weights_N is None or bool((weights_N == 1).all())
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        fit = F.cross_entropy(linear(features_ND), labels_N, reduction="sum")
+        if alike:  # the same bits as before there were weights
+            fit = F.cross_entropy(linear(features_ND), labels_N, reduction="sum")
+        else:
+            fit = (F.cross_entropy(linear(features_ND), labels_N, reduction="none") * weights_N).sum()
         total = fit + PENALTY / 2 * linear.weight.square().sum()
         total.backward()
         return total

@@ -69,10 +69,12 @@ class Names:
         return (self.right - self.chance) / self.gain if self.gain > 0 else 1.0
 
     @classmethod
-    def of(cls, probabilities_MC: Tensor, targets_M: Tensor) -> "Names":
+    def of(cls, probabilities_MC: Tensor, targets_M: Tensor, shares_M: Tensor | None = None) -> "Names":
+        """Of answers (M, C) to images of classes (M,), which count alike or by shares (M,) of a sum of 1."""
         classes = probabilities_MC.shape[1]
+        weighted_MC = probabilities_MC.double() * (1 / len(targets_M) if shares_M is None else shares_M[:, None])
         share_YC = torch.zeros(classes, classes, dtype=torch.float64, device=targets_M.device)
-        share_YC = share_YC.index_add_(0, targets_M, probabilities_MC.double()) / len(targets_M)
+        share_YC = share_YC.index_add_(0, targets_M, weighted_MC)
         chance = (share_YC.sum(1) * share_YC.sum(0)).sum().item()
         rows, names = linear_sum_assignment(share_YC.cpu().numpy(), maximize=True)
         sure = probabilities_MC.max(1).values.mean().item() - 1 / classes

@@ -9,12 +9,14 @@ class Finding:
 
     Attributes:
         client: whose upload it is.
-        check: norm | direction | copy | size | answers | unsure.
+        check: norm | direction | start | copy | size | sums | answers | unsure.
         value: the number that was looked at.
-        text: what is strange, in words, and the fix.
+        text: what is unusual, in words, and the fix.
+        clear: no honest client can be so, by a wide margin; else it is only unusual.
     """
 
     client: int
     check: str
     value: float
     text: str
+    clear: bool = False

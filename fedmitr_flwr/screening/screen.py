@@ -1,19 +1,21 @@
-"""Look at all uploads before an ensemble is formed: say which are strange, and, where wanted, go on without them."""
+"""Look at all uploads before an ensemble is formed: say which are unusual, and leave out what cannot be honest."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ..config import Config
 from ..errors import ModelError
-from ..training.upload import Upload
+from ..statistics import moments
+from ..training.upload import Upload, Weights
 from ..vit.build import initial_weights
 from .answers import strange_answers
 from .findings import Finding
-from .weights import strange_weights
+from .sums import strange_sums
+from .weights import FEWEST, OWNS, strange_weights
 
 log = logging.getLogger("fedmitr")
 
@@ -26,11 +28,13 @@ class Screened:
         kept: the uploads to go on with, in their order.
         findings: by client.
         excluded: the clients that are left out.
+        changed: whether `kept` are other uploads than were given.
     """
 
     kept: list[Upload]
     findings: list[Finding]
     excluded: list[int]
+    changed: bool = False
 
     def facts(self, mode: str) -> dict[str, Any]:
         """For result.json."""
@@ -40,7 +44,10 @@ class Screened:
 def screen(
     uploads: Sequence[Upload], config: Config, device: torch.device, report: Callable[..., None] = lambda **_: None
 ) -> Screened:
-    """Judge the uploads by `config.screen`: one warning for each strange one; with `exclude` they are left out.
+    """Judge the uploads by `config.screen`: one warning for each that is unusual.
+
+    With `clear`, what no honest client can be is left out, and of the others none counts as more than `OWNS` times all
+    the rest; with `exclude`, all that is unusual is left out.
 
     Args:
         uploads: in the clients' order.
@@ -52,43 +59,79 @@ def screen(
     if mode == "off":
         return Screened(list(uploads), [], [])
     findings = _findings(uploads, config, device)
-    strange = {finding.client for finding in findings}
-    excluded = sorted(strange) if mode == "exclude" else []
-    if excluded and 2 * len(strange) >= len(uploads):
+    leaving = {finding.client for finding in findings if mode == "exclude" or (mode == "clear" and finding.clear)}
+    excluded = sorted(leaving)
+    if excluded and 2 * len(excluded) >= len(uploads):
         log.warning(
-            "screening: %d of %d uploads are strange, too many to tell who is right; none is left out",
-            *(len(strange), len(uploads)),
+            "screening: %d of %d uploads would be left out, too many to say who is right; none is left out",
+            len(excluded),
+            len(uploads),
         )
         excluded = []
     for finding in findings:
-        done = "left out" if excluded else "used all the same; screen.mode = 'exclude' leaves it out"
-        log.warning("client %d is strange: %s (%s)", finding.client, finding.text, done)
-        report(stage="screen", **asdict(finding), excluded=bool(excluded))
+        out = finding.client in excluded
+        done = (
+            "left out; if it is honest, fuse the run again with screen.mode = 'warn'"
+            if out
+            else "used all the same; screen.mode = 'exclude' leaves it out"
+        )
+        log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, done)
+        report(stage="screen", **asdict(finding), excluded=out)
     kept = [upload for upload in uploads if upload.client not in excluded]
-    return Screened(kept, findings, excluded)
+    bounded = kept if mode == "warn" else _bounded(kept)
+    return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != kept)
 
 
 def _findings(uploads: Sequence[Upload], config: Config, device: torch.device) -> list[Finding]:
-    """At most one for each client: weights first, then the answers of those whose weights are like the others'."""
-    findings = _first(_by_weights(uploads, config))
+    """At most one for each client: weights and sums first, then the answers of those of which nothing was said."""
+    start = _start(config)
+    found = [] if start is None else strange_weights(uploads, start)
+    if config.upload.statistics:
+        found += strange_sums(uploads, None if start is None else moments.last_norm(start))
+    findings = _gravest(found)
     if config.screen.images:
-        strange = {finding.client for finding in findings}
-        findings += strange_answers([each for each in uploads if each.client not in strange], config, device)
+        unusual = {finding.client for finding in findings}
+        findings += strange_answers([each for each in uploads if each.client not in unusual], config, device)
     return sorted(findings, key=lambda finding: finding.client)
 
 
-def _by_weights(uploads: Sequence[Upload], config: Config) -> list[Finding]:
+def _start(config: Config) -> Weights | None:
     try:
-        return strange_weights(uploads, initial_weights(config.model, config.seed))
+        return initial_weights(config.model, config.seed)
     except ModelError as error:
         if config.screen.mode == "exclude":
             raise
         log.warning("screening: not by weights, for the clients' start cannot be had: %s", error)
-        return []
+        return None
 
 
-def _first(findings: Sequence[Finding]) -> list[Finding]:
+def _gravest(findings: Sequence[Finding]) -> list[Finding]:
     by_client: dict[int, Finding] = {}
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: not finding.clear):
         by_client.setdefault(finding.client, finding)
     return list(by_client.values())
+
+
+def _bounded(uploads: Sequence[Upload]) -> list[Upload]:
+    """A client counts as at most `OWNS` times the images of all others together: a claim is no proof."""
+    if len(uploads) < FEWEST:
+        return list(uploads)
+    total = sum(upload.num_examples for upload in uploads)
+    most = [int(OWNS * (total - upload.num_examples)) for upload in uploads]
+    return [
+        _of_size(upload, bound) if upload.num_examples > bound else upload
+        for upload, bound in zip(uploads, most, strict=True)
+    ]
+
+
+def _of_size(upload: Upload, images: int) -> Upload:
+    """The upload as one of fewer images, of the same classes to within one image of each."""
+    log.warning("client %d says that it has %d images; it counts as %d", upload.client, upload.num_examples, images)
+    if upload.class_counts is None:
+        return replace(upload, num_examples=images)
+    share = images / upload.num_examples
+    counts = tuple(max(1, int(share * count)) if count else 0 for count in upload.class_counts)
+    statistics = upload.statistics
+    if statistics is not None and "sums" in statistics:
+        statistics = {**statistics, **moments.resized(statistics, upload.class_counts, counts)}
+    return replace(upload, num_examples=sum(counts), class_counts=counts, statistics=statistics)

@@ -22,6 +22,10 @@ from ..data.images import Images, prepare
 
 _BATCH = 256  # images
 _ROUNDING = 1e-9  # of the features' whole power; honest sums of a million images differ by less
+_FLOAT32 = 1e-3  # of a normalised feature's power, in which features are computed; honest ones differ by 1e-6
+_SHORTEST = 0.5  # of that power: a token whose variance is below the ε of its LayerNorm (1e-6) is shorter, and none is
+
+Norm = tuple[Tensor, Tensor]  # γ and β (D,) of the public model's last LayerNorm, whose outputs are the features
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,34 +105,86 @@ def measure(features_ND: Tensor, labels_N: Tensor, num_classes: int, *, variance
     """
     z_ND = features_ND.double()
     empty_YD = z_ND.new_zeros(num_classes, z_ND.shape[1])
-    tensors = {"sums": empty_YD.index_add(0, labels_N, z_ND), "moment": _packed(z_ND.T @ z_ND)}
+    tensors = {"sums": empty_YD.index_add(0, labels_N, z_ND), "moment": packed(z_ND.T @ z_ND)}
     return tensors | ({"squares": empty_YD.index_add(0, labels_N, z_ND**2)} if variances else {})
 
 
-def problem(tensors: Mapping[str, Tensor], counts: tuple[int, ...], width: int) -> str | None:
-    """Why these cannot be sums over so many features of D = `width` numbers; None: they can."""
+def resized(tensors: Mapping[str, Tensor], counts: tuple[int, ...], wanted: tuple[int, ...]) -> dict[str, Tensor]:
+    """The sums of `measure` if there were `wanted` images of each class, of the same means and scatter per image."""
+    statistics, number = Statistics.of(tensors, counts), torch.tensor(wanted, dtype=torch.float64)
+    shares_Y1 = (number / statistics.counts.clamp_min(1))[:, None]
+    sums_YD = statistics.sums * shares_Y1
+    moment_DD = statistics.scatter * (number.sum() / statistics.counts.sum()) + statistics.means.T @ sums_YD
+    squares = {} if statistics.squares is None else {"squares": statistics.squares * shares_Y1}
+    return {"sums": sums_YD, "moment": packed(moment_DD), **squares}
+
+
+def last_norm(weights: Mapping[str, Tensor]) -> Norm | None:
+    """γ and β of the last LayerNorm; None: only their shapes are known, or there is none."""
+    found = weights.get("norm.weight"), weights.get("norm.bias")
+    gamma_D, beta_D = found
+    if gamma_D is None or beta_D is None or gamma_D.is_meta:
+        return None
+    return gamma_D.double(), beta_D.double()
+
+
+def problem(tensors: Mapping[str, Tensor], counts: tuple[int, ...], width: int, norm: Norm | None = None) -> str | None:
+    """Why these cannot be sums over so many features of D = `width` numbers, made by this LayerNorm; None: they can."""
     for name, tensor in tensors.items():
         shape = (width * (width + 1) // 2,) if name == "moment" else (len(counts), width)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
             return f"its statistics' {name} are {_kind(tensor.dtype, tensor.shape)}, not {_kind(torch.float64, shape)}"
         if not torch.isfinite(tensor).all():
             return f"NaN or infinity in its statistics' {name}; look at model.weights and at the images"
-    contradiction = _contradiction(Statistics.of(tensors, counts))
-    return contradiction and f"its statistics are no sums of features: {contradiction}; do not edit uploads"
+    statistics = Statistics.of(tensors, counts)
+    contradiction = _contradiction(statistics) or (norm and _not_normalised(statistics, *norm))
+    return f"its statistics are no sums of features: {contradiction}; do not edit uploads" if contradiction else None
 
 
-def _contradiction(told: Statistics) -> str | None:
-    rounding = _ROUNDING * (1 + told.moment.diagonal().abs().sum().item())
-    if told.sums[told.counts == 0].any():
+def _contradiction(statistics: Statistics) -> str | None:
+    if not torch.isfinite(statistics.scatter).all():
+        return "numbers too large to be multiplied"
+    rounding = _ROUNDING * (1 + statistics.moment.diagonal().abs().sum().item())
+    if statistics.sums[statistics.counts == 0].any():
         return "a class without images has a sum"
-    if torch.linalg.eigvalsh(told.scatter)[0] < -rounding:
+    if torch.linalg.eigvalsh(statistics.scatter)[0] < -rounding:
         return "the scatter within classes has a negative eigenvalue"
-    if told.squares is None:
+    if statistics.squares is None:
         return None
-    if (told.squares.sum(0) - told.moment.diagonal()).abs().max() > rounding:
+    if statistics.squares[statistics.counts == 0].any():
+        return "a class without images has squares"
+    if (statistics.squares.sum(0) - statistics.moment.diagonal()).abs().max() > rounding:
         return "the squares do not add up to the moment's diagonal"
-    if (told.squares - told.means * told.sums).min() < -rounding:
+    if (statistics.squares - statistics.means * statistics.sums).min() < -rounding:
         return "a class has a negative variance"
+    return None
+
+
+def _not_normalised(statistics: Statistics, gamma_D: Tensor, beta_D: Tensor) -> str | None:
+    """What contradicts that x = (z - β) / γ of each feature z has mean 0 over its D numbers, and a mean square of 1.
+
+    The mean square is var / (var + ε), a little below 1. So over n images Σ |x|² is n D, and Σ (Σ_i x_i)² is 0; and of
+    each class |mean of x|² is at most D. Where γ is all but 0, x is lost in rounding: then Σ |x|² is only bounded.
+    """
+    seen = gamma_D.abs() > _FLOAT32 * gamma_D.abs().max()
+    gamma, beta = gamma_D[seen], beta_D[seen]
+    number, total = statistics.counts.sum(), statistics.sums.sum(0)[seen]
+    moment = statistics.moment[seen][:, seen]
+    crossed = torch.outer(total, beta)
+    moment = (moment - crossed - crossed.T + number * torch.outer(beta, beta)) / torch.outer(gamma, gamma)
+    power = moment.trace().item() / (number.item() * len(gamma_D))
+    if power > 1 + _FLOAT32:
+        return f"a feature is {power**0.5:.3g} times as long as the LayerNorm of model.weights makes any"
+    means = (statistics.means[:, seen] - beta) / gamma
+    longest = means[statistics.counts > 0].square().sum(1).max().item() / len(gamma_D)
+    if longest > 1 + _FLOAT32:
+        return f"the mean of a class is {longest**0.5:.3g} times as long as the LayerNorm of model.weights makes any"
+    if not seen.all():
+        return None
+    if power < _SHORTEST:
+        return f"a feature has {power**0.5:.3g} of the length that the LayerNorm of model.weights gives each"
+    if moment.sum().item() > _FLOAT32 * number.item() * len(gamma_D):
+        return "features have not the mean that the LayerNorm of model.weights gives each"
     return None
 
 
@@ -136,7 +192,7 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
-def _packed(matrix_DD: Tensor) -> Tensor:
+def packed(matrix_DD: Tensor) -> Tensor:
     """A symmetric matrix as (U,)."""
     rows, columns = torch.triu_indices(*matrix_DD.shape)
     return matrix_DD[rows, columns]

@@ -197,7 +197,8 @@ def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: Up
         if upload.class_counts is None:
             return "statistics without class counts; run this app's own ClientApp there, which sends both"
         told_sums = {name: told[name] for name in sums}
-        problem = moments.problem(told_sums, upload.class_counts, reference["head.weight"].shape[1])
+        width, norm = reference["head.weight"].shape[1], moments.last_norm(reference)
+        problem = moments.problem(told_sums, upload.class_counts, width, norm)
     if layers and not problem:
         told_layers = {name: told[name] for name in layers}
         problem = _wrong_tensor(told_layers, layers) or inputs.problem(told_layers)
