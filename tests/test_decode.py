@@ -23,7 +23,7 @@ from fedmitr_flwr.errors import DataError
 Pixels = NDArray[np.uint8]
 SIDE = 8
 EXIF_6 = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"  # Orientation = 6 and nothing else
-EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT = 338, 262, 339  # TIFF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 338, 339  # TIFF tags
 XMP_6 = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 UPRIGHT = {  # from a stored array (H, W, C), by the EXIF standard
     1: lambda a: a,
@@ -124,7 +124,7 @@ def test_every_mode_and_format_is_what_pillow_shows_upright_on_white(
     if mode == "La":
         plain, file = with_tag(plain, EXTRA_SAMPLES, 1), with_tag(file, EXTRA_SAMPLES, 1)
 
-    image = Image.open(io.BytesIO(plain))
+    image: Image.Image = Image.open(io.BytesIO(plain))
     assert image.mode == mode or form not in ("PNG", "TIFF")
     if mode in ("La", "LAB"):  # Pillow has no way to RGBA from these
         image = image.convert({"La": "LA", "LAB": "RGB"}[mode])
@@ -166,6 +166,13 @@ def _in_mode(rgba: Image.Image, mode: str) -> Image.Image:
 def test_what_is_transparent_is_white(file: bytes, levels: int | list[int]) -> None:
     assert flat(file) == (levels if isinstance(levels, list) else [levels])
     assert flat(file, 3) == [[level] * 3 for level in flat(file)]
+
+
+def test_images_of_which_nothing_shows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    clear, half = (encode(Image.new("RGBA", (2, 2), (9, 9, 9, alpha))) for alpha in (0, 1))
+    decoded(half, clear, clear)
+    (line,) = caplog.messages
+    assert line.startswith("2 of 3 images are transparent everywhere, and so all white")
 
 
 def _png_with_xmp(picture: Pixels) -> bytes:
@@ -249,6 +256,8 @@ def test_one_scale_for_a_split_of_several_sizes_and_depths() -> None:
 def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixture) -> None:
     assert flat(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 900)) == [0, 56]
     assert flat(b"P2 2 1 1000\n0 500") == [0, 128]
+    packed = encode(np.array([[0x1000, 0x00FF]], dtype="<u2"), "TIFF")  # of 12 bits: 0x001, 0x0FF
+    assert flat(with_tag(packed, BITS_PER_SAMPLE, 12)) == [0, 15]
     assert not caplog.messages
     white_is_zero = encode(np.array([[0, 1024, 65535]], dtype=np.uint16), "TIFF")
     assert flat(with_tag(white_is_zero, PHOTOMETRIC, 0)) == [255, 251, 0]

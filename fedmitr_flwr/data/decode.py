@@ -44,6 +44,7 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 # What is counted of a split's images.
 _ANIMATED = "are animated or have several pages; the first frame is used"
+_CLEAR = "are transparent everywhere, and so all white; save them without an alpha channel if it means nothing"
 _BROKEN_EXIF = "have EXIF data that cannot be read; they are taken as they are stored, upright or not"
 _DEEP = "have 16 bits"  # and are grey
 _DEEP_COLOUR = "have colours of 16 bits"  # of which Pillow reads the higher 8
@@ -197,10 +198,14 @@ def _picture(image: Image.Image, in_chans: int, img_size: int, bits: int) -> _Pi
         if raw != "I;12" and not 255 < most < 65535:  # these state their range
             notes = (_DEEP,)
     else:
-        flat = _on_white(image, raw) if image.has_transparency_data else image
+        flat = image
+        if image.has_transparency_data:
+            flat, clear = _on_white(image, raw)
+            notes = (_CLEAR,) if clear else ()
         if ";16" in raw or most == 65535:
             high = int(np.asarray(_channels(image, 3)).max())
-            notes, largest = (_DEEP_COLOUR,), max(high * 257 - 128, 1) if most else high << 8 | 255
+            notes += (_DEEP_COLOUR,)
+            largest = max(high * 257 - 128, 1) if most else high << 8 | 255
     flat = _channels(flat, in_chans)
     orientation = _orientation(image)
     if orientation is None:
@@ -247,7 +252,8 @@ def _of_16_bits(image: Image.Image, bits: int) -> tuple[Image.Image, int]:
     return Image.fromarray(np.where(clear, np.uint8(255), grey)), largest
 
 
-def _on_white(image: Image.Image, raw: str) -> Image.Image:
+def _on_white(image: Image.Image, raw: str) -> tuple[Image.Image, bool]:
+    """RGB, and whether nothing of the image is to be seen."""
     if "transparency" in image.info and image.mode in ("L", "RGB"):
         image.info["transparency"] = _clear_colour(image.info["transparency"], raw)
     if image.mode == "La":
@@ -256,7 +262,7 @@ def _on_white(image: Image.Image, raw: str) -> Image.Image:
         image = image.convert("RGBA")
     ground = Image.new("RGB", image.size, "white")
     ground.paste(image, mask=image)
-    return ground
+    return ground, image.getchannel("A").getextrema()[1] == 0
 
 
 def _clear_colour(samples: int | tuple[int, ...], raw: str) -> int | tuple[int, ...]:
