@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -10,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..config import Config
 from ..errors import ConfigError
+from ..files import absolute
 from ..sections import IMPROVED
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
@@ -35,7 +35,7 @@ def require_start(config: Config) -> None:
     if distill.init != "pretrained":
         return
     if distill.pretrained != "timm":
-        if not Path(distill.pretrained).expanduser().is_file():
+        if not absolute(distill.pretrained, "distill.pretrained").is_file():
             raise ConfigError(f"distill.pretrained = {distill.pretrained!r}: there is no such file; give another")
     elif model.name == SMALL:
         raise ConfigError(
