@@ -87,6 +87,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     folder = continued(config) if config.resume_from else created(config, name)
     log.info("run folder: %s", folder.path)
     with folder.at_work():
+        folder.note_start(initial)
         for client in folder.missing(config.partition.clients):
             take_upload(folder, client, initial)
         serve(folder)
@@ -254,6 +255,8 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
 
 def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """Write the clients' accuracy of the global model, weighted by their numbers of images, into result.json."""
+    for each in evaluations:
+        require_loss(each.loss, DIVERGED)
     total = sum(each.num_examples for each in evaluations)
     result = folder.read_result()
     student = sum(each.accuracy * each.num_examples for each in evaluations) / total
@@ -280,6 +283,7 @@ def fuse(
     config = Config.from_flat({**overrides, "method": method}, base=before)
     methods.check(config, config.partition.clients)
     require_same_uploads(before, config, "to change it, make a new run")
+    _require_same_start(run_folder, config)
     resolve_device(config.device)
     uploads = RunFolder(run_folder.path, config).require_uploads(config.flower.quorum)
     if config.evaluate.where == "server":
@@ -300,6 +304,7 @@ def continued(config: Config) -> RunFolder:
             raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
         _require_same_order(folder.config, config)
         require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
+        _require_same_start(folder, config)
         uploads = RunFolder(folder.path, config).load_uploads()
         folder.continue_with(config)
     if stale := [upload.client for upload in uploads if upload.fingerprint != core()]:
@@ -313,6 +318,15 @@ def _require_same_order(before: Config, after: Config) -> None:
         raise RunError(
             f"flower.clients = {after.flower.clients!r}, but the run numbered its clients by "
             f"{before.flower.clients!r}; restore that list"
+        )
+
+
+def _require_same_start(folder: RunFolder, config: Config) -> None:
+    """The file of weights may lie elsewhere now, but be no other: screening and frozen features start from it."""
+    before, after = folder.config.model.weights, config.model.weights
+    if before != after and not folder.is_start(start_of(config)):
+        raise RunError(
+            f"model.weights = {after!r} is not known to be what the clients started from ({before!r}); give that file"
         )
 
 

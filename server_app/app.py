@@ -58,6 +58,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     config = folder.config
     strategy = OneShot(folder, clients.nodes)
     with folder.at_work():
+        folder.note_start(arrays.to_torch_state_dict())
         strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
     log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)
 

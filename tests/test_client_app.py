@@ -18,7 +18,7 @@ from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import DataError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.vit.build import initial_weights
 from server_app.records import order, read_upload, room
 
@@ -52,7 +52,7 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
     assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint", "seconds"}
     assert metrics["num-examples"] == 75  # half of 150
     assert metrics["seconds"] > 0
-    assert metrics["fingerprint"] == int(fingerprint(), 16)
+    assert metrics["fingerprint"] == int(core(), 16)
 
 
 def test_class_counts_only_by_choice() -> None:
@@ -101,7 +101,7 @@ def test_describe_names_the_client() -> None:
     assert dict(told["card"]) == {
         "partition-id": 1,
         "num-partitions": 2,
-        "fingerprint": int(fingerprint(), 16),
+        "fingerprint": int(core(), 16),
         "own-data": 0,
     }
     assert dict(told["name"]) == {"name": "", "flwr": version("flwr")}

@@ -248,11 +248,11 @@ BEYOND = {
     "flower.node-wait": 0,
     "flower.upload-timeout": 0,
     "flower.quorum": 1.1,
-    "strategy.eta": -1,
-    "strategy.tau": -1,
+    "strategy.eta": -2,
+    "strategy.tau": -0.5,
     "strategy.momentum": 1,
-    "strategy.mu": -1,
-    "strategy.lr": -1,
+    "strategy.mu": -0.1,
+    "strategy.lr": 0,
     "flower.clients": "a | b | a",
 }
 

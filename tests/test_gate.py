@@ -36,6 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     with pytest.MonkeyPatch.context() as patch:
         for picture in ("save_images", "save_partition"):
             patch.setattr(pipeline, picture, lambda *_: None)
+        patch.setattr("fedmitr_flwr.judge.return_memory", lambda: None)  # which takes seconds
         proxy = {"data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
         out = str(tmp_path_factory.mktemp("runs"))
         yield pipeline.run(settings(**SMALL | ALL | proxy | {"out-dir": out}), "first")
@@ -81,7 +82,11 @@ def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
     config = settings(**SMALL | LOCAL | {"out-dir": str(tmp_path), "upload.directions": 2})
     with pytest.raises(UploadError, match=r"^client 0: client 0's training diverged: NaN .* in '.*'; lower local\.lr"):
         pipeline.run(config, "x")
-    assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) == [".lock", "config.toml"]
+    assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) == [
+        ".lock",
+        ".start.sha256",
+        "config.toml",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,13 +266,25 @@ def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
     assert main(["report", str(old.path)]) == 0
 
 
-def test_test_settings_and_paths_decide_no_upload(run: RunFolder) -> None:
+def test_test_settings_and_paths_decide_no_upload(run: RunFolder, tmp_path: Path) -> None:
     folder = pipeline.fuse(run, "fedavg", {"data.test-limit": 20})
     assert folder.read_result()["evaluated_on"]["images"] == 20
     moved = Config.from_flat({"data.path": "/elsewhere", "model.weights": "/a.safetensors"}, base=run.config)
     with pytest.raises(RunError, match=r"model\.weights = '/a\.safetensors', but the uploads were made with 'none'"):
         pipeline.require_same_uploads(run.config, moved, "")
     pipeline.require_same_uploads(moved, Config.from_flat({"model.weights": "/b.safetensors"}, base=moved), "")
+    begun = RunFolder.create(Config.from_flat({"model.weights": "/a", "out-dir": str(tmp_path)}, run.config), "x")
+    start = pipeline.start_of(run.config)
+    save_tensors(tmp_path / "b", start)
+    save_tensors(tmp_path / "other", start | {HEAD: torch.ones(10)})
+    begun.note_start(start)
+    for name in ("b", "other"):
+        moved = Config.from_flat({"model.weights": str(tmp_path / name)}, begun.config)
+        if name == "b":
+            pipeline._require_same_start(begun, moved)
+        else:
+            with pytest.raises(RunError, match=r"/other' is not known to be what the clients started from \('/a'\)"):
+                pipeline._require_same_start(begun, moved)
     with pytest.raises(RunError, match=r"data\.train-limit = 7"):
         pipeline.require_same_uploads(run.config, Config.from_flat({"data.train-limit": 7}, base=run.config), "")
 

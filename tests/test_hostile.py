@@ -353,7 +353,7 @@ class Replay(LocalGrid):
 def run(out: Path, grid: LocalGrid) -> RunFolder:
     """One shot, with the real strategy and server phase."""
     folder = RunFolder.create(Config.from_flat(SETTINGS | {"out-dir": str(out)}), "run")
-    strategy = OneShot(folder, {k: grid.node(k) for k in range(len(grid.contexts))}, start())
+    strategy = OneShot(folder, {k: grid.node(k) for k in range(len(grid.contexts))})
     strategy.start(grid, ArrayRecord(dict(start())), train_config=order(folder.config))
     return folder
 
@@ -726,7 +726,7 @@ def test_an_evaluation_that_cannot_be_is_left_out(name: str, tmp_path: Path, cap
     }
     config = Config.from_flat(SETTINGS | changes | {"out-dir": str(tmp_path)})
     folder, grid = RunFolder.create(config, "run"), LocalGrid(client_app, 3, tamper=lie)
-    strategy = OneShot(folder, {k: grid.node(k) for k in range(3)}, start())
+    strategy = OneShot(folder, {k: grid.node(k) for k in range(3)})
     strategy.start(grid, ArrayRecord(dict(start())), train_config=order(config), evaluate_config=order(config))
     assert "refused: client 1: its" in caplog.text
     weights, _ = load_tensors(folder.model_path)

@@ -21,7 +21,7 @@ from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, ModelError, RunError, UserError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core, fingerprint
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.report.result import accuracy_table
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -87,6 +87,7 @@ def averaged(tmp_path: Path) -> RunFolder:
 def test_every_file_is_there(done: RunFolder) -> None:
     names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
     assert names == {
+        ".lock",
         "config.toml",
         "images.png",
         "metrics.jsonl",
@@ -95,6 +96,7 @@ def test_every_file_is_there(done: RunFolder) -> None:
         "partition.png",
         "pool.safetensors",
         "result.json",
+        "uploads/.start.sha256",
         *(f"uploads/client_{client:03}.safetensors" for client in range(3)),
     }
     assert Config.from_file(done.path / "config.toml") == done.config
@@ -177,7 +179,7 @@ def test_uploads_are_what_train_client_gives(done: RunFolder) -> None:
         assert all(torch.equal(again.weights[name], tensor) for name, tensor in upload.weights.items())
         assert (again.num_examples, again.train_loss) == (upload.num_examples, upload.train_loss)
         assert again.class_counts == upload.class_counts
-        assert again.fingerprint == fingerprint()
+        assert again.fingerprint == core()
     assert any(not torch.equal(again.weights[name], initial[name]) for name in initial)
 
 

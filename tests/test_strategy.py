@@ -346,7 +346,7 @@ def test_no_client_that_can_evaluate_is_a_failure(federate: Federate) -> None:
 def test_one_shot_is_one_round_whatever_is_asked(tmp_path: Path, by_position: bool) -> None:
     config = Config.from_flat(TINY | {"partition.clients": 2, "out-dir": str(tmp_path)})
     grid, initial = LocalGrid(client_app, 2), initial_weights(config.model, config.seed)
-    strategy = OneShot(RunFolder.create(config, "run"), {0: grid.node(0), 1: grid.node(1)}, initial)
+    strategy = OneShot(RunFolder.create(config, "run"), {0: grid.node(0), 1: grid.node(1)})
     rounds: dict[str, int] = {} if by_position else {"num_rounds": 3}
     with task_identity():
         arrays = ArrayRecord(dict(initial))
@@ -391,7 +391,7 @@ def test_flowers_strategies_tell_what_they_cost(federate: Federate) -> None:
 
 def test_a_server_s_learning_rate_scales_its_step(federate: Federate) -> None:
     """FedAvgM without momentum: start + eta * (mean - start)."""
-    still = {"flower.strategy": "fedavgm", "strategy.momentum": 1e-9}
+    still = {"flower.strategy": "fedavgm", "strategy.momentum": 0}
     half = federate(LocalGrid(client_app, 3), **still, **{"strategy.eta": 0.5})
     whole, _ = load_tensors(federate(LocalGrid(client_app, 3), **still).model_path)
     start = initial_weights(half.config.model, half.config.seed)
@@ -402,9 +402,20 @@ def test_a_server_s_learning_rate_scales_its_step(federate: Federate) -> None:
 def test_a_setting_that_a_strategy_does_not_have_is_refused() -> None:
     context = server_context(TINY | {"flower.strategy": "fedmedian", "strategy.eta": 0.1}, 1)
     with pytest.raises(
-        ConfigError, match=r"strategy\.eta is no setting of flower\.strategy = 'fedmedian'; leave it at 0"
+        ConfigError, match=r"strategy\.eta is no setting of flower\.strategy = 'fedmedian'; leave it at -1"
     ):
         server_app(LocalGrid(client_app, 2), context)
+
+
+def test_what_is_left_to_a_strategy_is_its_own_and_0_is_0() -> None:
+    def made(name: str, **given: float) -> Any:
+        flat = {f"strategy.{key}": value for key, value in given.items()}
+        return builtin._strategy(Config.from_flat({"flower.strategy": name, **flat}))
+
+    assert [made("fedprox").proximal_mu, made("fedprox", mu=0).proximal_mu, made("fedprox", mu=2).proximal_mu] == [
+        *(0.1, 0.0, 2.0)
+    ]
+    assert [made("fedavgm").server_momentum, made("fedavgm", momentum=0).server_momentum] == [0.9, 0.0]
 
 
 def test_one_round_of_flowers_fedavg_is_the_weighted_mean(federate: Federate) -> None:

@@ -13,7 +13,7 @@ from local_grid import TINY, LocalGrid, complaint, task_identity
 from client_app.app import app as client_app
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.releases import FLWR, release, require, too_old
 from server_app.clients import meet
 from server_app.records import order
@@ -147,7 +147,7 @@ def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_setting
     content = RecordDict({"arrays": ArrayRecord(), "config": record})
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
     assert complaint(reply) == (
-        f"the server runs other code (0123456789ab) than this client ({fingerprint()}); restart the SuperLink and its "
+        f"the server runs other code (0123456789ab) than this client ({core()}); restart the SuperLink and its "
         "SuperNodes from one checkout"
     )
 

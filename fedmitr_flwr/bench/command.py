@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import write_text
+from ..files import absolute, write_text
 from ..report.run_folder import HOME
 
 log = logging.getLogger("fedmitr.bench")
@@ -38,7 +38,7 @@ def bench(
     if known is not None and file is None:
         raise ConfigError("--known is for a bench file, whose finished cells it tells; give one, or leave it out")
     if table is not None:
-        table = table.expanduser()
+        table = absolute(table, "--table")
         write(table, out or (table if table.is_dir() else table.parent))
         return 0
     assert file is not None
@@ -57,9 +57,9 @@ def _run(file: Path, words: Mapping[str, object], out: Path | None, known: Path 
     from .store import Store
 
     spec = read(file, words)
-    folder = (out or HOME / f"bench-{spec.name}").expanduser().absolute()
+    folder = absolute(out or HOME / f"bench-{spec.name}", "--out")
     log.info("bench folder: %s", folder)
-    told = load(known.expanduser()) if known else None
+    told = load(absolute(known, "--known")) if known else None
     tally = run(spec, Store(folder, any_code), runner(spec.client_gpus), told)
     write(folder, folder)
     if tally.failed:
@@ -73,8 +73,8 @@ def write(results: Path, out: Path) -> None:
     from .results import load, save
     from .table import as_csv, markdown
 
-    found = load(results.expanduser())
-    out = out.expanduser()
+    found = load(results)
+    out = absolute(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     if out / "results.jsonl" != results:
         save(found, out / "results.jsonl")

@@ -200,13 +200,21 @@ def _uploads(cell: Cell, store: Store) -> RunFolder:
 def _lines(uploads: RunFolder) -> Lines:
     """What the uploads are alone and on average, evaluated once for all methods."""
     path = uploads.path / "lines.json"
-    if path.exists():
-        known: Lines = json.loads(path.read_text(encoding="utf-8"))
+    if (known := _read_lines(path)) is not None:
         return known
     with threads(uploads.config.threads):
         found = lines_of(uploads.load_uploads(), uploads.config)
     write_text(path, json.dumps(found) + "\n")
     return found
+
+
+def _read_lines(path: Path) -> Lines | None:
+    """None where there are none, or the file is damaged: they are evaluated again."""
+    try:
+        known: Lines = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and {"fedavg", "local"} <= known.keys() else None
 
 
 def _group(path: Path, cell: Cell) -> RunFolder:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..config import Config, ModelConfig
 from ..errors import ConfigError
+from ..files import absolute
 from ..sections import IMPROVED
 from ..statistics.frozen import frozen_weights, pooled
 from ..statistics.heads import closed_form
@@ -37,7 +37,7 @@ def require_start(config: Config) -> None:
     if distill.init != "pretrained":
         return
     if distill.pretrained != "timm":
-        if not Path(distill.pretrained).expanduser().is_file():
+        if not absolute(distill.pretrained, "distill.pretrained").is_file():
             raise ConfigError(f"distill.pretrained = {distill.pretrained!r}: there is no such file; give another")
         _require_fitting(model, distill.pretrained)
     elif model.name == SMALL:

@@ -44,8 +44,8 @@ def write_page(run: Path) -> Path:
     try:
         pictures = _pictures(folder, result)
     except _OTHER_SHAPE as error:
-        both = f"{folder.result_path} or {folder.metrics_path.name}"
-        raise RunError(f"{both} is not what a run has written ({_said(error)}); restore it") from error
+        names = f"{folder.result_path} or {folder.metrics_path.name}"
+        raise RunError(f"{names} is not what a run has written ({_said(error)}); restore it") from error
     template = Environment(autoescape=True, keep_trailing_newline=True).from_string(
         files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )

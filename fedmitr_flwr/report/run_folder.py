@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import config as settings
 from ..config import Config
 from ..errors import ConfigError, DiskError, RunError, unread
-from ..files import PRIVATE, PRIVATE_FOLDER, absolute, save_tensors, sync_folder, write_text
+from ..files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, save_tensors, sync_folder, write_text
 from ..gate import admit, require_finite
 from ..limits import needed
 from ..method_sections import UNSET
@@ -183,6 +183,11 @@ class RunFolder:
         return self.uploads_path / "refused"
 
     @property
+    def start_path(self) -> Path:
+        """The checksum of the weights that the clients started from; runs of 0.1.0 have none."""
+        return self.uploads_path / ".start.sha256"
+
+    @property
     def pool_path(self) -> Path:
         return self.path / "pool.safetensors"
 
@@ -218,6 +223,18 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return os.path.lexists(self.result_path)
+
+    def note_start(self, weights: Mapping[str, Tensor]) -> None:
+        """Remember which weights the clients start from, wherever their file may lie later."""
+        if not self.start_path.exists():
+            self.uploads_path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+            write_text(self.start_path, checksum(weights, {}) + "\n")
+
+    def is_start(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether the clients are known to have started from these."""
+        return self.start_path.is_file() and self.start_path.read_text("utf-8", "replace").strip() == checksum(
+            weights, {}
+        )
 
     def save_upload(self, upload: Upload) -> Path:
         path = self.uploads_path / _name_of(upload.client)
