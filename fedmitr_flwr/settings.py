@@ -274,7 +274,8 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 def key_hint(key: str, known: Mapping[str, object], value: object = None) -> str:
     """The end of a line on an unknown key: every setting that may be meant, best by its last part."""
-    if own := [other for other in known if other.startswith(f"{spelled(key)}.")]:
+    own = [other for other in known if other.startswith(f"{spelled(key)}.")]
+    if own and not _ending(spelled(key), known):
         return f"it is a section, whose settings are: {', '.join(own)}"
     if fits := keys_like(key, known, value):
         return f"did you mean {' or '.join(filter(None, (', '.join(fits[:-1]), fits[-1])))}?"
@@ -289,6 +290,8 @@ def keys_like(key: str, known: Mapping[str, object], value: object = None) -> li
         fits = own
     elif section and fits:
         fits = difflib.get_close_matches(key, fits, n=1, cutoff=0.85) or fits
+    if not fits and (longer := [other for other in known if other.startswith(f"{spelled(key).lower()}-")]):
+        fits = longer
     if not fits and (near := difflib.get_close_matches(spelled(key).lower(), known, n=1, cutoff=0.7)):
         return near
     if not fits:

@@ -51,7 +51,7 @@ class Seen:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C."""
+    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C, 141 if nobody reads."""
     begin()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
@@ -74,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2 if seen.bad_input else 1)
     except KeyboardInterrupt:
         return _complain(_interrupted(seen, options.superlink, config), 130)
+    except BrokenPipeError:  # nobody reads what it prints any longer, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+        return 141
 
 
 def _interrupt(*_: object) -> NoReturn:
-    os.write(2, b"flower_run: interrupted; ending what it has started\n")  # at once: what follows takes seconds
+    with contextlib.suppress(OSError):  # its reader may have left
+        os.write(2, b"flower_run: interrupted; ending what it has started\n")  # at once: what follows takes seconds
     raise KeyboardInterrupt
 
 
@@ -219,20 +223,18 @@ def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str
             process = subprocess.Popen(  # its own session: Ctrl-C reaches only us, and we stop it in good order
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-        failed = interrupted = False
+        failed, at_once = False, True
         try:
             _wait_until_up(process, environment, log)
             yield environment
+            at_once = False
         except RuntimeError:
-            failed = True
-            raise
-        except KeyboardInterrupt:
-            interrupted = True
+            failed, at_once = True, False
             raise
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
-            stop([process], environment[MARK], at_once=interrupted)
+            stop([process], environment[MARK], at_once=at_once)
             if failed:
                 print(f"flower_run: the SuperLink's log is kept, since the run failed: {log}", flush=True)
             else:

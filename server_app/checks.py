@@ -9,7 +9,7 @@ from fedmitr_flwr.errors import ConfigError
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.sections import OWN
-from fedmitr_flwr.vit.build import build_vit
+from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
 
@@ -41,7 +41,7 @@ def prepared(config: Config) -> Config:
         config = named_classes(config)
     require_possible(config)
     resolve_device(config.device)
-    build_vit(config.model)
+    initial_weights(config.model, config.seed)
     if config.evaluate.where == "server":
         server_images(config)
     if config.resume_from:

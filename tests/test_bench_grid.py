@@ -310,8 +310,8 @@ def test_every_preset_can_be_expanded(path: Path) -> None:
 def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in ("bench", "base", "here"):
-        (tmp_path / folder).mkdir()
+    for folder in ("bench/proxy", "base", "here"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "base/base.toml").write_text("model.weights = 'w.safetensors'\nout-dir = 'runs'\n")
     (tmp_path / "base/data.toml").write_text("data.source = 'parquet'\ndata.path = 'images'\n")
     (tmp_path / "bench/b.toml").write_text(

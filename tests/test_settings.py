@@ -51,6 +51,8 @@ def test_what_people_write_on_a_command_line(word: str, key: str, value: object)
         ("lokal.lr", 0.1, ["local.lr"]),
         ("sede", 3, ["seed"]),
         ("Seed", 3, ["seed"]),
+        ("local.head", 0.1, ["local.head-lr"]),
+        ("strategy", "fedavg", ["flower.strategy"]),
         ("zzz", 3, []),
     ],
 )
