@@ -260,9 +260,12 @@ def _on_white(image: Image.Image, raw: str) -> tuple[Image.Image, bool]:
         image = image.convert("LA")  # Pillow has no way from La to RGBA but through L, without alpha
     if image.mode != "RGBA":
         image = image.convert("RGBA")
+    least, most = image.getchannel("A").getextrema()
+    if least == 255:
+        return image.convert("RGB"), False  # the same, and faster
     ground = Image.new("RGB", image.size, "white")
     ground.paste(image, mask=image)
-    return ground, image.getchannel("A").getextrema()[1] == 0
+    return ground, most == 0
 
 
 def _clear_colour(samples: int | tuple[int, ...], raw: str) -> int | tuple[int, ...]:
