@@ -346,7 +346,7 @@ def _hub_splits(path: str) -> Mapping[str, Any]:
         else:
             found = datasets.load_dataset(str(local) if local.is_dir() else path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         if local.is_dir():
             raise DataError(f"data.path = {path!r}: `datasets` cannot read {local} ({reason}); mend it") from error
         raise DataError(
