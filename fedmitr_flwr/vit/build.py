@@ -148,10 +148,10 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
     own = vit.state_dict()
     state, prefix = without_prefix(state, source, key)
     if prefix:
-        log.info("%s: the names in %s begin with %r, which is left out", key, source, prefix)
+        _say(f"{key}: the names in {source} begin with {prefix!r}, which is left out")
     state = _fitted(state, vit, model, source, key)
     if others := sorted(name for name in state if name.startswith(_OTHER_HEADS) and name not in own):
-        log.info("%s: %s of %s are of another task and left out", key, ", ".join(others), source)
+        _say(f"{key}: {', '.join(others)} of {source} are of another task and left out")
     state = {name: tensor for name, tensor in state.items() if name not in others}
     head = {name for name in own if name.startswith("head.") and state.get(name, own[name]).shape != own[name].shape}
     state = {name: tensor for name, tensor in state.items() if name not in head}
@@ -176,8 +176,14 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise _misfit(model, source, key, wrong[0] + more)
     if head:
-        log.info("%s: %s has no head for %d classes; a fresh one is trained", key, source, model.num_classes)
+        _say(f"{key}: {source} has no head for {model.num_classes} classes; a fresh one is trained")
     vit.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _say(line: str) -> None:
+    """Once, however often the file is read."""
+    log.info("%s", line)
 
 
 def _misfit(model: ModelConfig, source: str, key: str, reason: str) -> ModelError:
