@@ -51,7 +51,6 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
             f"flower.rounds = {config.flower.rounds}, but one shot is one round; "
             "set flower.rounds = 1, or flower.strategy to one of Flower's own"
         )
-    initial = initial_weights(config.model, config.seed)  # first: what cannot be built leaves no folder
     if config.resume_from:
         folder = resume(config)
         clients = meet_again(grid, folder)
@@ -62,7 +61,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         folder = pipeline.created(config, f"{config.method}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
-    arrays = ArrayRecord(dict(initial))
+    arrays = ArrayRecord(dict(initial_weights(config.model, config.seed)))
     strategy = OneShot(folder, clients.nodes, arrays.to_torch_state_dict())
     strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
     log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)

@@ -37,7 +37,7 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
     Its `pretrained_cfg` then says how pixels become input, and `timm.data.resolve_model_data_config` gives that back:
     images squashed to the model's size and normalised by `mean` and `std`.
     """
-    assert 0 not in (model.grid, model.in_chans, model.num_classes), f"{model} is not resolved"
+    assert model.resolved, model
     shape = {"img_size": model.img_size, "patch_size": model.patch_size}
     shape |= {"in_chans": model.in_chans, "num_classes": model.num_classes}
     mean, std = map(list, channel_statistics(model))
