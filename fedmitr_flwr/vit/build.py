@@ -114,7 +114,7 @@ def token_difference(model: ModelConfig) -> float:
         wanted = vit(images)
         found = forward_tokens(vit, patches, positions).cls, forward_cls(vit, patches, positions).logits
         apart: float = max((each - wanted).abs().max().item() for each in found) / max(1.0, wanted.abs().max().item())
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+    except _MISFITS as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"model.name = {model.name!r} cannot be run by patches ({reason}); use a plain ViT or DeiT"
@@ -206,7 +206,7 @@ def _fitted(
         fitted: dict[str, Tensor] = dict(checkpoint_filter_fn(dict(state), vit))
         if weight in fitted and fitted[weight].shape[1] != model.in_chans:
             fitted[weight] = adapt_input_conv(model.in_chans, fitted[weight])
-    except (*_MISFITS, NotImplementedError) as error:
+    except _MISFITS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _misfit(model, source, key, f"timm cannot read them ({reason[:200]})") from error
     return fitted
