@@ -15,8 +15,6 @@ LARGEST = 64  # pixels along a side of images whose own size `small` takes
 SIDE = 32  # of `small`, where the images have no such size
 CHANNELS = 3  # of `small`, where no image can be looked at
 
-_FOUND = ("img_size", "patch_size", "in_chans", "num_classes")
-
 
 def resolve(config: Config) -> Config:
     """`config` with nothing left to be found out: what the run folder keeps and the clients are sent.
@@ -33,9 +31,9 @@ def resolve(config: Config) -> Config:
     if model.name != SMALL:
         _require_of_name(model)
         model = _of_name(model)
-    if not all(getattr(model, name) for name in _FOUND):
+    if not model.resolved:
         model = _of_data(model, facts(config), config.data.path or config.data.source)
-    if model.num_classes:
+    if model.resolved:
         require_token_code(model)
     return replace(config, model=model)
 

@@ -92,6 +92,11 @@ class ModelConfig(Section):
         check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
 
     @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be found from the name and the data."""
+        return 0 not in (self.img_size, self.patch_size, self.in_chans, self.num_classes)
+
+    @property
     def grid(self) -> int:
         """Patches along one side; 0 before `resolve`."""
         return self.img_size // self.patch_size if self.patch_size else 0

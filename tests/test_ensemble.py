@@ -236,9 +236,10 @@ def test_a_confident_teacher_decides_what_is_important() -> None:
     assert not torch.allclose(found, forward_cls(unsure, patches, positions)[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])  # `combine` is logits, whose scores it does not soften
 @torch.no_grad()
-def test_importance_is_the_mean_attention_by_weight_times_confidence() -> None:
-    config = settings()
+def test_importance_is_the_mean_attention_by_weight_times_confidence(temperature: float) -> None:
+    config = settings(**{"ensemble.temperature": temperature, "ensemble.combine": "logits"})
     ensemble = an_ensemble(config, 3)
     ensemble.weights = torch.rand(3, 10, generator=stream(1))
     patches = patchify(some_images(config, 4), 2)
@@ -250,7 +251,7 @@ def test_importance_is_the_mean_attention_by_weight_times_confidence() -> None:
         for weights, teacher in zip(ensemble.weights, ensemble.teachers, strict=True):
             one = slice(image, image + 1)
             logits, attention = forward_cls(teacher, take(patches, ids)[one], ids[one])
-            confidence = (weights[target] * logits.softmax(-1)[0, target]).item()
+            confidence = (weights[target] * (logits / temperature).softmax(-1)[0, target]).item()
             total, wanted = total + confidence, wanted + confidence * attention[0]
         torch.testing.assert_close(found[image], wanted / total)
 

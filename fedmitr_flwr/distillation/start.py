@@ -39,7 +39,8 @@ def require_start(config: Config) -> None:
     if distill.pretrained != "timm":
         if not absolute(distill.pretrained, "distill.pretrained").is_file():
             raise ConfigError(f"distill.pretrained = {distill.pretrained!r}: there is no such file; give another")
-        _require_fitting(model, distill.pretrained)
+        if model.resolved:
+            _require_fitting(model, distill.pretrained)
     elif model.name == SMALL:
         raise ConfigError(
             f"distill.init = 'pretrained': there are no timm weights for model.name = {SMALL!r}; "

@@ -37,7 +37,7 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
     Its `pretrained_cfg` then says how pixels become input, and `timm.data.resolve_model_data_config` gives that back:
     images squashed to the model's size and normalised by `mean` and `std`.
     """
-    assert 0 not in (model.grid, model.in_chans, model.num_classes), f"{model} is not resolved"
+    assert model.resolved, model
     shape = {"img_size": model.img_size, "patch_size": model.patch_size}
     shape |= {"in_chans": model.in_chans, "num_classes": model.num_classes}
     mean, std = map(list, channel_statistics(model))
@@ -114,7 +114,7 @@ def token_difference(model: ModelConfig) -> float:
         wanted = vit(images)
         found = forward_tokens(vit, patches, positions).cls, forward_cls(vit, patches, positions).logits
         apart: float = max((each - wanted).abs().max().item() for each in found) / max(1.0, wanted.abs().max().item())
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+    except _MISFITS as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"model.name = {model.name!r} cannot be run by patches ({reason}); use a plain ViT or DeiT"
@@ -148,10 +148,10 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
     own = vit.state_dict()
     state, prefix = without_prefix(state, source, key)
     if prefix:
-        log.info("%s: the names in %s begin with %r, which is left out", key, source, prefix)
+        _say(f"{key}: the names in {source} begin with {prefix!r}, which is left out")
     state = _fitted(state, vit, model, source, key)
     if others := sorted(name for name in state if name.startswith(_OTHER_HEADS) and name not in own):
-        log.info("%s: %s of %s are of another task and left out", key, ", ".join(others), source)
+        _say(f"{key}: {', '.join(others)} of {source} are of another task and left out")
     state = {name: tensor for name, tensor in state.items() if name not in others}
     head = {name for name in own if name.startswith("head.") and state.get(name, own[name]).shape != own[name].shape}
     state = {name: tensor for name, tensor in state.items() if name not in head}
@@ -176,8 +176,14 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise _misfit(model, source, key, wrong[0] + more)
     if head:
-        log.info("%s: %s has no head for %d classes; a fresh one is trained", key, source, model.num_classes)
+        _say(f"{key}: {source} has no head for {model.num_classes} classes; a fresh one is trained")
     vit.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _say(line: str) -> None:
+    """Once, however often the file is read."""
+    log.info("%s", line)
 
 
 def _misfit(model: ModelConfig, source: str, key: str, reason: str) -> ModelError:
@@ -200,7 +206,7 @@ def _fitted(
         fitted: dict[str, Tensor] = dict(checkpoint_filter_fn(dict(state), vit))
         if weight in fitted and fitted[weight].shape[1] != model.in_chans:
             fitted[weight] = adapt_input_conv(model.in_chans, fitted[weight])
-    except (*_MISFITS, NotImplementedError) as error:
+    except _MISFITS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _misfit(model, source, key, f"timm cannot read them ({reason[:200]})") from error
     return fitted

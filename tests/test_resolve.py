@@ -1,0 +1,170 @@
+"""Sizes, channels and classes from the model's name and the data; what contradicts them or cannot be run is refused."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.config import Config, ModelConfig
+from fedmitr_flwr.errors import UserError
+from fedmitr_flwr.resolve import patch_of, resolve
+from fedmitr_flwr.vit import build
+from fedmitr_flwr.vit.build import TOLERANCE, initial_weights, token_difference
+
+ROOT = Path(__file__).parents[1]
+TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary
+
+
+def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, each: int = 4) -> dict[str, object]:
+    """An ImageFolder of such pictures, in turn; the settings that name it."""
+    rng = np.random.default_rng(0)
+    for split, label, i in np.ndindex(2, classes, each):
+        size = sizes[i % len(sizes)]
+        place = path / ("train", "test")[split] / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        picture.convert(mode).save(place / f"{i}.png")
+    return {"data.source": "imagefolder", "data.path": str(path)}
+
+
+def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
+    return model.img_size, model.patch_size, model.in_chans, model.num_classes
+
+
+def test_digits_have_the_sizes_that_they_always_had() -> None:
+    config = resolve(Config())
+    assert sizes(config.model) == (8, 2, 1, 10)
+    assert resolve(config) == config
+    assert Config.from_flat({"model.img-size": 8, "model.patch-size": 2, "model.in-chans": 1}).model != config.model
+
+
+def test_small_has_few_patches() -> None:
+    by_hand = {4: 2, 8: 2, 12: 2, 16: 2, 20: 4, 28: 4, 32: 4, 33: 11, 64: 8, 96: 12, 31: 31, 1: 1}
+    assert {side: patch_of(side) for side in by_hand} == by_hand
+
+
+@pytest.mark.parametrize(
+    ("mode", "pictures", "given", "wanted"),
+    [
+        ("RGB", [(32, 32)], {}, (32, 4, 3, 2)),
+        ("L", [(28, 28)], {}, (28, 4, 1, 2)),
+        ("P", [(28, 28)], {}, (28, 4, 3, 2)),
+        ("I;16", [(16, 16)], {}, (16, 2, 1, 2)),
+        ("RGB", [(32, 24)], {}, (32, 4, 3, 2)),  # not square, of several sizes, too large, or of 1 x 1 patches only
+        ("L", [(8, 8), (16, 16)], {}, (32, 4, 1, 2)),
+        ("L", [(96, 96)], {}, (32, 4, 1, 2)),
+        ("L", [(31, 31)], {}, (32, 4, 1, 2)),
+        ("L", [(28, 28)], {"img-size": 24}, (24, 3, 1, 2)),
+        ("L", [(28, 28)], {"patch-size": 7, "in-chans": 3}, (28, 7, 3, 2)),
+        ("L", [(28, 28)], {"name": TIMM}, (160, 16, 3, 2)),
+        ("RGB", [(28, 28)], {"name": TIMM, "img-size": 32, "in-chans": 1}, (32, 16, 1, 2)),
+    ],
+)
+def test_sizes_follow_from_the_name_and_the_data(
+    tmp_path: Path,
+    mode: str,
+    pictures: list[tuple[int, int]],
+    given: dict[str, object],
+    wanted: tuple[int, int, int, int],
+) -> None:
+    flat = folder(tmp_path, "L" if mode == "I;16" else mode, *pictures)
+    if mode == "I;16":
+        for file in tmp_path.rglob("*.png"):
+            Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16) * 257).save(file)
+    assert (
+        sizes(resolve(Config.from_flat(flat | {f"model.{key}": value for key, value in given.items()})).model) == wanted
+    )
+
+
+OWN = {"partition.scheme": "own", "evaluate.where": "clients"}
+
+
+def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path) -> None:
+    named = {"data.classes": "class0 | class1 | other"}
+    flat = folder(tmp_path, "L", (28, 28)) | {"partition.scheme": "own"}
+    assert sizes(resolve(Config.from_flat(flat)).model) == (28, 4, 1, 2)
+    assert sizes(resolve(Config.from_flat(flat | named)).model) == (28, 4, 1, 3)
+    assert sizes(resolve(Config.from_flat(flat | OWN | named)).model) == (32, 4, 3, 3)
+    assert sizes(resolve(Config.from_flat(OWN)).model) == (8, 2, 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"model.name": TIMM, "model.patch-size": 8},
+            "model.patch-size = 8, but model.name = 'test_vit' has patches of 16",
+        ),
+        (
+            {"model.name": TIMM, "model.width": 128},
+            "model.width = 128 is of model.name = 'small', but model.name = 'test",
+        ),
+        ({"model.name": TIMM, "model.heads": 2}, "model.heads = 2 is of model.name = 'small'"),
+        (
+            {"model.name": TIMM, "model.img-size": 100},
+            "model.img-size = 100 is not possible; use a multiple of model.patch",
+        ),
+        ({"model.num-classes": 3}, "model.num-classes = 3, but digits has 10 classes"),
+        ({"model.num-classes": 12}, "model.num-classes = 12, but digits has 10 classes"),
+        ({"model.name": "resnet18"}, "model.name = 'resnet18' is a ResNet, no plain vision transformer"),
+        ({"model.name": "test_vit2"}, "model.name = 'test_vit2' pools by 'avg'"),
+        ({"model.name": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
+    ],
+)
+def test_contradictions_are_refused_by_naming_both(tmp_path: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        pipeline.run(Config.from_flat(given | {"out-dir": str(tmp_path / "out")}))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_timm_name_weights_and_a_folder_are_enough(tmp_path: Path) -> None:
+    flat = folder(tmp_path / "data", "RGB", (40, 30), each=6)
+    model = ModelConfig(name=TIMM, img_size=160, patch_size=16, in_chans=3, num_classes=1000)
+    save_file(initial_weights(model, 1), tmp_path / "start.safetensors")
+    flat |= {"model.name": TIMM, "model.weights": str(tmp_path / "start.safetensors"), "out-dir": str(tmp_path)}
+    short = {"local.epochs": 1, "partition.clients": 2, "partition.scheme": "iid", "partition.min-size": 2}
+    run = pipeline.run(Config.from_flat(flat | short | {"method": "fedavg", "device": "cpu"}), "run")
+    assert sizes(Config.from_file(run.path / "config.toml").model) == (160, 16, 3, 2)
+    assert run.read_result()["config"]["model.img-size"] == 160
+    about = json.loads(run.model_arguments_path.read_text())
+    assert about["pretrained_cfg_overlay"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_a_model_that_answers_otherwise_by_patches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself: equal as the code is, and not where a position is wrong or something is raised."""
+    model = ModelConfig(name=TIMM, img_size=32, patch_size=16, in_chans=3, num_classes=5)
+    assert token_difference(model) <= TOLERANCE
+    monkeypatch.setattr(build, "all_positions", lambda _: torch.zeros(1, 4, dtype=torch.int64))
+    build.require_token_code.cache_clear()
+    with pytest.raises(UserError, match=r"'test_vit' answers otherwise when it is run by patches \(logits differ by"):
+        build.require_token_code(model)
+    monkeypatch.setattr(build, "all_positions", lambda _: torch.full((1, 4), 9))
+    with pytest.raises(UserError, match="'test_vit' cannot be run by patches"):
+        build.require_token_code(model)
+
+
+def test_the_committed_sweep_is_of_this_code() -> None:
+    """Of every reason that it gives one name is tried again, and of the equal ones timm's smallest."""
+    committed = json.loads((ROOT / "benchmarks/results/models/timm_vits.json").read_text())
+    names, counts, refused = committed["equal"], committed["counts"], committed["refused"]
+    assert (len(names), len(refused)) == (counts["equal"], counts["refused"])
+    assert counts["names"] == counts["equal"] + counts["refused"]
+    assert committed["largest_difference"] <= committed["tolerance"] == TOLERANCE
+    if committed["versions"]["timm"] != timm.__version__:
+        pytest.skip(f"the sweep is of timm {committed['versions']['timm']}, and {timm.__version__} is installed")
+    sweep = runpy.run_path(str(ROOT / "benchmarks/timm_vits.py"))["sweep"]
+    for pattern in ("pools by 'avg'", "HybridEmbed", "a Eva"):
+        name = next(name for name in sorted(refused, key=len) if pattern in refused[name])
+        again = sweep([TIMM, name])
+        assert again["equal"] == [TIMM]
+        assert again["refused"] == {name: refused[name]}
+    assert TIMM in names
