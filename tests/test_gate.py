@@ -80,7 +80,7 @@ DISTILL = {f"distill.{key}": value for key, value in SGD.items()} | {"distill.lr
 
 def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
     config = settings(**SMALL | LOCAL | {"out-dir": str(tmp_path), "upload.directions": 2})
-    with pytest.raises(UploadError, match=r"^client 0: client 0's training diverged: NaN .* in '.*'; lower local\.lr"):
+    with pytest.raises(UploadError, match=r"^client 0: its training diverged: NaN .* in '.*'; lower local\.lr"):
         pipeline.run(config, "x")
     assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) == [
         ".lock",
