@@ -89,6 +89,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; OSError where it is none. A pipe, say, would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_text(encoding="utf-8")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object] | None = None) -> None:
     """Write safetensors; `header` is any JSON object. Equal tensors and headers give equal bytes."""
     content, own = dict(header or {}), _each_its_own(tensors)

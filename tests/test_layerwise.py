@@ -190,7 +190,7 @@ def test_more_images_than_fit_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(metrics: list[dict[str, Any]], config: Config) -> Fused:
     job = Job(uploads(), config, torch.device("cpu"), lambda **values: metrics.append(values))
     with torch.enable_grad():
-        return methods.load(config.method).fuse(job)
+        return methods.fuse(job)
 
 
 @pytest.mark.parametrize("extrapolate", [1.0, 0.0])

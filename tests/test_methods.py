@@ -30,7 +30,7 @@ def fused(config: Config, metrics: list[dict[str, Any]] | None = None, stopwatch
     uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
     log = [] if metrics is None else metrics
     job = Job(uploads, config, CPU, lambda **values: log.append(values), stopwatch or Stopwatch())
-    return methods.load(config.method).fuse(job)
+    return methods.fuse(job)
 
 
 KNOWN = [

@@ -677,7 +677,7 @@ def test_a_fusion_with_a_name_goes_on_where_it_was_stopped(tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "judge", stop)
+        patch.setattr(pipeline, "compare", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.fuse(run, "fedmitr", {}, "mine", known)
     assert list((run.path / "fused" / "mine" / "work").iterdir())

@@ -233,7 +233,7 @@ def test_a_phase_killed_in_its_evaluation_only_evaluates(
     work.reset()
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "judge", power_cut)
+        patched.setattr(pipeline, "compare", power_cut)
         with pytest.raises(KilledError):
             pipeline.serve(folder)
     assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
@@ -288,7 +288,7 @@ def test_only_pieces_of_the_same_settings_are_taken_back(
     assert (work.batches, work.epochs) == (batches, epochs)
 
 
-@pytest.mark.parametrize(("name", "other"), [("fingerprint", "f" * 12), ("versions", {"torch": "1.0"})])
+@pytest.mark.parametrize(("name", "other"), [("core", "f" * 12), ("versions", {"torch": "1.0"})])
 def test_pieces_of_other_code_or_versions_are_made_afresh(
     start: Callable[..., RunFolder],
     work: Work,

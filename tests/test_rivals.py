@@ -179,7 +179,7 @@ def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: objec
     config = settings(**given | changes)
     uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
     lines: list[dict[str, Any]] = [] if log is None else log
-    return methods.load(method).fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
+    return methods.fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
 
 
 def same(first: Fused, second: Fused) -> bool:
@@ -356,6 +356,6 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
 def test_an_ensemble_of_one_may_learn() -> None:
     config = settings(method="coboosting", **{"rival.steps": 2, "rival.width": 4})
     upload = an_upload(config, 0)
-    made = methods.load("coboosting").fuse(Job([upload], config, CPU, lambda **_: None))
+    made = methods.fuse(Job([upload], config, CPU, lambda **_: None))
     assert isinstance(made.ensemble, Ensemble)
     assert torch.equal(made.ensemble.weights, torch.ones(1, 10))

@@ -67,7 +67,7 @@ def test_reweighing_is_the_estimate_from_these_images() -> None:
 
 def fused(method: str, log: list[dict[str, Any]], **changes: object) -> Fused:
     config = settings(**{"method": method, "ensemble.weights": "estimated", "ensemble.combine": "probs"} | changes)
-    return methods.load(method).fuse(Job(experts(), config, CPU, lambda **values: log.append(values)))
+    return methods.fuse(Job(experts(), config, CPU, lambda **values: log.append(values)))
 
 
 def test_the_method_weighs_anew_by_its_pool_and_says_how_in_the_end() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import RunError
-from ..files import write_text
+from ..files import read_text, write_text
 from ..fingerprint import core, of_flower
 from ..report.result import unsealed
 from .grid import Cell
@@ -119,7 +119,7 @@ def _key(cell: Cell) -> str:
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result.json; None where there is none, or a damaged one: such a cell is made again."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+        return unsealed(json.loads(read_text(path)))
     except (OSError, ValueError, RecursionError):
         return None
 

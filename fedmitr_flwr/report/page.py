@@ -13,8 +13,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..config import Config
-from ..errors import RunError, printable
-from ..files import absolute, write_text
+from ..errors import RunError, unread
+from ..files import absolute, read_text, write_text
 from ..settings import toml_value
 from .charts import accuracies, as_svg, confusion, curves
 from .figures import save_partition
@@ -102,7 +102,10 @@ def _uri(kind: str, content: bytes) -> str:
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.metrics_path.exists():
         return []
-    lines = folder.metrics_path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = read_text(folder.metrics_path).splitlines()
+    except OSError as error:
+        raise RunError(unread("metrics", folder.metrics_path, error)) from error
     return [line for line in map(_line, lines) if line]
 
 

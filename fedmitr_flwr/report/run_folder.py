@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import config as settings
 from ..config import Config
 from ..errors import ConfigError, DiskError, RunError, unread
-from ..files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, save_tensors, sync_folder, write_text
+from ..files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
 from ..gate import admit, require_finite
 from ..limits import needed
 from ..method_sections import UNSET
@@ -349,7 +349,7 @@ class RunFolder:
         if not self.finished:
             raise RunError(f"{self.path} has no result.json: the run has not ended; see its uploads and metrics.jsonl")
         try:
-            return unsealed(json.loads(self.result_path.read_text(encoding="utf-8")))
+            return unsealed(json.loads(read_text(self.result_path)))
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(unread("result", self.result_path, error)) from error
 
