@@ -1,7 +1,7 @@
 """How far honest clients stay from what screening leaves out by default: worst values over many federations.
 
-Every cell is a folder of honest uploads, with all that `upload` can ask for; one that is missing is made. Nothing is
-fused. Cells of one epoch are there for their statistics, which no training changes, and for updates that are short.
+Trained cells are folders of honest uploads; one that is missing is made. Nothing is fused. The others are of statistics
+alone, which no training changes.
 
     python benchmarks/honest.py --runs FOLDER --json benchmarks/results/screening/honest.json [--only digits]
 """
@@ -10,29 +10,36 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from study import scripts
+from torch import Tensor
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.data.shares import parts_of
+from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.errors import ConfigError, DataError
 from fedmitr_flwr.files import write_text
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.result import machine, versions
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
-from fedmitr_flwr.screening.sums import TOLD, named, reaches
+from fedmitr_flwr.screening.sums import TOLD, named, reaches, strange_sums
 from fedmitr_flwr.screening.weights import Measured, mean_cosines
 from fedmitr_flwr.settings import read_flat
 from fedmitr_flwr.statistics.frozen import statistics_of
-from fedmitr_flwr.statistics.moments import last_norm
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.statistics.moments import Statistics, frozen_features, last_norm, measure, packed, problem
+from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.vit.build import initial_weights, vit_of
 
 Flat = dict[str, Any]
+
+CPU = torch.device("cpu")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXTRAS = {"upload.statistics": True, "upload.variances": True, "upload.directions": 8}
@@ -54,27 +61,28 @@ DATA: Mapping[str, Flat] = {
         "model.weights": "../shared/weights/deit_tiny_patch16_224/model.safetensors",
     },
 }
-SHORT = {"local.epochs": 1}
 SEEDS = (0, 1, 2, 3, 4, 5, 100, 101)
+CLIENTS = (3, 5, 10)
 
 
-def cells() -> Iterator[tuple[str, Flat]]:
-    """Name and settings of each federation, the cheap ones first."""
-    for seed in SEEDS:
-        for clients in (3, 5, 10):
-            for name in PARTITIONS:
-                yield f"digits-{name}-{clients}-{seed}-e1", _cell("digits", name, clients, seed) | SHORT
-    for seed in (0, 1):
-        for data in ("fashion", "cifar"):
-            for clients in (3, 5, 10):
+def of_statistics() -> Iterator[tuple[str, Flat]]:
+    """Name and settings of each federation that is not trained."""
+    for data, seeds in (("digits", SEEDS), ("fashion", SEEDS[:2]), ("cifar", SEEDS[:2])):
+        for seed in seeds:
+            for clients in CLIENTS:
                 for name in PARTITIONS:
-                    yield f"{data}-{name}-{clients}-{seed}-e1", _cell(data, name, clients, seed) | SHORT
+                    yield f"{data}-{name}-{clients}-{seed}", _cell(data, name, clients, seed)
+
+
+def trained() -> Iterator[tuple[str, Flat]]:
+    """Name and settings of each federation that is trained."""
     for clients in (5, 10, 3):
         for name in PARTITIONS:
             yield f"digits-{name}-{clients}-0", _cell("digits", name, clients, 0)
-    for optimizer in ("adamw", "sgd"):
-        flat = _cell("digits", "a0.05", 5, 0) | {"local.optimizer": optimizer, "local.lr": 1e-3}
-        yield f"digits-a0.05-5-0-{optimizer}", flat
+    few = {"data.train-limit": 300, "local.epochs": 10}
+    for optimizer in ("muon", "adamw", "sgd"):
+        flat = _cell("digits", "a0.05", 5, 0) | few | {"local.optimizer": optimizer}
+        yield f"digits-few-a0.05-5-0-{optimizer}", flat
     for data in ("fashion", "cifar"):
         for name in ("a0.1", "c2"):
             yield f"{data}-{name}-5-0", _cell(data, name, 5, 0)
@@ -87,57 +95,100 @@ def _cell(data: str, partition: str, clients: int, seed: int) -> Flat:
     return settings | flat | PARTITIONS[partition] | {"partition.clients": clients, "seed": seed, **UPLOADS}
 
 
-def run_of(name: str, flat: Flat, runs: Path) -> RunFolder | None:
-    """The folder of a cell, its uploads made if they are missing; None: no such partition, or no such data here."""
-    try:
-        config = Config.from_flat({**flat, "out-dir": str(runs)})
-        folder = RunFolder.open(runs / name) if (runs / name).exists() else RunFolder.create(config, name)
-        initial = initial_weights(config.model, config.seed)
-        for client in folder.missing(config.partition.clients):
-            folder.save_upload(pipeline.train_client(config, client, initial))
-    except (ConfigError, DataError) as error:
-        print(f"{name}: {error}", flush=True)
-        return None
+@lru_cache(maxsize=1)
+def features(data: DataConfig, model: ModelConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Frozen features (N, D) and labels (N,) of all training images."""
+    train = load(data, model, with_test=False).train
+    return frozen_features(vit_of(model, initial_weights(model, seed)), train, model.img_size, CPU), train.labels
+
+
+def statistics_alone(config: Config) -> list[Statistics]:
+    """Of each client, without any training; refused where an upload of them would be."""
+    z_ND, labels_N = features(config.data, config.model, config.seed)
+    norm, classes = last_norm(initial_weights(config.model, config.seed)), config.model.num_classes
+    every = []
+    for rows in parts_of(config).indices:
+        tensors = measure(z_ND[rows], labels_N[rows], classes, variances=True)
+        counts = tuple(torch.bincount(labels_N[rows], minlength=classes).tolist())
+        if refusal := problem(tensors, counts, z_ND.shape[1], norm):
+            raise SystemExit(f"honest statistics are refused: {refusal}")
+        every.append(Statistics.of(tensors, counts))
+    return every
+
+
+def of_sums(every: Sequence[Statistics], config: Config) -> dict[str, Any]:
+    """What the checks of statistics look at, and whom they leave out or name."""
+    names = [named([*every[:k], *every[k + 1 :]], own) for k, own in enumerate(every)]
+    uploads = [_upload(client, each) for client, each in enumerate(every)]
+    norm = last_norm(initial_weights(config.model, config.seed))
+    findings = strange_sums(uploads, norm)
+    return {
+        "images": [int(each.counts.sum()) for each in every],
+        "reach": reaches(every, norm).tolist(),
+        "names": [each.kept for each in names if each and each.gain > TOLD],
+        "left out": [finding.client for finding in findings if finding.clear],
+        "unusual": [[finding.client, finding.check, finding.value] for finding in findings],
+    }
+
+
+def _upload(client: int, told: Statistics) -> Upload:
+    counts = tuple(map(int, told.counts.tolist()))
+    tensors = {"sums": told.sums, "moment": packed(told.moment)}
+    return Upload(client, {}, sum(counts), 0.0, "", counts, statistics=tensors)
+
+
+def run_of(name: str, config: Config, runs: Path) -> RunFolder:
+    """The folder of a trained cell, its uploads made if they are missing."""
+    folder = RunFolder.open(runs / name) if (runs / name).exists() else RunFolder.create(config, name)
+    initial = initial_weights(config.model, config.seed)
+    for client in folder.missing(config.partition.clients):
+        folder.save_upload(pipeline.train_client(config, client, initial))
     return folder
 
 
-def measure(name: str, folder: RunFolder) -> dict[str, Any]:
-    """What the checks look at, client by client, and whom they leave out or name."""
+def of_uploads(folder: RunFolder) -> dict[str, Any]:
+    """What all checks of weights and statistics look at, client by client, and whom they leave out or name."""
     config, uploads = folder.config, folder.load_uploads()
-    start = initial_weights(config.model, config.seed)
-    measured = Measured.of(uploads, start)
-    every = [statistics_of(upload) for upload in uploads]
-    names = [named([*every[:k], *every[k + 1 :]], own) for k, own in enumerate(every)]
-    clear = Config.from_flat({"screen.mode": "clear", "screen.images": 0}, base=config)
-    found = screen(uploads, clear, torch.device("cpu"))
+    measured = Measured.of(uploads, initial_weights(config.model, config.seed))
+    found = screen(uploads, Config.from_flat({"screen.mode": "clear", "screen.images": 0}, base=config), CPU)
     return {
-        "cell": name,
-        "epochs": config.local.epochs,
-        "images": [upload.num_examples for upload in uploads],
+        **of_sums([statistics_of(upload) for upload in uploads], config),
         "length": measured.away.tolist(),
         "direction": mean_cosines(measured.cosines).tolist(),
         "start": [] if measured.kept is None else measured.kept.tolist(),
         "size": measured.owned.tolist(),
-        "reach": reaches(every, last_norm(start)).tolist(),
-        "names": [each.kept for each in names if each and each.gain > TOLD],
         "left out": found.excluded,
         "unusual": [[finding.client, finding.check, finding.value] for finding in found.findings],
     }
 
 
+def rows_of(runs: Path, only: str) -> Iterator[dict[str, Any]]:
+    """One row for each cell; a partition that cannot be, and data that is not here, are said and passed over."""
+    for kind, cells in (("statistics", of_statistics()), ("trained", trained())):
+        for name, flat in cells:
+            if not f"{kind}-{name}".startswith(only):
+                continue
+            try:
+                config = Config.from_flat({**flat, "out-dir": str(runs)})
+                alone = kind == "statistics"
+                values = of_sums(statistics_alone(config), config) if alone else of_uploads(run_of(name, config, runs))
+            except (ConfigError, DataError) as error:
+                print(f"{name}: {error}", flush=True)
+                continue
+            yield {"cell": name, "kind": kind, **values}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the cells' run folders")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the trained cells' uploads")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", default="", help="cells whose name begins so")
+    parser.add_argument("--only", default="", help="cells whose kind and name begin so: trained-digits")
     arguments = parser.parse_args()
     command = shlex.join(["python", "benchmarks/honest.py", *sys.argv[1:]])
     origin = {"fingerprint": fingerprint(), "versions": versions(), "machine": machine("cpu"), "config": UPLOADS}
     rows: list[dict[str, Any]] = []
-    for name, flat in cells():
-        folder = run_of(name, flat, arguments.runs) if name.startswith(arguments.only) else None
-        if folder:
-            rows.append(measure(name, folder))
-            content = {"command": command, "scripts": scripts(), **origin, "rows": rows}
-            write_text(arguments.json, json.dumps(content, indent=1) + "\n")
-            print(name, "left out:", rows[-1]["left out"], "unusual:", rows[-1]["unusual"], flush=True)
+    for row in rows_of(arguments.runs, arguments.only):
+        rows.append(row)
+        content = {"command": command, "scripts": scripts(), **origin, "rows": rows}
+        write_text(arguments.json, json.dumps(content, indent=1) + "\n")
+        print(row["cell"], "left out:", row["left out"], "unusual:", row["unusual"], flush=True)

@@ -3,8 +3,8 @@
 For each seed the clients train once; an attack is made on copies of their uploads, and every defence fuses the same
 ones. Attacks on the weights are judged by the student, lies in the statistics by what is made of statistics. To be
 cheap, the model has two blocks, clients train for 50 epochs, and the student has one epoch of few and rough images
-(`MODEL`, `SMALL`): accuracies are for comparison within this study only. "clear" is today's default screening; no images
-are made for it (`screen.images`), by which it leaves nobody out.
+(`MODEL`, `SMALL`): accuracies are for comparison within this study only. "clear" is today's default screening; no
+images are made for it (`screen.images`), by which it leaves nobody out.
 
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json
 """

@@ -118,7 +118,7 @@ def train(message: Message, context: Context) -> Message:
     """Train on this client's images and upload the result."""
     order, config = _order(message)
     _require_privacy(context, config)
-    client = _client(context, config)
+    client = _client(context, order)
     ours = _ledger(context, config)
     if ours:
         ours.require_room(config.privacy.epsilon, _digest(config))
@@ -154,9 +154,9 @@ def train(message: Message, context: Context) -> Message:
 @discreet
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out images."""
-    _, config = _order(message)
+    order, config = _order(message)
     _require_privacy(context, config)
-    found = pipeline.evaluate_client(config, _client(context, config), _weights(message, config), _place(context))
+    found = pipeline.evaluate_client(config, _client(context, order), _weights(message, config), _place(context))
     numbers: dict[str, Numbers] = {
         "num-examples": found.num_examples,
         "accuracy": found.accuracy,
@@ -168,7 +168,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _order(message: Message) -> tuple[ConfigRecord, Config]:
-    """What the server wants: Flower's record of the round, and the whole config that the server parsed.
+    """What the server wants: Flower's record of the round, and the settings that a client needs.
 
     Raises:
         ConfigError: the server runs other code, or is no server of this app. Its settings are not read then.
@@ -241,14 +241,14 @@ def _numbers(context: Context) -> tuple[int, int]:
         raise ConfigError(f"the node has no {error.args[0]}; {fix}, or with a client-name") from error
 
 
-def _client(context: Context, config: Config) -> int:
-    """This node's client number: its own, or its name's place in the server's list."""
-    name = _name(context)
-    if not name:
+def _client(context: Context, order: ConfigRecord) -> int:
+    """This node's client number: its own, or, where it has a name, what the server has made of that."""
+    if not _name(context):
         return _numbers(context)[0]
-    if name not in config.flower.client_names:
-        raise ConfigError(f"the server's flower.clients has no {name!r}")
-    return config.flower.client_names.index(name)
+    number = order.get("client")
+    if not isinstance(number, int):
+        raise ConfigError(f"the server does not say which client {_name(context)!r} is; is it in its flower.clients?")
+    return number
 
 
 def _place(context: Context) -> Place | None:

@@ -30,7 +30,7 @@ def shapes(model: ModelConfig) -> Weights:
 
 @lru_cache(maxsize=4)
 def _reference(config: Config) -> Weights:
-    """`shapes`; beside statistics with the numbers of the start's last LayerNorm, which say what its features can be."""
+    """`shapes`; beside statistics with the numbers of the start's last LayerNorm, which limit features."""
     if not config.upload.statistics:
         return shapes(config.model)
     initial = initial_weights(config.model, config.seed)

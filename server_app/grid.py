@@ -13,6 +13,8 @@ from flwr.serverapp import Grid
 from fedmitr_flwr.errors import RunError, UploadError, printable
 from fedmitr_flwr.limits import needed
 
+from .records import addressed
+
 log = getLogger("flwr")
 
 STUMBLE = 300.0  # seconds for which a SuperLink may do nothing but fail
@@ -90,6 +92,8 @@ class ObservedGrid(Grid):
         sent: list[str] = []
         for message in messages:
             node = message.metadata.dst_node_id
+            if node in self.clients:
+                message = addressed(message, self.clients[node])
             ids = [found for found in self.inner.push_messages([message]) if found]
             if not ids:
                 log.warning("%s cannot be asked: Flower did not take the message", self.name_of(node))

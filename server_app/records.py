@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,6 +15,8 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import UploadError
 from fedmitr_flwr.evaluation import Evaluation
 from fedmitr_flwr.fingerprint import core
+from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.settings import toml_value
 from fedmitr_flwr.training.foreign import raw, read_npy
 from fedmitr_flwr.training.upload import Upload, Weights, size
 
@@ -25,15 +28,37 @@ _PLAIN = re.compile(r"[\w.-]{1,200}", re.ASCII)  # names that can be a tensor's 
 _SAID = reprlib.Repr()  # of what is kept of a refused reply
 _SAID.maxdict = _SAID.maxlist = 100
 _SAID.maxstring = _SAID.maxother = 300
+NEEDED = ("seed", "device", "partition.", "model.", "local.", "upload.", "privacy.", "evaluate.", "flower.strategy")
+OWN_DATA = ("data.image-column", "data.label-column", "data.flip", "data.classes", "data.unknown-classes")
 TELLS = 100_000  # characters of all that: it goes into a file's header, which cannot be large
 
 
 def order(config: Config) -> ConfigRecord:
-    """The whole config for the clients, so that both sides cannot disagree, and which code they must run.
+    """What the clients need of the settings, so that both sides cannot disagree, and which code they must run.
 
     Bytes, because Flower logs strings.
     """
-    return ConfigRecord({"toml": config.to_toml().encode(), "fingerprint": core().encode()})
+    toml = "".join(f"{key} = {toml_value(value)}\n" for key, value in needed_by_clients(config).items())
+    return ConfigRecord({"toml": toml.encode(), "fingerprint": core().encode()})
+
+
+def needed_by_clients(config: Config) -> dict[str, bool | int | float | str]:
+    """The settings that a client's data, training, upload and evaluation follow; no other client's name, no own path.
+
+    In a simulation the shares of one data set are dealt out at the clients, which therefore need its path. A client
+    gets the start's weights themselves, and of their file the name only: it says that there was one.
+    """
+    data = OWN_DATA if config.partition.scheme == OWN else ("data.",)
+    needed = {key: value for key, value in config.to_flat().items() if key.startswith((*NEEDED, *data))}
+    return needed | {"model.weights": PurePath(config.model.weights).name}
+
+
+def addressed(message: Message, client: int) -> Message:
+    """The message with the client's number in its order: no client has the list of all names to find it in."""
+    record = message.content.config_records.get("config")
+    if record is not None:  # many messages share one
+        message.content = RecordDict({**message.content, "config": ConfigRecord({**record, "client": client})})
+    return message
 
 
 def room(start: Weights) -> int:

@@ -23,8 +23,11 @@ from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.screening.answers import Names, strange_answers
-from fedmitr_flwr.screening.screen import screen
-from fedmitr_flwr.screening.weights import robust_z, strange_weights
+from fedmitr_flwr.screening.screen import _bounded, screen
+from fedmitr_flwr.screening.sums import strange_sums
+from fedmitr_flwr.screening.weights import Measured, _directions, robust_z, strange_weights
+from fedmitr_flwr.statistics.frozen import statistics_of
+from fedmitr_flwr.statistics.moments import measure, packed, problem
 from fedmitr_flwr.training.local import train_local
 from fedmitr_flwr.training.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
@@ -108,6 +111,29 @@ def test_who_owns_more_than_ten_times_all_others_is_named() -> None:
     assert found(arrows(*rows, sizes=[1001, 50, 50])) == {0: "size"}
     assert found(arrows(*rows, sizes=[999, 50, 50])) == {}
     assert found(arrows(rows[0], times(rows[1], 1000), sizes=[1, 20])) == {1: "size"}  # of two, no more can be told
+    for sizes, clear in (([99_999, 50, 50], False), ([100_001, 50, 50], True), ([100_001, 50], False)):
+        (finding,) = strange_weights(arrows(*rows[: len(sizes)], sizes=sizes), START)
+        assert finding.clear is clear, sizes
+
+
+def test_what_no_honest_client_can_be_is_clear() -> None:
+    """Limits: a length of e^2.5 = 12.2 times the median's, a mean cosine of -0.04, and nothing left of the start."""
+    same = [[1.0, 0, 0, 0, 0, 0]] * 4
+    for factor, clear in ((12.0, False), (12.4, True), (1 / 12.0, False), (1 / 12.4, True)):
+        found = strange_weights(arrows(*same, times(same[0], factor)), START)
+        assert [each.clear for each in found if each.check == "norm"] == [clear], factor
+    for cosine, clear in ((-0.03, False), (-0.05, True)):
+        away = [cosine, (1 - cosine**2) ** 0.5, 0, 0, 0, 0]
+        units_KK = torch.tensor(away + same[0]).reshape(2, 6)[[1, 1, 1, 0]].double()
+        (finding,) = _directions(arrows(*same[:3], away), units_KK @ units_KK.T)
+        assert (finding.check, finding.clear) == ("direction", clear), cosine
+    start = {"w": torch.randn(100, 100, generator=stream(0)), "head.weight": torch.ones(3, 3)}
+    fresh = {"w": torch.randn(100, 100, generator=stream(1)), "head.weight": torch.ones(3, 3)}
+    mostly = {**start, "w": 0.1 * start["w"] + fresh["w"]}
+    uploads = [Upload(k, weights, 10, 0.0, "") for k, weights in enumerate((start, mostly, fresh))]
+    kept_K = Measured.of(uploads, start).kept
+    assert kept_K.tolist() == pytest.approx([1.0, 0.1, 0.0], abs=0.02)
+    assert [each.client for each in strange_weights(uploads, start) if each.check == "start" and each.clear] == [2]
 
 
 def test_names_by_hand() -> None:
@@ -206,8 +232,8 @@ def test_each_attack_is_found_and_nobody_else(learned: Learned, name: str, caplo
     assert outcome.kept == [uploads[0], *uploads[2:]]
     assert [(line["stage"], line["client"], line["excluded"]) for line in lines] == [("screen", 1, True)]
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("client 1 is strange: ")
-    assert warning.endswith("(left out)")
+    assert warning.startswith("client 1 is unusual: ")
+    assert warning.endswith("(left out; if it is honest, fuse the run again with screen.mode = 'warn')")
     assert outcome.facts("exclude")["findings"][0]["check"] == check
     assert math.isfinite(outcome.findings[0].value)
 
@@ -237,6 +263,74 @@ def test_a_client_of_one_class_is_not_strange(learned: Learned, tiny: DataSet, o
 def test_answers_are_not_judged_where_there_are_few_to_judge(learned: Learned) -> None:
     config, uploads, turned = learned
     assert strange_answers([uploads[0], turned, *uploads[2:4]], config, CPU) == []
+
+
+def normalised(client: int, images: int, classes: Sequence[int], width: int = 8) -> Upload:
+    """Features as a LayerNorm of γ = 1 and β = 0 gives them: much in common, something of the class, and of their own."""
+    common, by_class = (torch.randn(*shape, width, generator=stream(0, "means")) for shape in ((1,), (3,)))
+    labels = torch.tensor(classes).repeat(images // len(classes))
+    own = torch.randn(len(labels), width, generator=stream(0, "features", client))
+    z = torch.nn.functional.layer_norm(2 * common + by_class[labels] + 0.5 * own, (width,), eps=0.0)
+    counts = tuple(torch.bincount(labels, minlength=3).tolist())
+    return Upload(client, {}, len(labels), 0.5, "c" * 12, counts, statistics=measure(z, labels, 3))
+
+
+NORM = torch.ones(8).double(), torch.zeros(8).double()
+LIES: dict[str, Callable[[Upload], Upload]] = {
+    "exchanged": lambda upload: with_sums(upload, lambda told: told.sums.roll(1, 0)),
+    "turned": lambda upload: with_sums(upload, lambda told: -told.sums),
+    "zeros": lambda upload: with_sums(upload, lambda told: 0 * told.sums),
+}
+
+
+def with_sums(upload: Upload, change: Callable[[Any], Tensor]) -> Upload:
+    return replace(upload, statistics={**upload.statistics, "sums": change(statistics_of(upload))})
+
+
+def test_statistics_that_contradict_all_others_are_clear_and_honest_ones_are_not() -> None:
+    """Whatever classes a client has; a liar among the references makes no honest client wrong."""
+    honest = [normalised(k, 60, classes) for k, classes in enumerate(((0, 1, 2), (0, 1, 2), (0, 1), (1, 2), (2,)))]
+    assert strange_sums(honest, NORM) == []
+    assert strange_sums(honest[:2], NORM) == []
+    for name, lie in LIES.items():
+        lying = [lie(honest[0]), *honest[1:]]
+        assert problem(lying[0].statistics, lying[0].class_counts, 8, NORM) is None, name  # sums that could be
+        (finding,) = strange_sums(lying, NORM)
+        assert (finding.client, finding.check, finding.clear) == (0, "sums", True), name
+    assert finding.value == pytest.approx(0.0)  # of zeros: reaches nowhere
+
+
+def test_a_claim_counts_ten_times_all_others_at_most() -> None:
+    honest = [normalised(k, 30, (0, 1, 2)) for k in range(3)]
+    told = statistics_of(honest[0])
+    times_30 = {"sums": 30 * told.sums, "moment": packed(30 * told.moment)}
+    large = replace(honest[0], num_examples=900, class_counts=(300,) * 3, statistics=times_30)
+    for mode, images in (("warn", 900), ("clear", 600)):
+        config = settings(**DIGITS | {"screen.mode": mode})
+        bounded = screen([replace(moved(k), num_examples=n) for k, n in ((0, 900), (1, 30), (2, 30))], config, CPU)
+        assert [upload.num_examples for upload in bounded.kept] == [images, 30, 30]
+        assert (bounded.excluded, bounded.changed) == ([], mode == "clear")
+    (bounded, *others) = _bounded([large, *honest[1:]])
+    assert (bounded.num_examples, bounded.class_counts, others) == (600, (200,) * 3, honest[1:])
+    for ours, theirs in zip(_parts(bounded), _parts(honest[0]), strict=True):  # as of 20 times the images it has
+        torch.testing.assert_close(ours, 20 * theirs)
+
+
+def _parts(upload: Upload) -> tuple[Tensor, ...]:
+    told = statistics_of(upload)
+    return told.counts, told.sums, told.moment
+
+
+def test_by_default_only_what_is_clear_is_left_out(learned: Learned) -> None:
+    config, uploads, turned = learned
+    assert Config().screen.mode == "clear"
+    default = Config.from_flat({"screen.mode": "clear"}, base=config)
+    permuted = screen([uploads[0], turned, *uploads[2:]], default, CPU)
+    assert [(finding.check, finding.clear) for finding in permuted.findings] == [("answers", False)]
+    assert permuted.kept == [uploads[0], turned, *uploads[2:]]
+    for name in ("scaled", "reversed"):
+        bad = ATTACKS[name][0](config, uploads[1])
+        assert screen([uploads[0], bad, *uploads[2:]], default, CPU).excluded == [1], name
 
 
 def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
@@ -272,7 +366,7 @@ def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixt
         outcome = screen(uploads, settings(**DIGITS), CPU)
     assert len(outcome.findings) >= 2
     assert outcome.excluded == []
-    assert "too many to tell who is right; none is left out" in caplog.text
+    assert "too many to say who is right; none is left out" in caplog.text
 
 
 def test_without_the_start_there_is_a_warning_or_with_exclude_an_error(

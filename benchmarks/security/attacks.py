@@ -18,7 +18,7 @@ from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
 
 SCALE = 100
 CLAIMED = 1000  # images
-SHIFT = 3.0  # of each number of a feature: they are about 1
+SHIFT = 3.0  # of each number of a feature, which are about 1
 
 Attack = Callable[[Upload, Config], Upload]
 
@@ -50,13 +50,13 @@ def permuted(upload: Upload, config: Config) -> Upload:
 
 
 def shifted(upload: Upload, config: Config) -> Upload:
-    """Many images are claimed, of features that are all moved by as much."""
-    del config
+    """Many images are claimed, and the features of each class are moved, each class its own way."""
     told = statistics_of(upload)
     counts_Y = (told.counts * CLAIMED / told.counts.sum()).round()
     number, share = counts_Y.sum(), counts_Y.sum() / told.counts.sum()
-    move_D = torch.full_like(told.sums[0], SHIFT)
-    sums_YD = counts_Y[:, None] * (told.means + move_D * (counts_Y > 0)[:, None])
+    rng = stream(config.seed, "shifted", upload.client)
+    moves_YD = SHIFT * torch.randn(told.sums.shape, generator=rng, dtype=torch.float64)
+    sums_YD = counts_Y[:, None] * (told.means + moves_YD)
     means_YD = sums_YD / counts_Y.clamp_min(1)[:, None]
     moment_DD = told.scatter * share + means_YD.T @ sums_YD
     changed = _with(upload, Statistics(counts_Y, sums_YD, moment_DD))

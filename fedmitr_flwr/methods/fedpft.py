@@ -1,8 +1,8 @@
 """FedPFT: each client's classes as Gaussians of frozen features; the server draws from them and trains a linear head.
 
 Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian per client and class [C]: as many
-features are drawn as the client has images of the class, but `MOST` at most; where it says that it has more, each counts
-for as many as it stands for. So neither memory nor time depends on what a client claims.
+features are drawn as the client has images of the class, but `MOST` at most; beyond, each counts for as many as it
+stands for. So neither memory nor time depends on what a client claims.
 
 Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
 is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied`
@@ -51,7 +51,7 @@ def fuse(job: Job) -> Fused:
 
 
 def draw(told: Statistics, gaussian: str, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (n, D), labels (n,) and for how many images each stands (n,): of each class as many as images, or `most`."""
+    """Of each class as many features as images, or `most`: (n, D), labels (n,), and what each stands for (n,)."""
     drawn_Y = told.counts.clamp_max(most)
     labels = torch.arange(len(told.counts)).repeat_interleave(drawn_Y.long())
     weights_N = (told.counts / drawn_Y.clamp_min(1))[labels]
@@ -74,14 +74,16 @@ def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int, weights_
         linear.parameters(), max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
-    alike = weights_N is None or bool((weights_N == 1).all())
+    if weights_N is not None and (weights_N == 1).all():
+        weights_N = None  # the same bits as without any
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        if alike:  # the same bits as before there were weights
-            fit = F.cross_entropy(linear(features_ND), labels_N, reduction="sum")
+        scores_NY = linear(features_ND)
+        if weights_N is None:
+            fit = F.cross_entropy(scores_NY, labels_N, reduction="sum")
         else:
-            fit = (F.cross_entropy(linear(features_ND), labels_N, reduction="none") * weights_N).sum()
+            fit = F.cross_entropy(scores_NY, labels_N, reduction="none") @ weights_N
         total = fit + PENALTY / 2 * linear.weight.square().sum()
         total.backward()
         return total

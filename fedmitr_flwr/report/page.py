@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..config import Config
-from ..errors import RunError, unread
+from ..errors import RunError, printable, unread
 from ..files import absolute, read_text, write_text
 from ..settings import toml_value
 from .charts import accuracies, as_svg, confusion, curves

@@ -106,7 +106,7 @@ def named(others: Sequence[Statistics], own: Statistics) -> Names | None:
     classes_C = (enough_RY.sum(0) >= 2).nonzero().squeeze(1)
     compared_C = own.counts[classes_C] > 0
     images = own.counts[classes_C].sum()
-    if len(classes_C) < 2 or images < max(IMAGES / 2, COMPARED * own.counts.sum()):
+    if len(classes_C) < 2 or images.item() < max(IMAGES / 2, COMPARED * own.counts.sum().item()):
         return None
     inverse_DD, spread = _precision(others)
     means_ND = own.means[classes_C][compared_C]
