@@ -50,7 +50,7 @@ class Seen:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C, 141 if nobody reads."""
+    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C, 141 if unread."""
     begin()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
