@@ -18,6 +18,7 @@ fail() {
 # Everything is made in a folder of its own and moved once it is whole.
 clean_up() {
     [ -z "$new" ] || rm -rf "$new"
+    [ -z "$half" ] || rm -f "$half"
     [ -z "$made" ] || rmdir "$dir" 2>/dev/null || true
 }
 
@@ -79,11 +80,10 @@ node() {
 }
 
 keep() {
+    half=$dir/$1 # without its other half it would block the next try
     mv "$new/$1" "$dir/$1" || fail "cannot write $dir/$1"
-    mv "$new/$2" "$dir/$2" || {
-        rm -f "$dir/$1"
-        fail "cannot write $dir/$2"
-    }
+    mv "$new/$2" "$dir/$2" || fail "cannot write $dir/$2"
+    half=''
 }
 
 [ "$#" -ge 2 ] || fail "usage: credentials.sh ca DIR | server DIR NAME... | node DIR NAME"
@@ -96,6 +96,7 @@ ca | server | node) ;;
 esac
 new=''
 made=''
+half=''
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 [ -d "$dir" ] || made=yes

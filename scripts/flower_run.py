@@ -51,7 +51,7 @@ class Seen:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C, 141 if nobody reads."""
+    """Return 0 after a completed run, 1 after a failed one, 2 after bad input, 130 after Ctrl-C, 141 if unread."""
     begin()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
@@ -343,4 +343,6 @@ def _status(run_id: str, link: Sequence[str], environment: dict[str, str]) -> tu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    sys.stdout.flush()
+    os._exit(ended)  # Python's own end takes seconds, or half a minute on a busy machine, once torch is loaded

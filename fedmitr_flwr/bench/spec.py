@@ -159,7 +159,8 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     chosen = as_texts(axes.get("data", list(data)), "grid.data")
     for name in chosen:
         require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
-    last = _settings(last, "the command line", Path.cwd())
+    sources = {{**data[name], **last}.get("data.source", "") for name in chosen}
+    last = _settings(last, "the command line", Path.cwd(), sources.pop() if len(sources) == 1 else "hub")
     skews = _skews(axes, "grid")
     seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
