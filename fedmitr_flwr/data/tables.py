@@ -3,7 +3,6 @@
 import bisect
 import itertools
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from ..errors import DataError
 from .decode import Rows
 from .labels import Labels, all_differ, has_none, is_whole, kind_of, read, together
 from .layout import check_shards, say_once
-
-log = logging.getLogger("fedmitr")
 
 _USUAL_LABELS = ("label", "labels", "class", "target", "fine_label")  # the first that is there; upper case, too
 _BATCH = 1000
