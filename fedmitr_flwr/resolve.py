@@ -87,7 +87,9 @@ def _of_data(model: ModelConfig, found: Facts, place: str) -> ModelConfig:
 
 def _side(own: int, patch: int) -> int:
     """The images' own size where `small` can be trained on it, or else 32."""
-    fits = 0 < own <= LARGEST and own // (patch or patch_of(own)) >= LEAST_PATCHES and own % (patch or 1) == 0
+    if not 0 < own <= LARGEST:
+        return SIDE
+    fits = own % patch == 0 if patch else own // patch_of(own) >= LEAST_PATCHES
     return own if fits else SIDE
 
 

@@ -219,7 +219,7 @@ def test_a_client_measures_the_model_that_it_sends() -> None:
     assert upload.num_bytes == plain.num_bytes // 2 + 2 * sum(tensor.numel() for tensor in wanted.values())
     vit = a_vit(SENT, 0)
     vit.load_state_dict(plain.weights)
-    own = measure(vit, client_images(SENT, 0)[0], 8, 3, CPU)
+    own = measure(vit, client_images(SENT, 0)[0], SENT.model, 3, CPU)
     assert all(torch.equal(upload.statistics[name], tensor.half()) for name, tensor in own.items())
 
 

@@ -42,6 +42,7 @@ def test_digits_have_the_sizes_that_they_always_had() -> None:
     config = resolve(Config())
     assert sizes(config.model) == (8, 2, 1, 10)
     assert resolve(config) == config
+    assert sizes(resolve(Config.from_flat({"model.patch-size": 4})).model) == (8, 4, 1, 10)
     assert Config.from_flat({"model.img-size": 8, "model.patch-size": 2, "model.in-chans": 1}).model != config.model
 
 

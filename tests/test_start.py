@@ -77,12 +77,15 @@ def test_weights_that_are_not_there_are_known_before_any_client_is_asked(method:
     with pytest.raises(ConfigError, match=r"distill\.pretrained = '.*x\.safetensors': there is no such file"):
         methods.check(settings(**flat))
     (tmp_path / "x.safetensors").touch()
-    methods.check(settings(**flat))
+    with pytest.raises(ModelError, match=r"distill\.pretrained: .*x\.safetensors is empty"):
+        methods.check(settings(**flat))
+    save_file(dict(a_vit(settings(), 9).state_dict()), tmp_path / "y.safetensors")
+    methods.check(settings(**flat | {"distill.pretrained": str(tmp_path / "y.safetensors")}))
 
 
 def test_pretrained_weights_that_are_not_there_are_refused() -> None:
     config = settings(**{"distill.init": "pretrained", "distill.pretrained": "/no/where.safetensors"})
-    with pytest.raises(ModelError, match=r"distill\.pretrained: cannot read /no/where\.safetensors"):
+    with pytest.raises(ModelError, match=r"distill\.pretrained: there is no weights file /no/where\.safetensors"):
         start_student([an_upload(config, 0)], config)
     with pytest.raises(ModelError, match=r"distill\.pretrained = 'timm', but there are none for model\.name = 'small'"):
         start_student([], settings(**{"distill.init": "pretrained", "distill.pretrained": "timm"}))
