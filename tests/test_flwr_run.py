@@ -168,7 +168,7 @@ def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
         ({"partition.clients": "3 --clients=4"}, "--clients 4 and partition.clients=3; give one of them"),
         ({"seed": "1 --client-gpus=-1"}, "--client-gpus -1 is not possible"),
         ({"seed": "1 --flwr-home=/proc/none"}, "--flwr-home: cannot make the folder /proc/none"),
-        ({"partition.scheme": "own"}, "name their --superlink"),
+        ({"partition.scheme": "own", "data.train-limit": 0}, "name their --superlink"),
     ],
 )
 def test_what_is_seen_without_a_client_fails_before_anything_starts(
