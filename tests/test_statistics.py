@@ -171,7 +171,7 @@ def test_what_can_be_no_sums_is_told(name: str, change: Callable[[Tensor], Tenso
 
 
 def test_sums_that_no_layer_norm_gives_are_told() -> None:
-    """A feature is γ x + β, where x has mean 0 and length √D: by hand, what scales, moves or counts otherwise cannot be."""
+    """A feature is γ x + β, where x has mean 0 and length √D: what is scaled, moved or miscounted cannot be."""
     raw, labels = features()
     gamma, beta = torch.linspace(-2.5, 3, WIDTH).double(), torch.linspace(0.5, -1, WIDTH).double()
     z = torch.nn.functional.layer_norm(raw.double(), (WIDTH,), eps=1e-6) * gamma + beta
