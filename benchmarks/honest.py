@@ -3,7 +3,7 @@
 Trained cells are folders of honest uploads; one that is missing is made. Nothing is fused. The others are of statistics
 alone, which no training changes.
 
-    python benchmarks/honest.py --runs FOLDER --json benchmarks/results/screening/honest.json [--only digits]
+    python benchmarks/honest.py --runs FOLDER --json benchmarks/results/screening/honest.json [--only BEGINNING ...]
 """
 
 import argparse
@@ -162,11 +162,11 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def rows_of(runs: Path, only: str) -> Iterator[dict[str, Any]]:
+def rows_of(runs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row for each cell; a partition that cannot be, and data that is not here, are said and passed over."""
     for kind, cells in (("statistics", of_statistics()), ("trained", trained())):
         for name, flat in cells:
-            if not f"{kind}-{name}".startswith(only):
+            if not f"{kind}-{name}".startswith(tuple(only)):
                 continue
             try:
                 config = Config.from_flat({**flat, "out-dir": str(runs)})
@@ -182,7 +182,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the trained cells' uploads")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", default="", help="cells whose kind and name begin so: trained-digits")
+    parser.add_argument("--only", nargs="*", default=[""], help="cells whose kind and name begin so: trained-digits")
     arguments = parser.parse_args()
     command = shlex.join(["python", "benchmarks/honest.py", *sys.argv[1:]])
     origin = {"fingerprint": fingerprint(), "versions": versions(), "machine": machine("cpu"), "config": UPLOADS}

@@ -97,6 +97,7 @@ def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] =
         clients = _roster(asking.cards, config, known, uploaded)
         late = time.monotonic() >= deadline
         if _complete(clients, flower, uploaded, late):
+            _log_names(clients, flower)
             return clients
         if late:
             raise RunError(_too_few(clients, flower, uploaded, asking.silent()) + asking.problem())
@@ -111,6 +112,16 @@ def with_number_of(clients: Clients, config: Config) -> Config:
             "partition.clients = %d has no effect here: there are %d clients, one for each node", wanted, clients.number
         )
     return config.with_clients(clients.number)
+
+
+def _log_names(clients: Clients, flower: FlowerConfig) -> None:
+    """Flower shows the server a node's number, which belongs to its key, and not the key: a name is only claimed."""
+    if names := flower.client_names:
+        taken = ", ".join(f"{names[client]} by node {node}" for client, node in clients.nodes.items())
+        log.info(
+            "names are as the nodes claim them: %s; compare with the node IDs of your registrations (deploy/README.md)",
+            taken,
+        )
 
 
 class _Asking:

@@ -266,7 +266,7 @@ def test_answers_are_not_judged_where_there_are_few_to_judge(learned: Learned) -
 
 
 def normalised(client: int, images: int, classes: Sequence[int], width: int = 8) -> Upload:
-    """Features as a LayerNorm of γ = 1 and β = 0 gives them: much in common, something of the class, and of their own."""
+    """Features as a LayerNorm of γ = 1 and β = 0 gives them, with much in common."""
     common, by_class = (torch.randn(*shape, width, generator=stream(0, "means")) for shape in ((1,), (3,)))
     labels = torch.tensor(classes).repeat(images // len(classes))
     own = torch.randn(len(labels), width, generator=stream(0, "features", client))

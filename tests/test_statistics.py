@@ -13,7 +13,7 @@ from tiny import a_vit, settings
 from torch import Tensor
 
 from fedmitr_flwr.data.images import Images, prepare
-from fedmitr_flwr.methods.fedpft import draw, train_head
+from fedmitr_flwr.methods.fedpft import MOST, draw, train_head
 from fedmitr_flwr.rng import stream
 from fedmitr_flwr.statistics.heads import NOBODYS, Head, lda, oas, ridge
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, measure, problem, total
@@ -170,6 +170,30 @@ def test_what_can_be_no_sums_is_told(name: str, change: Callable[[Tensor], Tenso
     assert re.search(problem_told, found)
 
 
+def test_sums_that_no_layer_norm_gives_are_told() -> None:
+    """A feature is γ x + β, where x has mean 0 and length √D: what is scaled, moved or miscounted cannot be."""
+    raw, labels = features()
+    gamma, beta = torch.linspace(-2.5, 3, WIDTH).double(), torch.linspace(0.5, -1, WIDTH).double()
+    z = torch.nn.functional.layer_norm(raw.double(), (WIDTH,), eps=1e-6) * gamma + beta
+    norm = gamma, beta
+    assert problem(*told(z.float(), labels), WIDTH, norm) is None
+    for features_ND, wanted in (
+        (100 * z, "times as long as the LayerNorm of model.weights makes any"),
+        (z + 3, "times as long as"),
+        (beta + 0.1 * (z - beta), "has 0.1 of the length"),
+        (beta + (z - beta).roll(1, 1), "LayerNorm"),  # x of the right length, under another γ
+    ):
+        tensors, counts = told(features_ND, labels)
+        assert problem(tensors, counts, WIDTH) is None
+        assert wanted in problem(tensors, counts, WIDTH, norm)
+    tensors, counts = told(z, labels)
+    assert "of the length" in problem(tensors, tuple(100 * count for count in counts), WIDTH, norm)  # ten are one
+    flat = 2**0.5 * torch.nn.functional.one_hot(torch.arange(len(z)) % 2, WIDTH).double()  # |x|² = 2 of D, mean not 0
+    assert "LayerNorm" in problem(*told(gamma * flat + beta, labels), WIDTH, norm)
+    huge = {name: 1e200 * tensor for name, tensor in tensors.items()}
+    assert "too large to be multiplied" in problem(huge, counts, WIDTH)
+
+
 def test_counts_that_the_sums_contradict_are_told() -> None:
     tensors, counts = told(*features())
     assert "a class without images has a sum" in problem(tensors, (0, counts[0] + counts[1], *counts[2:]), WIDTH)
@@ -198,7 +222,7 @@ def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:
     parts = (statistics.counts, statistics.sums, statistics.moment, statistics.squares)
     many = Statistics(*(1000 * part for part in parts))
     for gaussian in ("diagonal", "spherical"):
-        drawn, classes = draw(many, gaussian, stream(0, "draw"))
+        drawn, classes, _ = draw(many, gaussian, stream(0, "draw"), most=10**6)
         again = Statistics.of(*told(drawn, classes))
         assert torch.equal(again.counts, many.counts)
         variances = statistics.variances
@@ -212,7 +236,7 @@ def test_tied_gaussians_have_the_covariance_within_the_clients_classes() -> None
     z, labels = features(60)
     statistics = Statistics.of(*told(z, labels))
     many = Statistics(1000 * statistics.counts, 1000 * statistics.sums, 1000 * statistics.moment)
-    drawn, classes = draw(many, "tied", stream(0, "draw"))
+    drawn, classes, _ = draw(many, "tied", stream(0, "draw"), most=10**6)
     again = Statistics.of(*told(drawn, classes))
     variances = (many.scatter / many.counts.sum()).diagonal()
     error = (again.scatter - many.scatter) / many.counts.sum()
@@ -222,9 +246,22 @@ def test_tied_gaussians_have_the_covariance_within_the_clients_classes() -> None
 
 def test_a_class_of_one_image_is_drawn_where_it_is() -> None:
     z, labels = torch.eye(CLASSES, WIDTH), torch.arange(CLASSES)
-    drawn, classes = draw(Statistics.of(*told(z, labels)), "diagonal", stream(0))
+    drawn, classes, _ = draw(Statistics.of(*told(z, labels)), "diagonal", stream(0))
     assert classes.tolist() == labels.tolist()
     assert torch.equal(drawn, z.double())
+
+
+def test_a_claim_of_many_images_is_drawn_up_to_the_limit_and_weighs_in_full() -> None:
+    z, labels = features(60)
+    honest = Statistics.of(*told(z, labels))
+    claimed = Statistics(*(10**7 * part for part in (honest.counts, honest.sums, honest.moment, honest.squares)))
+    _, classes, weights = draw(claimed, "diagonal", stream(0))
+    assert torch.bincount(classes).tolist() == [MOST] * CLASSES
+    torch.testing.assert_close(torch.zeros(CLASSES).double().index_add(0, classes, weights), claimed.counts)
+    assert draw(honest, "diagonal", stream(0))[2].unique().tolist() == [1.0]
+    weighted = train_head(z.double(), labels, CLASSES, 1 + (labels == 0).double())
+    twice = train_head(torch.cat([z, z[labels == 0]]).double(), torch.cat([labels, labels[labels == 0]]), CLASSES)
+    torch.testing.assert_close(weighted.weight, twice.weight, atol=1e-5, rtol=1e-4)
 
 
 def test_the_trained_head_is_scikit_learns() -> None:

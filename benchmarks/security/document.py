@@ -15,12 +15,20 @@ DEFENCES = {
     "fedmedian": "FedMedian",
     "krum": "Krum",
     "ensemble plain": "Ensemble",
-    "ensemble exclude": "Ensemble, screened",
+    "ensemble clear": "Ensemble, `clear`",
+    "ensemble exclude": "Ensemble, `exclude`",
     "ensemble trim": "Ensemble, trimmed",
     "student plain": "Student",
-    "student exclude": "Student, screened",
+    "student clear": "Student, `clear`",
+    "student exclude": "Student, `exclude`",
     "student trim": "Student, trimmed",
 }
+OF_STATISTICS = {
+    f"{name} {screening}": f"{title}{', `clear`' * (screening == 'clear')}"
+    for name, title in (("lda", "LDA"), ("ridge", "Ridge"), ("ensemble", "Ensemble with statistics"))
+    for screening in ("plain", "clear")
+}
+LIE = "statistics "  # before the name of an attack on these
 BUDGETS = ("Local", "FedAvg", "Ensemble", "Student")
 
 
@@ -34,22 +42,26 @@ def privacy(results: Path) -> str:
 
 def _hostile(content: Mapping[str, Any]) -> list[str]:
     rows: Sequence[Row] = content["rows"]
-    cells = list(dict.fromkeys((row["attack"], row["hostile"]) for row in rows))
-    lines = []
-    for attack, number in cells:
-        same = [row for row in rows if (row["attack"], row["hostile"]) == (attack, number)]
-        name = f"{number} {attack}" if number else "none"
-        lines.append(
-            [name, *(spread(row["accuracy"][each] for row in same) for each in DEFENCES), _found(same, number)]
-        )
-    return [
+    lines = [
         f"Seeds {_seeds(rows)}; test accuracy in percent, mean ± sample standard deviation (n). The last column "
         "counts, over all seeds, the hostile clients that screening left out, and the honest ones.",
         "",
-        *table(["Hostile of 10", *DEFENCES.values(), "Left out: hostile, honest"], lines),
-        "",
-        *provenance(content),
     ]
+    of_statistics = [row for row in rows if row["attack"].startswith(LIE)]
+    of_weights = [row for row in rows if not row["attack"].startswith(LIE)]
+    for some, columns in ((of_weights, DEFENCES), (of_statistics, OF_STATISTICS)):
+        if some:
+            lines += [*_attacks(some, {key: title for key, title in columns.items() if key in some[0]["accuracy"]}), ""]
+    return [*lines, *provenance(content)]
+
+
+def _attacks(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
+    lines = []
+    for attack, number in dict.fromkeys((row["attack"], row["hostile"]) for row in rows):
+        same = [row for row in rows if (row["attack"], row["hostile"]) == (attack, number)]
+        name = f"{number} {attack.removeprefix(LIE)}" if number else "none"
+        lines.append([name, *(spread(row["accuracy"][each] for row in same) for each in columns), _found(same, number)])
+    return table(["Hostile of 10", *columns.values(), "Left out: hostile, honest"], lines)
 
 
 def _found(rows: Iterable[Row], hostile: int) -> str:
