@@ -312,7 +312,8 @@ def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
 ) -> None:
     for folder in ("bench/proxy", "base", "here"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "base/base.toml").write_text("model.weights = 'w.safetensors'\nout-dir = 'runs'\n")
+    sizes = "model.img-size = 8\nmodel.patch-size = 2\nmodel.in-chans = 1\nmodel.num-classes = 2\n"  # no look at images
+    (tmp_path / "base/base.toml").write_text(f"model.weights = 'w.safetensors'\nout-dir = 'runs'\n{sizes}")
     (tmp_path / "base/data.toml").write_text("data.source = 'parquet'\ndata.path = 'images'\n")
     (tmp_path / "bench/b.toml").write_text(
         "base = '../base/base.toml'\n[settings]\ndistill.pretrained = 'p.safetensors'\nlocal.batch_size = 8\n"

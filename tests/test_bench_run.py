@@ -174,8 +174,8 @@ def test_a_cell_is_what_one_run_alone_would_be(tmp_path: Path) -> None:
     assert size(whole) > lda["bytes_up"][0]  # the variances are there for fedpft
 
 
-BAD = GRID.replace('"lda"', '"bad"') + '\n[methods.bad]\nmethod = "fedmitr"\ndistill.init = "pretrained"\n'
-BAD += f'distill.pretrained = "{Path(__file__).as_posix()}"'  # which is no model
+BAD = GRID.replace('"lda"', '"bad"') + '\n[methods.bad]\nmethod = "fedmitr"\n'
+BAD += 'distill.optimizer = "sgd"\ndistill.grad-clip = 0.0\ndistill.lr = 1e30'  # whose student diverges
 
 
 def test_a_failed_cell_is_noted_and_the_grid_goes_on(
@@ -189,19 +189,19 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(
     notes = sorted((out / "failed").iterdir())
     assert len(notes) == 2
     text = notes[0].read_text()
-    assert text.startswith("digits, Dirichlet 0.3, K 3, seed 0, bad\nModelError: ")
-    assert "test_bench_run.py as safetensors" in text.splitlines()[1]
-    assert 'distill.init = "pretrained"' in text
+    assert text.startswith("digits, Dirichlet 0.3, K 3, seed 0, bad\nRunError: ")
+    assert "the student diverged" in text.splitlines()[1]
+    assert "distill.lr = 1e+30" in text
     assert "Traceback" not in text  # bad input is one line
     assert "Cells without a result: 2 (`bad` 2)." in (out / "table.md").read_text()
 
     fuse, fused = pipeline.fuse, list(made.fused)
 
     def mended(run: RunFolder, method: str, own: dict[str, object], *rest: Any) -> Any:
-        # As if the file were there now: the cell's own settings decide its place, so only its work is replaced.
-        folder = fuse(run, method, own | {"distill.init": "average"}, *rest)
+        # As if it did not diverge now: the cell's own settings decide its place, so only its work is replaced.
+        folder = fuse(run, method, own | {"distill.lr": 3e-3}, *rest)
         result = folder.read_result()
-        folder.write_result({**result, "config": result["config"] | {"distill.init": "pretrained"}})
+        folder.write_result({**result, "config": result["config"] | {"distill.lr": 1e30}})
         return folder
 
     monkeypatch.setattr(pipeline, "fuse", mended)
