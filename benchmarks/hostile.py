@@ -21,14 +21,13 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.errors import UploadError
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.gate import admit
 from fedmitr_flwr.inversion.scout import scouted_ensemble
 from fedmitr_flwr.judge import Lines, evaluate_on, lines
 from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.statistics.frozen import closed_form_model
-from fedmitr_flwr.training.upload import Upload, validate
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.training.upload import Upload
 
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
@@ -45,17 +44,15 @@ Memory = dict[tuple[int, ...], Accuracies]  # by the clients whose honest upload
 
 def screened(uploads: Sequence[Upload], config: Config) -> tuple[list[Upload], list[int]]:
     """What the checks of an upload and the default screening leave, and the clients that they do not."""
-    start = initial_weights(config.model, config.seed)
-    passed = [upload for upload in uploads if _passes(upload, start, config)]
+    passed = [upload for upload in uploads if _passes(upload, config)]
     kept = screen(passed, Config.from_flat(DEFAULT, base=config), CPU).kept
     known = {upload.client for upload in kept}
     return kept, [upload.client for upload in uploads if upload.client not in known]
 
 
-def _passes(upload: Upload, start: Any, config: Config) -> bool:
-    model, most = config.model, config.screen.max_images
+def _passes(upload: Upload, config: Config) -> bool:
     try:
-        validate(upload, start, model.num_classes, fingerprint(), config.partition.clients, most, asked=config.upload)
+        admit(upload, config)
     except UploadError as error:
         print(f"refused: {error}", flush=True)
         return False

@@ -34,7 +34,7 @@ def an_entry(
         "client_seconds": [rounds * 5.0, rounds * 15.0],
         "server_seconds": 2.0,
         "peak_memory": {"ram": 3_000_000_000, "gpu": None},
-        "config": Config().to_flat(),
+        "config": Config().to_flat() | {"model.img-size": 8},
         "machine": {"device": "cpu", "gpu": None, "cpu": "Abacus", "cores": 2, "platform": "Linux"},
         "versions": {"python": "3.11.7", "flwr": None},
         "fingerprint": "0123456789ab",

@@ -1,5 +1,6 @@
 """What every test shares: no network, few threads, the shared real data sets and a tiny separable one."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imports Flower's apps sends the core's log to Flower's alone, where caplog does not listen."""
+    monkeypatch.setattr(logging.getLogger("fedmitr"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from fedmitr_flwr.bench.store import Store
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.errors import ConfigError, RunError
 from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.method_sections import UNSET
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.report.result import build
 from fedmitr_flwr.report.run_folder import RunFolder
@@ -425,7 +426,7 @@ class Federation:
 
 
 def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path) -> None:
-    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({0.0: 40.0})
+    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({UNSET: 40.0})
     assert running.run(spec, store, flower).failed == 0
     assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
     for cell in cells(spec):
@@ -440,7 +441,7 @@ def test_what_flower_ran_with_code_that_changed_meanwhile_is_no_result(
 ) -> None:
     monkeypatch.setattr(running, "changed", lambda: True)
     spec, store = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out")
-    assert running.run(spec, store, Federation({0.0: 40.0})).failed == 2
+    assert running.run(spec, store, Federation({UNSET: 40.0})).failed == 2
     assert all(store.result(cell) is None for cell in cells(spec))
     assert "the code has changed since this bench began; start it again" in store.error_path(cells(spec)[0]).read_text()
 
@@ -541,7 +542,7 @@ def test_a_job_in_the_background_can_be_stopped(tmp_path: Path, number: int) -> 
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.endswith("fedmitr: interrupted\n")
+    assert said.endswith("fedmitr: interrupted; the same command goes on where it was\n")
 
 
 @pytest.mark.slow

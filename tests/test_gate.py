@@ -16,6 +16,7 @@ from fedmitr_flwr import gate, methods, pipeline
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data import shares
 from fedmitr_flwr.errors import ConfigError, DataError, RunError, UploadError, UserError
 from fedmitr_flwr.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.inversion import invert
@@ -265,14 +266,18 @@ def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
         torch.testing.assert_close(made[name], tensor, rtol=1e-3, atol=1e-4)
     assert again.read_result()["accuracy"]["local"] == old.read_result()["accuracy"]["local"] == [8.0, 12.0]
     assert main(["report", str(old.path)]) == 0
+    unread = (OLD / "config.toml").read_text().replace('data.path = ""', 'data.path = "photographs"')
+    (old.path / "config.toml").write_text(unread)  # which 0.1.0 did in silence
+    assert RunFolder.open(old.path).config == old.config
 
 
 def test_test_settings_and_paths_decide_no_upload(run: RunFolder, tmp_path: Path) -> None:
     folder = pipeline.fuse(run, "fedavg", {"data.test-limit": 20})
     assert folder.read_result()["evaluated_on"]["images"] == 20
-    moved = Config.from_flat({"data.path": "/elsewhere", "model.weights": "/a.safetensors"}, base=run.config)
+    here = Config.from_flat({"data.source": "parquet", "data.path": "/here"}, base=run.config)
+    moved = Config.from_flat({"data.path": "/elsewhere", "model.weights": "/a.safetensors"}, base=here)
     with pytest.raises(RunError, match=r"model\.weights = '/a\.safetensors', but the uploads were made with 'none'"):
-        pipeline.require_same_uploads(run.config, moved, "")
+        pipeline.require_same_uploads(here, moved, "")
     pipeline.require_same_uploads(moved, Config.from_flat({"model.weights": "/b.safetensors"}, base=moved), "")
     begun = RunFolder.create(Config.from_flat({"model.weights": "/a", "out-dir": str(tmp_path)}, run.config), "x")
     start = pipeline.start_of(run.config)
@@ -306,11 +311,11 @@ def test_a_finished_server_phase_does_without_the_training_labels(
     def unreadable(_: Config) -> Any:
         raise DataError("train: no such folder")
 
-    monkeypatch.setattr(pipeline, "parts_of", unreadable)
+    monkeypatch.setattr(shares, "parts_of", unreadable)
     result = pipeline.fuse(run, "fedavg", {}).read_result()
     assert result["accuracy"]["student"] is not None
     assert result["counts"] is None
-    assert "the clients' numbers of images are left out: train: no such folder" in caplog.messages
+    assert "who held which images is left out of the result: train: no such folder" in caplog.messages
 
 
 def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,6 +383,9 @@ def _read_config(path: Path) -> Config:
         raise RunError(f"{path} is not whole: it has {len(flat)} settings and no checksum; {_RESTORE}")
     else:
         flat = {key: UNSET if key.startswith(_UNSET_IN_0_1_0) and not value else value for key, value in flat.items()}
+        if flat["data.source"] == "digits" and flat["data.path"]:
+            log.warning("%s: 0.1.0 read digits for this run, and nothing of data.path = %r", path, flat["data.path"])
+            flat["data.path"] = ""
     known = Config().to_flat()
     if retired := [key for key in flat if key in settings.RETIRED]:
         log.warning("%s: settings of an older version, ignored: %s", path, ", ".join(retired))
