@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import TypeVar
@@ -165,8 +166,16 @@ def share_memory() -> None:
 
 def return_memory() -> None:
     """Give what nobody uses back to the operating system: otherwise, Python and glibc keep whole models' worth."""
+    _leave_out_imports()
     gc.collect()
     _glibc("malloc_trim", 0)
+
+
+@cache
+def _leave_out_imports() -> None:
+    """Modules are never garbage, and to look through torch's takes the collector a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _glibc(function: str, *numbers: int) -> None:

@@ -66,6 +66,11 @@ def _of_name(model: ModelConfig) -> ModelConfig:
 
 
 def _of_data(model: ModelConfig, found: Facts, place: str) -> ModelConfig:
+    if found.least == 1 and model.num_classes in (0, found.classes - 1):
+        raise DataError(
+            f"{place}: labels begin at 1 (1 to {found.classes - 1}), but classes are numbered from 0; "
+            "subtract 1 from each"
+        )
     more = found.classes > model.num_classes
     if model.num_classes and found.classes and (more or (found.named and model.num_classes != found.classes)):
         raise ConfigError(

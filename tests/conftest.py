@@ -1,5 +1,6 @@
 """What every test shares: no network, few threads, the shared real data sets and a tiny separable one."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -44,10 +45,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> None:
+    """What was imported so far is left out of collections, of which `return_memory` asks for one per client."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever imports Flower's apps sends the core's log to Flower's alone, where caplog does not listen."""
-    monkeypatch.setattr(logging.getLogger("fedmitr"), "propagate", True)
+    core = logging.getLogger("fedmitr")
+    monkeypatch.setattr(core, "propagate", True)
+    monkeypatch.setattr(core, "handlers", [])
 
 
 @pytest.fixture(scope="session")

@@ -208,7 +208,6 @@ def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
     for picture in ("save_images", "save_partition"):
         monkeypatch.setattr(pipeline, picture, lambda *_: None)
     monkeypatch.setattr("fedmitr_flwr.report.page.as_svg", lambda _: "")  # drawn, and not written out
-    monkeypatch.setattr("fedmitr_flwr.judge.return_memory", lambda: None)
     wanted = {command: done(whole, tmp_path / command, command, capsys) for command in ("fuse", "begun", "report")}
     assert all(status == 0 for status, _ in wanted.values())
     tried, refused = 0, 0

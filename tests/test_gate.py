@@ -38,7 +38,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     with pytest.MonkeyPatch.context() as patch:
         for picture in ("save_images", "save_partition"):
             patch.setattr(pipeline, picture, lambda *_: None)
-        patch.setattr("fedmitr_flwr.judge.return_memory", lambda: None)  # which takes seconds
         proxy = {"data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
         out = str(tmp_path_factory.mktemp("runs"))
         yield pipeline.run(settings(**SMALL | ALL | proxy | {"out-dir": out}), "first")

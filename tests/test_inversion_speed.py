@@ -49,7 +49,8 @@ def a_vit(img_size: int = 16, reg_tokens: int = 0) -> VisionTransformer:
 
 def big(mode: str, *, steps: int = 4000, stops: str = SMI, rebirths: int = 1) -> Config:
     """224 pixels in patches of 16."""
-    flat = {"model.img-size": 224, "model.patch-size": 16, "inversion.mode": mode, "inversion.steps": steps}
+    sizes = {"model.img-size": 224, "model.patch-size": 16, "model.in-chans": 1, "model.num-classes": 10}
+    flat = sizes | {"inversion.mode": mode, "inversion.steps": steps}
     return Config.from_flat(flat | {"inversion.stops": stops, "inversion.drop": 0.3, "inversion.rebirths": rebirths})
 
 

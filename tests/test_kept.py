@@ -98,5 +98,5 @@ def test_the_key_names_everything_that_decides(tiny: DataSet, monkeypatch: pytes
     keys = [key(**change) for change in changes]
     assert len(set(keys)) == len(keys)
     assert keys == [key(**change) for change in changes]
-    monkeypatch.setattr(kept, "fingerprint", lambda: "other code")
+    monkeypatch.setattr(kept, "core", lambda: "other code")
     assert key() not in keys

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layout import a_table, parquet, picture
+from tiny import SIZES, small
 
-from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data.own import Place, load_own, load_own_test
 from fedmitr_flwr.data.sources import load, open_split
 from fedmitr_flwr.errors import DataError
+from fedmitr_flwr.resolve import resolve
 
 TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
 WHOLE = (pa.int8(), pa.uint16(), pa.int64(), pa.uint64(), pa.dictionary(pa.int8(), pa.int64()))
@@ -75,7 +77,7 @@ def test_labels_of_every_type_in_every_source(
     if source.startswith("own"):  # by name, whatever the numbers
         by_name = kind in TEXT or kind in ("ClassLabel", pa.bool_())
         known = called[::-1] if by_name else [str(number) for number in range(len(called))]
-        flat = {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": len(known)}
+        flat = SIZES | {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": len(known)}
         config = Config.from_flat(flat | {"data.classes": "|".join(known), "data.path": str(folder)})
         at = "train" if source == "own" else "test"
         images = load_own(Place(str(folder)), config) if at == "train" else load_own_test(config.data, config.model)
@@ -88,7 +90,7 @@ def test_labels_of_every_type_in_every_source(
         assert opened.labels.tolist() == labels
         assert opened.labels.dtype == np.int64
         assert opened.classes == (None if kind in (*WHOLE, *FLOATS) else tuple(expected))
-    images = load(DataConfig(path=str(folder)), ModelConfig(num_classes=len(expected))).train
+    images = load(DataConfig(path=str(folder)), small(num_classes=len(expected))).train
     assert images.pixels[:, 0, 0, 0].tolist() == rows["train"]  # each label at its own picture
 
 
@@ -171,7 +173,7 @@ def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path
 def test_a_test_split_without_labels_is_passed_over(tmp_path, none: object, caplog: pytest.LogCaptureFixture) -> None:
     parquet(tmp_path, test="validation")
     pq.write_table(a_table([none] * 3), tmp_path / "test.parquet")
-    data, model = DataConfig(path=str(tmp_path)), ModelConfig(num_classes=2)
+    data, model = DataConfig(path=str(tmp_path)), small(num_classes=2)
     assert load(data, model).test.labels.tolist() == [0, 1, 1, 0]
     assert (
         f"test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and {tmp_path}/val"
@@ -189,6 +191,8 @@ def test_labels_that_begin_at_1(tmp_path, caplog: pytest.LogCaptureFixture) -> N
         pq.write_table(a_table([1, 2, 2]), tmp_path / f"{split}.parquet")
     data = DataConfig(path=str(tmp_path))
     with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\), but classes are numbered from 0; subtract 1"):
-        load(data, ModelConfig(num_classes=2))
-    assert load(data, ModelConfig(num_classes=3)).classes == ("0", "1", "2")
+        load(data, small(num_classes=2))
+    with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\)"):
+        resolve(Config(data=data))
+    assert load(data, small(num_classes=3)).classes == ("0", "1", "2")
     assert "labels begin at 1 (1 to 2), so class 0 has no image here" in caplog.text

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tiny import SIZES, small
 
-from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data import layout
 from fedmitr_flwr.data.layout import check_shards, found_source
 from fedmitr_flwr.data.own import Place, load_own
@@ -81,7 +82,7 @@ def test_the_source_is_found_and_every_name_of_a_split_is_known(
         for split in ("train", "test"):
             assert sorted(open_split(data, split).labels.tolist()) == [0, 0, 1, 1]
     if make is not saved:  # a site's own folder
-        config = Config.from_flat({"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": 2})
+        config = Config.from_flat(SIZES | {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": 2})
         named = "cat | dog" if make is folders else "0 | 1"
         config = Config.from_flat({"data.classes": named}, base=config)
         assert len(load_own(Place(str(make(tmp_path / "site", "Training", "dev"))), config)) == 4
@@ -140,7 +141,7 @@ def test_every_suffix_that_pillow_opens_is_read(tmp_path: Path) -> None:
     suffixes = {".jfif": "JPEG", ".JPE": "JPEG", ".apng": "PNG", ".jp2": "JPEG2000", ".tga": "TGA", ".pbm": "PPM"}
     for suffix, form in suffixes.items():
         (root / "train" / "cat" / f"x{suffix}").write_bytes(picture(7, form))
-    assert len(load(DataConfig(path=str(root)), ModelConfig(num_classes=2)).train) == 4 + len(suffixes)
+    assert len(load(DataConfig(path=str(root)), small(num_classes=2)).train) == 4 + len(suffixes)
 
 
 def test_links_are_followed_without_circles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +214,8 @@ def test_a_missing_shard_is_noticed_in_every_source(tmp_path: Path) -> None:
     assert "1 of the 3 shards of 'train'" in hub_refusal(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         load_own(
-            Place(str(tmp_path)), Config.from_flat({"partition.scheme": "own", "data.classes": "0|1|2|3|4|5|6|7|8|9"})
+            Place(str(tmp_path)),
+            Config.from_flat(SIZES | {"partition.scheme": "own", "data.classes": "0|1|2|3|4|5|6|7|8|9"}),
         )
     whole = saved(tmp_path / "saved")
     (whole / "train" / "data-00000-of-00001.arrow").rename(whole / "train" / "data-00000-of-00002.arrow")
@@ -241,7 +243,7 @@ def test_a_cell_names_no_file_outside_of_the_data(tmp_path: Path, named: str) ->
     cells = pa.array([{"bytes": None, "path": "../0.png"}, {"bytes": None, "path": path}])
     for split in ("train", "test"):
         pq.write_table(pa.table({"image": cells, "label": [0, 1]}), root / "data" / f"{split}.parquet")
-    data, model = DataConfig(path=str(root)), ModelConfig(num_classes=2)
+    data, model = DataConfig(path=str(root)), small(num_classes=2)
     if named == "images/0.png":
         assert len(load(data, model).train) == 2
         return

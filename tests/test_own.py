@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny import SIZES
 
 from deploy.demo_data import as_folders, as_parquet, png
 from fedmitr_flwr import pipeline
@@ -28,7 +29,7 @@ LOOKS = pytest.mark.parametrize("look", [load_own, look_at_own])
 
 
 def settings(names: tuple[str, ...] = NAMES, **changes: object) -> Config:
-    flat = {"partition.scheme": "own", "model.num-classes": len(names), "data.classes": "|".join(names)}
+    flat = SIZES | {"partition.scheme": "own", "model.num-classes": len(names), "data.classes": "|".join(names)}
     return Config.from_flat(flat | changes)
 
 
@@ -343,7 +344,7 @@ def test_the_server_needs_no_train_split(tmp_path: Path, tiny: DataSet, source: 
     else:
         as_folders(tmp_path / "test", tiny.test, NAMES)
     flat = {"partition.scheme": "own", "model.num-classes": 3, "data.source": source, "data.path": str(tmp_path)}
-    config = named_classes(Config.from_flat(flat))
+    config = named_classes(Config.from_flat(SIZES | flat))
     assert set(config.data.class_names) == set(NAMES)
     found = load_own_test(config.data, config.model)
     by_name = [NAMES.index(config.data.class_names[label]) for label in found.labels.tolist()]
@@ -354,9 +355,9 @@ def test_the_server_needs_no_train_split(tmp_path: Path, tiny: DataSet, source: 
 
 def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path, tiny: DataSet) -> None:
     as_folders(tmp_path / "test", tiny.test, NAMES)
-    flat = {"partition.scheme": "own", "data.source": "imagefolder", "data.path": str(tmp_path)}
+    flat = SIZES | {"partition.scheme": "own", "data.source": "imagefolder", "data.path": str(tmp_path)}
     with pytest.raises(DataError, match=r"are of 3 classes, but model\.num-classes = 10"):
-        named_classes(Config.from_flat(flat))
+        named_classes(Config.from_flat(flat | {"model.num-classes": 10}))
     named = Config.from_flat(flat | {"model.num-classes": 2, "data.classes": "top | middle"})
     with pytest.raises(DataError) as caught:
         load_own_test(named.data, named.model)

@@ -99,6 +99,10 @@ def settings(**changes: object) -> Config:
     return Config.from_flat(_TINY | alike | changes)
 
 
+# Of `small`, where a test parses settings that nothing resolves.
+SIZES: dict[str, object] = {"model.img-size": 8, "model.patch-size": 2, "model.in-chans": 1}
+
+
 def small(img_size: int = 8, in_chans: int = 1, num_classes: int = 10) -> ModelConfig:
     """What says how pixels become its input, and how many classes there are."""
     return ModelConfig(img_size=img_size, in_chans=in_chans, num_classes=num_classes)

@@ -27,12 +27,14 @@ class Facts:
         channels: 1 where every image looked at is grey, else 3.
         side: of all images looked at, in pixels, where they are square and of one size.
         named: whether the classes have names: else there may be more than the labels say.
+        least: the lowest label; 0 where the classes have names.
     """
 
     classes: int
     channels: int
     side: int
     named: bool
+    least: int = 0
 
 
 def facts(config: Config) -> Facts:
@@ -64,7 +66,8 @@ def _facts(data: DataConfig, name: str) -> Facts:
     grey, sizes = _look(split)
     sides = {side for size in sizes for side in size}
     side = sides.pop() if len(sides) == 1 else 0
-    return Facts(classes, 1 if grey else 3, side, named=split.classes is not None)
+    named = split.classes is not None
+    return Facts(classes, 1 if grey else 3, side, named=named, least=0 if named else int(split.labels.min()))
 
 
 def _look(split: Split) -> tuple[bool, set[tuple[int, int]]]:
