@@ -22,8 +22,8 @@ from fedmitr_flwr.training.upload import Upload
 
 
 def config_in(folder: Path, **flat: object) -> Config:
-    small = {"model.width": 8, "model.depth": 1, "partition.clients": 4}
-    return Config.from_flat({"out-dir": str(folder), **small, **flat})
+    small = {"model.num-classes": 10, "model.width": 8, "model.depth": 1, "partition.clients": 4}
+    return Config.from_flat({"out-dir": str(folder), **tiny.SIZES, **small, **flat})
 
 
 @pytest.fixture
