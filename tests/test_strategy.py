@@ -563,7 +563,7 @@ def test_a_strategy_that_ends_in_no_model_says_so(federate: Federate, monkeypatc
             return arrays, metrics
 
     monkeypatch.setitem(builtin.STRATEGIES, "fedavg", (Exploding, {}))  # type: ignore[arg-type]
-    fails = "'fedavg' ended in a model with NaN or infinity in 'head.bias', which is not kept; lower local.lr"
+    fails = "the model diverged: NaN or infinity in 'head.bias'; lower local.lr or strategy.eta"
     folder = federate(LocalGrid(client_app, 2), fails=fails, **{"flower.strategy": "fedavg"})
     assert not folder.model_path.exists()
     assert not folder.finished

@@ -26,7 +26,7 @@ def facts(**settings: object) -> dict[str, Any]:
         "fingerprint": "0123456789ab",
         "versions": {"python": "3.11.9", "torch": "2.5.0", "flwr": None},
         "machine": {"device": "cpu", "gpu": None, "cpu": "Example CPU", "cores": 2, "platform": "Linux"},
-        "config": Config.from_flat(settings).to_flat(),
+        "config": Config.from_flat({"data.source": "digits", "model.img-size": 8, **settings}).to_flat(),
     }
 
 
