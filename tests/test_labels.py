@@ -1,5 +1,7 @@
 """Labels of every type, in every source, have the numbers that their sorted names give."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -194,5 +196,9 @@ def test_labels_that_begin_at_1(tmp_path, caplog: pytest.LogCaptureFixture) -> N
         load(data, small(num_classes=2))
     with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\)"):
         resolve(Config(data=data))
+    pq.write_table(a_table([0, 1, 2**40]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="label 1099511627776 numbers no class"):
+        resolve(Config(data=replace(data, test_limit=1)))  # another setting, so that nothing is remembered
+    pq.write_table(a_table([1, 2, 2]), tmp_path / "train.parquet")
     assert load(data, small(num_classes=3)).classes == ("0", "1", "2")
     assert "labels begin at 1 (1 to 2), so class 0 has no image here" in caplog.text

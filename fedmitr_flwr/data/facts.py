@@ -13,6 +13,7 @@ from ..sections import OWN
 from .decode import Split
 from .sources import DigitsSplit, open_split, open_test
 
+MOST_CLASSES = 100_000  # higher numbers are ids
 LOOKED_AT = 64  # images whose headers are read, spread evenly over the split
 
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # Pillow's modes of one channel; of 16 bits there are more
@@ -61,6 +62,11 @@ def _facts(data: DataConfig, name: str) -> Facts:
     if not len(split.labels):
         raise DataError(f"{data.path or data.source}: no images; put some there or choose another data.path")
     classes = len(split.classes) if split.classes else int(split.labels.max()) + 1
+    if classes > MOST_CLASSES:
+        row = int(split.labels.argmax())
+        raise DataError(
+            f"{split.where(row)}: label {classes - 1} numbers no class; number the classes from 0, or store their names"
+        )
     if isinstance(split, DigitsSplit):
         return Facts(classes, 1, 8, named=True)
     grey, sizes = _look(split)
