@@ -93,11 +93,21 @@ def _interrupted(seen: Seen, superlink: str | None, config: Config | None) -> st
             f"interrupted; the run goes on at {superlink}: `flwr log {run_id} {superlink}` shows it, "
             f"`flwr stop {run_id} {superlink}` ends it"
         ) + (f"; its run folder: {seen.folder}" if seen.folder else "")
-    if not seen.folder:
+    folder = seen.folder or _made(seen, config)
+    if not folder:
         return "interrupted, before there was a run folder; start it again"
     resumes = config is not None and config.flower.strategy == "oneshot"
-    how = f"the same command goes on with resume-from={seen.folder}" if resumes else "start it again"
-    return f"interrupted; {how} (run folder: {seen.folder})"
+    how = f"the same command goes on with resume-from={folder}" if resumes else "start it again"
+    return f"interrupted; {how} (run folder: {folder})"
+
+
+def _made(seen: Seen, config: Config | None) -> str:
+    """The run folder that is there, but of which Flower's log, which comes late, has not told yet."""
+    if config is None or not seen.run_id:
+        return ""
+    what = config.method if config.flower.strategy == "oneshot" else config.flower.strategy
+    folder = Path(config.out_dir or "~/fedmitr-runs").expanduser() / f"{what}-{seen.run_id}"
+    return str(folder) if folder.is_dir() else ""
 
 
 def _complain(text: str, status: int) -> int:
