@@ -14,9 +14,7 @@ MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the client
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     section = "data"
-    source: str = (
-        "auto"  # auto (found from what lies at path; digits without one) | digits | parquet | imagefolder | hub
-    )
+    source: str = "auto"  # auto (by what lies at path; digits without one) | digits | parquet | imagefolder | hub
     path: str = ""  # the data's folder, or a data set's name on the Hugging Face Hub
     image_column: str = ""  # "" finds it
     label_column: str = ""  # "" finds it
