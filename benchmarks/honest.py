@@ -28,6 +28,7 @@ from fedmitr_flwr.files import write_text
 from fedmitr_flwr.fingerprint import fingerprint
 from fedmitr_flwr.report.result import machine, versions
 from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.screening.sums import TOLD, named, reaches, strange_sums
 from fedmitr_flwr.screening.weights import Measured, mean_cosines
@@ -99,7 +100,7 @@ def _cell(data: str, partition: str, clients: int, seed: int) -> Flat:
 def features(data: DataConfig, model: ModelConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Frozen features (N, D) and labels (N,) of all training images."""
     train = load(data, model, with_test=False).train
-    return frozen_features(vit_of(model, initial_weights(model, seed)), train, model.img_size, CPU), train.labels
+    return frozen_features(vit_of(model, initial_weights(model, seed)), train, model, CPU), train.labels
 
 
 def statistics_alone(config: Config) -> list[Statistics]:
@@ -169,7 +170,7 @@ def rows_of(runs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
             if not f"{kind}-{name}".startswith(tuple(only)):
                 continue
             try:
-                config = Config.from_flat({**flat, "out-dir": str(runs)})
+                config = resolve(Config.from_flat({**flat, "out-dir": str(runs)}))
                 alone = kind == "statistics"
                 values = of_sums(statistics_alone(config), config) if alone else of_uploads(run_of(name, config, runs))
             except (ConfigError, DataError) as error:
