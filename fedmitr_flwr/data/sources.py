@@ -10,8 +10,6 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..config import DataConfig, ModelConfig
@@ -261,6 +259,10 @@ class DigitsSplit:
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(self, name: str) -> None:
+        # Here, since scikit-learn takes 150 MB, and no other source needs it.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         train, test = train_test_split(
             np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0

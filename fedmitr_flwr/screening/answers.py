@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..config import Config
@@ -71,6 +70,8 @@ class Names:
     @classmethod
     def of(cls, probabilities_MC: Tensor, targets_M: Tensor, shares_M: Tensor | None = None) -> "Names":
         """Of answers (M, C) to images of classes (M,), which count alike or by shares (M,) of a sum of 1."""
+        from scipy.optimize import linear_sum_assignment  # here: 30 MB that a run without screening does not need
+
         classes = probabilities_MC.shape[1]
         weighted_MC = probabilities_MC.double() * (1 / len(targets_M) if shares_M is None else shares_M[:, None])
         share_YC = torch.zeros(classes, classes, dtype=torch.float64, device=targets_M.device)
