@@ -1,7 +1,7 @@
 """How far honest clients stay from what screening leaves out by default: worst values over many federations.
 
 Trained cells are folders of honest uploads; one that is missing is made. Nothing is fused. The others are of statistics
-alone, which no training changes.
+alone, which no training changes. `committed` are all cells that a committed result is of, trained as they were there.
 
     python benchmarks/honest.py --runs FOLDER --json benchmarks/results/screening/honest.json [--only BEGINNING ...]
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hostile import MODEL
+from privacy import BUDGETS, LOCAL
 from study import scripts
 from torch import Tensor
 
@@ -62,6 +64,7 @@ DATA: Mapping[str, Flat] = {
         "model.weights": "../shared/weights/deit_tiny_patch16_224/model.safetensors",
     },
 }
+PRIVATE: Flat = MODEL | LOCAL | {"upload.statistics": False, "upload.variances": False, "upload.directions": 0}
 SEEDS = (0, 1, 2, 3, 4, 5, 100, 101)
 CLIENTS = (3, 5, 10)
 
@@ -87,6 +90,26 @@ def trained() -> Iterator[tuple[str, Flat]]:
     for data in ("fashion", "cifar"):
         for name in ("a0.1", "c2"):
             yield f"{data}-{name}-5-0", _cell(data, name, 5, 0)
+
+
+def committed() -> Iterator[tuple[str, Flat]]:
+    """Name and settings of each federation that a committed result is of; of hostile.py's its own file has them."""
+    few = {"data.train-limit": 3000, "local.epochs": 10, "data.proxy": 0.01}
+    cifar = {"data.train-limit": 5000}
+    for seed in (0, 1, 2):
+        yield f"digits-{seed}", _cell("digits", "a0.3", 5, seed)
+        yield f"routing-{seed}", _cell("digits", "a0.1", 10, seed)
+        for name in ("a0.1", "c2", "iid"):
+            yield f"fashion-{name}-{seed}", _cell("fashion", name, 5, seed)
+        for name in ("a0.1", "c2", "iid"):
+            yield f"cpu-{name}-{seed}", _cell("fashion", name, 5, seed) | few
+        yield f"cpu-a0.5-{seed}", _cell("fashion", "a0.3", 5, seed) | few | {"partition.alpha": 0.5}
+        yield f"cifar-{seed}", _cell("cifar", "a0.1", 5, seed) | cifar
+        for epsilon in BUDGETS:
+            flat = _cell("digits", "a0.3", 5, seed) | PRIVATE | {"privacy.epsilon": epsilon}
+            yield f"privacy-{epsilon:g}-{seed}", flat
+    yield "smoke-0", _cell("digits", "a0.3", 5, 0) | {"local.epochs": 20, "data.proxy": 0.1}
+    yield "cifar10_cpu-0", _cell("cifar", "a0.1", 5, 0) | cifar | {"data.proxy": 0.02, "local.head-lr": 0.0}
 
 
 def _cell(data: str, partition: str, clients: int, seed: int) -> Flat:
@@ -152,8 +175,9 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
     config, uploads = folder.config, folder.load_uploads()
     measured = Measured.of(uploads, initial_weights(config.model, config.seed))
     found = screen(uploads, Config.from_flat({"screen.mode": "clear", "screen.images": 0}, base=config), CPU)
+    sums = of_sums([statistics_of(upload) for upload in uploads], config) if config.upload.statistics else {}
     return {
-        **of_sums([statistics_of(upload) for upload in uploads], config),
+        **sums,
         "length": measured.away.tolist(),
         "direction": mean_cosines(measured.cosines).tolist(),
         "start": [] if measured.kept is None else measured.kept.tolist(),
@@ -165,7 +189,11 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
 
 def rows_of(runs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row for each cell; a partition that cannot be, and data that is not here, are said and passed over."""
-    for kind, cells in (("statistics", of_statistics()), ("trained", trained())):
+    for kind, cells in (
+        ("statistics", of_statistics()),
+        ("trained", trained()),
+        ("committed", committed()),
+    ):
         for name, flat in cells:
             if not f"{kind}-{name}".startswith(tuple(only)):
                 continue
