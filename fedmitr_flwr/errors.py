@@ -1,6 +1,10 @@
 """The errors a user can mend. Each message is one line: what is wrong, where, and the fix."""
 
+import logging
+from functools import lru_cache
 from pathlib import Path
+
+_log = logging.getLogger("fedmitr")
 
 
 class UserError(ValueError):
@@ -37,6 +41,12 @@ def unread(what: str, path: Path, error: Exception) -> str:
         return f"there is no {what} {path}; give the path of one"
     why = (isinstance(error, OSError) and error.strerror) or error
     return f"cannot read the {what} {path}: {why}; mend that, or give the path of another"
+
+
+@lru_cache(maxsize=1024)
+def say_once(line: str, level: int = logging.WARNING) -> None:
+    """Log the line, in this process once: the same data and weights are opened at several stages."""
+    _log.log(level, "%s", printable(line))
 
 
 def printable(text: str) -> str:

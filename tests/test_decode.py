@@ -6,7 +6,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -55,8 +55,8 @@ class Files:
     def where(self, row: int) -> str:
         return f"row {row}"
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
-        return (self.files[row] for row in rows.tolist())
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
+        return (io.BytesIO(self.files[row]) for row in rows.tolist())
 
 
 def decoded(*files: bytes, in_chans: int = 1, img_size: int = SIDE) -> torch.Tensor:

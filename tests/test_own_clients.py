@@ -187,6 +187,19 @@ def test_nodes_of_other_federations_are_left_alone(
     assert "client 'stranger', which flower.clients does not name: it is not asked" in caplog.text
 
 
+def test_names_are_said_with_the_nodes_that_claim_them(
+    federate: Federate, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever compares the line with the registrations sees that two nodes have exchanged their names."""
+    for nodes in (named(NAMES, folders), named([NAMES[1], NAMES[0], NAMES[2]], folders)):
+        grid = Sites(nodes)
+        caplog.clear()
+        federate(grid, **{"flower.clients": "|".join(NAMES)})
+        by_name = {str(node["client-name"]): number for node, number in zip(nodes, grid.get_node_ids(), strict=True)}
+        taken = ", ".join(f"{name} by node {by_name[name]}" for name in NAMES)
+        assert f"names are as the nodes claim them: {taken}; compare with the node IDs" in caplog.text
+
+
 @pytest.mark.parametrize("trouble", ["no folder", "other classes", "privacy", "does not load", "another app"])
 def test_nodes_of_other_federations_may_be_in_any_state(
     federate: Federate, folders: list[Path], shares: list[Images], tmp_path: Path, trouble: str

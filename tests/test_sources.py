@@ -3,9 +3,11 @@
 import importlib
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -239,7 +241,7 @@ def test_only_the_images_within_the_limit_are_decoded_and_each_once(
     decoded: list[str] = []
     original = decode._decode_one
 
-    def counted(encoded: bytes, in_chans: int, where: str, *rest: int) -> Any:
+    def counted(encoded: BinaryIO, in_chans: int, where: str, *rest: int) -> Any:
         decoded.append(where)
         return original(encoded, in_chans, where, *rest)
 
@@ -581,6 +583,23 @@ def test_telemetry_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, befo
         monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
     importlib.reload(flower_datasets)
     assert os.environ["FLWR_TELEMETRY_ENABLED"] == after
+
+
+def test_plots_of_flwr_datasets_are_imported_by_the_first_plot() -> None:
+    code = """
+import sys
+from fedmitr_flwr.data.flower_datasets import IidPartitioner
+assert not {"seaborn", "matplotlib.pyplot", "scipy.stats"} & set(sys.modules)
+from datasets import Dataset
+from flwr_datasets.visualization import plot_label_distributions
+partitioner = IidPartitioner(2)
+partitioner.dataset = Dataset.from_dict({"label": [0, 1, 1, 1]})
+figure, axes, table = plot_label_distributions(partitioner, "label", plot_type="heatmap")
+assert table.to_numpy().sum() == 4 and axes.get_images() + list(axes.collections), table
+import seaborn, matplotlib.pyplot
+assert seaborn.__file__ and matplotlib.pyplot.__file__  # themselves, for whoever imports them after us
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=os.environ | {"MPLBACKEND": "agg"})
 
 
 # --- real data

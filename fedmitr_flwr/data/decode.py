@@ -5,11 +5,10 @@ animation or of several pages the first. Samples of 16 bits become 8 by the bits
 not as the file has it, or only a part of it, is counted in one line of the log.
 """
 
-import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,8 +55,8 @@ class Encoded(Protocol):
     def where(self, row: int) -> str:
         """The place of a row, for messages."""
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
-        """The encoded images of `rows` (rising), in that order."""
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
+        """The encoded images of `rows` (rising), in that order, each open until the next."""
 
 
 class Split(Encoded, Protocol):
@@ -172,10 +171,10 @@ def _log(images: str, note: str, first: str, largest: int) -> None:
         log.warning("%s %s but use %d or fewer; %s; save them with 8 bits %s", images, note, bits, left, first)
 
 
-def _decode_one(encoded: bytes, in_chans: int, where: str, img_size: int, bits: int = 16) -> _Picture:
+def _decode_one(encoded: BinaryIO, in_chans: int, where: str, img_size: int, bits: int = 16) -> _Picture:
     """Grey of 16 bits is taken as of `bits`."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(encoded) as image:
             return _picture(image, in_chans, img_size, bits)
     except Exception as error:  # of any type: Pillow's plugins and codecs check little of what they read
         reason = " ".join(str(error).split()) or type(error).__name__

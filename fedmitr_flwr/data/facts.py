@@ -1,7 +1,6 @@
 """What the data itself says of the model that it needs: how many classes, which channels, how large."""
 
 import functools
-import io
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,7 +82,7 @@ def _look(split: Split) -> tuple[bool, set[tuple[int, int]]]:
     grey, sizes = True, set()
     for row, encoded in zip(rows.tolist(), split.encoded(rows), strict=True):
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with Image.open(encoded) as image:
                 sizes.add(image.size)
                 grey = grey and _is_grey(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

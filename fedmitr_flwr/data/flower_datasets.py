@@ -1,16 +1,40 @@
-"""The parts of flwr-datasets that we use, imported with its telemetry off unless the user asked for it."""
+"""The parts of flwr-datasets that we use, imported with its telemetry off unless the user asked for it.
 
+Its plots need seaborn, and seaborn SciPy's statistics: 80 MB and two seconds, for what nothing here draws. They are
+loaded by its first plot.
+"""
+
+import importlib
 import os
+import sys
+from types import ModuleType
+from typing import Any
 
 # flwr-datasets reads this once, at import, and otherwise posts an event to telemetry.flower.ai for every split loaded.
 # What an experiment reads is nobody else's business; whoever wants to report sets FLWR_TELEMETRY_ENABLED=1.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
+
+class ImportedLater(ModuleType):
+    """Stands for a module until the first use of anything in it; `importlib.util.LazyLoader` loads on `import`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what inspects all modules is no use of this one
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+_standing_in = {name: ImportedLater(name) for name in ("seaborn", "matplotlib.pyplot") if name not in sys.modules}
+sys.modules.update(_standing_in)
+try:
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        IidPartitioner,
+        Partitioner,
+        PathologicalPartitioner,
+    )
+finally:
+    for _name in _standing_in:
+        del sys.modules[_name]  # others get the module itself
 
 __all__ = ["DirichletPartitioner", "IidPartitioner", "Partitioner", "PathologicalPartitioner"]

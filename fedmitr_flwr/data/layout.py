@@ -5,7 +5,6 @@ itself, are no data anywhere.
 """
 
 import errno
-import logging
 import os
 import re
 import unicodedata
@@ -17,9 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..config import DataConfig
-from ..errors import DataError, printable
-
-log = logging.getLogger("fedmitr")
+from ..errors import DataError, say_once
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")  # the first with labels
@@ -44,12 +41,6 @@ _SHARD = re.compile(r"(?P<stem>.*?)[-_.](?P<number>\d+)[-_]of[-_](?P<total>\d+)(
 def names_of(split: str) -> tuple[str, ...]:
     """What `split`, train or test, may be called, best first."""
     return TEST_NAMES if split == "test" else TRAIN_NAMES
-
-
-@lru_cache(maxsize=1024)
-def say_once(line: str) -> None:
-    """Log a warning, in this process once: the same data is opened at several stages."""
-    log.warning("%s", printable(line))
 
 
 # --- the source

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..config import Config, DataConfig, ModelConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, say_once
 from ..limits import SEPARATOR
 from .decode import Rows, Split, decode
 from .images import Images
@@ -29,7 +29,6 @@ from .layout import (
     parquet_in,
     parquet_splits,
     same_name,
-    say_once,
     subfolders,
 )
 from .sources import DigitsSplit, FolderSplit, kept, open_test

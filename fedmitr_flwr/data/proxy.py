@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, say_once
 from .decode import Encoded, decode
-from .layout import TRAIN_NAMES, contents, listed, parquet_splits, say_once
+from .layout import TRAIN_NAMES, contents, listed, parquet_splits
 from .sources import FolderSplit, kept, load_proxy_share
 from .tables import ParquetTable, TableImages, find_images
 

@@ -1,10 +1,11 @@
 """Where images come from: digits, Parquet folders, ImageFolders and the Hugging Face Hub, all to one DataSet."""
 
 import functools
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..compute import return_memory
 from ..config import DataConfig, ModelConfig
-from ..errors import DataError, printable
+from ..errors import DataError, printable, say_once
 from ..rng import stream
 from .decode import Rows, Split, decode
 from .images import DataSet, Images
@@ -31,7 +33,6 @@ from .layout import (
     outside_classes,
     parquet_splits,
     same_name,
-    say_once,
 )
 from .tables import HubTable, ParquetTable, Table, test_split, train_split
 
@@ -111,6 +112,7 @@ def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tup
         share = getattr(data, "proxy" if name == "proxy" else "validation")
         raise DataError(f"{place}: data.{name} = {share} sets no image of any class aside; raise it")
     pixels = decode(split, rows, shape.in_chans, shape.img_size)
+    return_memory()  # of the largest image
     log.info("%s: %d of %d images for %s", place, len(rows), len(split.labels), name)
     classes = split.classes or tuple(str(label) for label in range(shape.num_classes))
     return Images(pixels, torch.from_numpy(split.labels[rows])), classes
@@ -275,9 +277,9 @@ class DigitsSplit:
     def where(self, row: int) -> str:
         return f"digits, {self._name} image {row}"
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
         """As PGM files, which are the bare pixels behind a header."""
-        return (b"P5 8 8 255\n" + self._pixels[row].tobytes() for row in rows)
+        return (io.BytesIO(b"P5 8 8 255\n" + self._pixels[row].tobytes()) for row in rows)
 
 
 class FolderSplit:
@@ -304,14 +306,17 @@ class FolderSplit:
     def where(self, row: int) -> str:
         return str(self._files[row])
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
+        """From the disk as they are decoded: a large file is never in memory as a whole."""
         for row in rows:
             try:
-                yield self._files[row].read_bytes()
+                file = self._files[row].open("rb")
             except OSError as error:
                 raise DataError(
                     f"{self._files[row]} cannot be read ({error.strerror}); check its permissions"
                 ) from error
+            with file:
+                yield file
 
 
 def _check_names(folders: Sequence[Path], classes: tuple[str, ...]) -> None:

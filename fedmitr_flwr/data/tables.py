@@ -1,12 +1,13 @@
 """Tables of images: folders of Parquet files, and data sets of the Hugging Face Hub."""
 
 import bisect
+import io
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import datasets
 import numpy as np
@@ -15,10 +16,10 @@ import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import DataError, say_once
 from .decode import Rows
 from .labels import Labels, all_differ, has_none, is_whole, kind_of, read, together
-from .layout import check_shards, say_once
+from .layout import check_shards
 
 _USUAL_LABELS = ("label", "labels", "class", "target", "fine_label")  # the first that is there; upper case, too
 _BATCH = 1000
@@ -132,8 +133,8 @@ class TableImages:
     def where(self, row: int) -> str:
         return self._table.where(row)
 
-    def encoded(self, rows: Rows) -> Iterator[bytes]:
-        return self._table.images(self._image, rows)
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
+        return map(io.BytesIO, self._table.images(self._image, rows))
 
 
 class TableSplit(TableImages):

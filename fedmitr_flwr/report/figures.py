@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..data.images import to_uint8
-from ..data.layout import say_once
-from ..errors import printable
+from ..errors import printable, say_once
 from ..files import replacing
 
 _FADED = 0.3  # how much of a halted patch is left

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..data.images import RESIZED, channel_statistics
-from ..errors import ModelError
+from ..errors import ModelError, say_once
 from ..rng import seeded_init, stream
 from ..training.upload import Weights
 from .names import SMALL, architecture, require_plain
 from .tokens import all_positions, forward_cls, forward_tokens, patchify
 from .weights_file import read_weights, without_prefix
-
-log = logging.getLogger("fedmitr")
 
 TOLERANCE = 1e-5  # largest `token_difference` of a model that may be used
 SHALLOW = 2  # blocks that a trial of the token code has: all of a plain ViT's are alike
@@ -148,10 +146,10 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
     own = vit.state_dict()
     state, prefix = without_prefix(state, source, key)
     if prefix:
-        _say(f"{key}: the names in {source} begin with {prefix!r}, which is left out")
+        say_once(f"{key}: the names in {source} begin with {prefix!r}, which is left out", logging.INFO)
     state = _fitted(state, vit, model, source, key)
     if others := sorted(name for name in state if name.startswith(_OTHER_HEADS) and name not in own):
-        _say(f"{key}: {', '.join(others)} of {source} are of another task and left out")
+        say_once(f"{key}: {', '.join(others)} of {source} are of another task and left out", logging.INFO)
     state = {name: tensor for name, tensor in state.items() if name not in others}
     head = {name for name in own if name.startswith("head.") and state.get(name, own[name]).shape != own[name].shape}
     state = {name: tensor for name, tensor in state.items() if name not in head}
@@ -176,14 +174,8 @@ def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise _misfit(model, source, key, wrong[0] + more)
     if head:
-        _say(f"{key}: {source} has no head for {model.num_classes} classes; a fresh one is trained")
+        say_once(f"{key}: {source} has no head for {model.num_classes} classes; a fresh one is trained", logging.INFO)
     vit.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
-
-
-@functools.lru_cache(maxsize=64)
-def _say(line: str) -> None:
-    """Once, however often the file is read."""
-    log.info("%s", line)
 
 
 def _misfit(model: ModelConfig, source: str, key: str, reason: str) -> ModelError:
