@@ -50,7 +50,7 @@ MEMORY = """
 Uploads are fetched one at a time and written to disk before the next one is; averaging reads them one at a time, too.
 Peak resident memory while the whole federation ran on one machine, as Linux counts it (VmHWM), of the largest process
 of each kind; bytes are of one upload. With a method that makes images the server phase takes more, by the model, the
-images at once and `ensemble.teacher-chunk`.
+images at once and the teachers in memory.
 """
 
 
