@@ -37,10 +37,7 @@ from .contract import DIVERGED, Fused, Job, Stopwatch
 log = logging.getLogger("fedmitr")
 
 # Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
-IMAGE_SETTINGS = (
-    *("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel."),
-    "distill.images-per-epoch",
-)
+IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-epoch")
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
 # (ensemble, student, targets, config, random stream, what to call after each step) -> images of these targets
