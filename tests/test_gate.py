@@ -19,6 +19,7 @@ from fedmitr_flwr.common.errors import ConfigError, DataError, RunError, UploadE
 from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.retired import RETIRED
 from fedmitr_flwr.data import shares
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
@@ -256,8 +257,8 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, make: Callable[[Path], None
 def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
     old = RunFolder.open(shutil.copytree(OLD, tmp_path / "old"))
     assert old.config.strategy.mu == -1  # its 0 meant the strategy's own
-    asked = {key: value for key, value in old.read_result()["config"].items() if not key.startswith("strategy.")}
-    assert old.config == Config.from_flat(asked)
+    asked = {key: value for key, value in old.read_result()["config"].items() if key not in RETIRED}
+    assert old.config == Config.from_flat({key: value for key, value in asked.items() if "strategy." not in key})
     assert [upload.num_examples for upload in old.load_uploads()] == [79, 121]
     again = pipeline.fuse(old, "fedmitr", {})
     made, before = load_tensors(again.model_path)[0], load_tensors(old.model_path)[0]

@@ -287,7 +287,7 @@ def test_only_pieces_of_the_same_settings_are_taken_back(
     assert (work.batches, work.epochs) == (batches, epochs)
 
 
-@pytest.mark.parametrize(("name", "other"), [("core", "f" * 12), ("versions", {"torch": "1.0"})])
+@pytest.mark.parametrize(("name", "other"), [("of_method", "f" * 12), ("versions", {"torch": "1.0"})])
 def test_pieces_of_other_code_or_versions_are_made_afresh(
     start: Callable[..., RunFolder],
     work: Work,
@@ -298,7 +298,7 @@ def test_pieces_of_other_code_or_versions_are_made_afresh(
 ) -> None:
     folder = start()
     killed(folder, work, after=BATCHES + 2)
-    monkeypatch.setattr(checkpoints, name, lambda: other)
+    monkeypatch.setattr(checkpoints, name, lambda *_: other)
     with caplog.at_level(logging.INFO, "fedmitr"):
         served(folder)
     assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
