@@ -22,14 +22,14 @@ from timm.models.vision_transformer import VisionTransformer
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.central import train_centrally
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.files import load_tensors
 from fedmitr_flwr.inversion import scout
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.judge import lines
 from fedmitr_flwr.methods import fedmitr
-from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.report.words import data_set, measure, model, skew
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import vit_of
 
 Changes = dict[str, object]

@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from fedmitr_flwr import cli
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import machine, versions
 from fedmitr_flwr.config import DataConfig, ModelConfig
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.report.result import machine, versions
 
 IMG_SIZE = 8
 LIMIT_MIB = 953  # 1 GB

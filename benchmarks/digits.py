@@ -17,7 +17,7 @@ from study import facts, remembered, run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.methods import fedmitr
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "digits.toml"
 INVERSION = ("dense", "sparse", "pri")

@@ -22,22 +22,22 @@ from study import scripts
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, DataError
+from fedmitr_flwr.common.files import write_text
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import machine, versions
 from fedmitr_flwr.config import Config, DataConfig, ModelConfig
+from fedmitr_flwr.config.text import read_flat
 from fedmitr_flwr.data.shares import parts_of
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import ConfigError, DataError
-from fedmitr_flwr.files import write_text
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.report.result import machine, versions
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.merging.closed_form import statistics_of
 from fedmitr_flwr.resolve import resolve
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.screening.sums import TOLD, named, reaches, strange_sums
 from fedmitr_flwr.screening.weights import Measured, mean_cosines
-from fedmitr_flwr.settings import read_flat
-from fedmitr_flwr.statistics.frozen import statistics_of
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, last_norm, measure, packed, problem
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
 Flat = dict[str, Any]

@@ -18,16 +18,16 @@ from security.attacks import ATTACKS, LIES
 from study import facts, run
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import UploadError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.errors import UploadError
-from fedmitr_flwr.gate import admit
 from fedmitr_flwr.inversion.scout import scouted_ensemble
 from fedmitr_flwr.judge import Lines, evaluate_on, lines
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.merging.closed_form import closed_form_model
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
-from fedmitr_flwr.statistics.frozen import closed_form_model
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.gate import admit
+from fedmitr_flwr.uploads.upload import Upload
 
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}

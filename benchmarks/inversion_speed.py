@@ -33,13 +33,13 @@ from speed.gauges import peak_flops
 from speed.rows import Arm, Row, Run, markdown
 from speed.uploads import DESCRIPTION, owned_classes, write_uploads
 
-from fedmitr_flwr.compute import resolve_device, threads
-from fedmitr_flwr.errors import ConfigError, UserError
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.report.result import machine, versions
-from fedmitr_flwr.training.upload import load
+from fedmitr_flwr.common.compute import resolve_device, threads
+from fedmitr_flwr.common.errors import ConfigError, UserError
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import machine, versions
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.uploads.upload import load
 from fedmitr_flwr.vit.build import build_vit
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.bench.markup import table
-from fedmitr_flwr.rng import stream
+from fedmitr_flwr.common.rng import stream
 
 DRAWS = 300
 HEAD = ("Patches", "Pixels of a patch", "Alive", "Random, stay", "Random, best", "Cluster, stay", "Cluster, best")

@@ -16,7 +16,7 @@ from study import facts, run
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 ARMS = (("counts", 0.0), ("counts", 0.1), ("estimated", 0.0), ("estimated", 0.3))  # ensemble.weights, inversion.route
 UPLOADS = {"partition.alpha": 0.1, "partition.clients": 10, "upload.class-counts": True, "threads": 1}

@@ -16,10 +16,10 @@ from study import facts, run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.evaluation import graded
+from fedmitr_flwr.ensemble.ensemble import combine_answers, teacher_weights
 from fedmitr_flwr.judge import answers_of, lines
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.vit.ensemble import combine_answers, teacher_weights
+from fedmitr_flwr.runs.evaluation import graded
+from fedmitr_flwr.runs.folder import RunFolder
 
 WEIGHTS = ("uniform", "size", "counts")  # those that need no images
 

@@ -29,9 +29,9 @@ from typing import Any
 from study import facts
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 50

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.common.files import write_text
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import versions
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.files import write_text
-from fedmitr_flwr.fingerprint import fingerprint
+from fedmitr_flwr.config.text import PATHS, read_settings
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
-from fedmitr_flwr.report.result import versions
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.settings import PATHS, read_settings
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.runs.folder import RunFolder
 
 Rows = list[dict[str, Any]]
 Memory = dict[bytes, Inverted]

@@ -22,9 +22,9 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from timm.models import list_modules  # noqa: E402
 
+from fedmitr_flwr.common.errors import ModelError  # noqa: E402
+from fedmitr_flwr.common.files import write_text  # noqa: E402
 from fedmitr_flwr.config import ModelConfig  # noqa: E402 - the checkout, not an installed copy
-from fedmitr_flwr.errors import ModelError  # noqa: E402
-from fedmitr_flwr.files import write_text  # noqa: E402
 from fedmitr_flwr.vit.build import TOLERANCE, token_difference  # noqa: E402
 from fedmitr_flwr.vit.names import architecture  # noqa: E402
 

@@ -14,16 +14,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client.private import require_opacus
+from fedmitr_flwr.common.errors import ConfigError, DataError, UserError, printable
+from fedmitr_flwr.common.fingerprint import core
+from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.sections import OWN
+from fedmitr_flwr.config.text import PLACES
 from fedmitr_flwr.data.own import Place, look_at_own
-from fedmitr_flwr.errors import ConfigError, DataError, UserError, printable
-from fedmitr_flwr.fingerprint import core
-from fedmitr_flwr.process import begin, forward
-from fedmitr_flwr.sections import OWN
-from fedmitr_flwr.settings import PLACES
-from fedmitr_flwr.training.private import require_opacus
-from fedmitr_flwr.training.upload import Weights
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.build import Weights, initial_weights
 
 from . import ledger
 from .ledger import Ledger

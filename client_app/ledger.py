@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.files import hash_tensors
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.common.files import hash_tensors
+from fedmitr_flwr.uploads.upload import Upload
 
 NAME = "privacy.jsonl"
 _SLACK = 1 + 1e-9  # of floating point

@@ -25,8 +25,8 @@ from deploy.demo_data import as_folders, as_parquet
 from deploy.federation import ROOT, Federation
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.resolve import resolve
+from fedmitr_flwr.runs.folder import RunFolder
 
 SITES = ("hospital-a", "factory", "university", "observatory", "library", "museum")
 DIGITS = tuple("0123456789")

@@ -8,20 +8,19 @@ import logging
 
 import torch
 
-from .compute import forget_peak, peak_memory, resolve_device, threads
+from .client.train import train_local
+from .common.compute import forget_peak, peak_memory, resolve_device, threads
+from .common.errors import ConfigError
+from .common.rng import stream
+from .config.sections import OWN
 from .data.images import Images
 from .data.shares import client_images, server_images
-from .errors import ConfigError
-from .evaluation import evaluate
-from .gate import require_finite, require_loss, require_model
 from .methods.contract import Stopwatch
-from .report import result as report
-from .report.run_folder import RunFolder
-from .rng import stream
-from .sections import OWN
-from .training.local import train_local
-from .training.upload import Weights
-from .vit.build import build_vit, initial_weights, timm_arguments
+from .runs import result as report
+from .runs.evaluation import evaluate
+from .runs.folder import RunFolder
+from .uploads.gate import require_finite, require_loss, require_model
+from .vit.build import Weights, build_vit, initial_weights, timm_arguments
 
 log = logging.getLogger("fedmitr")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+from .common.errors import ConfigError, UserError, printable
+from .common.process import NO_HOME, begin, homeless
 from .config import Config
-from .errors import ConfigError, UserError, printable
-from .process import NO_HOME, begin, homeless
-from .settings import option_hint, parse_assignment, read_settings
+from .config.text import option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
-    from .report.run_folder import RunFolder
+    from .runs.folder import RunFolder
 
 _EXAMPLES = """examples:
   fedmitr run method=fedavg partition.clients=3 --name first
@@ -118,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _fuse(arguments: argparse.Namespace) -> None:
     from . import pipeline
-    from .report.run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     run = RunFolder.open(arguments.run)
     _report(pipeline.fuse(run, arguments.method, _overrides(arguments, run.config)))
@@ -126,7 +126,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
 
 def _central(arguments: argparse.Namespace) -> None:
     from .central import train_centrally
-    from .report.run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     _report(train_centrally(RunFolder.open(arguments.run)))
 
@@ -154,7 +154,7 @@ def _methods(_: argparse.Namespace) -> None:
 
 
 def _report(folder: "RunFolder") -> None:
-    from .report.result import accuracy_table
+    from .runs.result import accuracy_table
 
     print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
 

@@ -8,18 +8,18 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .compute import resolve_device, return_memory
+from .common.compute import resolve_device, return_memory
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
-from .evaluation import Evaluation, evaluate, graded, scores_of
+from .ensemble.ensemble import Ensemble, combine_answers, teacher_weights
 from .inversion.scout import FROM_IMAGES, scouted_ensemble
+from .merging.average import average
+from .merging.closed_form import teachers_of
 from .methods.contract import Fused
-from .statistics.frozen import teachers_of
-from .training.average import average
-from .training.upload import Upload
+from .runs.evaluation import Evaluation, evaluate, graded, scores_of
+from .uploads.upload import Upload
 from .vit.build import vit_of
-from .vit.ensemble import Ensemble, combine_answers, teacher_weights
 
 log = logging.getLogger("fedmitr")
 

@@ -16,33 +16,33 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from . import methods
-from .compute import forget_peak, peak_memory, resolve_device, threads
+from .client.private import train_privately
+from .client.train import train_local
+from .common.compute import forget_peak, peak_memory, resolve_device, threads
+from .common.errors import ConfigError, RunError, UploadError
+from .common.files import load_tensors
+from .common.fingerprint import core
+from .common.rng import secret, stream
 from .config import Config
+from .config.sections import OWN
 from .data.images import Images
 from .data.own import Place
 from .data.partition import table
 from .data.shares import client_images, known_parts, parts_of, server_images
-from .errors import ConfigError, RunError, UploadError
-from .evaluation import Evaluation
-from .files import load_tensors
-from .fingerprint import core
-from .gate import admit, require_finite, require_loss, require_model, shapes
 from .judge import Lines, by_client, compare, evaluate_on
 from .methods.contract import DIVERGED, Fused, Job, Stopwatch
-from .report import result as report
 from .report.figures import save_images, save_partition
-from .report.run_folder import RunFolder
 from .resolve import resolve
-from .rng import secret, stream
+from .runs import result as report
+from .runs.evaluation import Evaluation
+from .runs.folder import RunFolder
 from .screening.screen import screen
-from .sections import OWN
 from .statistics.inputs import measure as measure_inputs
 from .statistics.moments import frozen_features, measure
-from .training import kept
-from .training.local import train_local
-from .training.private import train_privately
-from .training.upload import Upload, Weights, size
-from .vit.build import build_vit, initial_weights, timm_arguments
+from .uploads import cache as kept
+from .uploads.gate import admit, require_finite, require_loss, require_model, shapes
+from .uploads.upload import Upload, size
+from .vit.build import Weights, build_vit, initial_weights, timm_arguments
 
 log = logging.getLogger("fedmitr")
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from .common.errors import ConfigError, DataError
 from .config import Config, ModelConfig
 from .data.facts import Facts, facts
 from .data.layout import found_source
-from .errors import ConfigError, DataError
 from .vit.build import require_token_code
 from .vit.names import SMALL, architecture
 

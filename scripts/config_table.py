@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fedmitr_flwr.config import Config  # noqa: E402 - the checkout, not an installed copy
-from fedmitr_flwr.settings import toml_value  # noqa: E402
+from fedmitr_flwr.config.text import toml_value  # noqa: E402
 
 HEADER = "[tool.flwr.app.config"
 

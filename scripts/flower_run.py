@@ -31,11 +31,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from processes import MARK, free_ports, stop  # noqa: E402
 
 from fedmitr_flwr.cli import Once  # noqa: E402 - the checkout's own, whether installed or not
+from fedmitr_flwr.common.errors import ConfigError, UserError, printable  # noqa: E402
+from fedmitr_flwr.common.process import NO_HOME, begin, homeless  # noqa: E402
 from fedmitr_flwr.config import Config  # noqa: E402
+from fedmitr_flwr.config.text import option_hint, read_settings  # noqa: E402
 from fedmitr_flwr.data.layout import found_source  # noqa: E402
-from fedmitr_flwr.errors import ConfigError, UserError, printable  # noqa: E402
-from fedmitr_flwr.process import NO_HOME, begin, homeless  # noqa: E402
-from fedmitr_flwr.settings import option_hint, read_settings  # noqa: E402
 
 START_SECONDS, LOST_SECONDS = 60.0, 300.0
 BAD_INPUT = "bad input: "  # before what the ServerApp says of settings, data or weights that cannot be
@@ -161,8 +161,8 @@ def check(config: Config, options: argparse.Namespace) -> None:
 
     At a SuperLink that is there already, data and devices are those of its machine: there, only settings are looked at.
     """
-    from fedmitr_flwr.compute import resolve_device
-    from fedmitr_flwr.training.private import require_opacus
+    from fedmitr_flwr.client.private import require_opacus
+    from fedmitr_flwr.common.compute import resolve_device
     from server_app.checks import prepared, require_possible
 
     require_possible(config)

@@ -2,6 +2,6 @@
 
 import flwr
 
-from fedmitr_flwr import releases
+from fedmitr_flwr.common import releases
 
 releases.require(flwr.__version__)  # before anything newer is imported from it

@@ -7,13 +7,13 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmitr_flwr import methods, pipeline
-from fedmitr_flwr.compute import share_memory
+from fedmitr_flwr.common.compute import share_memory
+from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, printable
+from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, DataError, ModelError, printable
-from fedmitr_flwr.process import begin, forward
-from fedmitr_flwr.report.result import accuracy_table
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.settings import located
+from fedmitr_flwr.config.text import located
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.runs.result import accuracy_table
 
 from . import builtin
 from .checks import ONE_SHOT, prepared

@@ -14,21 +14,21 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.compute import forget_peak, peak_memory, resolve_device, threads
+from fedmitr_flwr.common.compute import forget_peak, peak_memory, resolve_device, threads
+from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.limits import nearest
+from fedmitr_flwr.config.method_sections import UNSET
+from fedmitr_flwr.config.sections import OWN
+from fedmitr_flwr.config.text import toml_value
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.errors import ConfigError, RunError, UploadError
-from fedmitr_flwr.evaluation import Evaluation, evaluate
-from fedmitr_flwr.gate import require_loss, require_model, shapes
-from fedmitr_flwr.limits import nearest
-from fedmitr_flwr.method_sections import UNSET
 from fedmitr_flwr.methods.contract import Stopwatch
-from fedmitr_flwr.report import result as report
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.sections import OWN
-from fedmitr_flwr.settings import toml_value
-from fedmitr_flwr.training.upload import Upload, Weights
-from fedmitr_flwr.vit.build import build_vit, timm_arguments
+from fedmitr_flwr.runs import result as report
+from fedmitr_flwr.runs.evaluation import Evaluation, evaluate
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads.gate import require_loss, require_model, shapes
+from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import Weights, build_vit, timm_arguments
 
 from .clients import Clients, meet, with_number_of
 from .grid import ObservedGrid

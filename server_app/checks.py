@@ -1,14 +1,14 @@
 """What is wrong with a run and can be seen before any node is there: settings, files, the device, the model."""
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.compute import resolve_device
+from fedmitr_flwr.common.compute import resolve_device
+from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.sections import OWN
 from fedmitr_flwr.data.own import named_classes
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.report.run_folder import RunFolder
 from fedmitr_flwr.resolve import resolve
-from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin

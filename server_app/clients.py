@@ -11,12 +11,12 @@ import flwr
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedmitr_flwr.common.errors import RunError
+from fedmitr_flwr.common.fingerprint import core
+from fedmitr_flwr.common.releases import FLWR, too_old
 from fedmitr_flwr.config import Config, FlowerConfig
-from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.fingerprint import core
-from fedmitr_flwr.limits import SEPARATOR, needed
-from fedmitr_flwr.releases import FLWR, too_old
-from fedmitr_flwr.sections import OWN
+from fedmitr_flwr.config.limits import SEPARATOR, needed
+from fedmitr_flwr.config.sections import OWN
 
 from .grid import ObservedGrid, first_line, reason
 from .records import order

@@ -10,8 +10,8 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmitr_flwr.errors import RunError, UploadError, printable
-from fedmitr_flwr.limits import needed
+from fedmitr_flwr.common.errors import RunError, UploadError, printable
+from fedmitr_flwr.config.limits import needed
 
 from .records import addressed
 

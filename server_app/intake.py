@@ -8,13 +8,14 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from fedmitr_flwr.compute import return_memory
+from fedmitr_flwr.common.compute import return_memory
+from fedmitr_flwr.common.errors import DiskError, RunError, UploadError, UserError
+from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import DiskError, RunError, UploadError, UserError
-from fedmitr_flwr.fingerprint import core
-from fedmitr_flwr.gate import admit, shapes
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import Upload, Weights
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads.gate import admit, shapes
+from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import Weights
 
 from .records import keep, read_upload, room
 

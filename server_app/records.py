@@ -11,14 +11,15 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedmitr_flwr.common.errors import UploadError
+from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import UploadError
-from fedmitr_flwr.evaluation import Evaluation
-from fedmitr_flwr.fingerprint import core
-from fedmitr_flwr.sections import OWN
-from fedmitr_flwr.settings import toml_value
-from fedmitr_flwr.training.foreign import raw, read_npy
-from fedmitr_flwr.training.upload import Upload, Weights, size
+from fedmitr_flwr.config.sections import OWN
+from fedmitr_flwr.config.text import toml_value
+from fedmitr_flwr.runs.evaluation import Evaluation
+from fedmitr_flwr.uploads.foreign import raw, read_npy
+from fedmitr_flwr.uploads.upload import Upload, size
+from fedmitr_flwr.vit.build import Weights
 
 UPLOAD: Mapping[str, type] = {"arrays": ArrayRecord, "metrics": MetricRecord}  # what an upload consists of
 EVALUATION: Mapping[str, type] = {"metrics": MetricRecord}

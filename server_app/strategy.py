@@ -9,13 +9,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.compute import return_memory
-from fedmitr_flwr.errors import RunError, UploadError
-from fedmitr_flwr.evaluation import Evaluation
-from fedmitr_flwr.limits import needed
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.common.compute import return_memory
+from fedmitr_flwr.common.errors import RunError, UploadError
+from fedmitr_flwr.config.limits import needed
+from fedmitr_flwr.runs.evaluation import Evaluation
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics import inputs
-from fedmitr_flwr.training.upload import size
+from fedmitr_flwr.uploads.upload import size
 
 from .grid import ObservedGrid
 from .intake import Intake

@@ -17,9 +17,9 @@ from local_grid import TINY
 from tiny import timeless
 
 from deploy.federation import Federation
+from fedmitr_flwr.common.fingerprint import fingerprint
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 PATIENCE = 900.0  # seconds for one step on a machine that is busy with other things
 DEADLINE = 120.0  # in which `a` is done on any machine, and `b`, which is slowed down, on none

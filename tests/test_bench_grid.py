@@ -8,8 +8,8 @@ import pytest
 from fedmitr_flwr.bench import spec
 from fedmitr_flwr.bench.grid import cells, tune_cells
 from fedmitr_flwr.bench.spec import Bench, read
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.settings import PATHS, PLACES
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.config.text import PATHS, PLACES
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,14 +25,14 @@ from fedmitr_flwr.bench.grid import Cell, cells
 from fedmitr_flwr.bench.results import load
 from fedmitr_flwr.bench.spec import read
 from fedmitr_flwr.bench.store import Store
+from fedmitr_flwr.common.errors import ConfigError, RunError
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, RunError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.method_sections import UNSET
+from fedmitr_flwr.config.method_sections import UNSET
 from fedmitr_flwr.report.page import write_page
-from fedmitr_flwr.report.result import build
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import size
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.runs.result import build
+from fedmitr_flwr.uploads.upload import size
 
 ROOT = Path(__file__).parents[1]
 

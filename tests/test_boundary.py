@@ -4,9 +4,8 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fedmitr_flwr").rglob("*.py"))
@@ -41,9 +40,25 @@ def test_the_finder_finds_imports() -> None:
     assert set(imported(ast.parse(source))) == {"a", "c", "d", "g"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_file_imports_the_framework(path: Path) -> None:
-    assert not FORBIDDEN & set(imported(ast.parse(path.read_text(encoding="utf-8"))))
+def test_no_file_imports_the_framework() -> None:
+    forbidden = {path: FORBIDDEN & set(imported(ast.parse(path.read_text(encoding="utf-8")))) for path in FILES}
+    assert not {path.relative_to(ROOT): names for path, names in forbidden.items() if names}
+
+
+def test_no_two_folders_import_each_other_in_a_circle() -> None:
+    """Of the package's folders and top modules, each imports only such as come before it in some order."""
+    root = ROOT / "fedmitr_flwr"
+    wanted: dict[str, set[str]] = {}
+    for path in FILES:
+        parts = path.relative_to(root).with_suffix("").parts
+        own = wanted.setdefault(parts[0], set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts):
+                own |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    for own, names in wanted.items():
+        names.intersection_update(wanted.keys() - {own})
+    assert sum(map(len, wanted.values())) > 50  # the test looks where there is something to see
+    tuple(TopologicalSorter(wanted).static_order())  # raises CycleError, which names the circle
 
 
 def test_every_module_imports_without_the_framework() -> None:

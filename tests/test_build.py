@@ -18,12 +18,11 @@ from timm.models import adapt_input_conv
 from tiny import a_vit, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.common.errors import ModelError
 from fedmitr_flwr.config import Config, ModelConfig
-from fedmitr_flwr.data.images import normalisation
-from fedmitr_flwr.errors import ModelError
-from fedmitr_flwr.training.upload import Weights
-from fedmitr_flwr.vit.build import build_vit, initial_weights, timm_arguments, vit_of
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.vit.build import Weights, build_vit, initial_weights, timm_arguments, vit_of
+from fedmitr_flwr.vit.names import normalisation
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from tiny import an_upload, settings
 
-from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.compute import threads
+from fedmitr_flwr.common.compute import threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.methods import loop
+from fedmitr_flwr.runs.checkpoints import Checkpoints
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -9,13 +9,13 @@ from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.distillation.classwise import merge_heads
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.merging.average import average
+from fedmitr_flwr.merging.classwise import merge_heads
 from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.training.average import average
 from fedmitr_flwr.vit.build import vit_of
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 CONFIG = settings()
 CLASSES = CONFIG.model.num_classes

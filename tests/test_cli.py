@@ -16,10 +16,10 @@ import pytest
 import fedmitr_flwr
 from fedmitr_flwr import __version__, cli
 from fedmitr_flwr.cli import main
+from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import DataError
-from fedmitr_flwr.report.result import build
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.runs.result import build
 
 Call = tuple[object, ...]
 

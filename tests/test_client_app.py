@@ -16,9 +16,9 @@ from local_grid import TINY, LocalGrid, task_identity
 from client_app.app import KEYS, discreet
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import DataError
+from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import DataError
-from fedmitr_flwr.fingerprint import core
 from fedmitr_flwr.vit.build import initial_weights
 from server_app.records import order, read_upload, room
 

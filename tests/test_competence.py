@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.competence import competence, estimate, evidence, tells_apart
+from fedmitr_flwr.common.rng import stream
+from fedmitr_flwr.ensemble.competence import competence, estimate, evidence, tells_apart
 
 CLASSES = 6
 

@@ -11,7 +11,7 @@ from threading import Event
 import pytest
 import torch
 
-from fedmitr_flwr.compute import (
+from fedmitr_flwr.common.compute import (
     ahead,
     as_made,
     forget_peak,

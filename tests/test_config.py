@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.settings import flatten, parse_assignment, toml_value
+from fedmitr_flwr.config.text import flatten, parse_assignment, toml_value
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = Config().to_flat()

@@ -18,10 +18,10 @@ from tiny import settings
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.cli import main
+from fedmitr_flwr.common.errors import UserError
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import UserError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 Mutation = Callable[[Path, random.Random], None]
 

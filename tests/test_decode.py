@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.data.decode import Rows, decode
-from fedmitr_flwr.errors import DataError
 
 Pixels = NDArray[np.uint8]
 SIDE = 8

@@ -44,7 +44,7 @@ from deploy.federation import Federation
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 from server_app.app import app as server_app
 
 pytestmark = pytest.mark.deploy

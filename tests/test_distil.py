@@ -8,18 +8,18 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
-from fedmitr_flwr.compute import threads
+from fedmitr_flwr.common.compute import threads
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation import distil as module
 from fedmitr_flwr.distillation.distil import count_batches, distil
 from fedmitr_flwr.distillation.losses import Labels, Parts
 from fedmitr_flwr.distillation.pool import Pool, join
 from fedmitr_flwr.distillation.relabel import relabel
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.optim import Stepper
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.optim import Stepper
 from fedmitr_flwr.vit.tokens import TokenLogits, forward_tokens, patchify, take
 
 MODES = ("none", "drop", "tokens", "complement")

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.settings import parse_assignment
+from fedmitr_flwr.config.text import parse_assignment
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "fedmitr.md"

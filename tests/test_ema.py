@@ -9,6 +9,7 @@ from tiny import a_vit, an_ensemble, an_upload, settings, some_images
 from torch import Tensor, nn
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.distil import count_batches, distil
 from fedmitr_flwr.distillation.ema import Ema
@@ -16,8 +17,7 @@ from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.optim import Stepper
+from fedmitr_flwr.vit.optim import Stepper
 
 
 class Scalar(nn.Module):

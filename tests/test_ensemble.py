@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import a_vit, an_ensemble, an_upload, settings, some_images
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers, teacher_weights
+from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers, teacher_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, forward_tokens, patchify, take
 
 COMBINES = ("logits", "logp", "probs", "joint")

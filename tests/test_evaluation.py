@@ -8,7 +8,7 @@ from tiny import a_vit, settings, small
 from torch import Tensor
 
 from fedmitr_flwr.data.images import DataSet, Images, prepare
-from fedmitr_flwr.evaluation import Evaluation, evaluate
+from fedmitr_flwr.runs.evaluation import Evaluation, evaluate
 
 CPU = torch.device("cpu")
 

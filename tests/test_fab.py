@@ -46,7 +46,7 @@ def test_it_holds_nothing_else(bundle: list[str]) -> None:
 
 def test_its_fingerprint_is_the_checkouts(bundle: list[str], tmp_path: Path) -> None:
     """Client and server compare it, and the one may run from the bundle, the other from the checkout."""
-    from fedmitr_flwr.fingerprint import _of_folder, fingerprint
+    from fedmitr_flwr.common.fingerprint import _of_folder, fingerprint
 
     for name in bundle:
         if name.startswith("fedmitr_flwr/"):

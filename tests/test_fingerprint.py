@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.fingerprint import _ABOUT_RESULTS, _of_folder, _with_apps, core, fingerprint, of_flower
+from fedmitr_flwr.common.fingerprint import _ABOUT_RESULTS, _of_folder, _with_apps, core, fingerprint, of_flower
 
 PACKAGE = Path(__file__).parent.parent / "fedmitr_flwr"
 
@@ -51,13 +51,13 @@ def test_every_change_counts(copy: Path) -> None:
         assert _of_folder(copy) not in seen
         seen.add(_of_folder(copy))
 
-    (copy / "config.py").write_text((copy / "config.py").read_text() + "#")
+    (copy / "judge.py").write_text((copy / "judge.py").read_text() + "#")
     check()
     (copy / "methods" / "new.py").write_text("")
     check()
     (copy / "methods" / "new.py").rename(copy / "methods" / "newer.py")
     check()
-    (copy / "rng.py").unlink()
+    (copy / "common" / "rng.py").unlink()
     check()
 
 

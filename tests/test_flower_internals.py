@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 
 import server_app.app
 from client_app.app import app as client_app
-from fedmitr_flwr.process import begin, forward
+from fedmitr_flwr.common.process import begin, forward
 from server_app.grid import _DEAD_ACTOR, ObservedGrid
 
 

@@ -20,7 +20,7 @@ from tiny import timeless
 import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -12,18 +12,19 @@ import tiny
 import torch
 from tiny import settings
 
-from fedmitr_flwr import gate, methods, pipeline
+from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.cli import main
+from fedmitr_flwr.common.errors import ConfigError, DataError, RunError, UploadError, UserError
+from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares
-from fedmitr_flwr.errors import ConfigError, DataError, RunError, UploadError, UserError
-from fedmitr_flwr.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import Upload, load
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads import gate
+from fedmitr_flwr.uploads.upload import Upload, load
 from fedmitr_flwr.vit.tokens import patchify, take
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0"

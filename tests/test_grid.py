@@ -11,9 +11,9 @@ from flwr.clientapp import ClientApp
 from local_grid import LocalGrid, task_identity
 
 from client_app.app import app as client_app
+from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.config import Config, FlowerConfig
-from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.limits import needed
+from fedmitr_flwr.config.limits import needed
 from server_app.builtin import _CountingGrid
 from server_app.clients import meet
 from server_app.grid import ObservedGrid

@@ -28,11 +28,11 @@ from local_grid import TINY, LocalGrid, task_identity
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import DiskError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors, save_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import DiskError, RunError, UploadError
-from fedmitr_flwr.files import load_tensors, save_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.foreign import read_npy
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads.foreign import read_npy
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 from fedmitr_flwr.vit.probe import computes
 from server_app.records import TELLS, keep, order

@@ -6,7 +6,8 @@ from PIL import Image
 from tiny import small
 
 from fedmitr_flwr.config import ModelConfig
-from fedmitr_flwr.data.images import DataSet, Images, normalisation, prepare, to_uint8
+from fedmitr_flwr.data.images import DataSet, Images, prepare, to_uint8
+from fedmitr_flwr.vit.names import normalisation
 
 
 def every_value(in_chans: int) -> torch.Tensor:

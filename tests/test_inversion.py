@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tiny import a_vit, an_ensemble, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.ensemble.precision import tf32
 from fedmitr_flwr.inversion.invert import alive_counts, halting_steps, invert
 from fedmitr_flwr.inversion.objective import TINY, AliveVariation, agreement, cross_entropy
 from fedmitr_flwr.inversion.result import Inverted
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.ensemble import Ensemble
-from fedmitr_flwr.vit.precision import tf32
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, patchify, put, take, unpatchify
 
 TARGETS = torch.tensor([3, 0, 9])

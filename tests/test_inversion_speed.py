@@ -14,12 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import load
+from fedmitr_flwr.uploads.upload import load
 from fedmitr_flwr.vit.build import initial_weights
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
 

@@ -9,10 +9,10 @@ from tiny import an_upload, settings
 from torch import Tensor
 
 from fedmitr_flwr.data.images import DataSet
+from fedmitr_flwr.ensemble import teachers
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.judge import ensemble_alone, evaluate_on
-from fedmitr_flwr.vit import teachers
 from fedmitr_flwr.vit.build import vit_of
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 from tiny import a_vit, an_upload, settings
 
 from fedmitr_flwr.data.images import DataSet, Images
-from fedmitr_flwr.training import kept
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads import cache as kept
+from fedmitr_flwr.uploads.upload import Upload
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_layout import a_table, parquet, picture
 from tiny import SIZES, small
 
+from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data.own import Place, load_own, load_own_test
 from fedmitr_flwr.data.sources import load, open_split
-from fedmitr_flwr.errors import DataError
 from fedmitr_flwr.resolve import resolve
 
 TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))

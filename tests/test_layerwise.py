@@ -12,19 +12,19 @@ from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor, nn
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.distillation import layerwise
-from fedmitr_flwr.distillation.layerwise import fit_layers, solve
 from fedmitr_flwr.distillation.start import start_student
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import first_images
+from fedmitr_flwr.merging import layerwise
+from fedmitr_flwr.merging.average import average
+from fedmitr_flwr.merging.layerwise import fit_layers, solve
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.loop import plain
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import vit_of
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 CONFIG = settings()
 TARGETS = torch.arange(40) % 10

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from tiny import SIZES, small
 
+from fedmitr_flwr.common.errors import ConfigError, DataError
 from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data import layout
 from fedmitr_flwr.data.layout import check_shards, found_source
 from fedmitr_flwr.data.own import Place, load_own
 from fedmitr_flwr.data.sources import load, open_split
-from fedmitr_flwr.errors import ConfigError, DataError
 from fedmitr_flwr.report.words import data_set
 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})

@@ -8,13 +8,13 @@ from tiny import a_vit, an_upload, settings, some_images
 from torch.nn import functional as F
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
+from fedmitr_flwr.ensemble.learned import learn, moved, slope
 from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import Upload
-from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
-from fedmitr_flwr.vit.learned import learn, moved, slope
+from fedmitr_flwr.uploads.upload import Upload
 
 CPU = torch.device("cpu")
 WAYS = ("logits", "logp", "probs", "joint")

@@ -7,8 +7,8 @@ import pytest
 from tiny import an_upload, settings
 
 from client_app.ledger import Ledger
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.uploads.upload import Upload
 
 
 def spending(epsilon: float, client: int) -> Upload:

@@ -12,19 +12,19 @@ from tiny import a_vit, an_upload, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client.losses import label_loss, prior_shift, proximal
+from fedmitr_flwr.client.outliers import evenness_loss, outliers, skew
+from fedmitr_flwr.client.swa import averaged_epochs
+from fedmitr_flwr.client.train import shift_and_flip, train_local
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.data import sources
 from fedmitr_flwr.data.images import DataSet, prepare
 from fedmitr_flwr.data.partition import holdout, split
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.local import shift_and_flip, train_local
-from fedmitr_flwr.training.losses import label_loss, prior_shift, proximal
-from fedmitr_flwr.training.outliers import evenness_loss, outliers, skew
-from fedmitr_flwr.training.stored import StoredWeights
-from fedmitr_flwr.training.swa import averaged_epochs
-from fedmitr_flwr.training.upload import Upload, Weights, load, save
-from fedmitr_flwr.vit.build import build_vit, initial_weights
+from fedmitr_flwr.merging.average import average
+from fedmitr_flwr.uploads.stored import StoredWeights
+from fedmitr_flwr.uploads.upload import Upload, load, save
+from fedmitr_flwr.vit.build import Weights, build_vit, initial_weights
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
 
 CPU = torch.device("cpu")
@@ -370,7 +370,7 @@ def test_every_epoch_sees_every_image_once(tiny: DataSet, monkeypatch: pytest.Mo
         seen.extend(int(image.long().sum()) for image in pixels)
         return prepare(pixels, model)
 
-    monkeypatch.setattr("fedmitr_flwr.training.local.prepare", spy)
+    monkeypatch.setattr("fedmitr_flwr.client.train.prepare", spy)
     trained(tiny, for_bars(**{"local.epochs": 2}), stream(0))
     wanted = sorted(int(image.long().sum()) for image in tiny.train.pixels)
     assert sorted(seen[:60]) == sorted(seen[60:]) == wanted
@@ -427,7 +427,7 @@ def test_train_local_never_mirrors_unless_it_may(tiny: DataSet, monkeypatch: pyt
         asked.append(flip)
         return shift_and_flip(images, flip=flip, rng=rng)
 
-    monkeypatch.setattr("fedmitr_flwr.training.local.shift_and_flip", spy)
+    monkeypatch.setattr("fedmitr_flwr.client.train.shift_and_flip", spy)
     for flip in (False, True):
         trained(tiny, for_bars(**{"data.flip": flip, "local.batch-size": 60}), stream(0))
     assert asked == [False, True]

@@ -10,10 +10,10 @@ from tiny import settings
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import DistillConfig
 from fedmitr_flwr.distillation.losses import Labels, Parts, distillation_loss, logit_distance, soft_divergence
 from fedmitr_flwr.distillation.mix import mix, thin
-from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions
 
 B, J, Y = 4, 6, 3

@@ -11,17 +11,17 @@ import torch
 from tiny import a_vit, an_upload, settings, some_images
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.compute import threads
+from fedmitr_flwr.common.compute import threads
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import Weigher
+from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.methods.loop import balanced_targets
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.optim import Stepper
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.optim import Stepper
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from tiny import a_vit, settings
 from torch import nn
 
 from fedmitr_flwr.config import DistillConfig
-from fedmitr_flwr.training.optim import Stepper, client_stepper
+from fedmitr_flwr.vit.optim import Stepper, client_stepper
 
 
 def optim(**changes: object) -> DistillConfig:

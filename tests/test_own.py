@@ -17,11 +17,11 @@ from tiny import SIZES
 
 from deploy.demo_data import as_folders, as_parquet, png
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, DataError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import own
 from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.data.own import Place, load_own, load_own_test, look_at_own, named_classes
-from fedmitr_flwr.errors import ConfigError, DataError
 
 NAMES = ("top", "middle", "bottom")
 Look = Callable[[Place, Config], object]

@@ -12,11 +12,11 @@ from tiny import timeless
 
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import DataError, UserError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.errors import DataError, UserError
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 from server_app import clients as meeting
 from server_app.app import app as server_app
 from server_app.records import order

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import PartitionConfig
 from fedmitr_flwr.data.partition import Partition, holdout, split, table
-from fedmitr_flwr.errors import ConfigError
 
 Y = 10
 LABELS = torch.arange(2000) % Y  # 200 images of each class

@@ -14,19 +14,19 @@ from test_layout import a_table, folders, parquet
 from tiny import settings, timeless
 
 from fedmitr_flwr import judge, pipeline
+from fedmitr_flwr.common.errors import ConfigError, ModelError, RunError, UserError
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.fingerprint import core, fingerprint
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import ConfigError, ModelError, RunError, UserError
-from fedmitr_flwr.evaluation import Evaluation
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.fingerprint import core, fingerprint
+from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.report.page import write_page
-from fedmitr_flwr.report.result import accuracy_table
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.upload import size
+from fedmitr_flwr.runs.evaluation import Evaluation
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.runs.result import accuracy_table
+from fedmitr_flwr.uploads.upload import size
 from fedmitr_flwr.vit.build import initial_weights
 
 

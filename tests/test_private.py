@@ -19,15 +19,15 @@ from tiny import a_vit, settings, small
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client import private
+from fedmitr_flwr.client.losses import label_loss
+from fedmitr_flwr.client.private import epsilon_of, noise_for, require_opacus, train_privately
+from fedmitr_flwr.client.train import train_local
+from fedmitr_flwr.common.errors import ConfigError, RunError
+from fedmitr_flwr.common.rng import secret, stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import DataSet, Images, prepare
-from fedmitr_flwr.errors import ConfigError, RunError
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import secret, stream
-from fedmitr_flwr.training import private
-from fedmitr_flwr.training.local import train_local
-from fedmitr_flwr.training.losses import label_loss
-from fedmitr_flwr.training.private import epsilon_of, noise_for, require_opacus, train_privately
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
 from server_app.app import app as server_app

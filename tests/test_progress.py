@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 
-from fedmitr_flwr import progress
-from fedmitr_flwr.progress import Progress
+from fedmitr_flwr.common import progress
+from fedmitr_flwr.common.progress import Progress
 
 
 class Clock:

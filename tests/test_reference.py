@@ -16,28 +16,28 @@ from tiny import an_upload, settings, small, some_images
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.cli import main
+from fedmitr_flwr.client.train import train_local
+from fedmitr_flwr.common.errors import ConfigError, DataError
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.proxy import proxy_pixels
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.distillation.start import start_student
-from fedmitr_flwr.errors import ConfigError, DataError
-from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
+from fedmitr_flwr.merging.average import average
+from fedmitr_flwr.merging.closed_form import frozen_weights, teachers_of
 from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods import load as load_method
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.statistics.frozen import frozen_weights, teachers_of
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.heads import Head
 from fedmitr_flwr.statistics.moments import frozen_features
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.local import train_local
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 CPU = torch.device("cpu")
 

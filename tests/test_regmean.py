@@ -11,18 +11,18 @@ from tiny import a_vit, an_upload, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import methods, pipeline
+from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, UploadConfig
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.distillation.regmean import regmean
 from fedmitr_flwr.distillation.start import start_student
-from fedmitr_flwr.errors import ConfigError, RunError, UploadError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import stream
+from fedmitr_flwr.merging.average import average
+from fedmitr_flwr.merging.regmean import regmean
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.inputs import REST, leading, like, measure, moment, second_moments, widths
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.upload import Upload, load, narrowed, save, validate
+from fedmitr_flwr.uploads.upload import Upload, load, narrowed, save, validate
 from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import patchify
 

@@ -7,14 +7,14 @@ import torch
 from tiny import an_ensemble, settings
 from torch import Tensor
 
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import RelabelConfig
 from fedmitr_flwr.distillation.pool import Pool, join
 from fedmitr_flwr.distillation.relabel import View, relabel
-from fedmitr_flwr.files import load_tensors
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.result import Inverted
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.ensemble import Ensemble
 from fedmitr_flwr.vit.tokens import patchify, take
 
 TARGETS = torch.tensor([3, 0, 9])

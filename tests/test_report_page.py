@@ -11,11 +11,11 @@ import pytest
 from tiny import settings
 
 from fedmitr_flwr import cli, pipeline
-from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.progress import Series
+from fedmitr_flwr.common.errors import RunError
+from fedmitr_flwr.common.progress import Series
 from fedmitr_flwr.report import charts
 from fedmitr_flwr.report.page import write_page
-from fedmitr_flwr.report.run_folder import RunFolder
+from fedmitr_flwr.runs.folder import RunFolder
 
 SECTIONS = ["accuracy", "partition", "images", "steps", "confusion", "recall", "cost", "config", "origin"]
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import UserError
 from fedmitr_flwr.config import Config, ModelConfig
-from fedmitr_flwr.errors import UserError
 from fedmitr_flwr.resolve import patch_of, resolve
 from fedmitr_flwr.vit import build
 from fedmitr_flwr.vit.build import TOLERANCE, initial_weights, token_difference

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from fedmitr_flwr.common import provenance
+from fedmitr_flwr.common.fingerprint import core, fingerprint
 from fedmitr_flwr.config import Config, DataConfig
-from fedmitr_flwr.fingerprint import core, fingerprint
-from fedmitr_flwr.report import result
-from fedmitr_flwr.report.result import accuracy_table, build, on_server
-from fedmitr_flwr.report.run_folder import plain
+from fedmitr_flwr.runs.folder import plain
+from fedmitr_flwr.runs.result import accuracy_table, build, on_server
 
 
 def a_result(**parts: Any) -> dict[str, Any]:
@@ -83,14 +83,14 @@ def test_costs_and_errors_as_they_are_written() -> None:
 
 
 def test_a_package_that_is_not_installed_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result, "PACKAGES", ("torch", "no-such-package"))
-    assert result.versions()["no-such-package"] is None
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    assert provenance.versions()["no-such-package"] is None
 
 
 def test_the_processor_is_named(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\n")
-    assert result._cpu(tmp_path / "cpuinfo") == "Abacus 3000"
-    assert result._cpu(tmp_path / "none")
+    assert provenance._cpu(tmp_path / "cpuinfo") == "Abacus 3000"
+    assert provenance._cpu(tmp_path / "none")
 
 
 def test_table() -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny import settings
 
-from fedmitr_flwr import checkpoints, pipeline
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import RunError
 from fedmitr_flwr.methods import contract, fedmitr, loop
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import load, save
+from fedmitr_flwr.runs import checkpoints
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads.upload import load, save
 
 EPOCHS, BATCHES = 3, 3  # of 5, 5 and 2 images
 SHAPE = {

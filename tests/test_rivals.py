@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr import methods, pipeline
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.images import normalisation, value_range
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.data.images import value_range
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.generator import Generator, generate
 from fedmitr_flwr.methods import coboosting, dense
 from fedmitr_flwr.methods.coboosting import diversify, hard_loss
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.dense import boundary_loss
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.vit.names import normalisation
 from fedmitr_flwr.vit.tokens import all_positions, patchify
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmitr_flwr.rng import derive, secret, seeded_init, stream
+from fedmitr_flwr.common.rng import derive, secret, seeded_init, stream
 
 PATHS = st.lists(st.one_of(st.text(max_size=8), st.integers(-5, 5)), max_size=4).map(tuple)
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tiny import an_upload, settings
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.fedmedian import median
 from fedmitr_flwr.methods.krum import choose, scores
-from fedmitr_flwr.training.updates import gram, squared_distances
-from fedmitr_flwr.training.upload import Upload, Weights
+from fedmitr_flwr.uploads.updates import gram, squared_distances
+from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import Weights
 
 
 def points(*places: float) -> list[Upload]:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package:
 import roll_leak
 from roll_leak import Case, leak
 
-from fedmitr_flwr.rng import stream
+from fedmitr_flwr.common.rng import stream
 
 ROOT = Path(__file__).parents[1]
 ONE = torch.eye(9).bool()[4].view(3, 3)  # the patch in the middle

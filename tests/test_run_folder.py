@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 
+from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors, write_text
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UploadError
-from fedmitr_flwr.files import load_tensors, write_text
-from fedmitr_flwr.report.run_folder import RunFolder, plain
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.runs.folder import RunFolder, plain
+from fedmitr_flwr.uploads.upload import Upload
 
 
 def config_in(folder: Path, **flat: object) -> Config:
@@ -114,7 +114,7 @@ def test_settings_of_another_version(
     sealed_file(tmp_path, text + 'distill.gone = "x"\n')
     with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
         RunFolder.open(tmp_path)
-    monkeypatch.setattr("fedmitr_flwr.config.RETIRED", frozenset({"distill.gone"}))
+    monkeypatch.setattr("fedmitr_flwr.config.config.RETIRED", frozenset({"distill.gone"}))
     assert RunFolder.open(tmp_path).config == Config(seed=7)
     retired, absent = caplog.messages
     assert retired.endswith("settings of an older version, ignored: distill.gone")
@@ -127,7 +127,7 @@ def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:
     with run.locked(), run.at_work(), pytest.raises(RunError, match=r"another process is at work in .*first; wait"):
         other.locked().__enter__()
     script = (
-        "import os, signal, sys; from fedmitr_flwr.report.run_folder import RunFolder\n"
+        "import os, signal, sys; from fedmitr_flwr.runs.folder import RunFolder\n"
         "with RunFolder.open(sys.argv[1]).locked(): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(run.path)], check=False).returncode == -9
@@ -151,7 +151,7 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         raise DiskError("no room") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedmitr_flwr.report.run_folder.write_text", full)
+        patch.setattr("fedmitr_flwr.runs.folder.write_text", full)
         with pytest.raises(RunError, match=r"cannot make the run folder .*No space left on device; make room there"):
             RunFolder.create(config_in(tmp_path / "deep" / "er"), "x")
     assert list(tmp_path.iterdir()) == []

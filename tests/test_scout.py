@@ -7,12 +7,12 @@ import torch
 from tiny import a_vit, settings, some_images
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.ensemble.competence import estimate
+from fedmitr_flwr.ensemble.ensemble import Ensemble, teacher_weights
 from fedmitr_flwr.inversion import scout
 from fedmitr_flwr.inversion.scout import reweigh, scouted_ensemble
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.training.upload import Upload
-from fedmitr_flwr.vit.competence import estimate
-from fedmitr_flwr.vit.ensemble import Ensemble, teacher_weights
+from fedmitr_flwr.uploads.upload import Upload
 
 CPU = torch.device("cpu")
 

@@ -16,20 +16,20 @@ from tiny import settings
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client.train import train_local
+from fedmitr_flwr.common.errors import ModelError
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import DataSet, Images
-from fedmitr_flwr.errors import ModelError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import stream
+from fedmitr_flwr.merging.closed_form import statistics_of
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.answers import Names, strange_answers
 from fedmitr_flwr.screening.screen import _bounded, screen
 from fedmitr_flwr.screening.sums import strange_sums
 from fedmitr_flwr.screening.weights import Measured, _directions, robust_z, strange_weights
-from fedmitr_flwr.statistics.frozen import statistics_of
 from fedmitr_flwr.statistics.moments import measure, packed, problem
-from fedmitr_flwr.training.local import train_local
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package:
 from security import attacks, document
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client.train import train_local
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
-from fedmitr_flwr.training.local import train_local
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
 
 

@@ -9,7 +9,7 @@ import pytest
 from local_grid import TINY, LocalGrid, server_context, task_identity
 
 from client_app.app import app as client_app
-from fedmitr_flwr.errors import ConfigError, ModelError
+from fedmitr_flwr.common.errors import ConfigError, ModelError
 from server_app.app import app as server_app
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError
-from fedmitr_flwr.settings import keys_like, located, parse_assignment, read_flat, read_settings
+from fedmitr_flwr.config.text import keys_like, located, parse_assignment, read_flat, read_settings
 
 KNOWN = Config().to_flat()
 

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fedmitr_flwr.common.errors import DataError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import DataConfig, ModelConfig
 from fedmitr_flwr.data import decode, flower_datasets, sources
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import DataError
-from fedmitr_flwr.rng import stream
 
 Pixels = NDArray[np.uint8]
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})

@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from tiny import a_vit, an_upload, settings
 
 from fedmitr_flwr import methods
+from fedmitr_flwr.common.errors import ConfigError, ModelError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.distillation.start import FACTORS, choose_start, likeness, start_student
-from fedmitr_flwr.errors import ConfigError, ModelError
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.average import average
-from fedmitr_flwr.training.upload import Upload, Weights
-from fedmitr_flwr.vit.build import initial_weights
-from fedmitr_flwr.vit.ensemble import Ensemble
+from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import Weights, initial_weights
 
 
 def two_uploads() -> list[Upload]:

@@ -7,9 +7,9 @@ import torch
 from tiny import small
 from torch import Tensor
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.inversion import starts
 from fedmitr_flwr.inversion.starts import MOST_LEAVES, dead_leaves, objects, starting_images
-from fedmitr_flwr.rng import stream
 
 
 def test_noise_is_the_streams_own_normal_numbers() -> None:

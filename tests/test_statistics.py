@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from tiny import a_vit, settings
 from torch import Tensor
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.data.images import Images, prepare
 from fedmitr_flwr.methods.fedpft import MOST, draw, train_head
-from fedmitr_flwr.rng import stream
 from fedmitr_flwr.statistics.heads import NOBODYS, Head, lda, oas, ridge
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, measure, problem, total
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, UploadConfig
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UploadError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.rng import stream
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.moments import frozen_features, measure, names
-from fedmitr_flwr.training.upload import Upload, digest, load, save, size, validate
+from fedmitr_flwr.uploads.upload import Upload, digest, load, save, size, validate
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 from server_app.app import app as server_app
 from server_app.records import order, read_upload, room

@@ -16,13 +16,13 @@ from local_grid import TINY, LocalGrid, Tamper, server_context, task_identity
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UserError
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config, LocalConfig
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.errors import ConfigError, DiskError, RunError, UserError
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.report.run_folder import RunFolder
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
 from server_app import builtin, intake
 from server_app import clients as meeting

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package:
 
 import study
 
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.report.result import versions
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import versions
 
 
 class Interrupted(Exception):

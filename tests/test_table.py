@@ -16,7 +16,7 @@ import table as results_table
 
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.settings import read_flat
+from fedmitr_flwr.config.text import read_flat
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,11 +5,11 @@ import torch
 from tiny import an_upload, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.common.rng import stream
+from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
+from fedmitr_flwr.ensemble.routing import Routing, everyone, route
 from fedmitr_flwr.inversion.objective import cross_entropy
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import Upload
-from fedmitr_flwr.vit.ensemble import Ensemble, combine_answers
-from fedmitr_flwr.vit.routing import Routing, everyone, route
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.tokens import forward_tokens, patchify, take
 
 COMBINES = ("logits", "logp", "probs", "joint")

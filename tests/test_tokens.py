@@ -9,8 +9,8 @@ from tiny import a_vit, settings
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.rng import stream
 from fedmitr_flwr.vit.tokens import (
     all_positions,
     forward_cls,

@@ -9,13 +9,13 @@ from scipy.stats import trim_mean
 from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.ensemble.routing import everyone, route
+from fedmitr_flwr.ensemble.trim import trimmed
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.vit.ensemble import Ensemble
-from fedmitr_flwr.vit.routing import everyone, route
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, patchify
-from fedmitr_flwr.vit.trim import trimmed
 
 
 def combined(probabilities_K: Tensor, weights_K: Tensor, share: float) -> Tensor:

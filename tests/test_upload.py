@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmitr_flwr.errors import RunError, UploadError
-from fedmitr_flwr.files import load_tensors, save_tensors
-from fedmitr_flwr.training.stored import StoredWeights
-from fedmitr_flwr.training.upload import Upload, digest, load, save, validate
+from fedmitr_flwr.common.errors import RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors, save_tensors
+from fedmitr_flwr.uploads.stored import StoredWeights
+from fedmitr_flwr.uploads.upload import Upload, digest, load, save, validate
 
 CODE = "0123456789ab"
 CLIENTS, CLASSES, MOST = 4, 3, 1000

@@ -11,10 +11,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from local_grid import TINY, LocalGrid, complaint, task_identity
 
 from client_app.app import app as client_app
+from fedmitr_flwr.common.errors import RunError
+from fedmitr_flwr.common.fingerprint import core
+from fedmitr_flwr.common.releases import FLWR, release, require, too_old
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import RunError
-from fedmitr_flwr.fingerprint import core
-from fedmitr_flwr.releases import FLWR, release, require, too_old
 from server_app.clients import meet
 from server_app.records import order
 

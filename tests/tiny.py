@@ -6,12 +6,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.common.files import load_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
-from fedmitr_flwr.files import load_tensors
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 _TINY: dict[str, object] = {
     "method": "fedmitr",

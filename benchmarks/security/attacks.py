@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.client.train import train_local
+from fedmitr_flwr.common.rng import derive, stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
-from fedmitr_flwr.rng import derive, stream
-from fedmitr_flwr.statistics.frozen import statistics_of
+from fedmitr_flwr.merging.closed_form import statistics_of
 from fedmitr_flwr.statistics.moments import Statistics, last_norm, packed
-from fedmitr_flwr.training.local import train_local
-from fedmitr_flwr.training.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
 
 SCALE = 100

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.compute import resolve_device
+from fedmitr_flwr.common.compute import resolve_device
+from fedmitr_flwr.common.errors import ConfigError
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.errors import ConfigError
+from fedmitr_flwr.config.text import read_settings
+from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.settings import read_settings
-from fedmitr_flwr.vit.ensemble import Ensemble
 
 from .flops import Shape, bound, images_each, stages
 from .gauges import measure

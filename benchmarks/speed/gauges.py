@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from fedmitr_flwr.vit.precision import tf32
+from fedmitr_flwr.ensemble.precision import tf32
 
 T = TypeVar("T")
 

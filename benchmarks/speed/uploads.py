@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import ModelConfig
-from fedmitr_flwr.fingerprint import fingerprint
-from fedmitr_flwr.rng import stream
-from fedmitr_flwr.training.upload import Upload, Weights, save
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.uploads.upload import Upload, save
+from fedmitr_flwr.vit.build import Weights, initial_weights
 
 NOISE = 0.01  # of a tensor's root mean square
 PER_CLASS = 100  # images that an owner has of a class

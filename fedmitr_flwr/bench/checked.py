@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
-from ..limits import nearest
+from ..common.errors import ConfigError
+from ..config.limits import nearest
 
 
 def require_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

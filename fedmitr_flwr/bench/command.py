@@ -5,9 +5,9 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
-from ..files import absolute, write_text
-from ..report.run_folder import HOME
+from ..common.errors import ConfigError
+from ..common.files import absolute, write_text
+from ..runs.folder import HOME
 
 log = logging.getLogger("fedmitr.bench")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..common.errors import RunError
 from ..config import Config
-from ..errors import RunError
-from ..settings import toml_value
+from ..config.text import toml_value
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "flower_run.py"
 STOP_SECONDS = 120.0  # it stops a SuperLink and Ray

@@ -9,11 +9,11 @@ from functools import cached_property
 from itertools import product
 
 from .. import methods
+from ..common.errors import ConfigError
 from ..config import Config
-from ..errors import ConfigError
+from ..config.text import PATHS, PLACES
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
-from ..settings import PATHS, PLACES
 from .spec import Bench, Flat, Skew, Tune, Variant
 
 # What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.

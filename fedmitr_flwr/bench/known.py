@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..files import write_text
+from ..common.files import write_text
 from .grid import Cell
 from .results import Results
 from .spec import Flat

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError, unread
-from ..files import write_text
-from ..settings import PATHS
+from ..common.errors import RunError, unread
+from ..common.files import write_text
+from ..config.text import PATHS
 from .store import read_manifest, read_result
 
 Entry = Mapping[str, Any]  # a result.json, and under `bench` the cell's place in the grid

@@ -15,15 +15,15 @@ from typing import Any
 
 from .. import pipeline
 from ..central import train_centrally
-from ..compute import threads
+from ..common.compute import threads
+from ..common.errors import RunError, UserError, printable
+from ..common.files import write_text
+from ..common.fingerprint import changed, core
+from ..common.progress import clock
 from ..config import Config
-from ..errors import RunError, UserError, printable
-from ..files import write_text
-from ..fingerprint import changed, core
 from ..judge import Lines
 from ..judge import lines as lines_of
-from ..progress import clock
-from ..report.run_folder import RunFolder
+from ..runs.folder import RunFolder
 from .flower import Runner
 from .grid import ALL_TOLD, Cell, cells, tune_cells
 from .known import adopt, chosen_in

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..errors import ConfigError
-from ..settings import flatten, located, read_document, read_flat, typed
+from ..config.text import flatten, located, read_document, read_flat, typed
 from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
@@ -219,7 +219,7 @@ def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:
 
 
 def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any], folder: Path) -> tuple[Variant, ...]:
-    from ..methods import available  # here: it imports torch
+    from ..methods import available
 
     rounds = as_numbers(axes.get("rounds", [1]), "grid.rounds", int, 1)
     labels = as_texts(axes.get("methods", []), "grid.methods")

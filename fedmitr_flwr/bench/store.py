@@ -21,10 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import RunError
-from ..files import read_text, write_text
-from ..fingerprint import core, of_flower
-from ..report.result import unsealed
+from ..common.errors import RunError
+from ..common.files import read_text, write_text
+from ..common.fingerprint import core, of_flower
+from ..runs.result import unsealed
 from .grid import Cell
 
 MANIFEST = "bench.json"

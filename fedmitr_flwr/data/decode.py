@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from torch import Tensor
 
-from ..errors import DataError, printable
+from ..common.errors import DataError, printable
 
 log = logging.getLogger("fedmitr")
 

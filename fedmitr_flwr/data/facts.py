@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from ..common.errors import DataError
 from ..config import Config, DataConfig
-from ..errors import DataError
-from ..sections import OWN
+from ..config.sections import OWN
 from .decode import Split
 from .sources import DigitsSplit, open_split, open_test
 

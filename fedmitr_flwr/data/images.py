@@ -6,14 +6,11 @@ Shapes: n images of a set, B images of a batch, C channels, H x W pixels, S the 
 from dataclasses import dataclass
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional
 
 from ..config import ModelConfig
-from ..vit.names import SMALL, architecture
-
-RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
+from ..vit.names import RESIZED, normalisation
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,30 +42,6 @@ class DataSet:
     train: Images
     test: Images
     classes: tuple[str, ...]
-
-
-def normalisation(model: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and standard deviation (C,) of `channel_statistics`."""
-    mean, std = channel_statistics(model)
-    return torch.tensor(mean), torch.tensor(std)
-
-
-def channel_statistics(model: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Each channel's mean and standard deviation on the 0..1 scale, as the model's published weights were trained with.
-
-    For a timm name they are those of its `pretrained_cfg`; where the model has another number of channels than its
-    published weights, each channel gets their mean over channels. `small`, which has no published weights, has
-    ImageNet's for colour, and 0.5 and 0.5 otherwise.
-    """
-    channels = model.in_chans
-    if model.name == SMALL:
-        grey = (0.5,) * channels
-        return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else (grey, grey)
-    published = architecture(model.name)
-    if len(published.mean) == channels:
-        return published.mean, published.std
-    mean, std = ((sum(each) / len(each),) * channels for each in (published.mean, published.std))
-    return mean, std
 
 
 def value_range(model: ModelConfig) -> tuple[Tensor, Tensor]:

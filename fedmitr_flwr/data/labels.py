@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import DataError
+from ..common.errors import DataError
 from .decode import Rows
 from .layout import same_name
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..common.errors import ConfigError, DataError, say_once
 from ..config import Config, DataConfig, ModelConfig
-from ..errors import ConfigError, DataError, say_once
-from ..limits import SEPARATOR
+from ..config.limits import SEPARATOR
 from .decode import Rows, Split, decode
 from .images import Images
 from .layout import (

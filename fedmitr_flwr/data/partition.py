@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..common.errors import ConfigError, printable
+from ..common.rng import derive, stream
 from ..config import PartitionConfig
-from ..errors import ConfigError, printable
-from ..rng import derive, stream
 from .flower_datasets import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 
 log = logging.getLogger("fedmitr")

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.errors import ConfigError, DataError, say_once
 from ..config import Config
-from ..errors import ConfigError, DataError, say_once
 from .decode import Encoded, decode
 from .layout import TRAIN_NAMES, contents, listed, parquet_splits
 from .sources import FolderSplit, kept, load_proxy_share

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import torch
 
+from ..common.errors import ConfigError, UserError
 from ..config import Config
-from ..errors import ConfigError, UserError
-from ..sections import OWN
+from ..config.sections import OWN
 from .images import Images
 from .own import Place, load_own, load_own_test
 from .partition import Partition, holdout, split

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..compute import return_memory
+from ..common.compute import return_memory
+from ..common.errors import DataError, printable, say_once
+from ..common.rng import stream
 from ..config import DataConfig, ModelConfig
-from ..errors import DataError, printable, say_once
-from ..rng import stream
 from .decode import Rows, Split, decode
 from .images import DataSet, Images
 from .layout import (

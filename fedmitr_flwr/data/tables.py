@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..common.errors import DataError, say_once
 from ..config import DataConfig
-from ..errors import DataError, say_once
 from .decode import Rows
 from .labels import Labels, all_differ, has_none, is_whole, kind_of, read, together
 from .layout import check_shards

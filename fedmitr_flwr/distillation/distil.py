@@ -7,11 +7,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..compute import ahead, side_by_side
+from ..client.train import shift_and_flip
+from ..common.compute import ahead, side_by_side
 from ..config import Config
-from ..training.local import shift_and_flip
-from ..training.optim import Stepper
-from ..vit.ensemble import Ensemble
+from ..ensemble.ensemble import Ensemble
+from ..vit.optim import Stepper
 from ..vit.tokens import TokenLogits, forward_tokens, patchify, roll_and_flip, take
 from .ema import Ema
 from .losses import Labels, Parts, distillation_loss

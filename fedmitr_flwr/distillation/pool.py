@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import save_tensors
+from ..common.files import save_tensors
 from ..inversion.result import Inverted
 from .relabel import View
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import RelabelConfig
+from ..ensemble.ensemble import Ensemble
 from ..inversion.result import Inverted
-from ..vit.ensemble import Ensemble
 from ..vit.tokens import patchify, take
 
 

@@ -8,23 +8,23 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cosine_similarity
 
+from ..common.errors import ConfigError
+from ..common.files import absolute
 from ..config import Config, ModelConfig
-from ..errors import ConfigError
-from ..files import absolute
-from ..sections import IMPROVED
-from ..statistics.frozen import frozen_weights, pooled
+from ..config.sections import IMPROVED
+from ..ensemble.ensemble import Ensemble
+from ..merging.average import average
+from ..merging.classwise import merge_heads
+from ..merging.closed_form import frozen_weights, pooled
+from ..merging.layerwise import fit_layers
+from ..merging.regmean import regmean
 from ..statistics.heads import closed_form
-from ..training.average import average
-from ..training.upload import Upload, Weights
-from ..vit.build import build_vit, initial_weights, load_pretrained
-from ..vit.ensemble import Ensemble
+from ..uploads.upload import Upload
+from ..vit.build import Weights, build_vit, initial_weights, load_pretrained
 from ..vit.names import SMALL
 from ..vit.tokens import forward_tokens, patchify, take
-from .classwise import merge_heads
-from .layerwise import fit_layers
 from .losses import centred
 from .pool import Pool
-from .regmean import regmean
 
 log = logging.getLogger("fedmitr")
 

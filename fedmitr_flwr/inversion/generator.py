@@ -11,12 +11,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..common.rng import seeded_init
 from ..config import Config, ModelConfig
-from ..data.images import normalisation
-from ..rng import seeded_init
-from ..vit.ensemble import Ensemble
-from ..vit.precision import class_question, tf32
-from ..vit.routing import route
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.precision import class_question, tf32
+from ..ensemble.routing import route
+from ..vit.names import normalisation
 from ..vit.tokens import all_positions, forward_cls, patchify, unpatchify
 from .invert import in_halves
 from .result import Inverted

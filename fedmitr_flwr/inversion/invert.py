@@ -7,11 +7,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..compute import is_out_of_memory
+from ..common.compute import is_out_of_memory
 from ..config import InversionConfig, ModelConfig
 from ..data.images import value_range
-from ..vit.ensemble import Ensemble
-from ..vit.precision import class_question, tf32
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.precision import class_question, tf32
 from ..vit.tokens import take
 from .result import Inverted, joined
 from .starts import starting_images

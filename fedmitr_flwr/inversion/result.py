@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..common.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..common.rng import stream
 from ..config import Config
-from ..rng import stream
-from ..statistics.frozen import teachers_of
-from ..training.upload import Upload
-from ..vit.competence import estimate
-from ..vit.ensemble import Ensemble
-from ..vit.learned import learn
+from ..ensemble.competence import estimate
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.learned import learn
+from ..merging.closed_form import teachers_of
+from ..uploads.upload import Upload
 from .invert import invert
 
 # 100 images of 20 steps told nearly as much of the teachers as 250 of 60 (docs/adr/0009).

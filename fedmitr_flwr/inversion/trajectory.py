@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import InversionConfig
-from ..vit.ensemble import Ensemble
-from ..vit.routing import route
-from ..vit.teachers import Question
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.routing import route
+from ..ensemble.teachers import Question
 from ..vit.tokens import all_positions, forward_cls, patchify, put, roll_and_flip, take, unpatchify
 from .objective import AliveVariation, agreement, cross_entropy
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..errors import ConfigError
-from ..limits import nearest
+from ..config.limits import nearest
 from .contract import Fused, Job
 
 NOT_METHODS = {"contract", "loop"}

@@ -5,7 +5,7 @@ In each of the E epochs, with A the ensemble and g the student:
 1. Generator G: minimises (1 - p_y)ʰ CE(A(x), y) - λ τ² KL(softmax(A(x)/τ) ‖ softmax(g(x)/τ)) over x = G(z), with p_y
    the ensemble's probability of y as a constant, h = `rival.hard` = 1, λ = `rival.adversarial` = 1, and τ = 3 [C].
 2. Weights: w <- clip(w - μ dᵉ sign(dCE/dw), 0, 1) after each batch of one pass over all images so far, used as w / Σ w;
-   μ = `ensemble.learn-step` = 0.01, d = `ensemble.learn-decay` = 0.99 [C]: `vit/learned.py`.
+   μ = `ensemble.learn-step` = 0.01, d = `ensemble.learn-decay` = 0.99 [C]: `ensemble/learned.py`.
 3. Student: x moves by ε sign(∇ₓ uᵀ softmax(A(x)/T)), u ~ U(-1, 1)^Y, anew for each batch (output diversification,
    Tashiro et al. 2020), ε = `rival.perturb` = 8 of 255 grey levels; then T² KL(softmax(A/T) ‖ softmax(g/T)) of the
    class token on it, T = `rival.temperature` = 4 [C].
@@ -27,17 +27,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..data.images import normalisation, value_range
+from ..data.images import value_range
 from ..distillation.losses import soft_divergence
 from ..distillation.start import require_start
-from ..errors import ConfigError
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.routing import everyone
 from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
 from ..inversion.result import Inverted
 from ..inversion.trajectory import OnStep
-from ..vit.ensemble import Ensemble
-from ..vit.routing import everyone
+from ..vit.names import normalisation
 from .contract import Fused, Job
 from .loop import Recipe, grow, plain
 

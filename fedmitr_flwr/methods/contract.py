@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoints
 from ..config import Config
 from ..distillation.pool import Pool
-from ..training.upload import Upload
-from ..vit.ensemble import Ensemble
+from ..ensemble.ensemble import Ensemble
+from ..runs.checkpoints import Checkpoints
+from ..uploads.upload import Upload
 
 DIVERGED = "lower distill.lr"  # what to do about a student that diverged
 

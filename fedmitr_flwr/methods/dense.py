@@ -23,11 +23,11 @@ from torch import Tensor
 from ..config import Config
 from ..distillation.losses import soft_divergence
 from ..distillation.start import require_start
+from ..ensemble.ensemble import Ensemble
 from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
 from ..inversion.result import Inverted
 from ..inversion.trajectory import OnStep
-from ..vit.ensemble import Ensemble
 from .contract import Fused, Job
 from .loop import Recipe, grow, plain
 

@@ -1,7 +1,7 @@
 """All teachers kept and asked together: not one model, but the line to which a distilled student is compared."""
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..errors import ConfigError
 from ..inversion.scout import scouted_ensemble
 from .contract import Fused, Job
 

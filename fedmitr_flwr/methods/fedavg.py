@@ -1,6 +1,6 @@
 """One-round FedAvg (McMahan et al. 2017): the weighted mean of the uploads."""
 
-from ..training.average import average
+from ..merging.average import average
 from ..vit.build import vit_of
 from .contract import Fused, Job
 

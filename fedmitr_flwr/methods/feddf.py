@@ -17,19 +17,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..client.train import shift_and_flip
+from ..common.errors import ConfigError
+from ..common.progress import Progress
+from ..common.rng import stream
 from ..config import Config
 from ..data.images import prepare
 from ..data.proxy import proxy_pixels, require_proxy
 from ..distillation.losses import soft_divergence
 from ..distillation.start import require_start, start_student
-from ..errors import ConfigError
-from ..gate import require_finite
+from ..ensemble.ensemble import Ensemble
 from ..inversion.scout import scouted_ensemble
-from ..progress import Progress
-from ..rng import stream
-from ..training.local import shift_and_flip
-from ..training.optim import Stepper
-from ..vit.ensemble import Ensemble
+from ..uploads.gate import require_finite
+from ..vit.optim import Stepper
 from .contract import DIVERGED, Fused, Job
 
 

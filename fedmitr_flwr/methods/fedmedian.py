@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..training.updates import stacked
+from ..uploads.updates import stacked
 from ..vit.build import vit_of
 from .contract import Fused, Job
 

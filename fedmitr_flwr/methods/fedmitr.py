@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..config import Config
 from ..distillation.start import require_start
+from ..ensemble.ensemble import Ensemble
 from ..inversion.invert import invert
 from ..inversion.result import Inverted
 from ..inversion.trajectory import OnStep
-from ..vit.ensemble import Ensemble
 from .contract import Fused, Job
 from .loop import Recipe, grow
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.errors import ConfigError
+from ..common.rng import stream
 from ..config import Config
-from ..errors import ConfigError
-from ..rng import stream
-from ..statistics.frozen import frozen_model, require_statistics, statistics_of
+from ..merging.closed_form import frozen_model, require_statistics, statistics_of
 from ..statistics.heads import Head
 from ..statistics.moments import Statistics
 from .contract import Fused, Job

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..errors import ConfigError
-from ..training.updates import gram, squared_distances
-from ..training.upload import Upload
+from ..uploads.updates import gram, squared_distances
+from ..uploads.upload import Upload
 from ..vit.build import vit_of
 from .contract import Fused, Job
 

@@ -1,14 +1,14 @@
 """Layerwise merging: the clients' average, its layers solved one after the other on scouting images [M].
 
 What is to be had of the uploads in seconds: few images of few steps, and no distillation.
-The closed form and its sources are in distillation/layerwise.py.
+The closed form and its sources are in merging/layerwise.py.
 """
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..distillation.layerwise import fit_layers
 from ..distillation.start import start_student
-from ..errors import ConfigError
 from ..inversion.scout import Weigher, first_images
+from ..merging.layerwise import fit_layers
 from .contract import Fused, Job
 
 

@@ -7,7 +7,7 @@ Deviations [M]: the features are the class tokens of the public start; priors ar
 covariance is shrunk towards its mean variance, by `statistics.shrinkage` or Chen et al.'s formula (OAS).
 """
 
-from ..statistics.frozen import closed_form_model, require_statistics
+from ..merging.closed_form import closed_form_model, require_statistics
 from .contract import Fused, Job
 
 check = require_statistics

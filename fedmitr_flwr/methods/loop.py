@@ -15,7 +15,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..compute import as_made, side_by_side
+from ..common.compute import as_made, side_by_side
+from ..common.progress import Progress, Series
+from ..common.rng import stream
 from ..config import Config
 from ..distillation.distil import Perturb, count_batches, distil
 from ..distillation.ema import Ema
@@ -23,15 +25,13 @@ from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
 from ..distillation.relabel import answered, relabel
 from ..distillation.start import settle, start_student
-from ..gate import require_finite
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.routing import route
 from ..inversion.result import Inverted
 from ..inversion.scout import FROM_IMAGES, Weigher
 from ..inversion.trajectory import OnStep
-from ..progress import Progress, Series
-from ..rng import stream
-from ..training.optim import Stepper
-from ..vit.ensemble import Ensemble
-from ..vit.routing import route
+from ..uploads.gate import require_finite
+from ..vit.optim import Stepper
 from .contract import DIVERGED, Fused, Job, Stopwatch
 
 log = logging.getLogger("fedmitr")

@@ -1,11 +1,11 @@
 """RegMean (Jin et al. 2023): each linear layer merged in closed form, by second moments of what it is given.
 
-No image and no step. What clients upload for it, the closed form and deviations are in distillation/regmean.py.
+No image and no step. What clients upload for it, the closed form and deviations are in merging/regmean.py.
 """
 
+from ..common.errors import ConfigError
 from ..config import Config
-from ..distillation.regmean import regmean
-from ..errors import ConfigError
+from ..merging.regmean import regmean
 from ..vit.build import vit_of
 from .contract import Fused, Job
 

@@ -7,7 +7,7 @@ Deviations [M]: a bias that is not penalised. The penalty `statistics.ridge` cou
 answer does not depend on how the images are spread. The scores are no log-probabilities: their softmax is too flat.
 """
 
-from ..statistics.frozen import closed_form_model, require_statistics
+from ..merging.closed_form import closed_form_model, require_statistics
 from .contract import Fused, Job
 
 check = require_statistics

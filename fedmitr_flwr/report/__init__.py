@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its result and its pictures."""
+"""A run in pictures and a page."""

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ..errors import printable
+from ..common.errors import printable
 from .figures import glyphs_in_one_line
 
 Curve = Mapping[str, Sequence[float]]

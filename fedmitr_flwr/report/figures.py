@@ -15,10 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..common.errors import printable, say_once
+from ..common.files import replacing
 from ..config import ModelConfig
 from ..data.images import to_uint8
-from ..errors import printable, say_once
-from ..files import replacing
 
 _FADED = 0.3  # how much of a halted patch is left
 _FADE_TO = (150, 180, 235)  # the rest: a light blue, since digits are black and white themselves

@@ -12,13 +12,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ..common.errors import RunError, printable, unread
+from ..common.files import absolute, read_text, write_text
 from ..config import Config
-from ..errors import RunError, printable, unread
-from ..files import absolute, read_text, write_text
-from ..settings import toml_value
+from ..config.text import toml_value
+from ..runs.folder import RunFolder
 from .charts import accuracies, as_svg, confusion, curves
 from .figures import save_partition
-from .run_folder import RunFolder
 from .words import data_set, model, skew
 
 Rows = list[tuple[str, ...]]

@@ -18,11 +18,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..common.rng import stream
 from ..config import Config
+from ..ensemble.ensemble import Ensemble
 from ..inversion.invert import invert
-from ..rng import stream
-from ..training.upload import Upload
-from ..vit.ensemble import Ensemble
+from ..uploads.upload import Upload
 from .findings import Finding
 
 log = logging.getLogger("fedmitr")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..common.errors import ModelError
 from ..config import Config
-from ..errors import ModelError
 from ..statistics import moments
-from ..training.upload import Upload, Weights
-from ..vit.build import initial_weights
+from ..uploads.upload import Upload
+from ..vit.build import Weights, initial_weights
 from .answers import strange_answers
 from .findings import Finding
 from .sums import strange_sums

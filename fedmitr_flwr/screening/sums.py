@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..statistics.frozen import statistics_of
+from ..merging.closed_form import statistics_of
 from ..statistics.moments import Norm, Statistics
-from ..training.upload import Upload
+from ..uploads.upload import Upload
 from .answers import Names
 from .findings import Finding
 

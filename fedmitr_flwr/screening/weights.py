@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.updates import gram
-from ..training.upload import Upload
+from ..uploads.updates import gram
+from ..uploads.upload import Upload
 from .findings import Finding
 
 FEWEST = 3  # uploads; of two that differ nobody can tell which one is unusual

@@ -1,1 +1,1 @@
-"""Vision transformers: how they are built, run on some of their patches, and asked together."""
+"""Vision transformers: how they are built, and run on some of their patches."""

@@ -12,12 +12,10 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from ..common.errors import ModelError, say_once
+from ..common.rng import seeded_init, stream
 from ..config import ModelConfig
-from ..data.images import RESIZED, channel_statistics
-from ..errors import ModelError, say_once
-from ..rng import seeded_init, stream
-from ..training.upload import Weights
-from .names import SMALL, architecture, require_plain
+from .names import RESIZED, SMALL, architecture, channel_statistics, require_plain
 from .tokens import all_positions, forward_cls, forward_tokens, patchify
 from .weights_file import read_weights, without_prefix
 
@@ -27,6 +25,8 @@ NOISE = 0.05  # that a trial adds to each parameter: fresh biases are 0, norms 1
 
 _MISFITS = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 _OTHER_HEADS = ("head_dist.", "fc.", "classifier.", "pre_logits.")  # of tasks that the model here does not have
+
+Weights = dict[str, Tensor]
 
 
 def timm_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
 
-from ..errors import ModelError
+from ..common.errors import ModelError
+from ..config import ModelConfig
 
+RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
 SMALL = "small"  # our own shape, by model.width, model.depth and model.heads
 
 _UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
@@ -88,3 +92,27 @@ def require_plain(vit: Any, name: str) -> None:
         raise ModelError(
             f"model.name = {name!r} has patches of {vit.patch_embed.patch_size}; use one with square patches"
         )
+
+
+def normalisation(model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and standard deviation (C,) of `channel_statistics`."""
+    mean, std = channel_statistics(model)
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def channel_statistics(model: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Each channel's mean and standard deviation on the 0..1 scale, as the model's published weights were trained with.
+
+    For a timm name they are those of its `pretrained_cfg`; where the model has another number of channels than its
+    published weights, each channel gets their mean over channels. `small`, which has no published weights, has
+    ImageNet's for colour, and 0.5 and 0.5 otherwise.
+    """
+    channels = model.in_chans
+    if model.name == SMALL:
+        grey = (0.5,) * channels
+        return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else (grey, grey)
+    published = architecture(model.name)
+    if len(published.mean) == channels:
+        return published.mean, published.std
+    mean, std = ((sum(each) / len(each),) * channels for each in (published.mean, published.std))
+    return mean, std

@@ -9,10 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..common.rng import stream
 from ..config import ModelConfig
-from ..data.images import normalisation
-from ..rng import stream
 from .build import vit_of
+from .names import normalisation
 from .tokens import all_positions, forward_tokens, patchify
 
 NOISE_IMAGES = 4

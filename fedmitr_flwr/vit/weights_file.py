@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import ModelError, unread
+from ..common.errors import ModelError, unread
 
 _PATCHES = "patch_embed.proj.weight"  # in every ViT, once
 _PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod|state_dict|backbone|network|net)\.)+")

@@ -1,0 +1,1 @@
+"""A client's training on its own images."""

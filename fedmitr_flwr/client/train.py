@@ -1,0 +1,80 @@
+"""Training at the client: one ViT on the client's own images."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..config import Config
+from ..data.images import Images, prepare
+from ..vit.optim import client_stepper
+from ..vit.tokens import all_positions, forward_tokens, patchify
+from .losses import label_loss, prior_shift, proximal
+from .outliers import evenness_loss, outliers, skew
+from .swa import WeightMean, averaged_epochs
+
+
+def train_local(
+    vit: VisionTransformer,
+    images: Images,
+    config: Config,
+    rng: torch.Generator,
+    device: torch.device,
+    prox_mu: float = 0.0,
+) -> float:
+    """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
+
+    `prox_mu` is FedProx's μ, to which `local.pull` is added; w⁰ are the weights given. The class prior of
+    `local.prior-adjust` is that of `images`, and so is the skew that `local.outliers` is multiplied by. With
+    `local.average` the weights left in `vit` are a mean over epoch ends.
+    """
+    local = config.local
+    vit.to(device).train()
+    mu = prox_mu + local.pull
+    start = [weight.detach().clone() for weight in vit.parameters()] if mu else []
+    shift = None
+    if local.prior_adjust:
+        shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
+    strangeness = local.outliers * skew(images.labels, config.model.num_classes)
+    batches = -(-len(images) // local.batch_size)
+    stepper = client_stepper(vit, local, total_steps=local.epochs * batches)
+    mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
+    epoch_loss = 0.0
+    for epoch in range(local.epochs):
+        losses, shuffled = [], torch.randperm(len(images), generator=rng).split(local.batch_size)
+        for batch in shuffled:
+            pixels = prepare(images.pixels[batch].to(device), config.model)
+            labels = images.labels[batch].to(device)
+            if local.augment:
+                pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
+            patches = patchify(pixels, config.model.patch_size)
+            logits = forward_tokens(vit, patches, all_positions(patches))
+            loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
+            losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
+            if strangeness:
+                strange = outliers(pixels, config.model.patch_size, rng)
+                answers = forward_tokens(vit, strange, all_positions(strange))
+                loss = loss + strangeness * evenness_loss(answers, local.token_loss)
+            stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
+        told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
+        epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)
+        if epoch >= first:
+            mean.add(vit)
+    mean.write(vit)
+    vit.eval()
+    return epoch_loss
+
+
+def shift_and_flip(images_BCHW: Tensor, *, flip: bool, rng: torch.Generator, most: int | None = None) -> Tensor:
+    """Shift each image by up to `most` pixels, or an eighth of its side, edges repeated; mirror it at even odds."""
+    batch, _, height, width = images_BCHW.shape
+    reach = max(1, height // 8) if most is None else most
+    dy, dx = torch.randint(-reach, reach + 1, (2, batch, 1), generator=rng)
+    rows = (torch.arange(height) + dy).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width) + dx).clamp(0, width - 1)  # (B, W)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=rng) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    device = images_BCHW.device
+    which = torch.arange(batch, device=device)[:, None, None]
+    moved = images_BCHW.permute(0, 2, 3, 1)[which, rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
+    return moved.permute(0, 3, 1, 2)

@@ -1,0 +1,235 @@
+"""The configuration of an experiment: every section of settings, read from text and written to it.
+
+A setting's key is its field's name with hyphens, behind its section's name and a dot: `local.batch-size`.
+The table `[tool.flwr.app.config]` of pyproject.toml holds the same keys and defaults (tested).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
+
+from ..common.errors import ConfigError
+from .limits import Section, check
+from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
+from .protection import KrumConfig, PrivacyConfig, ScreenConfig
+from .sections import (
+    OWN,
+    DataConfig,
+    DistillConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    FlowerConfig,
+    InversionConfig,
+    LocalConfig,
+    ModelConfig,
+    PartitionConfig,
+    RelabelConfig,
+    UploadConfig,
+)
+from .text import parse_toml, read_flat, spelled, toml_value, typed
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "EnsembleConfig",
+    "EvaluateConfig",
+    "FedDFConfig",
+    "FlowerConfig",
+    "InversionConfig",
+    "KrumConfig",
+    "LocalConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RelabelConfig",
+    "RivalConfig",
+    "ScreenConfig",
+    "StatisticsConfig",
+    "StrategyConfig",
+    "UploadConfig",
+]
+
+
+# Keys of older versions that this one has no longer: a run folder with them opens, and they are named and ignored.
+RETIRED: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """One experiment."""
+
+    method: str = "fedmitr"  # a file of fedmitr_flwr/methods
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int = 0  # CPU threads of the server phase; 0: OMP_NUM_THREADS, or one per core that this process may use
+    out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
+    resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    upload: UploadConfig = field(default_factory=UploadConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    screen: ScreenConfig = field(default_factory=ScreenConfig)
+    krum: KrumConfig = field(default_factory=KrumConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    feddf: FedDFConfig = field(default_factory=FedDFConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    flower: FlowerConfig = field(default_factory=FlowerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "seed", "threads")
+        if self.ensemble.weights == "counts" and not self.upload.tells_counts:
+            raise ConfigError(
+                "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
+            )
+        if self.inversion.route and self.ensemble.weights not in ("counts", "estimated"):
+            raise ConfigError(
+                f"inversion.route = {self.inversion.route} needs weights that tell classes apart, not "
+                f"ensemble.weights = {self.ensemble.weights!r}; use 'estimated' or 'counts', or set inversion.route = 0"
+            )
+        if self.distill.init == "statistics" and not self.upload.statistics:
+            raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
+        if self.distill.init == "regmean":
+            if not self.upload.directions:
+                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions = 32")
+            if not self.distill.extrapolate:
+                raise ConfigError(
+                    "distill.extrapolate = 0 chooses among averages, and distill.init = 'regmean'; set it to 1 or above"
+                )
+        if self.data.validation and self.evaluate.where == "clients":
+            raise ConfigError(
+                f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
+                "images out at the clients; set data.validation = 0, or evaluate.where = 'server'"
+            )
+        self._check_own()
+        self._check_privacy()
+        if self.partition.scheme == "classes-per-client" and self.model.num_classes:
+            check(
+                "partition.classes-per-client",
+                self.partition.classes_per_client,
+                self.partition.classes_per_client <= self.model.num_classes,
+                f"at most model.num-classes = {self.model.num_classes}",
+            )
+        if self.inversion.mode == "pri" and self.model.num_patches:
+            check(
+                "inversion.rebirths",
+                self.inversion.rebirths,
+                self.inversion.rebirths <= min(self.model.num_patches, self.inversion.steps),
+                f"at most the number of patches ({self.model.num_patches}) and of steps ({self.inversion.steps})",
+            )
+
+    def _check_own(self) -> None:
+        """What only makes sense with images of one data set, or only with each client's own."""
+        own, names = self.partition.scheme == OWN, self.data.class_names
+        if names and not own:
+            raise ConfigError(f"data.classes = {self.data.classes!r} is for partition.scheme = 'own'; leave it empty")
+        if names and self.model.num_classes not in (0, len(names)):
+            raise ConfigError(
+                f"data.classes = {self.data.classes!r} has {len(names)} names, but model.num-classes = "
+                f"{self.model.num_classes}; make them equal"
+            )
+        shares = {"train-limit": self.data.train_limit, "validation": self.data.validation, "proxy": self.data.proxy}
+        for name, value in shares.items():
+            if own and value:
+                key = f"data.{name}"
+                raise ConfigError(f"{key} = {value} is of one data set, but partition.scheme = 'own'; set {key} = 0")
+
+    def _check_privacy(self) -> None:
+        """What would tell of the images beside the noise, or spend more than is said."""
+        if not self.privacy.epsilon:
+            return
+        beside = {
+            "upload.class-counts": self.upload.class_counts,
+            "upload.statistics": self.upload.statistics,
+            "upload.directions": self.upload.directions,
+            "local.prior-adjust": self.local.prior_adjust,
+            "local.outliers": self.local.outliers,
+        }
+        for key, value in beside.items():
+            if value:
+                raise ConfigError(
+                    f"{key} = {toml_value(value)} tells of the images without noise, but privacy.epsilon = "
+                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)(0))}"
+                )
+        if self.flower.rounds > 1:
+            raise ConfigError(
+                f"privacy.epsilon = {self.privacy.epsilon} is spent in one round, and flower.rounds = "
+                f"{self.flower.rounds} would spend it in each; set flower.rounds = 1"
+            )
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, object], base: "Config | None" = None) -> Self:
+        """Parse `{"local.batch-size": 32, ...}`; keys that are absent keep the value of `base`.
+
+        Raises:
+            ConfigError: a key is unknown or its value has the wrong type or an impossible value. The key is named.
+        """
+        known = _leaves(base or cls())
+        for key, value in flat.items():
+            key = spelled(key) if spelled(key) in known else key
+            known[key] = typed(key, value, known)
+        return _build(cls, known)
+
+    @classmethod
+    def from_toml(cls, text: str, base: "Config | None" = None) -> Self:
+        """Parse a TOML document; nested tables and dotted keys mean the same."""
+        return cls.from_flat(parse_toml(text), base)
+
+    @classmethod
+    def from_file(cls, path: Path, base: "Config | None" = None) -> Self:
+        flat = read_flat(path)
+        try:
+            return cls.from_flat(flat, base)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_flat(self) -> dict[str, bool | int | float | str]:
+        return _leaves(self)
+
+    def to_toml(self) -> str:
+        """The complete configuration; `from_toml` of it is an equal Config."""
+        return "".join(f"{key} = {toml_value(value)}\n" for key, value in self.to_flat().items())
+
+    def with_clients(self, clients: int) -> Self:
+        return replace(self, partition=replace(self.partition, clients=clients))
+
+
+def _items(config: Section) -> Iterator[tuple[str, Any]]:
+    for entry in fields(config):  # type: ignore[arg-type]
+        yield entry.name, getattr(config, entry.name)
+
+
+def _leaves(config: Config) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in _items(config):
+        if is_dataclass(value):
+            leaves |= {f"{name}.{leaf}".replace("_", "-"): inner for leaf, inner in asdict(value).items()}  # type: ignore[arg-type]
+        else:
+            leaves[name.replace("_", "-")] = value
+    return leaves
+
+
+C = TypeVar("C", bound=Config)
+
+
+def _build(cls: type[C], leaves: Mapping[str, Any]) -> C:
+    """Inverse of `_leaves`."""
+    arguments: dict[str, Any] = {}
+    for entry in fields(cls):
+        # A section's default factory is its class; typeshed only knows that it is callable or missing.
+        section = cast(object, entry.default_factory)
+        if isinstance(section, type) and is_dataclass(section):
+            keys = {inner.name: f"{entry.name}.{inner.name}".replace("_", "-") for inner in fields(section)}
+            arguments[entry.name] = section(**{name: leaves[key] for name, key in keys.items()})
+        else:
+            arguments[entry.name] = leaves[entry.name.replace("_", "-")]
+    return cls(**arguments)

@@ -1,0 +1,66 @@
+"""Limits of settings, checked by name: the base of every section."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+from ..common.errors import ConfigError
+
+SEPARATOR = "|"  # of names in one setting: names of classes hold commas
+
+
+def check(key: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value!r} is not possible; use {wanted}")
+
+
+def one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ConfigError, with the nearest choice if one is near, where the value is none of the choices."""
+    choices = list(choices)
+    check(key, value, value in choices, " | ".join(choices) + nearest(value, choices))
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """The end of a line: the choice that was meant perhaps, or nothing."""
+    near = difflib.get_close_matches(value.lower(), list(choices), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Section:
+    """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
+
+    section = ""
+
+    def _key(self, name: str) -> str:
+        return f"{self.section}.{name}".lstrip(".").replace("_", "-")
+
+    def _one_of(self, name: str, *choices: str) -> None:
+        one_of(self._key(name), getattr(self, name), choices)
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, value >= low, f"a number >= {low}")
+
+    def _above(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, value > low, f"a number > {low}")
+
+    def _within(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(self._key(name), value, low <= value <= high, f"a number from {low} to {high}")
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """The names in a setting such as "cat | dog"; none in an empty one."""
+        value = getattr(self, name)
+        found = tuple(part.strip() for part in value.split(SEPARATOR)) if value.strip() else ()
+        good = all(found) and len(set(found)) == len(found)
+        check(self._key(name), value, good, "different names, separated by |, such as 'cat | dog'")
+        return found
+
+
+def needed(quorum: float, clients: int) -> int:
+    """How many of so many clients a quorum asks for; a product like 0.56 * 25 = 14.000000000000002 is 14."""
+    return max(1, math.ceil(round(quorum * clients, 6)))

@@ -1,0 +1,361 @@
+"""The settings, section by section: each one's type, default and limits."""
+
+from dataclasses import dataclass
+
+from ..common.errors import ConfigError
+from .limits import Section, check
+
+OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
+IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
+LOGITS = ("logits", "joint")  # ways to combine whose scores are on the scale of the teachers' logits
+MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the clients' weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    section = "data"
+    source: str = "auto"  # auto (by what lies at path; digits without one) | digits | parquet | imagefolder | hub
+    path: str = ""  # the data's folder, or a data set's name on the Hugging Face Hub
+    image_column: str = ""  # "" finds it
+    label_column: str = ""  # "" finds it
+    train_limit: int = 0  # this many training images, drawn once for all seeds; 0: all
+    test_limit: int = 0
+    validation: float = 0.0  # choose settings on this share of the training images instead of on the test images
+    proxy: float = 0.0  # this share of the training images goes to no client but, without labels, to method feddf
+    flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
+    classes: str = ""  # partition.scheme = own: names of the classes, in order, as "cat | dog"; "": the server's data's
+    unknown_classes: str = "refuse"  # partition.scheme = own: a client's images of other classes: refuse | skip
+
+    def __post_init__(self) -> None:
+        self._one_of("source", "auto", "digits", "parquet", "imagefolder", "hub")
+        self._one_of("unknown_classes", "refuse", "skip")
+        self._names("classes")
+        self._at_least(0, "train_limit", "test_limit")
+        self._within(0, 0.9, "validation", "proxy")
+        aside = self.validation + self.proxy
+        check("data.proxy", self.proxy, aside <= 0.9, f"less: with data.validation it sets {aside:g} of all aside")
+        if self.source not in ("auto", "digits") and not self.path:
+            what = "a data set's name" if self.source == "hub" else "a folder"
+            raise ConfigError(f"data.path is empty; data.source = {self.source!r} needs {what} there")
+        if self.source == "digits" and self.path:
+            raise ConfigError(
+                f"data.path = {self.path!r} is not read with data.source = 'digits'; leave out one of the two"
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._names("classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig(Section):
+    section = "partition"
+    scheme: str = "dirichlet"  # dirichlet | classes-per-client | iid | own (each client's own folder; see deploy/)
+    alpha: float = 0.3  # Dirichlet concentration; smaller is more skewed
+    classes_per_client: int = 2
+    min_size: int = 10  # images that every client gets at least
+    clients: int = 5  # without Flower; under Flower it is the number of nodes
+
+    def __post_init__(self) -> None:
+        self._one_of("scheme", "dirichlet", "classes-per-client", "iid", OWN)
+        self._above(0, "alpha")
+        self._at_least(1, "classes_per_client", "min_size")
+        self._at_least(2, "clients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    section = "model"
+    name: str = "small"  # small, or any timm vision transformer with a [CLS] token
+    img_size: int = 0  # pixels; images are resized to it; 0: timm's for the name; of "small" the images' own
+    patch_size: int = 0  # pixels; 0: timm's for the name; of "small" chosen for at most 8 x 8 patches
+    in_chans: int = 0  # 1 (grey) | 3 (colour) | 0: timm's for the name; of "small" the images' own
+    num_classes: int = 0  # 0: as many as the data has
+    width: int = 64  # of "small"
+    depth: int = 4  # of "small"
+    heads: int = 4  # of "small"
+    weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
+        self._at_least(1, "width", "depth", "heads")
+        check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
+        if self.patch_size:
+            check(
+                "model.img-size",
+                self.img_size,
+                self.img_size % self.patch_size == 0,
+                f"a multiple of model.patch-size = {self.patch_size}",
+            )
+        check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be found from the name and the data."""
+        return 0 not in (self.img_size, self.patch_size, self.in_chans, self.num_classes)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; 0 before `resolve`."""
+        return self.img_size // self.patch_size if self.patch_size else 0
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(Section):
+    """Training at the client."""
+
+    section = "local"
+    epochs: int = 50
+    batch_size: int = 32
+    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
+    lr: float = 3e-3
+    head_lr: float = 0.0  # of the head, which is new where the body comes with `model.weights`; 0: as lr
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # cosine | constant
+    label_smoothing: float = 0.0
+    augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
+    token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
+    prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
+    outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
+    average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
+    pull: float = 0.0  # adds pull/2 times the squared distance from the weights given to the loss, as FedProx
+    grad_clip: float = 1.0  # 0: none
+    threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
+
+    def __post_init__(self) -> None:
+        self._one_of("optimizer", "muon", "adamw", "sgd")
+        self._one_of("schedule", "cosine", "constant")
+        self._at_least(1, "epochs", "batch_size", "threads")
+        self._above(0, "lr")
+        self._at_least(0, "head_lr", "weight_decay", "token_loss", "grad_clip", "prior_adjust", "outliers", "pull")
+        self._within(0, 1, "average")
+        self._within(0, 0.99, "label_smoothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadConfig(Section):
+    section = "upload"
+    dtype: str = "float32"  # float32 | float16
+    class_counts: bool = False  # also upload how many images of each class; a privacy choice
+    statistics: bool = False  # also upload class counts and sums over frozen features by class; a privacy choice
+    variances: bool = False  # with the statistics, also sums of squares by class, for method fedpft
+    directions: int = 0  # also so many leading directions of what each layer is given, for RegMean; a privacy choice
+
+    def __post_init__(self) -> None:
+        self._one_of("dtype", "float32", "float16")
+        self._at_least(0, "directions")
+        if self.variances and not self.statistics:
+            raise ConfigError("upload.variances = True goes with the statistics; set upload.statistics = true")
+
+    @property
+    def tells_counts(self) -> bool:
+        """Whether class counts are uploaded: statistics are of no use without them."""
+        return self.class_counts or self.statistics
+
+    @property
+    def sends_statistics(self) -> bool:
+        """Whether anything is uploaded beside weights and counts."""
+        return self.statistics or self.directions > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleConfig(Section):
+    """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
+
+    section = "ensemble"
+    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities) | joint (see docs)
+    temperature: float = 3.0  # of each teacher's softmax: in logp, probs, joint; in importance by every `combine`
+    teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
+    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
+    learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
+    learn_decay: float = 0.99  # learned: of the step, per epoch
+    statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
+    trim: float = 0.0  # probs: of the weight, cut off at each end of the teachers' answers, class by class; 0.5: median
+    teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
+    stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "teacher_chunk")
+        self._one_of("stack", "auto", "always", "never")
+        self._one_of("statistics", "none", "lda", "ridge")
+        self._one_of("combine", "logits", "logp", "probs", "joint")
+        self._one_of("teach", "logits", "logp", "probs", "joint")
+        self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
+        self._above(0, "temperature")
+        self._within(0, 1, "learn_step", "learn_decay")
+        self._within(0, 0.5, "trim")
+        if self.trim and self.combine != "probs":
+            raise ConfigError(
+                f"ensemble.trim = {self.trim} is of probabilities, but ensemble.combine = {self.combine!r}; "
+                "set ensemble.combine = 'probs', or ensemble.trim = 0"
+            )
+
+    @property
+    def teaches_logits(self) -> bool:
+        return self.teach in LOGITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionConfig(Section):
+    section = "inversion"
+    mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
+    steps: int = 60  # T
+    batch_size: int = 125  # images inverted at once
+    lr: float = 0.1
+    stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
+    drop: float = 0.3  # sparse: share of the alive patches halted at each stop
+    rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
+    tv: float = 1e-4  # weight of the total variation prior
+    roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
+    start: str = "leaves"  # noise (white) | images drawn at random: leaves (dead leaves) | objects (one, on a ground)
+    disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
+    route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
+    precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
+    compile: bool = False  # torch.compile the teachers; needs a C++ compiler, and minutes for each new shape
+
+    def __post_init__(self) -> None:
+        self._one_of("mode", "dense", "sparse", "pri")
+        self._one_of("precision", "float32", "tf32", "bfloat16")
+        self._one_of("start", "noise", "leaves", "objects")
+        self._within(0, 1, "route")
+        self._at_least(1, "steps", "batch_size", "rebirths")
+        self._above(0, "lr")
+        self._at_least(0, "tv", "roll", "disagree")
+        self._within(0, 0.99, "drop")
+        fractions = self.stop_fractions
+        check(
+            "inversion.stops",
+            self.stops,
+            list(fractions) == sorted(set(fractions)) and all(0 < f < 1 for f in fractions),
+            "rising fractions of the steps between 0 and 1, such as '0.0125,0.025,0.05,0.075'",
+        )
+
+    @property
+    def stop_fractions(self) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in self.stops.split(",") if part.strip())
+        except ValueError as error:
+            raise ConfigError(
+                f"inversion.stops = {self.stops!r} is not a list of numbers separated by commas"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelConfig(Section):
+    section = "relabel"
+    mode: str = "tokens"  # none | drop | tokens (R1) | complement (R2)
+    temperature: float = 1.0  # soft = kl: of the ensemble's soft labels for low-density patches
+
+    def __post_init__(self) -> None:
+        self._one_of("mode", "none", "drop", "tokens", "complement")
+        self._above(0, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Section):
+    section = "distill"
+    epochs: int = 2  # E: each inverts new images, then passes over the whole pool
+    images_per_epoch: int = 250
+    passes: int = 60  # over the pool, per epoch
+    batch_size: int = 64
+    init: str = "average"  # average (of uploads) | classwise | layerwise | regmean | initial | statistics | pretrained
+    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; regmean, too; 0: chosen
+    ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
+    pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
+    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # cosine | constant
+    soft: str = "auto"  # soft labels: mse of logits | kl at the temperatures | auto: mse if the ensemble teaches logits
+    temperature: float = 2.0  # soft = kl: of the class-token distillation term
+    high: float = 0.1  # weight of the pseudo-label term (class token and high-density tokens)
+    token: float = 0.5  # within it, weight of the high-density patch tokens
+    low: float = 1.0  # weight of the relabelled low-density tokens
+    kd: float = 1.0  # weight of the class-token distillation
+    mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
+    keep: float = 0.5  # teachers = again: a batch shows at most this share of an image's patches, drawn anew each time
+    shift: bool = False  # teachers = again: each image is moved by up to half a patch, anew each time
+    teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
+    grad_clip: float = 1.0  # 0: none
+    ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
+
+    def __post_init__(self) -> None:
+        self._one_of("init", *MERGED, "initial", "statistics", "pretrained")
+        self._one_of("optimizer", "muon", "adamw", "sgd")
+        self._one_of("schedule", "cosine", "constant")
+        self._one_of("soft", "auto", "kl", "mse")
+        self._one_of("mix", "none", "blend", "tokens")
+        self._within(0.01, 1, "keep")
+        self._one_of("teachers", "cached", "again")
+        self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
+        self._above(0, "lr", "temperature", "ridge")
+        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
+        self._within(0, 1, "ema")
+
+    def soft_from(self, teach: str) -> str:
+        """`soft` without auto, where the ensemble teaches by `teach`."""
+        if self.soft != "auto":
+            return self.soft
+        return "mse" if teach in LOGITS else "kl"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the start is made of the clients' weights."""
+        return self.init in MERGED
+
+    @property
+    def chooses_start(self) -> bool:
+        """Whether the average's way is chosen once there are images (`start.choose_start`)."""
+        return self.init in ("average", *IMPROVED) and self.extrapolate == 0
+
+    @property
+    def start_needs_images(self) -> bool:
+        """Whether the start is not whole before there are images (`start.settle`)."""
+        return self.chooses_start or self.init in IMPROVED
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Section):
+    section = "evaluate"
+    where: str = "server"  # server (its own test images) | clients (each on a held-out part of its own)
+    holdout: float = 0.1  # where = clients: the share of its images a client holds out
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        self._one_of("where", "server", "clients")
+        self._within(0.01, 0.9, "holdout")
+        self._at_least(1, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowerConfig(Section):
+    """Settings that only the Flower path reads."""
+
+    section = "flower"
+    strategy: str = "oneshot"  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
+    rounds: int = 1  # of a strategy that Flower ships
+    min_nodes: int = 2
+    node_wait: float = 120.0  # seconds to wait for the nodes
+    upload_timeout: float = 3600.0  # seconds to wait for the uploads
+    quorum: float = 1.0  # share of the clients whose upload must be there
+    clients: str = ""  # where nodes have a client-name: all names, as "hospital-a | factory"; the order numbers them
+
+    def __post_init__(self) -> None:
+        self._names("clients")
+        self._at_least(1, "rounds")
+        self._at_least(2, "min_nodes")
+        self._above(0, "node_wait", "upload_timeout")
+        self._within(0.01, 1, "quorum")
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        return self._names("clients")
+
+    def label(self, client: int) -> str:
+        """A client's number, and its name where it has one."""
+        names = self.client_names
+        return f"{client} ({names[client]})" if client < len(names) else str(client)

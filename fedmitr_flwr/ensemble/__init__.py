@@ -1,0 +1,1 @@
+"""The uploaded models, asked as one."""

@@ -1,0 +1,82 @@
+"""K frozen networks, no more of them in memory than a chunk.
+
+Shapes: K teachers, B images, M given patches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..config import ModelConfig
+from ..uploads.upload import Upload
+from ..vit.build import build_vit, vit_of
+
+# (network, patches (B, M, E), positions (B, M)) -> tensors: `forward_cls`, `forward_tokens`
+Question = Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class Teachers(nn.Module):
+    """The first ones stay in memory; the others are read from their uploads, one at a time, when their turn comes."""
+
+    def __init__(self, residents: Sequence[VisionTransformer], streamed: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        super().__init__()
+        self.residents = nn.ModuleList(residents).requires_grad_(False).eval()
+        self.streamed = streamed
+        self._stack: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, uploads: Sequence[Upload], model: ModelConfig, chunk: int) -> "Teachers":
+        """At most `chunk` networks in memory, 0 for all: where more are wanted, the last one's place is for guests."""
+        resident = len(uploads) if not chunk or len(uploads) <= chunk else chunk - 1
+        networks = [vit_of(model, upload.weights) for upload in uploads[:resident]]
+        streamed = [upload.weights for upload in uploads[resident:]]
+        if streamed:
+            networks.append(build_vit(model))
+        return cls(networks, streamed)
+
+    def __len__(self) -> int:
+        return len(self.residents) + len(self.streamed) - bool(self.streamed)
+
+    def __getitem__(self, k: int) -> VisionTransformer:
+        """The k-th teacher. A streamed one is valid until the next one is asked for."""
+        own = len(self) - len(self.streamed)
+        if k < own:
+            return self.residents[k]
+        guest: VisionTransformer = self.residents[-1]
+        for name, tensor in guest.state_dict().items():  # not load_state_dict, which would read all of them first
+            tensor.copy_(self.streamed[k - own][name])
+        return guest
+
+    def ask_stacked(self, question: Question, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
+        """All teachers in one call, answers with a first axis K: fewer, larger kernels."""
+        if self._stack is None:
+            self._stack = stack_module_state(list(self.residents))
+        network = self.residents[0]
+
+        def one(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            named = {f"network.{name}": value for name, value in (weights | buffers).items()}
+            answers: tuple[Tensor, ...] = functional_call(
+                _Asking(network, question), named, (patches_BME, positions_BM)
+            )
+            return tuple(answers)
+
+        # vmap would loop over the teachers at the CPU's fused attention, and at CUDA's it has no valid gradient.
+        with sdpa_kernel(SDPBackend.MATH):
+            stacked: tuple[Tensor, ...] = torch.vmap(one)(*self._stack)
+        return stacked
+
+
+class _Asking(nn.Module):
+    """A question as a module, so that `functional_call` can lend it another teacher's weights."""
+
+    def __init__(self, network: nn.Module, question: Question) -> None:
+        super().__init__()
+        self.network, self.question = network, question
+
+    def forward(self, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
+        return self.question(self.network, patches_BME, positions_BM)

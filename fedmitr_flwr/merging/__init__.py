@@ -1,0 +1,1 @@
+"""One model from the uploads in closed form."""

@@ -1,0 +1,74 @@
+"""The clients' common start with a head in closed form: a model, and one more teacher."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from ..common.errors import ConfigError
+from ..config import Config
+from ..statistics.heads import Head, closed_form
+from ..statistics.moments import Statistics, total
+from ..uploads.upload import Upload
+from ..vit.build import Weights, initial_weights, vit_of
+
+
+def require_statistics(config: Config) -> None:
+    """Raise ConfigError where the clients would upload no statistics."""
+    if not config.upload.statistics:
+        raise ConfigError(
+            f"method = {config.method!r} needs the clients' statistics, which tell class counts, too; "
+            "set upload.statistics = true"
+        )
+
+
+def statistics_of(upload: Upload) -> Statistics:
+    assert upload.statistics is not None, "upload.statistics, which methods check"
+    assert upload.class_counts is not None, "they come with the statistics"
+    return Statistics.of(upload.statistics, upload.class_counts)
+
+
+def pooled(uploads: Sequence[Upload]) -> Statistics:
+    """The statistics of all clients' images."""
+    return total(statistics_of(upload) for upload in uploads)
+
+
+def frozen_weights(config: Config, head: Head) -> Weights:
+    """The weights that all clients started from, with another head."""
+    weights = initial_weights(config.model, config.seed)
+    return weights | {"head.weight": head.weight.float(), "head.bias": head.bias.float()}
+
+
+def frozen_model(config: Config, head: Head, device: torch.device) -> tuple[VisionTransformer, Weights]:
+    """The network with these weights, and the weights."""
+    weights = frozen_weights(config, head)
+    return vit_of(config.model, weights).to(device), weights
+
+
+def closed_form_model(
+    name: str, uploads: Sequence[Upload], config: Config, device: torch.device
+) -> tuple[VisionTransformer, Weights]:
+    """`frozen_model` with the head `lda` or `ridge` of all clients' statistics."""
+    return frozen_model(config, closed_form(name, pooled(uploads), config.statistics), device)
+
+
+def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
+    """Whose answers make the ensemble: the uploads and, by `ensemble.statistics`, the frozen model as one more.
+
+    That one has learned from the images of all, so it counts as many as they have together, of each class [M].
+    """
+    if not config.upload.statistics or config.ensemble.statistics == "none":
+        return list(uploads)
+    statistics = pooled(uploads)
+    head = closed_form(config.ensemble.statistics, statistics, config.statistics)
+    counts = tuple(int(count) for count in statistics.counts.tolist())
+    frozen = replace(
+        uploads[0],
+        client=config.partition.clients,  # nobody's number
+        weights=frozen_weights(config, head),
+        num_examples=sum(counts),
+        class_counts=counts,
+        statistics=None,
+    )
+    return [*uploads, frozen]

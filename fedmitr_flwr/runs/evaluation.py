@@ -1,0 +1,64 @@
+"""How good is a model on real images?
+
+Shapes: B or M images, Y classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import ModelConfig
+from ..data.images import Images, prepare
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model did on some images.
+
+    Attributes:
+        accuracy: in percent.
+        loss: mean cross-entropy.
+        per_class: recall in percent; NaN where there is no image of a class.
+        num_examples: how many images.
+        confusion: images by true class (row) and answer (column); empty: not told.
+    """
+
+    accuracy: float
+    loss: float
+    per_class: tuple[float, ...]
+    num_examples: int
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    images: Images,
+    model: ModelConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Evaluation:
+    """`predict` maps normalised images (B, C, S, S) to scores (B, Y), of which softmax gives probabilities."""
+    return graded(scores_of(predict, images, model, batch_size, device), images.labels, model.num_classes)
+
+
+@torch.no_grad()
+def scores_of(
+    predict: Callable[[Tensor], Tensor], images: Images, model: ModelConfig, batch_size: int, device: torch.device
+) -> Tensor:
+    """What `predict` says of all images (M, Y), on the CPU."""
+    batches = images.pixels.split(batch_size)
+    return torch.cat([predict(prepare(pixels.to(device), model)).float().cpu() for pixels in batches])
+
+
+def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:
+    """How good these answers are."""
+    loss = F.cross_entropy(scores_MY, labels_M).item()
+    cells = torch.bincount(labels_M * num_classes + scores_MY.argmax(-1), minlength=num_classes**2)
+    confusion_YY = cells.view(num_classes, num_classes)
+    right, count = confusion_YY.diag().double(), len(labels_M)
+    recall = tuple((100 * right / confusion_YY.sum(1)).tolist())
+    answers = tuple(map(tuple, confusion_YY.tolist()))
+    return Evaluation(100 * right.sum().item() / count, loss, recall, count, answers)

@@ -1,0 +1,201 @@
+"""result.json: everything one must know to trust and to repeat a number, and the table made from it."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..common.errors import printable
+from ..common.fingerprint import core, fingerprint
+from ..common.provenance import machine, versions
+from ..config import Config, DataConfig
+
+_SEAL = "checksum"  # of all else in the file; files of 0.1.0 have none
+_WIDTH = 96  # of the tables, in characters
+
+
+def build(
+    *,
+    config: Config,
+    device: str,
+    bytes_up: Sequence[int | None],
+    seconds: Mapping[str, float],
+    student: float | None,
+    fedavg: float | None = None,
+    ensemble: float | None = None,
+    local: Sequence[float | None] = (),
+    per_class: Mapping[str, float] | None = None,
+    counts: Sequence[Sequence[int] | None] | None = None,
+    partition_sha256: str | None = None,
+    bytes_down: Sequence[int | None] | None = None,
+    client_seconds: Sequence[float | None] | None = None,
+    server_seconds: float | None = None,
+    peak_memory: Mapping[str, int | None] | None = None,
+    confusion: Sequence[Sequence[int]] = (),
+    synthetic_images: int = 0,
+    **more: object,
+) -> dict[str, Any]:
+    """The contents of result.json, from parts that are computed already.
+
+    Args:
+        config: of the run; `partition.clients` is K.
+        device: where the server phase ran, such as "cpu" or "cuda:0".
+        bytes_up: measured size of each client's arrays as they were sent, in the clients' order.
+        seconds: duration of each stage; of pieces that an earlier start made, what they took then.
+        student: percent correct of the resulting model, after the last epoch. None: the method makes none.
+        fedavg: the same for the weighted mean of the uploads.
+        ensemble: the same for all uploads together.
+        local: the same for each upload alone, in the clients' order.
+        per_class: the student's recall in percent by class name; NaN where a class has no test image.
+        counts: training images by client and class; None: not known.
+        partition_sha256: hash of who holds which image.
+        bytes_down: size of what each client got.
+        client_seconds: how long each client trained.
+        server_seconds: how long it took to make the model of the uploads, without evaluation.
+        peak_memory: bytes, as `compute.peak_memory` tells them, of the process that did it.
+        confusion: images by true class (row) and answer (column), in the order of `per_class`.
+        synthetic_images: how many were made.
+        more: anything else that a method reports; it is kept under its own name.
+    """
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "clients": config.partition.clients,
+        "accuracy": {
+            "student": _percent(student),
+            "fedavg": _percent(fedavg),
+            "ensemble": _percent(ensemble),
+            "local": [_percent(value) for value in local],
+            "worst_class": _percent(_worst(per_class or {})),
+            "per_class": {name: _percent(value) for name, value in (per_class or {}).items()},
+        },
+        "confusion": [list(map(int, row)) for row in confusion],
+        "seconds": {stage: _seconds(spent) for stage, spent in seconds.items()},
+        "bytes_up": list(bytes_up),
+        "bytes_down": None if bytes_down is None else list(bytes_down),
+        "client_seconds": None if client_seconds is None else [_seconds(spent) for spent in client_seconds],
+        "server_seconds": _seconds(server_seconds),
+        "peak_memory": None if peak_memory is None else dict(peak_memory),
+        "synthetic_images": synthetic_images,
+        **more,
+        "counts": None if counts is None else [row and list(map(int, row)) for row in counts],
+        "partition_sha256": partition_sha256,
+        "fingerprint": fingerprint(),
+        "core": core(),
+        "versions": versions(),
+        "machine": machine(device),
+        "config": config.to_flat(),
+    }
+
+
+def sealed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result as it goes to the file, with a checksum."""
+    return {**result, _SEAL: _checksum(result)}
+
+
+def unsealed(found: Any) -> dict[str, Any]:
+    """The result as it was read from the file.
+
+    Raises:
+        ValueError: it was altered, or is not the result of a run.
+    """
+    if not isinstance(found, dict):
+        raise ValueError("it is no table")
+    result = {key: value for key, value in found.items() if key != _SEAL}
+    if _SEAL in found and found[_SEAL] != _checksum(result):
+        raise ValueError("it was altered after it was written (its checksum differs)")
+    if wrong := [key for key, has in _SHAPE.items() if not has(result.get(key))]:
+        raise ValueError(f"its {wrong[0]!r} is not that of a run")
+    return result
+
+
+def _checksum(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_accuracy(value: object) -> bool:
+    """What `accuracy` is: percents by model, None where there is none."""
+    if not isinstance(value, dict) or not {"student", "fedavg", "ensemble", "local", "per_class"} <= value.keys():
+        return False
+    local, per_class = value["local"], value["per_class"]
+    if not isinstance(local, list) or not isinstance(per_class, dict):
+        return False
+    numbers = [value["student"], value["fedavg"], value["ensemble"], *local, *per_class.values()]
+    return all(number is None or _is_number(number) for number in numbers)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_config(value: object) -> bool:
+    kinds = (bool, int, float, str)
+    return isinstance(value, dict) and bool(value) and all(type(each) in kinds for each in value.values())
+
+
+# What every result has; parts that only some have are looked at by whoever shows them.
+_SHAPE: Mapping[str, Callable[[object], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "accuracy": _is_accuracy,
+    "seconds": _is_seconds,
+    "config": _is_config,
+}
+
+
+def on_server(data: DataConfig, images: int) -> dict[str, object]:
+    """`evaluated_on`: which images the server's accuracies are of."""
+    return {"where": "server", "split": "validation" if data.validation else "test", "images": images}
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(float(value), 2)
+
+
+def _worst(per_class: Mapping[str, float]) -> float | None:
+    known = [value for value in per_class.values() if not math.isnan(value)]
+    return min(known) if known else None
+
+
+def _seconds(spent: float | None) -> float | None:
+    return None if spent is None else round(float(spent), 3)
+
+
+def accuracy_table(result: Mapping[str, Any]) -> str:
+    """The table at the end of a run: one row per model, then the student's recall by class."""
+    accuracy = result["accuracy"]
+    local: list[float | None] = accuracy["local"]
+    known = [value for value in local if value is not None]
+    rows = [(f"client {client} alone", value) for client, value in enumerate(local)]
+    rows.append(("clients alone, mean", sum(known) / len(known) if known else None))
+    rows += [("fedavg, one round", accuracy["fedavg"]), ("ensemble of all clients", accuracy["ensemble"])]
+    rows.append((f"{result['method']} (student)", accuracy["student"]))
+    width = max(26, *(len(name) for name, _ in rows))
+    lines = [f"{'model':{width}} {'accuracy %':>10}", "-" * (width + 11)]
+    lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
+    if accuracy["per_class"]:
+        lines += [
+            "",
+            "recall % of the student by class",
+            *_columns({printable(name): value for name, value in accuracy["per_class"].items()}),
+        ]
+    measured = result.get("evaluated_on", {})
+    if measured.get("split") == "validation":
+        lines += ["", f"on {measured['images']} validation images; the test images were not read"]
+    return "\n".join(lines)
+
+
+def _columns(per_class: Mapping[str, float | None]) -> list[str]:
+    """As many `name  number` cells per line as fit, all equally wide, read line by line."""
+    width = min(max(len(name) for name in per_class), _WIDTH // 2)
+    cells = [f"{name[:width]:{width}} {_cell(value):>6}" for name, value in per_class.items()]
+    per_line = max(1, (_WIDTH + 3) // (width + 10))
+    return ["   ".join(cells[start : start + per_line]) for start in range(0, len(cells), per_line)]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

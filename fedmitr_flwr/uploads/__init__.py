@@ -1,0 +1,1 @@
+"""What a client uploads: its form, its checks, and its file."""

@@ -1,0 +1,271 @@
+"""What one client sends, once: its weights and a few numbers; checked before use, kept bit by bit on disk."""
+
+import hashlib
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import DiskError, RunError, UploadError
+from ..common.files import hash_tensors, save_tensors
+from ..config import UploadConfig
+from ..statistics import inputs, moments
+from .stored import StoredWeights
+
+DTYPES = (torch.float32, torch.float16)
+_NAMES = reprlib.Repr()  # a stranger's may be long
+_NAMES.maxstring = 100
+STATISTICS = "statistics/"  # before their names in the file of an upload
+WEIGHTS = UploadConfig()  # what asks for no more than weights
+ASK_AGAIN = "delete it and set resume-from to its run folder to ask that client again"
+
+_NONE = type(None)
+_KINDS: Mapping[str, tuple[type, ...]] = {  # of what is in the header of an upload's file
+    "client": (int,),
+    "num_examples": (int,),
+    "train_loss": (float, int),
+    "fingerprint": (str,),
+    "class_counts": (list, _NONE),
+    "seconds": (float, int, _NONE),
+    "epsilon": (float, int, _NONE),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """One client's upload.
+
+    `class_counts` (images per class) are there only by `upload.class-counts` or `upload.statistics`. In
+    `statistics` is what `statistics.moments.measure` gives, only by the latter, and `statistics.inputs.measure`, by
+    `upload.directions`.
+    """
+
+    client: int
+    weights: Mapping[str, Tensor] = field(repr=False)  # of an upload on disk: read when asked for
+    num_examples: int
+    train_loss: float  # mean of the last local epoch
+    fingerprint: str  # of the code that trained it, 12 hex characters
+    class_counts: tuple[int, ...] | None = None
+    seconds: float | None = None  # that the training took
+    statistics: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    epsilon: float | None = None  # that the training spent; None: it was not private
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors as they were sent; nothing is read."""
+        return size(self.weights) + size(self.statistics or {})
+
+
+def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
+    """What these settings ask of an upload: no more is used, and no more is counted."""
+    told = upload.statistics
+    if told is not None:
+        wanted = [name for name in told if _is_asked(name, asked)]
+        if len(wanted) < len(told):
+            told = {name: told[name] for name in wanted} or None
+    return replace(upload, class_counts=upload.class_counts if asked.tells_counts else None, statistics=told)
+
+
+def _is_asked(name: str, asked: UploadConfig) -> bool:
+    return asked.directions > 0 if name.startswith(inputs.PREFIX) else name in moments.names(asked)
+
+
+def size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors together; those on disk are not read."""
+    if isinstance(tensors, StoredWeights):
+        return tensors.num_bytes
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def digest(upload: Upload) -> str:
+    """A hash of everything in an upload that the server phase uses, in hexadecimal; one tensor is read at a time."""
+    told = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
+    hash_tensors(told, upload.weights)
+    hash_tensors(told, upload.statistics or {}, STATISTICS)
+    return told.hexdigest()
+
+
+def validate(
+    upload: Upload,
+    reference: Mapping[str, Tensor],
+    num_classes: int,
+    fingerprint: str | None,
+    clients: int,
+    max_images: int,
+    asked: UploadConfig = WEIGHTS,
+) -> None:
+    """Let an upload pass if it may enter the ensemble.
+
+    Args:
+        upload: as it arrived, before any cast.
+        reference: the weights that the client started from; they give the keys, shapes and dtypes.
+        num_classes: length of the class counts.
+        fingerprint: of the server's code; None: any code may have made it.
+        clients: K; client numbers are 0..K-1.
+        max_images: that a client can have trained on.
+        asked: what it was to send.
+
+    Raises:
+        UploadError: "client 3: ..." with what is wrong and the fix.
+    """
+    problem = (
+        _wrong_origin(upload, fingerprint, clients)
+        or _wrong_keys(upload.weights, reference)
+        or _wrong_tensor(upload.weights, reference)
+        or _wrong_numbers(upload, num_classes, max_images)
+        or _wrong_statistics(upload, reference, asked)
+    )
+    if problem:
+        raise UploadError(f"client {upload.client}: {problem}")
+
+
+def _wrong_origin(upload: Upload, fingerprint: str | None, clients: int) -> str | None:
+    if not 0 <= upload.client < clients:
+        return f"there are only the clients 0 to {clients - 1}; give every node its own partition-id below {clients}"
+    if fingerprint is not None and upload.fingerprint != fingerprint:
+        return (
+            f"it ran other code ({upload.fingerprint}) than the server ({fingerprint}); "
+            "restart the SuperLink and its SuperNodes from this checkout"
+        )
+    return None
+
+
+def _wrong_keys(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
+    fix = "server and client must have the same [model] settings"
+    if missing := [key for key in reference if key not in weights]:
+        return f"its weights lack {_few(missing)}; {fix}"
+    if extra := [key for key in weights if key not in reference]:
+        return f"its weights have the unknown {_few(extra)}; {fix}"
+    return None
+
+
+def _wrong_tensor(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
+    for key, wanted in reference.items():
+        tensor = weights[key]
+        if tensor.shape != wanted.shape:
+            return (
+                f"{key} has the shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}; "
+                "server and client must have the same [model] settings"
+            )
+        allowed = DTYPES if wanted.is_floating_point() else (wanted.dtype,)
+        if tensor.dtype not in allowed:
+            return f"{key} is {_name(tensor.dtype)}; it must be {' or '.join(map(_name, allowed))} (upload.dtype)"
+    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        return f"NaN or infinity in {_few(broken)}; lower local.lr, or set upload.dtype = 'float32' if it was float16"
+    return None
+
+
+def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | None:
+    if upload.num_examples < 1:
+        return f"it trained on {upload.num_examples} images; give it some (partition.min-size)"
+    if upload.num_examples > max_images:
+        return (
+            f"it says that it trained on {upload.num_examples} images, and screen.max-images is {max_images}; "
+            "raise that if it is true"
+        )
+    if not math.isfinite(upload.train_loss):
+        return f"its training loss is {upload.train_loss}; lower local.lr"
+    if upload.seconds is not None and not 0 <= upload.seconds < math.inf:
+        return f"its training took {upload.seconds} seconds; do not edit uploads"
+    if upload.epsilon is not None and not 0 < upload.epsilon < math.inf:
+        return f"it spent a privacy budget of {upload.epsilon}; do not edit uploads"
+    counts = upload.class_counts
+    if counts is None:
+        return None
+    if len(counts) != num_classes:
+        return f"{len(counts)} class counts for model.num-classes = {num_classes}; they must be equal on both sides"
+    if min(counts) < 0 or sum(counts) != upload.num_examples:
+        return f"its class counts {list(counts)} are no split of its {upload.num_examples} images; do not edit uploads"
+    return None
+
+
+def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: UploadConfig) -> str | None:
+    told, sums = upload.statistics or {}, moments.names(asked)
+    layers = inputs.like(reference, asked.directions)
+    if set(told) != {*sums, *layers}:
+        names = f"{_NAMES.repr(sorted(told))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
+        return f"its statistics are {names} (upload.statistics, upload.variances, upload.directions)"
+    problem: str | None = None
+    if sums:
+        if upload.class_counts is None:
+            return "statistics without class counts; run this app's own ClientApp there, which sends both"
+        told_sums = {name: told[name] for name in sums}
+        width, norm = reference["head.weight"].shape[1], moments.last_norm(reference)
+        problem = moments.problem(told_sums, upload.class_counts, width, norm)
+    if layers and not problem:
+        told_layers = {name: told[name] for name in layers}
+        problem = _wrong_tensor(told_layers, layers) or inputs.problem(told_layers)
+    return problem
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(map(_NAMES.repr, keys[:3])) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def save(upload: Upload, path: Path, **more: str) -> None:
+    """Write all tensors exactly as they were sent, the rest and `more` in the header; whole or not at all."""
+    header: dict[str, object] = {
+        **more,
+        "client": upload.client,
+        "num_examples": upload.num_examples,
+        "train_loss": upload.train_loss,
+        "fingerprint": upload.fingerprint,
+        "class_counts": upload.class_counts,
+        "seconds": upload.seconds,
+        "epsilon": upload.epsilon,
+    }
+    statistics = {STATISTICS + name: tensor for name, tensor in (upload.statistics or {}).items()}
+    if upload.statistics is not None:
+        header["statistics"] = True
+    save_tensors(path, {**upload.weights, **statistics}, header)
+
+
+def load(path: Path) -> Upload:
+    """Inverse of `save`, but the weights stay on disk until they are asked for, floating ones then as float32.
+
+    Raises:
+        RunError: the file is missing, corrupt or no upload.
+    """
+    try:
+        return _from_file(StoredWeights(path))
+    except DiskError:  # it may be as good as ever
+        raise
+    except RunError as error:
+        raise RunError(f"{error}; {ASK_AGAIN}") from error
+    except (KeyError, TypeError, OverflowError) as error:
+        raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _from_file(stored: StoredWeights) -> Upload:
+    header = stored.header
+    if any(type(header.get(name)) not in kinds for name, kinds in _KINDS.items()):
+        raise TypeError
+    counts = header["class_counts"]
+    if counts is not None and not all(type(count) is int for count in counts):
+        raise TypeError
+    weights, statistics = stored.split(STATISTICS) if header.get("statistics") else (stored, None)
+    return Upload(
+        client=header["client"],
+        weights=weights,
+        num_examples=header["num_examples"],
+        train_loss=float(header["train_loss"]),
+        fingerprint=header["fingerprint"],
+        class_counts=None if counts is None else tuple(counts),
+        seconds=_number(header.get("seconds")),
+        epsilon=_number(header.get("epsilon")),
+        statistics=statistics,
+    )
