@@ -12,7 +12,7 @@ from . import __version__
 from .common.errors import ConfigError, UserError, printable
 from .common.process import NO_HOME, begin, homeless
 from .config import Config
-from .config.text import option_hint, parse_assignment, read_settings
+from .config.text import located, option_hint, parse_assignment, read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
     from .runs.folder import RunFolder
@@ -121,7 +121,8 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from .runs.folder import RunFolder
 
     run = RunFolder.open(arguments.run)
-    _report(pipeline.fuse(run, arguments.method, _overrides(arguments, run.config)))
+    method = str(located({"method": arguments.method}, Path.cwd())["method"])
+    _report(pipeline.fuse(run, method, _overrides(arguments, run.config)))
 
 
 def _central(arguments: argparse.Namespace) -> None:

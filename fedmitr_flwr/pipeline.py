@@ -22,6 +22,7 @@ from .common.compute import forget_peak, peak_memory, resolve_device, threads
 from .common.errors import ConfigError, RunError, UploadError
 from .common.files import load_tensors
 from .common.fingerprint import core
+from .common.outside import short
 from .common.rng import secret, stream
 from .config import Config
 from .config.sections import OWN
@@ -121,7 +122,9 @@ def created(config: Config, name: str | None) -> RunFolder:
             parts_of(config)
     if name is not None:
         return RunFolder.create(config, name)
-    return RunFolder.create(config, f"{config.method}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}", or_next=True)
+    return RunFolder.create(
+        config, f"{short(config.method)}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}", or_next=True
+    )
 
 
 def take_upload(folder: RunFolder, client: int, initial: Weights) -> None:
@@ -286,7 +289,7 @@ def fuse(
     uploads = RunFolder(run_folder.path, config).require_uploads(config.flower.quorum)
     if config.evaluate.where == "server":
         server_images(config)
-    folder = run_folder.sub(method, config) if name is None else run_folder.begun(name, config)
+    folder = run_folder.sub(short(method), config) if name is None else run_folder.begun(name, config)
     with folder.at_work():
         serve(folder, lines, uploads)
         folder.clear_work()  # also where the clients evaluate: they are not asked here

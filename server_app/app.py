@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.common.compute import share_memory
 from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, printable
+from fedmitr_flwr.common.outside import short
 from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.text import located
@@ -53,7 +54,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         clients = meet(grid, config)
         config = with_number_of(clients, config)
         methods.check(config, clients.number)
-        folder = pipeline.created(config, f"{config.method}-{run_id}")
+        folder = pipeline.created(config, f"{short(config.method)}-{run_id}")
     log.info("run folder: %s", folder.path)
     config = folder.config
     strategy = OneShot(folder, clients.nodes)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.common.fingerprint import _ABOUT_RESULTS, _of_folder, _with_apps, core, fingerprint, of_flower
+from fedmitr_flwr.common.fingerprint import (
+    _core_of,
+    _of_folder,
+    _of_method,
+    _with_apps,
+    core,
+    fingerprint,
+    of_flower,
+)
 
 PACKAGE = Path(__file__).parent.parent / "fedmitr_flwr"
 
@@ -72,16 +80,41 @@ def test_content_cannot_pass_for_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "counts"), [("bench/table.py", False), ("report/new.py", False), ("cli.py", False), ("rng.py", True)]
+    ("changed", "counts"),
+    [
+        ("bench/table.py", False),
+        ("report/new.py", False),
+        ("cli.py", False),
+        ("methods/adi.py", False),
+        ("methods/contract.py", True),
+        ("common/rng.py", True),
+    ],
 )
 def test_the_core_is_what_can_change_a_number(copy: Path, changed: str, counts: bool) -> None:
-    before = _of_folder(copy, _ABOUT_RESULTS), _of_folder(copy)
+    before = _core_of(copy), _of_folder(copy)
     (copy / changed).parent.mkdir(exist_ok=True)
     with (copy / changed).open("a") as file:
         file.write("# changed")
-    assert (_of_folder(copy, _ABOUT_RESULTS) != before[0]) == counts
+    assert (_core_of(copy) != before[0]) == counts
     assert _of_folder(copy) != before[1]
     assert core() != fingerprint()
+
+
+def test_of_the_methods_only_what_ran_counts(copy: Path) -> None:
+    def codes() -> dict[str, str]:
+        return {method: _of_method(copy, method) for method in ("fedavg", "adi", "dense", "central")}
+
+    def changed(path: Path) -> set[str]:
+        before = codes()
+        with path.open("a") as file:
+            file.write("# changed\n")
+        return {method for method, code in codes().items() if code != before[method]}
+
+    assert len(set(codes().values())) == 4
+    assert changed(copy / "methods" / "new.py") == set()
+    assert changed(copy / "methods" / "dense.py") == {"dense"}
+    assert changed(copy / "methods" / "fedmitr.py") == {"adi"}  # which imports it
+    assert changed(copy / "methods" / "contract.py") == changed(copy / "common" / "rng.py") == set(codes())
 
 
 def test_flower_s_strategies_depend_on_the_apps_too(tmp_path: Path) -> None:

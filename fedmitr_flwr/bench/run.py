@@ -182,9 +182,9 @@ def _fuse(cell: Cell, store: Store) -> RunFolder:
         uploads = _uploads(cell, store)
         lines = _lines(uploads)
     if not cell.variant.is_method:
-        return train_centrally(uploads, uploads.begun(cell.folder, cell.config))
+        return train_centrally(uploads, uploads.begun(store.place(cell).name, cell.config))
     own = {key: value for key, value in cell.config.to_flat().items() if key not in ("out-dir", "resume-from")}
-    return pipeline.fuse(uploads, cell.variant.method, own, cell.folder, lines)
+    return pipeline.fuse(uploads, cell.variant.method, own, store.place(cell).name, lines)
 
 
 def _uploads(cell: Cell, store: Store) -> RunFolder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ConfigError
+from ..common.outside import is_file
 from ..config import Config
 from ..config.text import flatten, located, read_document, read_flat, typed
 from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
@@ -233,7 +234,10 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any], folder: Path) 
         flower = method.startswith(FLOWER)
         own = as_numbers(flat.pop("rounds", list(rounds if flower else [1])), f"{where}.rounds", int, 1)
         known = [FLOWER + name for name in STRATEGIES] if flower else [*available(), CENTRAL]
-        require_one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
+        if is_file(method):
+            method = str(located({"method": method}, folder.absolute())["method"])
+        else:
+            require_one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
         if not flower and own != (1,):
             raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")
         settings = _settings(flat, where, folder)

@@ -7,8 +7,9 @@
     failed/<cell>.txt      what went wrong, until the cell has been made
     .locks/                one file for each cell or group that somebody has worked on
 
-A folder's name ends in hashes of the settings and of the code that can change a number (`fingerprint.core`): under
-other settings or code a cell is another cell, and nothing is overwritten. Locks are the operating system's: they end
+A folder's name ends in hashes of the settings and of the code that can change a number: of uploads
+`fingerprint.core`, of a cell also its method's file. Under other settings or code a cell is another cell, and nothing
+is overwritten; a new method leaves all others as they are. Locks are the operating system's: they end
 with the process that holds them, however it ends.
 """
 
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..common.errors import RunError
 from ..common.files import read_text, write_text
-from ..common.fingerprint import core, of_flower
+from ..common.fingerprint import core, of_flower, of_method
 from ..runs.result import unsealed
 from .grid import Cell
 
@@ -50,13 +51,17 @@ class Store:
         """The folder of the cell itself."""
         if cell.variant.flower:
             return self._group("flower", cell) / cell.folder
-        return self.uploads(cell) / "fused" / cell.folder
+        return self._of_code(self.uploads(cell) / "fused" / cell.folder, of_method(cell.config.method))
 
     def _group(self, kind: str, cell: Cell) -> Path:
         code = of_flower() if kind == "flower" else core()
-        own = self.path / kind / f"{cell.group}.{code[:8]}"
+        return self._of_code(self.path / kind / cell.group, code)
+
+    def _of_code(self, path: Path, code: str) -> Path:
+        """The folder that `code` makes; with `any_code` the newest that any has made, if this one has not."""
+        own = path.with_name(f"{path.name}.{code[:8]}")
         if self.any_code and not own.exists():
-            others = sorted(own.parent.glob(f"{cell.group}.*"), key=lambda path: path.stat().st_mtime)
+            others = sorted(path.parent.glob(f"{path.name}.*"), key=lambda path: path.stat().st_mtime)
             return others[-1] if others else own
         return own
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ConfigError, unread
+from ..common.outside import is_file
 from .limits import SEPARATOR
 
 # Settings that are paths, with their values that are none. A relative one is relative to the file that says it; on the
@@ -26,6 +27,8 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 }
 # Of these, what says where a run is kept and no more.
 PLACES = ("out-dir", "resume-from")
+# Settings that may name a Python file in place of one of their choices; then they are paths, too.
+OUTSIDE = ("method",)
 
 # What other libraries call a setting. One with a dot is a whole key.
 _ALSO_CALLED = {
@@ -163,9 +166,10 @@ def located(flat: Mapping[str, object], folder: Path, source: object = None) -> 
     """
     source = flat.get("data.source") if source is None else source
     found = dict(flat)
-    for key in PATHS.keys() & flat.keys():
-        value = flat[key]
-        if not isinstance(value, str) or not value or value in PATHS[key]:
+    for key, value in flat.items():
+        if key not in PATHS and not (is_file(value) and key in OUTSIDE):
+            continue
+        if not isinstance(value, str) or not value or value in PATHS.get(key, ()):
             continue
         path = Path(os.path.normpath(folder / Path(value).expanduser()))
         if not (key == "data.path" and source == "hub" and not _exists(path)):

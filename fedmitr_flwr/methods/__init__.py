@@ -1,5 +1,8 @@
 """One file per method. A method is a module with `fuse(job: Job) -> Fused`; its file's name is its name.
 
+A method need not be here: `method = "path/to/mine.py"` is a file anywhere, and packages offer theirs as entry points
+of the group `fedmitr_flwr.methods`.
+
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
@@ -12,7 +15,8 @@ from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 
-from ..common.errors import ConfigError
+from ..common import outside
+from ..common.errors import ConfigError, RunError
 from ..config import Config
 from ..config.limits import nearest
 from .contract import Fused, Job
@@ -21,8 +25,12 @@ NOT_METHODS = {"contract", "loop"}
 
 
 def available() -> list[str]:
-    """The names of all methods, found by file."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NOT_METHODS)
+    """The names of all methods: of the files here, and of installed packages."""
+    return sorted({*_own(), *outside.names("methods")})
+
+
+def _own() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in NOT_METHODS]
 
 
 def check(config: Config, clients: int | None = None) -> None:
@@ -46,13 +54,22 @@ def in_force(config: Config) -> Config:
 def fuse(job: Job) -> Fused:
     """The method of `job.config.method` on the uploads, with the settings in force."""
     config = in_force(job.config)
-    fused: Fused = load(config.method).fuse(replace(job, config=config))
+    fused = load(config.method).fuse(replace(job, config=config))
+    if not isinstance(fused, Fused):
+        raise RunError(f"method = {config.method!r} returned a {type(fused).__name__}; return methods.contract.Fused")
     return fused
 
 
 def load(name: str) -> ModuleType:
     """The module of a method; `load("fedmitr").fuse(job)`."""
-    if name not in available():
-        known = available()
-        raise ConfigError(f"method = {name!r} is not one of: {', '.join(known)}{nearest(name, known)}")
-    return import_module(f"{__name__}.{name}")
+    if name in _own():
+        return import_module(f"{__name__}.{name}")
+    known = available()
+    if not outside.is_file(name) and name not in known:
+        raise ConfigError(
+            f"method = {name!r} is not one of: {', '.join(known)}{nearest(name, known)}, nor a path to a .py file"
+        )
+    module: ModuleType = outside.load(name, "methods", "method")
+    if not callable(getattr(module, "fuse", None)):
+        raise ConfigError(f"method = {name!r} has no function fuse(job); write one (README, 'Add a method')")
+    return module

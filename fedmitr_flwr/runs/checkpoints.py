@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..common.errors import RunError
 from ..common.files import PRIVATE_FOLDER, load_tensors, save_tensors
-from ..common.fingerprint import core
+from ..common.fingerprint import of_method
+from ..common.outside import short
 from ..common.provenance import versions
 from ..config import Config
 from ..uploads.upload import Upload, digest
@@ -90,9 +91,9 @@ class Checkpoints:
     def _circumstances(self) -> dict[str, object]:
         """What decides every piece."""
         return {
-            "method": self.config.method,
+            "method": short(self.config.method),
             "uploads": [digest(upload) for upload in self.uploads],
-            "code": core(),
+            "code": of_method(self.config.method),
             "versions": versions(),
             "device": self.device.type,
             "threads": self.threads,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..common.errors import printable
-from ..common.fingerprint import core, fingerprint
+from ..common.fingerprint import fingerprint, of_method
 from ..common.provenance import machine, versions
 from ..config import Config, DataConfig
 
@@ -82,7 +82,7 @@ def build(
         "counts": None if counts is None else [row and list(map(int, row)) for row in counts],
         "partition_sha256": partition_sha256,
         "fingerprint": fingerprint(),
-        "core": core(),
+        "core": of_method(config.method),
         "versions": versions(),
         "machine": machine(device),
         "config": config.to_flat(),
