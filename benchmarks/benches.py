@@ -6,9 +6,10 @@ Each is a folder of benchmarks/results/bench with the results.jsonl and the figu
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from fedmitr_flwr.bench.markup import figure, origin, table
+from fedmitr_flwr.bench.markup import figure, origin
 from fedmitr_flwr.bench.results import Entry, load
 from fedmitr_flwr.bench.rows import Row, places, rows
 from fedmitr_flwr.bench.table import accuracy, title
@@ -17,7 +18,7 @@ NOTHING = "No results are committed yet."
 HEADLINE = "cpu"
 TRIAL = "smoke"  # every method once, on a budget by which none can be judged
 FOLDER = "../benchmarks/results/bench"
-COSTS = {"Up, MB": ("bytes_up", 1e6), "Server, s": ("server_seconds", 1.0)}
+COSTS = ("server_seconds", "bytes_up")
 
 
 def block(results: Path) -> str:
@@ -37,27 +38,22 @@ def section(path: Path) -> str:
     parts = [
         f"### {title(own[0])}",
         "\n".join(accuracy(own, bench.reference)),
-        "\n".join(costs(own)),
+        costs(own),
         *chosen(bench.entries),
     ]
     parts += [f"![{name}: {each.stem.replace('-', ' ')}]({FOLDER}/{name}/figures/{each.name})" for each in drawn]
     return "\n\n".join([*parts, f"Command: `fedmitr bench configs/bench/{name}.toml`", *origins(bench.entries)])
 
 
-def costs(found: Sequence[Row]) -> list[str]:
+def costs(found: Sequence[Row]) -> str:
     """Means over all partitions and seeds."""
-    lines = []
+    told = []
     for method in dict.fromkeys(row.name for row in found if row.entries[0]["method"]):
         own = [row for row in found if row.name == method]
-        known = {key: [value for row in own if (value := row.cost(key)) is not None] for key, _ in COSTS.values()}
-        cells = [
-            figure(sum(known[key]) / len(known[key]) / unit) if known[key] else "-" for key, unit in COSTS.values()
-        ]
-        lines.append([f"`{method}`", *cells])
-    said = (
-        "Bytes of one client in all rounds, seconds of the server without evaluation; means over partitions and seeds."
-    )
-    return [said, "", *table(["Method", *COSTS], lines)]
+        seconds, sent = ([value for row in own if (value := row.cost(key)) is not None] for key in COSTS)
+        told.append(f"`{method}` {figure(mean(seconds))}" + (f" ({figure(mean(sent) / 1e6)})" if sent else ""))
+    said = "Server seconds without evaluation (MB up per client, all rounds), means over partitions and seeds"
+    return f"{said}: {', '.join(told)}."
 
 
 def chosen(entries: Iterable[Entry]) -> list[str]:

@@ -27,7 +27,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 
-IMAGES = ["inversion.steps=4", "distill.epochs=1", "distill.images-per-epoch=20", "distill.passes=1"]
+IMAGES = [
+    "ensemble.weights=size",
+    "inversion.steps=4",
+    "distill.epochs=1",
+    "distill.images-per-epoch=20",
+    "distill.passes=1",
+]
 TRAINING = ["local.epochs=1", "partition.clients=2", "partition.min-size=2"]
 SMALL = {
     "run": [*IMAGES, *TRAINING],
@@ -101,7 +107,7 @@ def test_the_commands_for_own_images_run(tmp_path: Path, mark: str) -> None:
     if "model.weights=timm" in text:
         weights = tmp_path / "weights.safetensors"
         save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), weights)
-        text = text.replace("model.weights=timm", f"model.weights={weights} model.img-size=32 distill.lr=1e-4")
+        text = text.replace("model.weights=timm", f"model.weights={weights} model.img-size=32")
     ran(language, text, tmp_path, a_home(tmp_path))
 
 

@@ -317,7 +317,7 @@ def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(fold
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "<!-- bench -->\n\n### digits, 4 clients, small ViT, 8 px\n" in text
     assert text.count("| `lda` | **60.0 (1)** |") == 1
-    assert "| `fedmitr` | 2 | 2 |" in text  # 1 and 3 MB up, 2 seconds of the server
+    assert "partitions and seeds: `fedmitr` 2 (2), `lda` 2 (2)." in text  # 2 seconds of the server; 1 and 3 MB up
     path = "../benchmarks/results/bench/cpu/figures/digits-K4"
     assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [f"{path}-bytes.png"]
     assert "Command: `fedmitr bench configs/bench/cpu.toml`\n\nMachine: Abacus, 2 cores." in text
