@@ -34,7 +34,7 @@ from fedmitr_flwr.merging.closed_form import statistics_of
 from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
-from fedmitr_flwr.screening.sums import TOLD, named, reaches, strange_sums
+from fedmitr_flwr.screening.sums import SEPARABLE, named, reaches, strange_sums
 from fedmitr_flwr.screening.weights import Measured, mean_cosines
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, last_norm, measure, packed, problem
 from fedmitr_flwr.uploads.upload import Upload
@@ -149,7 +149,7 @@ def of_sums(every: Sequence[Statistics], config: Config) -> dict[str, Any]:
     return {
         "images": [int(each.counts.sum()) for each in every],
         "reach": reaches(every, norm).tolist(),
-        "names": [each.kept for each in names if each and each.gain > TOLD],
+        "names": [each.kept for each in names if each and each.gain > SEPARABLE],
         "left out": [finding.client for finding in findings if finding.clear],
         "unusual": [[finding.client, finding.check, finding.value] for finding in findings],
     }

@@ -184,7 +184,7 @@ def _order(message: Message) -> tuple[ConfigRecord, Config]:
 
 
 def _require_privacy(context: Context, config: Config) -> None:
-    """The server writes the settings; the node has the last word on how much may be told of its images.
+    """The server writes the settings; the node has the last word on how much its upload may reveal.
 
     Raises:
         ConfigError: the server asks for more than the node's `max-epsilon` and `max-delta`, these or another key of
@@ -209,14 +209,14 @@ def _require_privacy(context: Context, config: Config) -> None:
 
 def _limits(context: Context) -> tuple[float, float] | None:
     """The greatest ε and δ that the node's --node-config allows; None where it sets no limit."""
-    told = context.node_config
-    if unknown := sorted(set(told) - set(KEYS)):
+    node = context.node_config
+    if unknown := sorted(set(node) - set(KEYS)):
         raise ConfigError(f"this node's --node-config has {unknown[0]!r}, which nothing reads; use {', '.join(KEYS)}")
-    if "max-epsilon" not in told:
-        if "max-delta" in told:
+    if "max-epsilon" not in node:
+        if "max-delta" in node:
             raise ConfigError("this node's max-delta limits nothing by itself; give a max-epsilon with it")
         return None
-    epsilon, delta = told["max-epsilon"], told.get("max-delta", MAX_DELTA)
+    epsilon, delta = node["max-epsilon"], node.get("max-delta", MAX_DELTA)
     _require_above_0("max-epsilon", epsilon, "or leave it out for no limit")
     _require_above_0("max-delta", delta, f"or leave it out for {MAX_DELTA:g}")
     return float(epsilon), float(delta)
@@ -251,11 +251,11 @@ def _client(context: Context, order: ConfigRecord) -> int:
 
 
 def _place(context: Context) -> Place | None:
-    """Where this node's own images lie, if it was told."""
-    told = context.node_config
-    if "data-path" not in told:
+    """Where this node's own images lie, if its operator named a place."""
+    node = context.node_config
+    if "data-path" not in node:
         return None
-    return Place(*(str(told.get(key, "")) for key in ("data-path", "image-column", "label-column")))
+    return Place(*(str(node.get(key, "")) for key in ("data-path", "image-column", "label-column")))
 
 
 def _keep(context: Context, config: Config, client: int) -> Path | None:
@@ -287,8 +287,8 @@ def _ledger(context: Context, config: Config) -> Ledger | None:
 
 def _digest(config: Config) -> str:
     """Which order this is: equal where the same upload is asked for again."""
-    told = {key: value for key, value in config.to_flat().items() if key not in PLACES}
-    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    decisive = {key: value for key, value in config.to_flat().items() if key not in PLACES}
+    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _weights(message: Message, config: Config) -> Weights:

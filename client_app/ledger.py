@@ -1,4 +1,4 @@
-"""What a client has told of its images under differential privacy, added up over all runs.
+"""What a client has revealed of its images under differential privacy, added up over all runs.
 
 A file at the node, one JSON line for each upload that left it. ε and δ of several uploads of the same images add up
 (basic composition, the plainest of the valid bounds). An upload that is sent again costs nothing again.

@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     The exit status is 0, 1 where cells of a bench failed, 2 after bad input (one line on stderr), 130 after Ctrl-C, or
-    141 where nobody reads what it prints any longer, as behind `| head`.
+    141 where its output is closed, as behind `| head`.
     """
     begin(logging.getLogger("fedmitr"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

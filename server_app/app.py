@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         else:
             builtin.run(grid, config, context.run_id)
     except (ConfigError, DataError, ModelError) as error:
-        log.error("bad input: %s", printable(str(error)))  # by which scripts/flower_run.py tells it from a failure
+        log.error("bad input: %s", printable(str(error)))  # by which scripts/flower_run.py knows it from a failure
         raise
 
 

@@ -163,7 +163,7 @@ class _Asking:
     def problem(self) -> str:
         """The end of a line: why a node that is there cannot say who it is, if there is one."""
         unknown = self._here - set(self.cards)
-        return next((f"; {told}" for node, told in self._problems.items() if node in unknown), "")
+        return next((f"; {problem}" for node, problem in self._problems.items() if node in unknown), "")
 
     def _take(self, reply: Message, node: int) -> None:
         if reply.has_error():
@@ -184,13 +184,13 @@ class _Asking:
         elif card.number(names) in self._uploaded:
             log.info("node %d is %s, whose upload is there: it is not asked", node, card)
 
-    def _fail(self, node: int, told: str) -> None:
-        """It may be a node that is not needed, unless all are: then nobody waits for it in vain."""
+    def _fail(self, node: int, problem: str) -> None:
+        """It may be a node that is not needed, unless all are: then waiting would be in vain."""
         if not self._config.flower.client_names and not self._uploaded:
-            raise RunError(told)
-        if self._problems.get(node) != told:
-            log.warning("%s; the others are waited for, and it is asked again", told)
-        self._problems[node] = told
+            raise RunError(problem)
+        if self._problems.get(node) != problem:
+            log.warning("%s; the others are waited for, and it is asked again", problem)
+        self._problems[node] = problem
         self._put_off(node, FAILED)
 
     def _put_off(self, node: int, seconds: float) -> None:
@@ -198,14 +198,14 @@ class _Asking:
 
 
 def _read_card(reply: Message) -> _Card:
-    told: Any = reply.content["card"]
+    card: Any = reply.content["card"]
     names: Any = reply.content["name"]
     return _Card(
-        client=int(told.get("partition-id", -1)),
-        clients=int(told.get("num-partitions", 0)),
+        client=int(card.get("partition-id", -1)),
+        clients=int(card.get("num-partitions", 0)),
         name=str(names["name"])[:_LONGEST_NAME],
-        own_data=bool(told["own-data"]),
-        fingerprint=int(told["fingerprint"]),
+        own_data=bool(card["own-data"]),
+        fingerprint=int(card["fingerprint"]),
         flwr=str(names.get("flwr", ""))[:_LONGEST_NAME],
         trouble=first_line(names["trouble"]) if "trouble" in names else "",
     )

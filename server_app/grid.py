@@ -205,7 +205,7 @@ class ObservedGrid(Grid):
         return (self.clients.get(node, len(self.clients)), node)
 
     def _never_began(self, reply: Message) -> str:
-        """The question that a dead Ray actor was handed, as this failure of its tells; "" if there is none.
+        """The question that a dead Ray actor was handed, as this failure names it; "" if there is none.
 
         The actor took the client with it that it ran, which of all that fail is the one asked first; its failure need
         not be fetched first. Every other one was given to an actor that was dead.
@@ -250,5 +250,5 @@ def _is_stumble(error: Exception) -> bool:
 
 def _again(message: Message) -> Message:
     """The same question as a new message: Flower refuses one that was delivered before."""
-    told = message.metadata
-    return Message(message.content, told.dst_node_id, told.message_type, ttl=told.ttl, group_id=told.group_id)
+    old = message.metadata
+    return Message(message.content, old.dst_node_id, old.message_type, ttl=old.ttl, group_id=old.group_id)

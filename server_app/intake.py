@@ -37,17 +37,17 @@ def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
     """
-    told = config.upload
+    asked = config.upload
     try:
         if (source := reply.metadata.src_node_id) != node:
             raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
         upload = read_upload(
-            reply, client, told.tells_counts, room(shapes(config.model)), with_statistics=told.sends_statistics
+            reply, client, asked.tells_counts, room(shapes(config.model)), with_statistics=asked.sends_statistics
         )
         return admit(upload, config, fingerprint=core())
     except UserError:
         raise
-    except Exception as error:  # what nobody foresaw must not let a reply through, nor cost the others
+    except Exception as error:  # an unforeseen error must not let a reply through, nor cost the others
         log.warning("client %d: its upload made a check fail", client, exc_info=error)
         raise UploadError(
             f"client {client}: its upload cannot be checked ({type(error).__name__}); see the log"
@@ -85,22 +85,22 @@ class Intake:
         log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
 
     def _refuse(self, reply: Message, client: int, error: UserError) -> None:
-        """Keep what was sent, if that works at once: nobody waits for what nobody may use."""
+        """Keep what was sent, if that works at once: a refused reply is not worth waiting for."""
         try:
             kept = keep(reply.content, room(self.shapes), MOST * len(self.shapes))
-            told = f"{error}; {kept.left_out}" if kept.left_out else str(error)
-            path = self.folder.refuse_upload(f"client {client}", kept.tensors, told, kept.said)
+            reason = f"{error}; {kept.left_out}" if kept.left_out else str(error)
+            path = self.folder.refuse_upload(f"client {client}", kept.tensors, reason, kept.said)
         except Exception as problem:  # whatever a stranger sent
             log.warning("refused: %s (not kept: %s)", error, problem)
             return
-        log.warning("refused: %s (kept in %s)", told, path)
+        log.warning("refused: %s (kept in %s)", reason, path)
 
     def _accept(self, upload: Upload) -> None:
         path = _however_long(f"client {upload.client}", lambda: self.folder.save_upload(upload))
-        told: dict[str, object] = {"client": upload.client, "bytes": upload.num_bytes, "images": upload.num_examples}
-        told |= {"loss": upload.train_loss, "seconds": upload.seconds, "epsilon": upload.epsilon}
+        metrics: dict[str, object] = {"client": upload.client, "bytes": upload.num_bytes, "images": upload.num_examples}
+        metrics |= {"loss": upload.train_loss, "seconds": upload.seconds, "epsilon": upload.epsilon}
         try:
-            self.folder.log_metrics(stage="upload", **told)
+            self.folder.log_metrics(stage="upload", **metrics)
         except RunError as error:  # no reason to refuse what is on disk
             log.error("client %d: its upload is on disk, but not in the metrics: %s", upload.client, error)
         log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
@@ -108,12 +108,12 @@ class Intake:
 
 def _however_long(name: str, write: Callable[[], Path]) -> Path:
     """Write until the disk takes it: Flower has forgotten the reply, and its client shall not train again."""
-    told = -math.inf
+    last_said = -math.inf
     while True:
         try:
             return write()
         except DiskError as error:
-            if time.monotonic() - told >= REMIND:
-                told = time.monotonic()
+            if time.monotonic() - last_said >= REMIND:
+                last_said = time.monotonic()
                 log.error("%s: %s; until then its upload is held in memory, and no other is fetched", name, error)
             time.sleep(PAUSE)

@@ -69,8 +69,8 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
-        told = inputs.like(self.intake.shapes, self.config.upload.directions)
-        self.folder.require_room(len(asked), size(self.intake.shapes) + size(told))
+        extras = inputs.like(self.intake.shapes, self.config.upload.directions)
+        self.folder.require_room(len(asked), size(self.intake.shapes) + size(extras))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)
@@ -98,7 +98,7 @@ class OneShot(Strategy):
         del server_round, replies  # taken as they arrived
         self.collecting = False
         self.folder.require_quorum(self.config.flower.quorum)
-        self.sent.clear()  # Flower holds on to the start, which nobody needs any more
+        self.sent.clear()  # Flower holds on to the start, which is not needed any more
         outcome = pipeline.serve(self.folder)
         self.result = outcome.result
         if outcome.weights is None and self.config.evaluate.where == "clients":

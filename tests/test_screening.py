@@ -147,14 +147,16 @@ def test_names_by_hand() -> None:
     assert names.gain == pytest.approx(0.5)
     assert names.kept == pytest.approx((1 / 6 - 1 / 3) / 0.5)
     assert names.sure == pytest.approx(2 / 3)
-    assert names.told == pytest.approx(math.log(3) / 3 + math.log(2) / 2 + math.log(6) / 6)  # of its names 2, 3, 1
+    assert names.information == pytest.approx(
+        math.log(3) / 3 + math.log(2) / 2 + math.log(6) / 6
+    )  # of its names 2, 3, 1
     perfect = Names.of(torch.eye(3)[targets], targets)
     assert (perfect.right, perfect.kept) == (1.0, 1.0)
     constant = Names.of(torch.eye(3)[[1] * 6], targets)  # knows one class only: nothing can be said of it
     assert (constant.right, constant.gain, constant.kept) == (pytest.approx(1 / 3), 0.0, 1.0)
-    assert (constant.sure, constant.told) == (pytest.approx(2 / 3), 0.0)
+    assert (constant.sure, constant.information) == (pytest.approx(2 / 3), 0.0)
     guess = Names.of(torch.full((6, 3), 1 / 3), targets)
-    assert (guess.sure, guess.told) == pytest.approx((0.0, 0.0), abs=1e-6)
+    assert (guess.sure, guess.information) == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
 CLASSES = (

@@ -36,7 +36,7 @@ def bench(
     if (file is None) == (table is None):
         raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")
     if known is not None and file is None:
-        raise ConfigError("--known is for a bench file, whose finished cells it tells; give one, or leave it out")
+        raise ConfigError("--known goes with a bench file, some of whose cells it holds; give one, or leave it out")
     if table is not None:
         table = absolute(table, "--table")
         write(table, out or (table if table.is_dir() else table.parent))
@@ -59,8 +59,8 @@ def _run(file: Path, words: Mapping[str, object], out: Path | None, known: Path 
     spec = read(file, words)
     folder = absolute(out or HOME / f"bench-{spec.name}", "--out")
     log.info("bench folder: %s", folder)
-    told = load(absolute(known, "--known")) if known else None
-    tally = run(spec, Store(folder, any_code), runner(spec.client_gpus), told)
+    earlier = load(absolute(known, "--known")) if known else None
+    tally = run(spec, Store(folder, any_code), runner(spec.client_gpus), earlier)
     write(folder, folder)
     if tally.failed:
         log.warning("%d of %d cells failed; see %s", tally.failed, tally.total, folder / "failed")

@@ -158,8 +158,8 @@ def skew(found: Sequence[Row], looks: Mapping[str, Style], title: str) -> Figure
 
 
 def _skewness(row: Row) -> tuple[int, float]:
-    told = row.entries[0]["bench"]
-    return SCHEMES.index(told["scheme"]), told["value"] or 0.0
+    place = row.entries[0]["bench"]
+    return SCHEMES.index(place["scheme"]), place["value"] or 0.0
 
 
 def recall(found: Sequence[Row], place: Place) -> Figure | None:

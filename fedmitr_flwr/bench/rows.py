@@ -80,8 +80,8 @@ def rows(results: Results) -> list[Row]:
     """One for each method and place, in the grid's order; then what the clients' models are alone."""
     found: dict[tuple[Place, str, int], list[Entry]] = {}
     for entry in results.entries:
-        told = entry["bench"]
-        found.setdefault((_place(entry), told["label"], told["rounds"]), []).append(entry)
+        place = entry["bench"]
+        found.setdefault((_place(entry), place["label"], place["rounds"]), []).append(entry)
     made = [
         Row(place, _name(entries[0]), label, rounds, _kind(entries[0]), tuple(entries))
         for (place, label, rounds), entries in found.items()
@@ -90,14 +90,16 @@ def rows(results: Results) -> list[Row]:
 
 
 def _place(entry: Entry) -> Place:
-    told = entry["bench"]
-    return Place(told["data"], told["clients"], told["partition"])
+    place = entry["bench"]
+    return Place(place["data"], place["clients"], place["partition"])
 
 
 def _name(entry: Entry) -> str:
-    told = entry["bench"]
+    place = entry["bench"]
     return (
-        f"{told['label']}, {told['rounds']} round{'s' * (told['rounds'] > 1)}" if _by_flower(entry) else told["label"]
+        f"{place['label']}, {place['rounds']} round{'s' * (place['rounds'] > 1)}"
+        if _by_flower(entry)
+        else place["label"]
     )
 
 

@@ -139,13 +139,13 @@ def _costs(found: Sequence[Row]) -> list[str]:
 def _tuned(results: Results) -> list[str]:
     lines = {}
     for entry in results.entries:
-        told = entry["bench"]
-        if told["tuned"]:
-            tried = ", ".join(_trial(trial) for trial in told["tuned"]["tried"])
-            chosen = _settings(told["tuned"]["chosen"]) or "all failed"
-            where = f"{told['tuned']['on']}, seed {told['tuned']['seed']}"
-            lines[told["data"], told["label"], told["rounds"]] = [
-                *(told["data"], f"`{told['label']}`", str(told["rounds"])),
+        place = entry["bench"]
+        if place["tuned"]:
+            tried = ", ".join(_trial(trial) for trial in place["tuned"]["tried"])
+            chosen = _settings(place["tuned"]["chosen"]) or "all failed"
+            where = f"{place['tuned']['on']}, seed {place['tuned']['seed']}"
+            lines[place["data"], place["label"], place["rounds"]] = [
+                *(place["data"], f"`{place['label']}`", str(place["rounds"])),
                 *(chosen, tried, where),
             ]
     if not lines:
@@ -169,8 +169,8 @@ def _missing(results: Results) -> list[str]:
     by_label: dict[str, int] = {}
     for place in results.missing:
         by_label[place["label"]] = by_label.get(place["label"], 0) + 1
-    told = ", ".join(f"`{label}` {count}" for label, count in by_label.items())
-    return [f"Cells without a result: {len(results.missing)} ({told}).", ""]
+    by_method = ", ".join(f"`{label}` {count}" for label, count in by_label.items())
+    return [f"Cells without a result: {len(results.missing)} ({by_method}).", ""]
 
 
 def _origins(results: Results) -> list[str]:

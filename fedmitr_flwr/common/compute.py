@@ -59,7 +59,7 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
 
     Args:
         cgroups: where version 2 of Linux's cgroups is mounted, and `cpu` of version 1 within it.
-        own: what tells the cgroups of this process.
+        own: the file that lists the cgroups of this process.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is for nested parallelism
     if asked.isdecimal() and int(asked):
@@ -115,7 +115,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 def as_made(make: Callable[[A, Event], T], arguments: Iterable[A], at_once: int) -> Generator[tuple[A, T], None, None]:
     """Each argument with `make(argument, over)`, in the order in which they are done by so many threads.
 
-    `over` is set once nobody wants the others, for one has failed or whoever asked is interrupted: raise then. Use it
+    `over` is set when another task fails or the caller stops iterating; tasks should then raise. Use it
     in `contextlib.closing`.
     """
     over = Event()
@@ -165,7 +165,7 @@ def share_memory() -> None:
 
 
 def return_memory() -> None:
-    """Give what nobody uses back to the operating system: otherwise, Python and glibc keep whole models' worth."""
+    """Give unused memory back to the operating system: otherwise, Python and glibc keep whole models' worth."""
     _leave_out_imports()
     gc.collect()
     _glibc("malloc_trim", 0)

@@ -36,7 +36,7 @@ class DiskError(RunError):
 
 
 def unread(what: str, path: Path, error: Exception) -> str:
-    """Why the file that somebody named cannot be read, and the fix; `what` it was to be is told."""
+    """Explain why a user-supplied file cannot be read, with the fix. `what` describes the expected content."""
     if isinstance(error, FileNotFoundError):
         return f"there is no {what} {path}; give the path of one"
     why = (isinstance(error, OSError) and error.strerror) or error

@@ -25,7 +25,7 @@ def fingerprint() -> str:
 def core() -> str:
     """The same over the modules that can change a number whatever the method.
 
-    What runs, draws and tells of experiments is left out, and so are the methods.
+    What starts, draws and reports experiments is left out, and so are the methods.
     """
     return _core_of(_PACKAGE)
 

@@ -81,7 +81,7 @@ def clock(seconds: float) -> str:
 
 
 class Series:
-    """What long work told at each of its steps, to be drawn later."""
+    """Values of each step of long work, to be drawn later."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = {}

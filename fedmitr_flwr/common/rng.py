@@ -28,7 +28,7 @@ def stream(seed: int, *path: str | int) -> torch.Generator:
 
 
 def secret() -> torch.Generator:
-    """A CPU generator that nobody can repeat: its state is of the operating system's entropy, and is told to nobody.
+    """A CPU generator that cannot be repeated: its state is of the operating system's entropy, and is kept nowhere.
 
     The whole state, for of a seed torch takes 32 bits, which one could try all.
     """

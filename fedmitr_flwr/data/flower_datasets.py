@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 # flwr-datasets reads this once, at import, and otherwise posts an event to telemetry.flower.ai for every split loaded.
-# What an experiment reads is nobody else's business; whoever wants to report sets FLWR_TELEMETRY_ENABLED=1.
+# Reporting what an experiment reads is the user's choice: FLWR_TELEMETRY_ENABLED=1.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 

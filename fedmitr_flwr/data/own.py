@@ -42,7 +42,7 @@ SHOWN = 20  # names of unknown classes in one line
 
 @dataclass(frozen=True)
 class Place:
-    """Where a client's own images lie, as its node was told; "" leaves a column's name to the server's settings."""
+    """Where a client's own images lie, as its operator says; "" leaves a column's name to the server's settings."""
 
     path: str
     image_column: str = ""
@@ -53,8 +53,8 @@ def load_own(place: Place, config: Config) -> Images:
     """A client's training images, decoded once per process.
 
     Raises:
-        DataError: they cannot be used. The text tells the server no more than it must know; names of columns, files
-            and classes are in the log of the client.
+        DataError: they cannot be used. The text reveals no more to the server than it must know; names of columns,
+            files and classes are in the log of the client.
     """
     return _load_own(place, config.data, config.model.in_chans, config.model.img_size, config.partition.min_size)
 

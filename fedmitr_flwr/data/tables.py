@@ -330,8 +330,8 @@ def _features(table: Table) -> Mapping[str, Any]:
     """What Hugging Face's metadata says of the columns."""
     text = (table.schema.metadata or {}).get(b"huggingface")
     try:
-        told = json.loads(text)["info"]["features"] if text else None
-        return datasets.Features.from_dict(told) if told else {}
+        features = json.loads(text)["info"]["features"] if text else None
+        return datasets.Features.from_dict(features) if features else {}
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{table.place} has Hugging Face metadata that this version of datasets cannot read; upgrade datasets"

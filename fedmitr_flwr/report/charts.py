@@ -1,4 +1,4 @@
-"""The charts of a run's report: accuracies, confusion, and what was told step by step.
+"""The charts of a run's report: accuracies, confusion, and the losses step by step.
 
 Axes: Y class; a curve is `{"step": [...], "loss": [...], ...}`, as `progress.Series.thin` gives it.
 """
@@ -119,18 +119,18 @@ def _names(batches: Mapping[Any, Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _batches(axis: Any, lines: Sequence[Mapping[str, Any]], stage: str, name: str) -> None:
     """One line for each batch, coloured by its epoch."""
     shown = lines[:: max(1, math.ceil(len(lines) / _MOST_LINES))]
-    told: set[int] = set()
+    labelled: set[int] = set()
     for line in shown:
         epoch = line["epoch"]
-        label = None if epoch in told else f"epoch {epoch + 1}"
-        told.add(epoch)
+        label = None if epoch in labelled else f"epoch {epoch + 1}"
+        labelled.add(epoch)
         values = [100 * value if name == "alive" else value for value in line["curve"][name]]
         axis.plot(line["curve"]["step"], values, color=LINES[epoch % len(LINES)], linewidth=1.1, label=label)
     axis.set_title(f"{stage}: {'alive patches, %' if name == 'alive' else name}", fontsize=10)
     axis.set_xlabel("step", fontsize=9)
     if name == "alive":
         axis.set_ylim(0, 105)
-    if len(told) <= len(LINES):
+    if len(labelled) <= len(LINES):
         axis.legend(fontsize=7.5, frameon=False)
     _plain(axis)
 

@@ -58,11 +58,11 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _picture(uri: str | None, told: str, otherwise: str) -> Markup:
+def _picture(uri: str | None, description: str, otherwise: str) -> Markup:
     """An image, or why there is none; everything is escaped."""
     if uri is None:
         return Markup("<p>{}</p>").format(otherwise)
-    return Markup('<img src="{}" alt="{}">').format(uri, told)
+    return Markup('<img src="{}" alt="{}">').format(uri, description)
 
 
 def _pictures(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, str | None]:

@@ -15,13 +15,13 @@ def data_set(config: Flat) -> str:
 
 def skew(config: Flat) -> str:
     scheme = config["partition.scheme"]
-    told = {
+    names = {
         "dirichlet": f"Dirichlet {config['partition.alpha']:g}",
         "classes-per-client": f"{config['partition.classes-per-client']} classes per client",
         "iid": "IID",
         "own": "images of their own",
     }
-    return told[scheme]
+    return names[scheme]
 
 
 def model(config: Flat) -> str:

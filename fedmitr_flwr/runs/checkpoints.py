@@ -84,8 +84,8 @@ class Checkpoints:
 
     def _key(self, name: str, settings: tuple[str, ...]) -> str:
         deciding = {key: value for key, value in self.config.to_flat().items() if key.startswith(settings)}
-        told = json.dumps([name, deciding, self._circumstances], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        content = json.dumps([name, deciding, self._circumstances], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def _circumstances(self) -> dict[str, object]:

@@ -23,7 +23,7 @@ class Evaluation:
         loss: mean cross-entropy.
         per_class: recall in percent; NaN where there is no image of a class.
         num_examples: how many images.
-        confusion: images by true class (row) and answer (column); empty: not told.
+        confusion: images by true class (row) and answer (column); empty: not known.
     """
 
     accuracy: float

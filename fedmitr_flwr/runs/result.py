@@ -53,7 +53,7 @@ def build(
         bytes_down: size of what each client got.
         client_seconds: how long each client trained.
         server_seconds: how long it took to make the model of the uploads, without evaluation.
-        peak_memory: bytes, as `compute.peak_memory` tells them, of the process that did it.
+        peak_memory: bytes, as of `compute.peak_memory`, of the process that did it.
         confusion: images by true class (row) and answer (column), in the order of `per_class`.
         synthetic_images: how many were made.
         more: anything else that a method reports; it is kept under its own name.
@@ -138,7 +138,7 @@ def _is_config(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(type(each) in kinds for each in value.values())
 
 
-# What every result has; parts that only some have are looked at by whoever shows them.
+# What every result has; parts that only some have are checked where they are shown.
 _SHAPE: Mapping[str, Callable[[object], bool]] = {
     "method": lambda value: isinstance(value, str),
     "accuracy": _is_accuracy,

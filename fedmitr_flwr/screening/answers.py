@@ -34,7 +34,7 @@ SUSPECT = 0.5  # of `Names.kept`: below it a client is judged again, by all othe
 STRANGE = 0.3
 INFORMED = 0.18  # of `Names.gain`: below it a model says too little about any class to be judged
 UNSURE = 0.9  # of the clients' median of `Names.sure`
-ALIKE = 0.35  # of the clients' median of `Names.told`
+ALIKE = 0.35  # of the clients' median of `Names.information`
 ANY = 0.6  # of `_led`: a model below it can be led to some names only, and has learned these
 
 
@@ -47,15 +47,15 @@ class Names:
         chance: what answers as frequent would be right by chance.
         best: `right`, if the model's names were exchanged among each other for the best.
         sure: mean probability of whatever class is the likeliest, less that of an even guess.
-        told: in nats, what an answer says of the image that it was given to: the entropy of the mean answer, less the
-            mean entropy of an answer.
+        information: mutual information of image and answer, in nats: the entropy of the mean answer, less the mean
+            entropy of an answer.
     """
 
     right: float
     chance: float
     best: float
     sure: float
-    told: float
+    information: float
 
     @property
     def gain(self) -> float:
@@ -79,8 +79,8 @@ class Names:
         chance = (share_YC.sum(1) * share_YC.sum(0)).sum().item()
         rows, names = linear_sum_assignment(share_YC.cpu().numpy(), maximize=True)
         sure = probabilities_MC.max(1).values.mean().item() - 1 / classes
-        told = (_entropy(probabilities_MC.mean(0)) - _entropy(probabilities_MC).mean()).item()
-        return cls(share_YC.diag().sum().item(), chance, share_YC[rows, names].sum().item(), sure, told)
+        information = (_entropy(probabilities_MC.mean(0)) - _entropy(probabilities_MC).mean()).item()
+        return cls(share_YC.diag().sum().item(), chance, share_YC[rows, names].sum().item(), sure, information)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ def strange_answers(uploads: Sequence[Upload], config: Config, device: torch.dev
 
 def _unsure(answers: Sequence[tuple[Upload, Names]]) -> Iterator[tuple[Upload, Finding]]:
     sure = median(names.sure for _, names in answers)
-    told = median(names.told for _, names in answers)
+    usual = median(names.information for _, names in answers)
     for upload, names in answers:
-        if names.sure < UNSURE * sure and names.told < ALIKE * told:
+        if names.sure < UNSURE * sure and names.information < ALIKE * usual:
             text = (
-                f"it answers all images nearly alike and is sure of none ({names.told:.2f} nats an image, the median "
-                f"is {told:.2f}): was it trained at all?"
+                f"it answers all images nearly alike and is sure of none ({names.information:.2f} nats an image, the "
+                f"median is {usual:.2f}): was it trained at all?"
             )
-            yield upload, Finding(upload.client, "unsure", names.told, text)
+            yield upload, Finding(upload.client, "unsure", names.information, text)
 
 
 def _led(upload: Upload, images_per_class: int, config: Config, device: torch.device) -> float:

@@ -7,7 +7,7 @@ the others' [M]. Two numbers tell, whatever classes a client has, and whatever s
   reaches along the others'. Features that are turned around reach as far back, sums of zeros nowhere.
 - The others' statistics give a classifier, linear discriminant analysis, without this client: what it says of the
   mean feature of each of the client's classes. As with answers (`answers.Names`), it counts what share of the classes
-  that it tells apart it calls by the client's names. Each class of each other client is a reference of its own, and the
+  that it separates it calls by the client's names. Each class of each other client is a reference of its own, and the
   nearest decides: one liar among the others cannot make an honest client wrong that agrees with a third.
 
 Shapes: K uploads, D numbers in a feature, Y classes, R references (one for each other client and class), C classes that
@@ -34,7 +34,7 @@ CLEAR_NAMED = 0.25
 
 IMAGES = 20  # of a class, for a client's mean to be a reference
 COMPARED = 0.5  # of a client's images, in classes that two others have: below it nothing is said
-TOLD = 0.1  # of `Names.gain`: below it the classes cannot be told apart
+SEPARABLE = 0.1  # of `Names.gain`: below it the classes cannot be separated
 SHRINKAGE = 0.5  # of the covariance within classes: few images of many numbers
 
 
@@ -69,8 +69,8 @@ def _by_reach(uploads: Sequence[Upload], norm: Norm | None) -> Finding | None:
 
 def _by_names(uploads: Sequence[Upload]) -> Finding | None:
     every = [statistics_of(upload) for upload in uploads]
-    told = [named([*every[:k], *every[k + 1 :]], statistics) for k, statistics in enumerate(every)]
-    judged = [(names.kept, k) for k, names in enumerate(told) if names and names.gain > TOLD]
+    names_of = [named([*every[:k], *every[k + 1 :]], statistics) for k, statistics in enumerate(every)]
+    judged = [(names.kept, k) for k, names in enumerate(names_of) if names and names.gain > SEPARABLE]
     if not judged or min(judged)[0] >= NAMED:
         return None
     kept, worst = min(judged)

@@ -17,7 +17,7 @@ from ..uploads.updates import gram
 from ..uploads.upload import Upload
 from .findings import Finding
 
-FEWEST = 3  # uploads; of two that differ nobody can tell which one is unusual
+FEWEST = 3  # uploads; of two that differ either may be the unusual one
 
 NORM_Z = 5.0
 NORM_SPREAD = 0.25  # least deviation of the log of a norm, lest clients that are nearly equal make each other unusual
@@ -156,7 +156,7 @@ def _owners(uploads: Sequence[Upload], owned_K: Tensor) -> Iterator[Finding]:
         if owned > OWNS:
             text = (
                 f"it says that it has {upload.num_examples} images, {owned:.4g} times those of all others together: "
-                "weighted by size, nobody else counts; set ensemble.weights = 'uniform', or lower screen.max-images"
+                "weighted by size, no other client counts; set ensemble.weights = 'uniform', or lower screen.max-images"
             )
             clear = owned > CLEAR_OWNS and len(uploads) >= FEWEST
             yield Finding(upload.client, "size", owned, text, clear=clear)

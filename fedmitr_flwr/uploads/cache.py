@@ -33,8 +33,8 @@ def key_of(facts: Mapping[str, object], initial: Weights, images: Images, device
         images: what it trains on.
         device: where it runs.
     """
-    told = {**facts, "code": core(), "versions": versions(), "device": device.type}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    deciding = {**facts, "code": core(), "versions": versions(), "device": device.type}
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     hash_tensors(digest, {**initial, "images/pixels": images.pixels, "images/labels": images.labels})
     return digest.hexdigest()
 
