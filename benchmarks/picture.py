@@ -1,4 +1,4 @@
-"""Draw the picture of README.md: real images, inverted ones, and these with halted patches faded.
+"""Draw the picture of README.md: real images, inverted ones, and these with halted patches blue.
 
     fedmitr run -c configs/digits.toml --name picture
     python benchmarks/picture.py ~/fedmitr-runs/picture docs/images.png
@@ -19,7 +19,8 @@ from torch import Tensor
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-CLASSES, FADED = 10, 0.25
+CLASSES = 10
+BLUE, FADED = torch.tensor([0.36, 0.55, 0.95]), 0.6  # as in a run's images.png: halted patches
 
 
 def first_of_each(labels: Tensor) -> Tensor:
@@ -34,19 +35,15 @@ def alive_pixels(alive: Tensor, side: int) -> Tensor:
 
 
 def rows(pool: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """(name, images (10, side, side) between 0 and 1) of each row."""
+    """(name, images (10, side, side, 3) between 0 and 1) of each row."""
     digits = load_digits()
     real = torch.as_tensor(digits.images)[first_of_each(torch.as_tensor(digits.target))] / 16
     chosen = first_of_each(pool["targets"])
-    inverted = pool["images"][chosen].float().mean(1)
-    low, high = inverted.amin((1, 2), keepdim=True), inverted.amax((1, 2), keepdim=True)
-    inverted = (inverted - low) / (high - low)
+    inverted = (pool["images"][chosen].float().mean(1) / 2 + 0.5).clamp(0, 1)  # normalised by 0.5 and 0.5
     alive = alive_pixels(pool["alive"][chosen], inverted.shape[-1])
-    return [
-        ("real", real),
-        ("inverted", inverted),
-        ("halted", torch.where(alive, inverted, 1 - FADED * (1 - inverted))),
-    ]
+    grey = inverted[..., None].expand(-1, -1, -1, 3)
+    halted = torch.where(alive[..., None], grey, (1 - FADED) * grey + FADED * BLUE)
+    return [("real", real[..., None].expand(-1, -1, -1, 3)), ("inverted", grey), ("halted", halted)]
 
 
 def main(run: Path, target: Path) -> None:
@@ -54,7 +51,7 @@ def main(run: Path, target: Path) -> None:
     figure, axes = plt.subplots(len(drawn), CLASSES, figsize=(CLASSES, len(drawn) + 0.1), dpi=100)
     for (name, images), line in zip(drawn, axes, strict=True):
         for image, place in zip(images, line, strict=True):
-            place.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            place.imshow(image.numpy())
             place.set_xticks([])
             place.set_yticks([])
         line[0].set_ylabel(name)
