@@ -6,6 +6,7 @@ Commands run as they stand there, on a budget that takes seconds: `SMALL` is put
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -165,6 +166,28 @@ def test_bad_input_is_refused_in_the_readme_s_words(
     for words, told in examples:
         assert main(shlex.split(words)) == 2
         assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_the_picture_fades_halted_patches_to_blue(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "picture.py"))
+    alive = torch.ones(20, 16, dtype=torch.bool)
+    alive[10, 0] = False  # the first image of class 0
+    pool = {
+        "images": torch.ones(20, 1, 8, 8),
+        "alive": alive,
+        "targets": torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 1, *[0] * 10]),
+    }
+    (_, real), (_, inverted), (_, halted) = script["rows"](pool)
+    assert real.shape == inverted.shape == halted.shape == (10, 8, 8, 3)
+    assert (inverted == 1).all()
+    red = halted[0, ..., 0] < 1
+    assert red[:2, :2].all()  # a patch is 2 x 2 pixels
+    assert red.sum() == 4
+    assert (halted[1:] == 1).all()
+    save_file(pool, tmp_path / "pool.safetensors")
+    script["main"](tmp_path, tmp_path / "images.png")
+    with Image.open(tmp_path / "images.png") as image:
+        assert image.size == (1000, 310)
 
 
 def test_the_example_of_a_method_is_a_method(tmp_path: Path) -> None:
