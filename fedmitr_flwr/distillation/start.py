@@ -116,7 +116,7 @@ def choose_start(student: VisionTransformer, pool: Pool, config: Config) -> floa
 def likeness(student: VisionTransformer, pool: Pool, batch_size: int = 256) -> float:
     """The mean cosine of centred answers of student and ensemble, over the images of the pool's first view.
 
-    A longer way makes answers longer, and a divergence would weigh that against what they say (docs/adr/0026).
+    A longer way makes answers longer, and a divergence would weigh that against what they say (docs/LOG.md).
     """
     view = pool.views[0]
     total = 0.0

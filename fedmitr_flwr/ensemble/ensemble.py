@@ -205,7 +205,7 @@ def combine_answers(
 
     `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture; with `trim` > 0 of
     the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`). p is the softmax of
-    z / `temperature`: at 1, teachers that are all but certain differ by less than their weights do (docs/adr/0025).
+    z / `temperature`: at 1, teachers that are all but certain differ by less than their weights do (docs/LOG.md).
     `joint`: τ log Σ w exp((z - z̄) / τ), τ the temperature, z̄ the mean over classes: the mixture before each teacher is
     normalised, in which one that is stirred by an image says more than one that is not. Logits are read as the density
     of image and class, as in JEM (Grathwohl et al. 2020) [C]. Large τ: the mean of centred logits, small: the maximum.

@@ -82,7 +82,7 @@ def roll_and_flip(
     """Roll each image by up to `roll` whole patches along each axis, and mirror it with probability 1/2 if `flip`.
 
     A roll by whole patches moves tokens, not pixels: only positions change, so no halted pixel can leak into an alive
-    token (docs/adr/0004). A mirrored image's patches are mirrored too.
+    token (docs/LOG.md). A mirrored image's patches are mirrored too.
     """
     batch, device = len(positions_BK), positions_BK.device
     rows, columns = positions_BK // grid, positions_BK % grid
