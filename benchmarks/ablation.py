@@ -12,6 +12,7 @@ synthetic images of which a model that was trained on all clients' images in one
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ PRETRAINED: Parts = {  # from the settings of a file; few lines, for the better 
     "Start of the student": [{"distill.init": "average"}, {"distill.init": "initial"}],
 }
 SAME_IMAGES = ("relabel.", "distill.init", "distill.extrapolate")
-HEAD = ("Part", "Changed", "Student", "Difference", "Ensemble", "One-round FedAvg", "Agreement", "Server, s")
+HEAD = ("Changed", "Student", "Difference", "Ensemble", "FedAvg", "Agreement", "Server, s")
 UNCHANGED = "unchanged"
 UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True, "screen.mode": "off"}
 
@@ -139,14 +140,14 @@ def block(results: Path) -> str:
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
-    """One file: a table for each part, and where they come from."""
+    """One file: a table with a line above each part, and where it comes from."""
     rows, config = content["rows"], content["config"]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     return [
-        f"### {data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}",
+        f"### Ablation: {data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}",
         "",
-        f"Seeds {seeds}; {measure(config).lower()} in percent, last epoch, mean ± sample standard deviation (n). The "
-        "difference is the student's to that of the unchanged settings, seed by seed.",
+        f"Seeds {seeds}; {measure(config).lower()} in percent, last epoch. Student, and difference from the unchanged "
+        "student seed by seed: mean ± sample standard deviation (n). The other columns are means.",
         "",
         *table(HEAD, cells(rows)),
         "",
@@ -160,18 +161,21 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
     for row in rows:
         found.setdefault(named(row["changes"]), []).append(row)
     default = {row["seed"]: row["accuracy"]["student"] for row in found[UNCHANGED]}
-    table_lines = []
+    table_lines: list[list[str]] = []
+    part = None
     for name, same in found.items():
+        if name != UNCHANGED and same[0]["part"] != part:
+            part = same[0]["part"]
+            table_lines.append([f"*{part}*", *[""] * (len(HEAD) - 1)])
+        students = [row["accuracy"]["student"] for row in same]
         table_lines.append(
             [
-                same[0]["part"],
                 f"`{name}`",
-                spread(row["accuracy"]["student"] for row in same),
+                spread(students),
                 spread(row["accuracy"]["student"] - default[row["seed"]] for row in same),
-                spread(row["accuracy"]["ensemble"] for row in same),
-                spread(row["accuracy"]["fedavg"] for row in same),
-                spread(row["agreement"] for row in same),
-                spread((sum(row["seconds"].values()) for row in same), 0),
+                *(f"{mean(row['accuracy'][key] for row in same):.1f}" for key in ("ensemble", "fedavg")),
+                f"{mean(row['agreement'] for row in same):.1f}",
+                f"{mean(sum(row['seconds'].values()) for row in same):.0f}",
             ]
         )
     return table_lines

@@ -1,6 +1,6 @@
 """How much would leak if rolls were by single pixels: halted pixels inside alive tokens, simulated.
 
-    python benchmarks/roll_leak.py        prints the table of docs/adr/0004-rolls.md
+    python benchmarks/roll_leak.py        prints the table behind docs/LOG.md
 
 A roll is by up to an eighth of the side along each axis, as SMI's. The alive patches lie at random or in one cluster.
 After the roll the alive tokens stand where they stood ("stay"), or, which is the least that can leak, where the most

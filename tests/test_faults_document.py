@@ -38,16 +38,22 @@ def test_a_fault_becomes_a_line() -> None:
     assert SCRIPT["fault_lines"](rows)[2:] == [
         "| disk full | `client 1: no room \\| wait`<br>`again` | `uploads/client_0.safetensors`<br>"
         "`work/images-0-0.safetensors` | resume-from | b | a, b 2x |",
-        "| restart | nothing | everything | resume-from | nobody | nobody |",
+        "| restart | nothing | everything | resume-from | none | none |",
         "| killed | nothing | no upload | resume-from | a, b | a, b |",
     ]
 
 
+def test_flower_s_own_lines_are_left_out() -> None:
+    reads = ["Exit Code: 201", "client 1 failed", "1 of 2 uploads are in RUN/uploads and 2 are needed"]
+    assert "| killed | `client 1 failed` | no upload |" in SCRIPT["fault_lines"]([fault("killed", reads=reads)])[2]
+
+
 def test_a_soak_becomes_lines() -> None:
     step = {"seed": 2, "step": "quorum 0.9", "failing": 10, "asked": 50, "uploads": 40, "refused": 2, "seconds": 61.7}
-    assert SCRIPT["soak_lines"]([step | {"status": 1}, step | {"status": 0, "uploads": 50}])[2:] == [
-        "| 2 | quorum 0.9 | 50 | failed | 40 | 2 | 62 |",
-        "| 2 | quorum 0.9 | 50 | completed | 50 | 2 | 62 |",
+    rows = [step | {"status": 1}, step | {"status": 1, "seed": 3, "refused": 4, "seconds": 70.2}]
+    assert SCRIPT["soak_lines"]([*rows, step | {"status": 0, "uploads": 50}])[2:] == [
+        "| quorum 0.9 | 2 | 50 | failed | 40 | 2 to 4 | 62 to 70 |",
+        "| quorum 0.9 | 1 | 50 | completed | 50 | 2 | 62 |",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/performance.md: figures by hand, refused files, and documents that are up to date."""
+"""Tables of README.md and docs/: figures by hand, refused files, and documents that are up to date."""
 
 import json
 import re
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package:
 import ablation
 import table as results_table
 
+from fedmitr_flwr.bench.markup import spread
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.text import read_flat
@@ -46,9 +47,8 @@ def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    marks = {"README.md": ["results", "rivals"], "performance.md": ["speed", "routing"], "benchmark.md": ["bench"]}
-    marks["ablation.md"] = ["ablation"]
-    marks["security.md"] = ["hostile", "privacy"]
+    marks = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
+    marks |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
     for name, blocks in marks.items():
         text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -58,9 +58,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *words: str) -> int:
-    names = ("README", "performance", "ablation", "benchmark", "security")
-    documents = [f"--{name.lower()}={folder / name}.md" for name in names]
-    return results_table.main([*documents, f"--results={folder / 'results'}", *words])
+    return results_table.main(
+        [f"--readme={folder / 'README.md'}", f"--docs={folder}", f"--results={folder / 'results'}", *words]
+    )
 
 
 def write(folder: Path, name: str, content: object) -> None:
@@ -69,63 +69,62 @@ def write(folder: Path, name: str, content: object) -> None:
 
 def test_mean_and_sample_deviation() -> None:
     # mean (50 + 54 + 64) / 3 = 56; squares 36 + 4 + 64 = 104; 104 / (3 - 1) = 52; √52 = 7.211
-    assert results_table.spread([50.0, 54.0, 64.0]) == "56.0 ± 7.2 (3)"
-    assert results_table.spread([50.0, None]) == "50.0 (1)"
-    assert results_table.spread([None]) == "-"
+    assert spread([50.0, 54.0, 64.0]) == "56.0 ± 7.2 (3)"
+    assert spread([50.0, None]) == "50.0 (1)"
+    assert spread([None]) == "-"
 
 
-def test_a_study_becomes_a_table(folder: Path) -> None:
+def test_a_study_becomes_a_line_and_its_grid_a_table(folder: Path) -> None:
     rows = [row(0, 50.0), row(1, 54.0), row(2, 64.0), row(0, 44.0, "none"), row(1, 44.0, "none"), row(2, 44.0, "none")]
     write(folder, "digits.json", a_study(rows))
     assert run(folder) == 0
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results -->\n\n### digits, Dirichlet 0.3, 5 clients, small ViT, 8 px\n")
-    assert "<!-- /results -->\nafter\n" in text
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- studies -->\n\nSeeds 0, 1, 2; test accuracy in percent, last epoch, ")
+    assert "<!-- /studies -->\nafter\n" in text
     assert "old" not in text
-    assert "| 25.0 ± 0.0 (3) | 40.0 ± 0.0 (3) |\n" in text  # the uploads' own, once for each seed
-    # 10, 14 and 24 points over FedAvg; 62.5, 67.5 and 80 % of the ensemble: mean 70, √(56.25 + 6.25 + 100) / √2 = 9.01
-    assert (
-        "| sparse | tokens (default) | 80.0 ± 0.0 (3) | 56.0 ± 7.2 (3) | 16.0 ± 7.2 (3) | 70.0 ± 9.0 (3) | 16 ± 0 (3) |"
-        in text
-    )
-    assert "| sparse | none | 80.0 ± 0.0 (3) | 44.0 ± 0.0 (3) | 4.0 ± 0.0 (3) | 55.0 ± 0.0 (3) | 16 ± 0 (3) |" in text
-    assert "Command: `python benchmarks/digits.py --seeds 0,1,2`" in text
+    # clients alone and FedAvg once for each seed; 62.5, 67.5 and 80 % of the ensemble: mean 70, √162.5 / √2 = 9.01
+    own = "80.0 ± 0.0 (3) | 56.0 ± 7.2 (3) | 70.0 ± 9.0 (3) | 16 ± 0 (3) |"
+    assert f"| digits, Dirichlet 0.3 | 25.0 ± 0.0 (3) | 40.0 ± 0.0 (3) | {own}" in text
+    assert f"| sparse | tokens (default) | {own}" in text
+    assert "| sparse | none | 80.0 ± 0.0 (3) | 44.0 ± 0.0 (3) | 55.0 ± 0.0 (3) | 16 ± 0 (3) |" in text
+    assert "Commands: `python benchmarks/digits.py --seeds 0,1,2`." in text
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
 
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    shown = "25.0 ± 0.0 (3) | 40.0 ± 0.0 (3) | - | 56.0 ± 7.2 (3) | 70.0 ± 9.0 (3) | - |"
+    assert f"| digits, Dirichlet 0.3 | {shown}" in readme
 
-def test_lines_that_a_study_tells_stand_beside_the_clients(folder: Path) -> None:
-    told = [
-        {"methods": {"regmean": 44.0 + 4 * seed}, "ensembles": {"uniform": 60.0 + 2 * seed, "counts": 70.0}}
-        for seed in (0, 1)
-    ]
-    rows = [row(seed, 50.0) | told[seed] for seed in (0, 1)]
+
+def test_ensembles_by_other_weights_have_a_table(folder: Path) -> None:
+    rows = [row(seed, 50.0) | {"ensembles": {"uniform": 60.0 + 2 * seed, "counts": 70.0}} for seed in (0, 1)]
     write(folder, "digits.json", a_study(rows))
     assert run(folder) == 0
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| Clients alone, mean | One-round FedAvg | regmean | Ensemble, by uniform | Ensemble, by counts |\n" in text
-    assert "| 25.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 46.0 ± 2.8 (2) | 61.0 ± 1.4 (2) | 70.0 ± 0.0 (2) |\n" in text
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "| Setting | uniform | counts |\n" in text
+    assert "| digits, Dirichlet 0.3 | 61.0 ± 1.4 (2) | 70.0 ± 0.0 (2) |\n" in text
+    assert "| Inversion |" not in text  # one pair of inversion and relabelling is no grid
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_table_says_whether_it_is_of_test_or_of_validation_images(folder: Path, share: float) -> None:
     write(folder, "digits.json", a_study([row(0, 50.0)]) | facts(**{"data.validation": share}))
     assert run(folder) == 0
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    counted = {word: text.count(f"{word} accuracy in percent") for word in ("Test", "Validation")}
-    assert counted == ({"Test": 0, "Validation": 1} if share else {"Test": 1, "Validation": 0})
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    counted = {word: text.count(f"{word} accuracy in percent") for word in ("test", "validation")}
+    assert counted == ({"test": 0, "validation": 1} if share else {"test": 1, "validation": 0})
 
 
 def test_check_sees_what_is_out_of_date_and_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder, "digits.json", a_study([row(0, 50.0)]))
-    before = (folder / "README.md").read_bytes()
+    before = (folder / "results.md").read_bytes()
     assert run(folder, "--check") == 1
     assert "out of date; run: python benchmarks/table.py" in capsys.readouterr().err
-    assert (folder / "README.md").read_bytes() == before
+    assert (folder / "results.md").read_bytes() == before
     assert run(folder) == 0
-    written = (folder / "README.md").read_bytes()
+    written = (folder / "results.md").read_bytes()
     assert run(folder, "--check") == 0
     assert run(folder) == 0
-    assert (folder / "README.md").read_bytes() == written
+    assert (folder / "results.md").read_bytes() == written
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,8 @@ def test_a_bad_file_is_named(folder: Path, text: str, told: str, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("document", "mark"), [("README.md", "results"), ("performance.md", "speed"), ("performance.md", "routing")]
+    ("document", "mark"),
+    [("README.md", "glance"), ("results.md", "bench"), ("performance.md", "speed"), ("performance.md", "routing")],
 )
 def test_a_document_without_the_marks_is_refused(
     folder: Path, document: str, mark: str, capsys: pytest.CaptureFixture[str]
@@ -196,7 +196,7 @@ def test_speeds_become_a_table(folder: Path) -> None:
     assert "Command: `python benchmarks/inversion_speed.py --teachers 2`" in text
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("before\n<!-- results -->\n\nNo results are committed yet.\n\n<!-- /results -->\nafter\n")
+    assert readme.startswith("before\n<!-- glance -->\n\nNo results are committed yet.\n\n<!-- /glance -->\nafter\n")
 
 
 def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Path) -> None:
@@ -282,10 +282,10 @@ def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None
     rows += [ablated(seed, {"distill.shift": True}, student) for seed, student in ((0, 52.0), (1, 66.0))]
     write(folder, "ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
     assert run(folder) == 0
-    text = (folder / "ablation.md").read_text(encoding="utf-8")
-    shared = "80.0 ± 0.0 (2) | 40.0 ± 0.0 (2) | 90.0 ± 0.0 (2) | 12 ± 0 (2) |"
-    assert f"| Images | `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}" in text
-    assert f"| Images | `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    shared = "80.0 | 40.0 | 90.0 | 12 |"
+    assert f"| `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}\n| *Images* |" in text
+    assert f"| `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
 
 
 @pytest.mark.parametrize(("file", "parts"), [("digits", ablation.SCRATCH), ("cifar10_deit", ablation.PRETRAINED)])
@@ -300,26 +300,30 @@ def test_an_ablation_changes_something_in_every_line(file: str, parts: ablation.
         assert all(changed[key] != value for key, value in before.to_flat().items() if key in changes), changes
 
 
-def test_a_bench_becomes_a_section_of_its_document_with_its_pictures(folder: Path) -> None:
-    made = bench_fakes.results([bench_fakes.an_entry("fedmitr", 50.0), bench_fakes.an_entry("lda", 60.0)])
+def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(folder: Path) -> None:
+    share = {"accuracy": {"student": 50.0, "fedavg": 40.0, "ensemble": 80.0, "local": [20.0, None, 30.0, 40.0]}}
+    told = {"worst_class": 40.0, "per_class": {"cat": 60.0, "dog": 40.0}}
+    entry = bench_fakes.an_entry("fedmitr", 50.0)
+    entry["accuracy"] = share["accuracy"] | told
+    made = bench_fakes.results([entry, bench_fakes.an_entry("lda", 60.0)])
     bench = folder / "results" / "bench" / "cpu"
     (bench / "figures").mkdir(parents=True)
     save(made, bench / "results.jsonl")
     for name in ("digits-K4-bytes", "digits-K4-recall-iid"):
         (bench / "figures" / f"{name}.png").touch()
+    (folder / "results" / "bench" / "smoke").mkdir()  # a trial: every method once, and no numbers to compare
+    save(made, folder / "results" / "bench" / "smoke" / "results.jsonl")
     assert run(folder) == 0
-    text = (folder / "benchmark.md").read_text(encoding="utf-8")
-    assert "<!-- bench -->\n\n### fakes\n\n#### digits, 4 clients, small ViT, 8 px\n" in text
-    assert "| `lda` | **60.0 (1)** |" in text
-    path = "benchmarks/results/bench/cpu/figures/digits-K4"
-    assert text.index(f"![cpu: digits K4 bytes](../{path}-bytes.png)") < text.index(f"(../{path}-recall-iid.png)")
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "<!-- bench -->\n\n### digits, 4 clients, small ViT, 8 px\n" in text
+    assert text.count("| `lda` | **60.0 (1)** |") == 1
+    assert "partitions and seeds: `fedmitr` 2 (2), `lda` 2 (2)." in text  # 2 seconds of the server; 1 and 3 MB up
+    path = "../benchmarks/results/bench/cpu/figures/digits-K4"
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [f"{path}-bytes.png"]
+    assert "Command: `fedmitr bench configs/bench/cpu.toml`\n\nMachine: Abacus, 2 cores." in text
 
-    readme = (folder / "README.md").read_text(encoding="utf-8").partition("<!-- rivals -->")[2]
-    assert "| `lda` | **60.0 (1)** |" in readme
-    assert re.findall(r"!\[.*?\]\((.*?)\)", readme) == [f"{path}-bytes.png"]
-    assert "fedmitr bench configs/bench/cpu.toml" in readme
-    assert "Recall of the worst class" in text
-    assert "Recall of the worst class" not in readme
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| digits, Dirichlet 0.3 | 30.0 (1) | 40.0 (1) | - | 50.0 (1) | 62.5 (1) | 60.0 (1) |" in readme
 
     (folder / "results" / "bench" / "other").mkdir()
     (folder / "results" / "bench" / "other" / "results.jsonl").write_text("{}")

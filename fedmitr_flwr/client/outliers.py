@@ -5,7 +5,7 @@ is needed [M]: batches are in turn, by chance, of own images on their side, and 
 order. Where images have no up (from above, or under a microscope), a turned one is an image of its class: leave it off.
 
 Dead leaves, which inversion starts from, are no part of it: of teachers that name no class on them the student learns
-less (docs/log.md).
+less (docs/LOG.md).
 
 Shapes: B images, N patches, E numbers in a patch, Y classes.
 """

@@ -77,7 +77,7 @@ def choose_start(student: VisionTransformer, said_MY: Tensor, pool: Pool, config
 def likeness(student: VisionTransformer, said_MY: Tensor, pool: Pool) -> float:
     """The mean cosine of centred answers of student and ensemble, which `said_MY`, over the pool's first view.
 
-    A longer way makes answers longer, and a divergence would weigh that against what they say (docs/adr/0026).
+    A longer way makes answers longer, and a divergence would weigh that against what they say (docs/LOG.md).
     """
 
     def ask(patches: Tensor, positions: Tensor) -> Tensor:

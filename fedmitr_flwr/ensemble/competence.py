@@ -56,7 +56,7 @@ def tells_apart(probabilities_KMY: Tensor, competence_KY: Tensor, targets_M: Ten
     """In 0..1, (K, Y): 0 for a teacher that says y of all images alike, 1 where it says it `TELLS` less of the others.
 
     A client of one class is sure of it whatever it sees. By competence alone it would have the class to itself, and the
-    ensemble would see that class everywhere (docs/adr/0009).
+    ensemble would see that class everywhere (docs/LOG.md).
     """
     images_Y = torch.bincount(targets_M, minlength=probabilities_KMY.shape[2])
     elsewhere_KY = (probabilities_KMY.sum(1) - _said_of_own(probabilities_KMY, targets_M)) / (

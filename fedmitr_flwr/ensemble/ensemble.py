@@ -16,7 +16,7 @@ from .routing import Routing, everyone
 from .teachers import Question, Teachers
 
 # Of each teacher's softmax, in `probs` and in importance: at 1, teachers that are all but certain differ by less than
-# their weights do (docs/adr/0025).
+# their weights do (docs/LOG.md).
 TEMPERATURE = 3.0
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)

@@ -1,7 +1,7 @@
 """What an inversion starts from: white noise, or drawn images of nobody, which look more like pictures.
 
 Optimisation changes a start where the teachers look, and hardly elsewhere; patches that are halted stay as they are.
-What the start is like therefore stays visible in the images by which the student learns to see (docs/adr/0013, 0029).
+What the start is like therefore stays visible in the images by which the student learns to see (docs/LOG.md).
 
 Shapes: B images, C channels, S x S pixels.
 """

@@ -2,7 +2,7 @@
 
 RegMean (Jin et al. 2023) [C] merges models in closed form if each client tells the second moments of its layers'
 inputs. Whole, they are as large as the weights. Here a client tells the `upload.directions` leading directions of each,
-and one number for all the others [M]: docs/adr/0028-regmean.md.
+and one number for all the others [M]: docs/LOG.md.
 
 Shapes: n images, I inputs of a layer, one of them the constant 1 of its bias, R = min(`upload.directions`, I)
 directions, L layers.
