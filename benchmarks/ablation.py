@@ -44,36 +44,17 @@ SCRATCH: Parts = {
         {"ensemble.weights": "size"},
         {"ensemble.weights": "counts"},
         {"ensemble.weights": "learned"},
-        {"ensemble.temperature": 1.0},
         {"ensemble.combine": "logits"},
-        {"ensemble.combine": "logp"},
-        {"ensemble.combine": "joint"},
-        {"ensemble.teach": "probs"},
     ],
     "Images": [
         {"inversion.mode": "dense"},
-        {"inversion.mode": "pri"},
-        {"inversion.start": "noise"},
-        {"inversion.start": "objects"},
-        {"inversion.disagree": 1.0},
+        {"inversion.mode": "pri4"},
         {"inversion.steps": 30, "distill.images-per-epoch": 500, "distill.passes": 10},
     ],
     "Relabelling": [{"relabel.mode": "none"}, {"relabel.mode": "drop"}, {"relabel.mode": "complement"}],
-    "Distillation": [
-        {"distill.soft": "kl"},
-        {"distill.high": 0.0},
-        {"distill.high": 1.0},
-        {"distill.low": 0.0},
-        {"distill.mix": "none"},
-        {"distill.keep": 1.0},
-        {"distill.shift": True},
-        {"distill.teachers": "cached"},
-        {"distill.ema": 0.998},
-    ],
     "Start of the student": [
         {"distill.init": "initial"},
         {"distill.init": "classwise"},
-        {"distill.init": "layerwise"},
         {"distill.extrapolate": 0.0},
     ],
     "Clients": [
@@ -87,13 +68,11 @@ SCRATCH: Parts = {
 }
 PRETRAINED: Parts = {  # from the settings of a file; few lines, for the better part of an hour a seed
     "Nothing": [{}],
-    "Images": [{"inversion.mode": "pri"}],
+    "Images": [{"inversion.mode": "pri4"}],
     "Relabelling": [{"relabel.mode": "none"}],
-    "Distillation": [{"distill.mix": "none"}, {"distill.teachers": "cached"}],
-    "Start of the student": [{"distill.init": "average"}, {"distill.init": "layerwise"}, {"distill.init": "initial"}],
+    "Start of the student": [{"distill.init": "average"}, {"distill.init": "initial"}],
 }
-SAME_IMAGES = ("relabel.", "distill.soft", "distill.high", "distill.low", "distill.mix", "distill.keep")
-SAME_IMAGES += ("distill.shift", "distill.teachers", "distill.ema", "distill.init", "distill.extrapolate")
+SAME_IMAGES = ("relabel.", "distill.init", "distill.extrapolate")
 HEAD = ("Changed", "Student", "Difference", "Ensemble", "FedAvg", "Agreement", "Server, s")
 UNCHANGED = "unchanged"
 UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True, "screen.mode": "off"}

@@ -1,6 +1,6 @@
 """Digits, Dirichlet 0.3, 5 clients: the student against its rivals, and the ablation, on identical uploads.
 
-For each seed the clients train once; every cell of {dense, sparse, pri} x {none, drop, tokens} then fuses the same
+For each seed the clients train once; every cell of {dense, sparse, pri4} x {none, drop, tokens} then fuses the same
 uploads. All other settings are those of `make demo`, configs/digits.toml. The last epoch is reported; no setting was
 chosen on these seeds.
 
@@ -20,7 +20,7 @@ from fedmitr_flwr.methods import fedmitr
 from fedmitr_flwr.runs.folder import RunFolder
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "digits.toml"
-INVERSION = ("dense", "sparse", "pri")
+INVERSION = ("dense", "sparse", "pri4")
 RELABEL = ("none", "drop", "tokens")
 
 

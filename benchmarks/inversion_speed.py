@@ -1,7 +1,7 @@
 r"""Finished images per second of each inversion mode, against `dense` and against what arithmetic allows.
 
     python benchmarks/inversion_speed.py --model deit_tiny_patch16_224 --img-size 224 --weights FILE \
-        --teachers 1,3 --batch 8 --steps 80 --modes dense,sparse,pri4,pri7 --repeats 3 --json OUT
+        --teachers 1,3 --batch 8 --steps 80 --modes dense,sparse,pri4 --repeats 3 --json OUT
 
 Work is equal: every mode gets the same T, batch, loss, targets and first noise. Each repeat draws (balanced) targets
 and noise anew and runs all arms that share an ensemble one after the other, beginning with another arm each time, so
@@ -10,7 +10,7 @@ finite; the rows keep the mean, least and greatest of these losses. Not in the s
 short runs before, which also check that the steps taken are those that are counted.
 
 FLOPs and bounds (speed/flops.py) are of the optimisation steps only, with a last block that works for [CLS] alone: what
-importance costs shows in "Ratio / bound". MFU is of the FLOP/s of a large matrix product in the same precision, timed
+importance costs shows in "Ratio / bound". MFU is of the FLOP/s of a large matrix product in float32, timed
 here. Peak memory (speed/gauges.py) is the kernel's mark of the process's highest resident size, set back before each
 run, or CUDA's allocator's. Arms share one process, so it holds torch and the teachers too. The teachers are upload
 files in a temporary folder (speed/uploads.py).
@@ -22,7 +22,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add("--teachers", type=list_of(positive), default=[1], metavar="K,...")
     add("--batch", type=positive, default=8, help="targets inverted at once")
     add("--steps", type=positive, default=80, help="T")
-    add("--modes", type=list_of(str), default=["dense", "sparse", "pri4", "pri7"], metavar="MODE,...")
+    add("--modes", type=list_of(str), default=["dense", "sparse", "pri4"], metavar="MODE,...")
     add("--stops", default="0.0125,0.025,0.05,0.075", help="of sparse")
-    add("--drop", type=float, default=0.3, help="of sparse")
     add("--route", type=list_of(float), default=[0.0], metavar="THRESHOLD,...", help="0: all teachers for all images")
-    add("--precision", type=list_of(str), default=["float32"], metavar="float32|tf32|bfloat16,...")
-    add("--teacher-chunk", type=list_of(int), default=[0], metavar="COUNT,...", help="0: all teachers at once")
-    add("--compile", action="store_true")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of the project")
     add("--repeats", type=positive, default=3)
     add("--warmup", type=int, default=1, help="short runs of each arm before the first measured one")
@@ -91,20 +86,19 @@ def parser() -> argparse.ArgumentParser:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured: FLOP/s of the machine, and the rows."""
     device = resolve_device(options.device)
-    precisions = {"float32", *options.precision} | ({"bfloat16"} if device.type == "cuda" else set())
-    peaks = {name: peak_flops(device, name, options.peak_size) for name in sorted(precisions)}
-    print("peak " + ", ".join(f"{flops / 1e9:.0f} GFLOP/s ({name})" for name, flops in peaks.items()), flush=True)
+    peak = peak_flops(device, options.peak_size)
+    print(f"peak {peak / 1e9:.0f} GFLOP/s (float32)", flush=True)
     rows: list[Row] = []
-    for count, chunk in product(options.teachers, options.teacher_chunk):
-        arms = arms_of(count, chunk, options)
+    for count in options.teachers:
+        arms = arms_of(count, options)
         config = config_of(arms[0], options)
         with tempfile.TemporaryDirectory() as folder:
             paths = write_uploads(Path(folder), count, config.model, options.seed)
             ensemble = Ensemble.of([load(path) for path in paths], config.model, config.ensemble).to(device)
             bench = Bench(arms, ensemble, options)
             bench.run(lambda repeat, arm, run: told(f"repeat {repeat + 1} of {options.repeats}", arm, run))
-        rows += bench.rows(Shape.of(build_vit(config.model)), peaks)
-    return {"peak_flops": peaks, "rows": rows}
+        rows += bench.rows(Shape.of(build_vit(config.model)), peak)
+    return {"peak_flops": {"float32": peak}, "rows": rows}
 
 
 def told(when: str, arm: Arm, run: Run) -> None:
@@ -140,9 +134,8 @@ def check(options: argparse.Namespace) -> None:
     """
     if "dense" not in options.modes:
         raise ConfigError("--modes has no dense, to which all are compared; add it")
-    for chunk in options.teacher_chunk:
-        for arm in arms_of(1, chunk, options):
-            config_of(arm, options)
+    for arm in arms_of(1, options):
+        config_of(arm, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from study import facts, run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.ensemble.ensemble import combine_answers, teacher_weights
+from fedmitr_flwr.ensemble.ensemble import TEMPERATURE, combine_answers, teacher_weights
 from fedmitr_flwr.judge import answers_of, lines
 from fedmitr_flwr.runs.evaluation import graded
 from fedmitr_flwr.runs.folder import RunFolder
@@ -42,19 +42,18 @@ def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any
 
 
 def ensembles(folder: RunFolder) -> dict[str, float]:
-    """Test accuracy in percent of mixtures of teachers' probabilities: their mean, and softened by the settings."""
+    """Test accuracy in percent of mixtures of the teachers' softened probabilities, and of their mean as they are."""
     config, uploads = folder.config, folder.load_uploads()
     images, _ = server_images(config)
     classes = config.model.num_classes
     answers_KMY = answers_of(uploads, images, config, torch.device("cpu"))
 
-    def accuracy(weights: str, temperature: float) -> float:
-        weights_KY = teacher_weights(uploads, classes, weights)
-        mixed_MY = combine_answers(answers_KMY, weights_KY, "probs", temperature=temperature)
+    def accuracy(weights: str, logits_KMY: torch.Tensor) -> float:
+        mixed_MY = combine_answers(logits_KMY, teacher_weights(uploads, classes, weights), "probs")
         return graded(mixed_MY, images.labels, classes).accuracy
 
-    softened = {weights: accuracy(weights, config.ensemble.temperature) for weights in WEIGHTS}
-    return {"mean probability": accuracy("uniform", 1.0), **softened}
+    softened = {weights: accuracy(weights, answers_KMY) for weights in WEIGHTS}
+    return {"mean probability": accuracy("uniform", TEMPERATURE * answers_KMY), **softened}
 
 
 if __name__ == "__main__":

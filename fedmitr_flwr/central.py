@@ -62,7 +62,7 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
             loss = train_local(vit, images, config, stream(config.seed, NAME), device)
         with stopwatch.stage("evaluation"):
             model = config.model
-            found = evaluate(vit, test, model, config.evaluate.batch_size, device)
+            found = evaluate(vit, test, model, device)
     require_model(vit.state_dict(), config.model, _FIX)
     require_loss(found.loss, _FIX)
     folder.log_metrics(stage="training", images=len(images), loss=loss)

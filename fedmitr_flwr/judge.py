@@ -63,8 +63,7 @@ def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, de
     teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
     weights_KY = teacher_weights(teachers, classes, settings.weights)
     answers_KMY = answers_of(teachers, images, config, device)
-    how = settings.combine, settings.trim, settings.temperature
-    return graded(combine_answers(answers_KMY, weights_KY, *how), images.labels, classes)
+    return graded(combine_answers(answers_KMY, weights_KY, settings.combine), images.labels, classes)
 
 
 def answers_of(teachers: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
@@ -74,7 +73,7 @@ def answers_of(teachers: Sequence[Upload], images: Images, config: Config, devic
     def answers(teacher: Upload) -> Tensor:
         return_memory()
         one = Ensemble.of([teacher], model, config.ensemble).to(device)
-        return scores_of(lambda batch: one.answers(batch)[0], images, model, config.evaluate.batch_size, device)
+        return scores_of(lambda batch: one.answers(batch)[0], images, model, device)
 
     return torch.stack(list(map(answers, teachers)))
 
@@ -108,7 +107,7 @@ def evaluate_on(
     model = config.model
     if isinstance(predict, torch.nn.Module):
         predict.to(device).eval()
-    return evaluate(predict, images, model, config.evaluate.batch_size, device)
+    return evaluate(predict, images, model, device)
 
 
 def by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Upload], Any]) -> list[Any]:

@@ -182,7 +182,6 @@ def check(config: Config, options: argparse.Namespace) -> None:
 def environment_for(options: argparse.Namespace, config: Config, ports: Sequence[int]) -> dict[str, str]:
     """What Flower and Ray must be told before they start; the SuperLink hands it to everything that it starts."""
     hub = found_source(config.data).source == "hub" or config.model.weights == "timm"
-    hub |= config.distill.init == "pretrained" and config.distill.pretrained == "timm"
     return {
         **os.environ,
         **_quiet(),

@@ -248,7 +248,7 @@ class _Session:
         vit.load_state_dict(arrays.to_torch_state_dict())  # some strategies make float64 of them
         (images, _), model = server_images(config), config.model
         with threads(config.threads), self.stopwatch.stage("evaluation"):
-            self.last = evaluate(vit.to(self.device), images, model, config.evaluate.batch_size, self.device)
+            self.last = evaluate(vit.to(self.device), images, model, self.device)
         self.folder.log_metrics(round=server_round, accuracy=self.last.accuracy, loss=self.last.loss)
         return MetricRecord({"accuracy": self.last.accuracy, "eval_loss": self.last.loss})
 

@@ -142,8 +142,7 @@ def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
 def test_a_file_that_withholds_what_a_method_asks_for_is_overruled(write: Write) -> None:
     """A data set's settings may be those of FedMITR with more; its rivals are told less, and RegMean what it needs."""
     text = '[settings]\nupload.directions = 0\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
-    text += '[methods.fedmitr]\ndistill.init = "regmean"'
-    assert [cell.config.upload.directions for cell in cells(read(write(text)))] == [32, 32]
+    assert [cell.config.upload.directions for cell in cells(read(write(text)))] == [0, 32]
 
 
 def test_words_of_the_command_line_win(write: Write) -> None:
@@ -316,7 +315,7 @@ def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
     (tmp_path / "base/base.toml").write_text(f"model.weights = 'w.safetensors'\nout-dir = 'runs'\n{sizes}")
     (tmp_path / "base/data.toml").write_text("data.source = 'parquet'\ndata.path = 'images'\n")
     (tmp_path / "bench/b.toml").write_text(
-        "base = '../base/base.toml'\n[settings]\ndistill.pretrained = 'p.safetensors'\nlocal.batch_size = 8\n"
+        "base = '../base/base.toml'\n[settings]\nlocal.batch_size = 8\n"
         "[datasets.d]\nconfig = '../base/data.toml'\n[grid]\nmethods = ['feddf']\n"
         "[methods.feddf]\nfeddf.path = 'proxy'\n"
     )
@@ -327,6 +326,5 @@ def test_a_bench_s_paths_are_relative_to_the_file_that_says_them(
             "data.path": str(tmp_path / images),
             "feddf.path": str(tmp_path / "bench/proxy"),
             "model.weights": str(tmp_path / "base/w.safetensors"),
-            "distill.pretrained": str(tmp_path / "bench/p.safetensors"),
         }
         assert cell.config.local.batch_size == 8

@@ -131,7 +131,7 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run seed", "'seed' is not of the form key=value"),
         ("run -c none.toml", "there is no config file none.toml; give the path of one"),
         ("run --seed 1", "unknown argument '--seed'; settings are words of the form key=value: seed=1"),
-        ("fuse here --method fedavg --lr=0.1", "key=value: local.lr=0.1 or inversion.lr=0.1 or distill.lr=0.1"),
+        ("fuse here --method fedavg --lr=0.1", "key=value: local.lr=0.1 or distill.lr=0.1"),
         (
             "run settings.toml",
             "'settings.toml' is not of the form key=value; for a file of settings write: -c settings",

@@ -10,28 +10,31 @@ from tiny import a_vit, an_ensemble, an_upload, settings, some_images
 
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble import ensemble as module
 from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers, teacher_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_cls, forward_tokens, patchify, take
 
-COMBINES = ("logits", "logp", "probs", "joint")
+COMBINES = ("logits", "probs")
 
 
+@pytest.fixture
+def unsoftened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers' own probabilities."""
+    monkeypatch.setattr(module, "TEMPERATURE", 1.0)
+
+
+@pytest.mark.usefixtures("unsoftened")
 def test_answers_are_combined_as_on_paper() -> None:
     """Two teachers, two classes.
 
     z₁ = (ln 3, 0) -> p₁ = (3/4, 1/4); z₂ = (0, ln 4) -> p₂ = (1/5, 4/5); w = 1/4 and 3/4 for both classes.
         logits: (ln 3 / 4, 3 ln 4 / 4)
-        logp:   ((ln 3/4 + 3 ln 1/5) / 4, (ln 1/4 + 3 ln 4/5) / 4)
         probs:  ln (3/16 + 3/20) = ln 27/80, ln (1/16 + 12/20) = ln 53/80
     """
     logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(4)]])
     weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]])
     on_paper = {
         "logits": [math.log(3) / 4, 3 * math.log(4) / 4],
-        "logp": [
-            (math.log(3 / 4) + 3 * math.log(1 / 5)) / 4,
-            (math.log(1 / 4) + 3 * math.log(4 / 5)) / 4,
-        ],
         "probs": [math.log(27 / 80), math.log(53 / 80)],
     }
     for combine, wanted in on_paper.items():
@@ -42,62 +45,31 @@ def test_answers_are_combined_as_on_paper() -> None:
 
 
 def test_temperature_by_hand() -> None:
-    """At 2 the odds are roots: z₁ = (ln 9, 0) -> p₁ = (3/4, 1/4); z₂ = (0, ln 16) -> p₂ = (1/5, 4/5). Logits stay."""
-    logits = torch.tensor([[math.log(9), 0.0], [0.0, math.log(16)]])
+    """At 3 the odds are cube roots: z₁ = (ln 27, 0) -> p₁ = (3/4, 1/4); z₂ = (0, ln 64) -> p₂ = (1/5, 4/5)."""
+    logits = torch.tensor([[math.log(27), 0.0], [0.0, math.log(64)]])
     weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]])
-    half = logits / 2
-    for combine in ("logp", "probs"):
-        found = combine_answers(logits, weights, combine, temperature=2.0)
-        assert found.tolist() == pytest.approx(combine_answers(half, weights, combine).tolist())
+    found = combine_answers(logits, weights, "probs")
     assert found.tolist() == pytest.approx([math.log(27 / 80), math.log(53 / 80)])
-    assert torch.equal(
-        combine_answers(logits, weights, "logits", temperature=2.0), combine_answers(logits, weights, "logits")
-    )
-    trimmed = combine_answers(logits, weights, "probs", 0.3, temperature=2.0)
-    torch.testing.assert_close(trimmed, combine_answers(half, weights, "probs", 0.3))
 
 
-def test_the_surer_of_two_certain_teachers_is_believed_although_it_has_fewer_images() -> None:
-    """0.999 of 51 % of the images against 0.9999 of 49 %: by weights at 1, by what is said at 4."""
+def test_the_surer_of_two_certain_teachers_is_believed_although_it_has_fewer_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """0.999 of 50.3 % of the images against 0.9999 of 49.7 %: by weights at 1, by what is said at 3."""
     logits = torch.tensor([[0.9990, 0.0010], [0.0001, 0.9999]]).logit()
-    weights = torch.tensor([[0.51, 0.51], [0.49, 0.49]])
+    weights = torch.tensor([[0.503, 0.503], [0.497, 0.497]])
+    assert combine_answers(logits, weights, "probs").argmax() == 1
+    monkeypatch.setattr(module, "TEMPERATURE", 1.0)
     assert combine_answers(logits, weights, "probs").argmax() == 0
-    assert combine_answers(logits, weights, "probs", temperature=4.0).argmax() == 1
 
 
+@pytest.mark.usefixtures("unsoftened")
 def test_weights_are_per_class() -> None:
     """Teacher 1 alone answers for class 0, teacher 2 alone for class 1: p = (3/4, 4/5), not normalised."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(4)]])
     weights = torch.eye(2)
     assert combine_answers(logits, weights, "logits").tolist() == pytest.approx([math.log(3), math.log(4)])
-    assert combine_answers(logits, weights, "logp").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
     assert combine_answers(logits, weights, "probs").tolist() == pytest.approx([math.log(3 / 4), math.log(4 / 5)])
-    half = [math.log(3) / 2, math.log(4) / 2]  # of centred logits
-    assert combine_answers(logits, weights, "joint").tolist() == pytest.approx(half)
-    assert combine_answers(logits, weights, "joint", temperature=3.0).tolist() == pytest.approx(half)
-
-
-def test_joint_answers_by_hand_and_between_maximum_and_mean() -> None:
-    """Centred logits ±1 and ±3 of two teachers that disagree, a quarter and three quarters."""
-    logits = torch.tensor([[1.0, -1.0], [2.0, 8.0]], dtype=torch.float64)
-    weights = torch.tensor([[0.25, 0.25], [0.75, 0.75]], dtype=torch.float64)
-
-    def joint(temperature: float) -> list[float]:
-        told: list[float] = combine_answers(logits, weights, "joint", temperature=temperature).tolist()
-        return told
-
-    first, second = 0.25 * math.exp(1 / 2) + 0.75 * math.exp(-3 / 2), 0.25 * math.exp(-1 / 2) + 0.75 * math.exp(3 / 2)
-    assert joint(2.0) == pytest.approx([2 * math.log(first), 2 * math.log(second)])
-    assert joint(1e-3) == pytest.approx([1, 3], abs=2e-3)
-    assert joint(1e6) == pytest.approx([-2, 2], abs=1e-4)
-
-
-def test_a_teacher_that_an_image_leaves_cold_has_less_of_a_say_in_joint_answers() -> None:
-    """It has nine images of ten and prefers class 1; the other, of one image of ten, is stirred and sees class 0."""
-    logits = torch.tensor([[-0.5, 0.5], [3.0, -3.0]])
-    weights = torch.tensor([[0.9, 0.9], [0.1, 0.1]])
-    assert combine_answers(logits, weights, "probs").argmax() == 1
-    assert combine_answers(logits, weights, "joint").argmax() == 0
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -122,6 +94,7 @@ def test_the_order_of_the_teachers_does_not_matter(rows: list[list[float]], comb
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("weights", ["uniform", "size", "counts"])
+@pytest.mark.usefixtures("unsoftened")
 @torch.no_grad()
 def test_one_teacher_is_the_model(combine: str, weights: str) -> None:
     config = settings(**{"ensemble.combine": combine, "ensemble.weights": weights, "upload.class-counts": True})
@@ -148,40 +121,29 @@ def test_teachers_are_asked_one_by_one_and_weighted_by_size() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("teach", COMBINES)
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str, temperature: float) -> None:
-    told = {"ensemble.combine": combine, "ensemble.teach": teach, "ensemble.temperature": temperature}
-    config = settings(**told)
-    ensemble = an_ensemble(config)
+def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str) -> None:
+    config = settings(**{"ensemble.combine": combine})
+    ensemble = Ensemble.of([an_upload(config, k, 10 + 5 * k) for k in range(2)], config.model, config.ensemble, teach)
     images = some_images(config, 4)
     patches, ids = patchify(images, 2), torch.arange(16).expand(4, -1)
     answers = ensemble.answers(images)
-    decided, taught = (
-        combine_answers(answers, ensemble.weights, how, temperature=temperature) for how in (combine, teach)
-    )
+    decided, taught = (combine_answers(answers, ensemble.weights, how) for how in (combine, teach))
     torch.testing.assert_close(ensemble(images), decided)
     torch.testing.assert_close(ensemble.scores(patches, ids).cls, taught)
 
 
-def test_a_trimmed_ensemble_teaches_what_it_decides() -> None:
-    config = settings(**{"ensemble.combine": "probs", "ensemble.teach": "logits", "ensemble.trim": 0.3})
-    assert an_ensemble(config).teach == "probs"
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("trim", [0.0, 0.3])
-def test_a_silent_teacher_is_not_asked_for_what_its_patches_say(trim: float) -> None:
-    config = settings(**{"ensemble.combine": "probs", "ensemble.teach": "probs", "ensemble.trim": trim})
+def test_a_silent_teacher_is_not_asked_for_what_its_patches_say() -> None:
+    config = settings(**{"ensemble.combine": "probs"})
     uploads = [an_upload(config, 0, 10), an_upload(config, 1, 30), an_upload(config, 2, 40)]
     images = some_images(config, 4)
     patches, ids = patchify(images, 2), torch.arange(16).expand(4, -1)
-    three = Ensemble.of(uploads, config.model, config.ensemble, silent=1)
+    three = Ensemble.of(uploads, config.model, config.ensemble, "probs", silent=1)
     torch.testing.assert_close(three.token_weights[:, 0], torch.tensor([0.25, 0.75, 0]))
     given = three.scores(patches, ids)
-    two = Ensemble.of(uploads[:2], config.model, config.ensemble).scores(patches, ids)
-    if not trim:  # which cuts off a share of all weight
-        torch.testing.assert_close(given.patches, two.patches)
-    everybody = Ensemble.of(uploads, config.model, config.ensemble).scores(patches, ids)
+    two = Ensemble.of(uploads[:2], config.model, config.ensemble, "probs").scores(patches, ids)
+    torch.testing.assert_close(given.patches, two.patches)
+    everybody = Ensemble.of(uploads, config.model, config.ensemble, "probs").scores(patches, ids)
     torch.testing.assert_close(given.cls, everybody.cls)
     assert not torch.allclose(given.patches, everybody.patches)
 
@@ -236,10 +198,10 @@ def test_a_confident_teacher_decides_what_is_important() -> None:
     assert not torch.allclose(found, forward_cls(unsure, patches, positions)[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])  # `combine` is logits, whose scores it does not soften
 @torch.no_grad()
-def test_importance_is_the_mean_attention_by_weight_times_confidence(temperature: float) -> None:
-    config = settings(**{"ensemble.temperature": temperature, "ensemble.combine": "logits"})
+def test_importance_is_the_mean_attention_by_weight_times_confidence() -> None:
+    """Softened at 3 also where `combine` is logits, whose scores are not."""
+    config = settings(**{"ensemble.combine": "logits"})
     ensemble = an_ensemble(config, 3)
     ensemble.weights = torch.rand(3, 10, generator=stream(1))
     patches = patchify(some_images(config, 4), 2)
@@ -251,7 +213,7 @@ def test_importance_is_the_mean_attention_by_weight_times_confidence(temperature
         for weights, teacher in zip(ensemble.weights, ensemble.teachers, strict=True):
             one = slice(image, image + 1)
             logits, attention = forward_cls(teacher, take(patches, ids)[one], ids[one])
-            confidence = (weights[target] * (logits / temperature).softmax(-1)[0, target]).item()
+            confidence = (weights[target] * (logits / 3).softmax(-1)[0, target]).item()
             total, wanted = total + confidence, wanted + confidence * attention[0]
         torch.testing.assert_close(found[image], wanted / total)
 

@@ -8,6 +8,7 @@ from tiny import a_vit, settings, small
 from torch import Tensor
 
 from fedmitr_flwr.data.images import DataSet, Images, prepare
+from fedmitr_flwr.runs import evaluation
 from fedmitr_flwr.runs.evaluation import Evaluation, evaluate
 
 CPU = torch.device("cpu")
@@ -26,8 +27,9 @@ def six() -> Images:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
-def test_by_hand(batch_size: int) -> None:
-    found = evaluate(by_brightness, six(), small(4, num_classes=3), batch_size, CPU)
+def test_by_hand(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", batch_size)
+    found = evaluate(by_brightness, six(), small(4, num_classes=3), CPU)
     assert found.accuracy == 50.0
     assert found.num_examples == 6
     assert found.per_class[0] == pytest.approx(100 / 3)
@@ -41,14 +43,15 @@ def test_by_hand(batch_size: int) -> None:
     assert found.loss == pytest.approx(wanted, rel=1e-5)
 
 
-def test_images_arrive_resized_and_normalised(tiny: DataSet) -> None:
+def test_images_arrive_resized_and_normalised(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 20)
     seen: list[Tensor] = []
 
     def predict(images: Tensor) -> Tensor:
         seen.append(images)
         return torch.zeros(len(images), 3)
 
-    found = evaluate(predict, tiny.test, small(12, num_classes=3), 20, CPU)
+    found = evaluate(predict, tiny.test, small(12, num_classes=3), CPU)
     assert [tuple(batch.shape) for batch in seen] == [(20, 1, 12, 12), (10, 1, 12, 12)]
     assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, small(12)))
     third, confusion = pytest.approx(100 / 3), ((10, 0, 0),) * 3
@@ -57,8 +60,8 @@ def test_images_arrive_resized_and_normalised(tiny: DataSet) -> None:
 
 def test_scores_need_not_be_normalised(tiny: DataSet) -> None:
     vit = a_vit(settings(**{"model.num-classes": 3}), 0)
-    plain = evaluate(vit, tiny.test, small(num_classes=3), 7, CPU)
-    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, small(num_classes=3), 7, CPU)
+    plain = evaluate(vit, tiny.test, small(num_classes=3), CPU)
+    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, small(num_classes=3), CPU)
     assert shifted.accuracy == plain.accuracy
     assert shifted.loss == pytest.approx(plain.loss, rel=1e-5)
 
@@ -71,5 +74,5 @@ def test_no_graph_is_built(tiny: DataSet) -> None:
         recorded.append(vit(images).requires_grad)
         return vit(images)
 
-    evaluate(predict, tiny.test, small(num_classes=3), 30, CPU)
+    evaluate(predict, tiny.test, small(num_classes=3), CPU)
     assert recorded == [False]

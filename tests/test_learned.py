@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.ensemble import ensemble as ensemble_module
+from fedmitr_flwr.ensemble import learned as module
 from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
 from fedmitr_flwr.ensemble.learned import learn, moved, slope
 from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
@@ -17,7 +19,12 @@ from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.uploads.upload import Upload
 
 CPU = torch.device("cpu")
-WAYS = ("logits", "logp", "probs", "joint")
+WAYS = ("logits", "probs")
+
+
+@pytest.fixture
+def unsoftened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble_module, "TEMPERATURE", 1.0)
 
 
 def logits(*teachers: list[float]) -> torch.Tensor:
@@ -25,6 +32,7 @@ def logits(*teachers: list[float]) -> torch.Tensor:
     return torch.tensor(teachers, dtype=torch.float64)[:, None]
 
 
+@pytest.mark.usefixtures("unsoftened")
 def test_the_slope_of_two_teachers_by_hand() -> None:
     """Mixture: CE = -log((w₀ p₀ + w₁ p₁) / (w₀ + w₁)) with p = 0.8 and 0.5 of the target, w = 0.5 and 0.25.
 
@@ -46,20 +54,19 @@ def test_the_slope_of_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("combine", WAYS)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_slope_is_that_of_the_ensemble_s_own_cross_entropy(combine: str, temperature: float) -> None:
+def test_the_slope_is_that_of_the_ensemble_s_own_cross_entropy(combine: str) -> None:
     rng = stream(0)
     answers = 3 * torch.randn(4, 6, 5, generator=rng, dtype=torch.float64)
     targets, weights = torch.randint(5, (6,), generator=rng), torch.rand(4, generator=rng, dtype=torch.float64) + 0.1
 
     def entropy(weights: torch.Tensor) -> float:
         shares_KY = (weights / weights.sum())[:, None].expand(-1, 5)
-        return F.cross_entropy(combine_answers(answers, shares_KY, combine, 0.0, temperature), targets).item()
+        return F.cross_entropy(combine_answers(answers, shares_KY, combine), targets).item()
 
     small = 1e-6
     steps = small * torch.eye(4, dtype=torch.float64)
     differences = [(entropy(weights + step) - entropy(weights - step)) / (2 * small) for step in steps]
-    found = slope(answers, targets, weights, combine, temperature)
+    found = slope(answers, targets, weights, combine)
     assert found.tolist() == pytest.approx(differences, rel=1e-5, abs=1e-8)
 
 
@@ -75,21 +82,27 @@ def test_weights_that_would_all_vanish_stay() -> None:
 
 
 @pytest.mark.parametrize("combine", WAYS)
-def test_a_teacher_without_weight_comes_back_if_it_is_right(combine: str) -> None:
+def test_a_teacher_without_weight_comes_back_if_it_is_right(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slope at weight 0 is finite, also where the other teacher excludes the target altogether.
 
     That one moves from the second step on: alone, its weight makes no difference.
     """
     answers = logits([9.0, 0.0], [-900.0, 900.0])
     three = answers.expand(-1, 3, -1), torch.zeros(3, dtype=torch.long)
-    found = learn(*three, torch.tensor([0.0, 1.0]), combine, step=0.1, batch_size=1, rng=stream(0))
+    monkeypatch.setattr(module, "STEP", 0.1)
+    monkeypatch.setattr(module, "BATCH", 1)
+    found = learn(*three, torch.tensor([0.0, 1.0]), combine, 0, stream(0))
     assert found.tolist() == pytest.approx([0.3, 0.8])
 
 
-def learned(answers: torch.Tensor, targets: torch.Tensor, **changes: Any) -> torch.Tensor:
-    given: dict[str, Any] = {"step": 0.01, "batch_size": 4} | changes
+@pytest.fixture
+def _batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)
+
+
+def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs", epoch: int = 0) -> torch.Tensor:
     weights = torch.full((len(answers),), 1 / len(answers))
-    return learn(answers, targets, weights, given.pop("combine", "probs"), rng=stream(0), **given)
+    return learn(answers, targets, weights, combine, epoch, stream(0))
 
 
 def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,17 +112,20 @@ def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([right, torch.zeros_like(right), -right]), targets
 
 
+@pytest.mark.usefixtures("_batches_of_four")
 @pytest.mark.parametrize("combine", WAYS)
 def test_steps_add_up_to_the_one_who_is_right(combine: str) -> None:
     """One pass over 20 images in batches of 4: five steps of 0.01, all in the same direction."""
-    found = learned(*experts(), combine=combine)
+    found = learned(*experts(), combine)
     assert found[0].item() == pytest.approx(1 / 3 + 0.05)
     assert found[2].item() == pytest.approx(1 / 3 - 0.05)
-    assert learned(*experts(600), combine=combine)[2] == 0
+    assert learned(*experts(600), combine)[2] == 0
 
 
-def test_no_step_leaves_the_weights() -> None:
-    assert torch.equal(learned(*experts(), step=0.0), torch.full((3,), 1 / 3).double())
+@pytest.mark.usefixtures("_batches_of_four")
+def test_steps_get_shorter_with_the_epochs() -> None:
+    """Five of 0.01 · 0.99¹⁰⁰."""
+    assert learned(*experts(), epoch=100)[0].item() == pytest.approx(1 / 3 + 0.05 * 0.99**100)
 
 
 def test_equal_teachers_keep_equal_weights() -> None:
@@ -129,9 +145,10 @@ def uploads_of(config: Config) -> list[Upload]:
     return [an_upload(config, client, 10 + 20 * client) for client in range(2)]
 
 
-def test_a_weigher_learns_on_from_sizes_and_lets_the_step_decay() -> None:
-    changes = {"ensemble.weights": "learned", "ensemble.learn-step": 0.1, "ensemble.learn-decay": 0.5}
-    config = settings(**changes)
+def test_a_weigher_learns_on_from_sizes_and_lets_the_step_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP", 0.1)
+    monkeypatch.setattr(module, "DECAY", 0.5)
+    config = settings(**{"ensemble.weights": "learned"})
     images, targets = some_images(config, 30), torch.arange(30) % 10
     weigher = Weigher(uploads_of(config), config, torch.device("cpu"))
     ensemble = weigher.ensemble
@@ -174,8 +191,10 @@ def test_any_method_learns_on_its_pool_and_says_so() -> None:
     torch.testing.assert_close(made.ensemble.weights.sum(0), torch.ones(10))
 
 
-def test_without_a_step_learned_is_size() -> None:
-    still = fused("fedmitr", **{"ensemble.learn-step": 0.0})
+def test_without_a_step_learned_is_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "STEP", 0.0)
+        still = fused("fedmitr")
     by_size = fused("fedmitr", **{"ensemble.weights": "size"})
     assert still.pool is not None
     assert by_size.pool is not None
@@ -186,7 +205,8 @@ def test_without_a_step_learned_is_size() -> None:
     assert torch.equal(moved_on.pool.images[:10], still.pool.images[:10])  # the first epoch's are made by size
 
 
-def test_a_method_without_images_scouts_for_them() -> None:
-    config = settings(**{"ensemble.weights": "learned", "ensemble.learn-step": 0.05})
+def test_a_method_without_images_scouts_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP", 0.05)
+    config = settings(**{"ensemble.weights": "learned"})
     ensemble = scouted_ensemble(uploads_of(config), config, CPU)
     assert not torch.allclose(ensemble.weights[:, 0], torch.tensor([0.25, 0.75]), atol=0.01)  # one step of 0.05

@@ -6,12 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from tiny import settings
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import DistillConfig
+from fedmitr_flwr.distillation import losses
 from fedmitr_flwr.distillation.losses import Labels, Parts, distillation_loss, logit_distance, soft_divergence
 from fedmitr_flwr.distillation.mix import mix, thin
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions
@@ -19,9 +18,11 @@ from fedmitr_flwr.vit.tokens import TokenLogits, all_positions
 B, J, Y = 4, 6, 3
 
 
-def config(**changes: object) -> DistillConfig:
-    plain = {"token": 1.0, "temperature": 1.0}
-    return settings(**{f"distill.{name}": value for name, value in (plain | changes).items()}).distill
+@pytest.fixture(autouse=True)
+def _plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No temperature, and patch tokens that count as the class token does."""
+    for name in ("TOKEN", "TEMPERATURE", "LOW_TEMPERATURE"):
+        monkeypatch.setattr(losses, name, 1.0)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -105,34 +106,24 @@ def test_logit_distance_is_the_limit_of_the_divergence() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("soft", "teach", "by_logits"),
-    [
-        ("auto", "logits", True),
-        ("auto", "probs", False),
-        ("auto", "logp", False),
-        ("mse", "probs", True),
-        ("kl", "logits", False),
-    ],
-)
-def test_soft_labels_are_followed_as_they_were_combined(soft: str, teach: str, by_logits: bool) -> None:
-    """Logarithms of small probabilities, unlike logits, are all tail: they are followed by KL unless one insists."""
+@pytest.mark.parametrize("teach", ["logits", "probs"])
+def test_soft_labels_are_followed_as_they_were_combined(teach: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logarithms of small probabilities, unlike logits, are all tail: they are followed by KL."""
+    monkeypatch.setattr(losses, "TEMPERATURE", 3.0)
+    monkeypatch.setattr(losses, "LOW_TEMPERATURE", 2.0)
     ours, asked = student(), labels(half())
-    parts = distillation_loss(ours, [asked], config(soft=soft, temperature=3.0), 2.0, teach)
+    parts = distillation_loss(ours, [asked], teach)
     low = 1 - half()
-    if by_logits:
+    if teach == "logits":
         kd, tokens = logit_distance(asked.scores, ours.cls), logit_distance(asked.token_scores, ours.patches)
     else:
-        kd, tokens = (soft_divergence(*pair, t) for *pair, t in _asked(asked, ours))
+        kd = soft_divergence(asked.scores, ours.cls, 3.0)
+        tokens = soft_divergence(asked.token_scores, ours.patches, 2.0)
     torch.testing.assert_close(parts.kd, kd.mean())
     torch.testing.assert_close(parts.low, (low * tokens).sum() / low.sum())
 
 
-def _asked(asked: Labels, ours: TokenLogits) -> list[tuple[Tensor, Tensor, float]]:
-    return [(asked.scores, ours.cls, 3.0), (asked.token_scores, ours.patches, 2.0)]
-
-
-def test_each_part_by_hand() -> None:
+def test_each_part_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """One image, two patches, two classes, label 0; the first patch is dense.
 
     The student: [CLS] (3/4, 1/4), patches (1/2, 1/2) and (1/5, 4/5). The ensemble: [CLS] (1/2, 1/2), second patch
@@ -148,17 +139,22 @@ def test_each_part_by_hand() -> None:
         scores=torch.zeros(1, 2),
         token_scores=torch.tensor([[[9.0, -9.0], [0.0, 0.0]]]),
     )
-    parts = distillation_loss(ours, [asked], config(token=0.5), 1.0)
+    monkeypatch.setattr(losses, "TOKEN", 0.5)
+    parts = distillation_loss(ours, [asked], "probs")
     assert parts.high.item() == pytest.approx(math.log(4 / 3) + 0.5 * math.log(2))
     assert parts.low.item() == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
     assert parts.kd.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
 
 
-def test_each_part_has_its_temperature() -> None:
+def test_each_part_has_its_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, asked = student(), labels(half())
-    cold, kd, low = (
-        distillation_loss(ours, [asked], config(temperature=t), tau) for t, tau in ((1.0, 1.0), (3.0, 1.0), (1.0, 3.0))
-    )
+
+    def parts(temperature: float, low: float) -> Parts:
+        monkeypatch.setattr(losses, "TEMPERATURE", temperature)
+        monkeypatch.setattr(losses, "LOW_TEMPERATURE", low)
+        return distillation_loss(ours, [asked], "probs")
+
+    cold, kd, low = parts(1.0, 1.0), parts(3.0, 1.0), parts(1.0, 3.0)
     assert (kd.high, kd.low) == (cold.high, cold.low)
     assert (low.high, low.kd) == (cold.high, cold.kd)
     assert kd.kd != cold.kd
@@ -167,8 +163,9 @@ def test_each_part_has_its_temperature() -> None:
 
 
 def test_parts_are_weighted_and_added() -> None:
+    """A tenth of the pseudo-labels' part, and the others as they are."""
     parts = Parts(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0))
-    assert parts.total(config(high=0.5, low=2.0, kd=10.0)) == 57
+    assert parts.total().item() == pytest.approx(8.2)
 
 
 def test_sure_soft_labels_are_pseudo_labels() -> None:
@@ -176,7 +173,7 @@ def test_sure_soft_labels_are_pseudo_labels() -> None:
     high, ours = half(), student()
     asked = labels(high)
     asked = asked._replace(token_scores=certain(asked.targets, (B, J, Y)), scores=certain(asked.targets, (B, Y)))
-    softened, plain = (distillation_loss(ours, [each], config(), 1.0) for each in (asked, labels()))
+    softened, plain = (distillation_loss(ours, [each], "probs") for each in (asked, labels()))
     hard = F.cross_entropy(ours.cls, asked.targets)
     dense, rest = high.sum(), (1 - high).sum()
     mixture = (dense * (softened.high - hard) + rest * softened.low) / (dense + rest)
@@ -192,12 +189,12 @@ def test_what_has_no_weight_is_exactly_zero(part: str) -> None:
     nothing = labels(half())._replace(**{part: torch.zeros(B, J) if part in ("high", "low") else torch.zeros(B)})
     if part == "hard":
         nothing = nothing._replace(high=torch.zeros(B, J))
-    parts = distillation_loss(ours, [nothing], config(), 2.0)
+    parts = distillation_loss(ours, [nothing], "probs")
     if part == "high":
         assert torch.equal(parts.high, F.cross_entropy(ours.cls, nothing.targets))
     else:
         assert getattr(parts, {"hard": "high", "low": "low", "share": "kd"}[part]) == 0
-    parts.total(config()).backward()
+    parts.total().backward()
     for gradient in (ours.cls.grad, ours.patches.grad):
         assert torch.isfinite(gradient).all()
         assert gradient.abs().sum() > 0
@@ -211,7 +208,7 @@ def test_nothing_at_all_has_weight() -> None:
     ours = student()
     zero, zeros = torch.zeros(B), torch.zeros(B, J)
     nothing = labels()._replace(hard=zero, high=zeros, low=zeros, share=zero)
-    total = distillation_loss(ours, [nothing, nothing], config(), 1.0).total(config())
+    total = distillation_loss(ours, [nothing, nothing], "probs").total()
     total.backward()
     assert total == 0
     assert (ours.cls.grad == 0).all()
@@ -220,9 +217,9 @@ def test_nothing_at_all_has_weight() -> None:
 
 def test_a_partner_without_a_share_changes_nothing() -> None:
     ours, asked = student(), labels(half())
-    alone = distillation_loss(ours, [asked], config(), 2.0)
+    alone = distillation_loss(ours, [asked], "probs")
     partner = labels(1 - half(), torch.zeros(B), seed=20, targets=torch.tensor([1, 1, 0, 2]))
-    mixed = distillation_loss(ours, [asked, partner], config(), 2.0)
+    mixed = distillation_loss(ours, [asked, partner], "probs")
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
@@ -230,7 +227,7 @@ def test_mixed_images_have_the_mean_of_both_labels_losses() -> None:
     """λ of the one's and 1 - λ of the other's loss, image by image."""
     ours, share = student(), torch.tensor([0.0, 0.25, 0.5, 1.0])
     one, other = labels(share=share), labels(share=1 - share, seed=20, targets=torch.tensor([1, 1, 0, 2]))
-    found = distillation_loss(ours, [one, other], config(), 1.0)
+    found = distillation_loss(ours, [one, other], "probs")
     high = kd = 0.0
     for asked, weight in ((one, share), (other, 1 - share)):
         for image in range(B):
@@ -242,38 +239,10 @@ def test_mixed_images_have_the_mean_of_both_labels_losses() -> None:
     assert found.kd.item() == pytest.approx(kd, rel=1e-4)
 
 
-def test_no_mixing() -> None:
-    patches, positions = normal(B, J, 4, seed=0), torch.rand(B, J).argsort(1)
-    rng = stream(0)
-    before = rng.get_state()
-    mixed = mix(patches, positions, "none", rng)
-    assert torch.equal(mixed.patches, patches)
-    assert torch.equal(mixed.positions, positions)
-    assert mixed.partner.tolist() == [0, 1, 2, 3]
-    assert mixed.share.tolist() == [1] * B
-    assert (mixed.token_share == 1).all()
-    assert torch.equal(mixed.kept, torch.arange(J).expand(B, -1))
-    assert torch.equal(rng.get_state(), before)
-
-
-def test_blending_by_hand() -> None:
-    patches = normal(8, J, 4, seed=0)
-    mixed = mix(patches, all_positions(patches), "blend", stream(1))
-    assert sorted(mixed.partner.tolist()) == list(range(8))
-    assert mixed.share.std() > 0.1
-    for image, (partner, share) in enumerate(zip(mixed.partner, mixed.share.tolist(), strict=True)):
-        wanted = share * patches[image] + (1 - share) * patches[partner]
-        torch.testing.assert_close(mixed.patches[image], wanted)
-        assert (mixed.token_share[image] == share).all()
-    assert torch.equal(mixed.positions, all_positions(patches))
-
-
-@pytest.mark.parametrize("how", ["tokens", "blend"])
-def test_mixed_tokens_keep_their_content_position_and_share(how: str) -> None:
-    """Patches at other positions in each image cannot be blended, so `blend` mixes them by tokens too."""
+def test_mixed_tokens_keep_their_content_position_and_share() -> None:
     positions = torch.rand(30, 16, generator=stream(0)).argsort(1)[:, :J]
     patches = normal(30, J, 4, seed=1)
-    mixed = mix(patches, positions, how, stream(2))
+    mixed = mix(patches, positions, stream(2))
     own = (mixed.patches == patches).all(-1)
     for image, partner in enumerate(mixed.partner.tolist()):
         for token in range(J):
@@ -288,8 +257,8 @@ def test_mixed_tokens_keep_their_content_position_and_share(how: str) -> None:
 
 
 def test_a_share_is_uniform() -> None:
-    positions = all_positions(torch.zeros(2000, 16, 1))
-    share = mix(torch.zeros(2000, 16, 1), positions, "blend", stream(0)).share
+    patches = torch.arange(2000.0)[:, None, None].expand(-1, 400, 1)
+    share = mix(patches, all_positions(patches), stream(0)).share
     assert share.mean().item() == pytest.approx(0.5, abs=0.03)
     assert share.var().item() == pytest.approx(1 / 12, abs=0.01)
 
@@ -297,7 +266,7 @@ def test_a_share_is_uniform() -> None:
 def test_thinning_keeps_whole_tokens() -> None:
     patches = normal(20, J, 4, seed=1)
     positions = torch.rand(20, 16, generator=stream(0)).argsort(1)[:, :J]
-    mixed = mix(patches, positions, "tokens", stream(2))
+    mixed = mix(patches, positions, stream(2))
     thinned = thin(mixed, 4, stream(3))
     for image in range(20):
         kept = thinned.kept[image]
@@ -315,7 +284,7 @@ def test_nothing_to_thin(most: int) -> None:
     patches = normal(3, J, 4, seed=1)
     rng = stream(0)
     before = rng.get_state()
-    mixed = mix(patches, all_positions(patches), "none", stream(2))
+    mixed = mix(patches, all_positions(patches), stream(2))
     assert thin(mixed, most, rng) is mixed
     assert torch.equal(rng.get_state(), before)
 
@@ -347,7 +316,7 @@ def test_relabelling_takes_exactly_the_labels_noise_out_of_the_gradient() -> Non
                 scores=torch.zeros(1, Y),
                 token_scores=torch.tensor(q[t]).log()[None, None],
             )
-            parts = distillation_loss(ours, [asked], config(), 1.0)
+            parts = distillation_loss(ours, [asked], "probs")
             (gradient,) = torch.autograd.grad(parts.low if soft else parts.high, ours.patches)
             rows.append(gradient.flatten().numpy())
         return np.stack(rows)

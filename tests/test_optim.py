@@ -1,20 +1,19 @@
 """One optimisation step: the learning rate's path, what decays and what does not, clipping."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tiny import a_vit, settings
+from tiny import Sgd, a_vit, settings
 from torch import nn
 
-from fedmitr_flwr.config import DistillConfig
 from fedmitr_flwr.vit.optim import Stepper, client_stepper
 
 
-def optim(**changes: object) -> DistillConfig:
-    """Of distillation, which knows every optimizer; local training has the same settings."""
-    plain = {"optimizer": "sgd", "lr": 0.5, "weight-decay": 0.0, "schedule": "constant", "grad-clip": 0.0}
-    return settings(**{f"distill.{name}": value for name, value in (plain | changes).items()}).distill
+def optim(**changes: Any) -> Sgd:
+    return replace(Sgd(0.5, schedule="constant"), **changes)
 
 
 def a_parameter(*values: float) -> nn.Parameter:
@@ -83,7 +82,7 @@ def test_constant_stays() -> None:
 def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str) -> None:
     vit = a_vit(settings(), 0)
     before = {name: tensor.detach().clone() for name, tensor in vit.named_parameters()}
-    config = optim(optimizer=optimizer, lr=0.1, **{"weight-decay": 0.5})
+    config = optim(optimizer=optimizer, lr=0.1, weight_decay=0.5)
     Stepper(vit.parameters(), config, total_steps=1).step(sum(p.sum() * 0 for p in vit.parameters()))
     spared = vit.no_weight_decay() | {name for name in before if name.endswith("bias") or "norm" in name}
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= spared
@@ -126,7 +125,7 @@ def test_a_head_may_learn_at_a_rate_of_its_own(optimizer: str, head_lr: float, h
 def test_gradients_are_clipped_by_their_common_norm(limit: float, wanted: list[float]) -> None:
     """Gradient (3, 4) of norm 5, over two parameters, lr 1/2."""
     first, second = a_parameter(0.0), a_parameter(0.0)
-    stepper = Stepper([first, second], optim(**{"grad-clip": limit}), total_steps=1)
+    stepper = Stepper([first, second], optim(grad_clip=limit), total_steps=1)
     stepper.step(3 * first.sum() + 4 * second.sum())
     assert [first.item(), second.item()] == pytest.approx(wanted, rel=1e-5)
 
@@ -143,7 +142,7 @@ def test_gradients_of_earlier_steps_are_forgotten() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("done", [0, 1, 3, 6])
 def test_a_restored_stepper_goes_on_in_the_same_bits(optimizer: str, schedule: str, done: int) -> None:
-    config = optim(optimizer=optimizer, schedule=schedule, lr=0.1, **{"weight-decay": 0.1, "grad-clip": 1.0})
+    config = optim(optimizer=optimizer, schedule=schedule, lr=0.1, weight_decay=0.1, grad_clip=1.0)
 
     def start() -> list[nn.Parameter]:
         return [a_parameter(1.0, -2.0), nn.Parameter(torch.tensor([3.0])), a_parameter(0.5)]

@@ -75,7 +75,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run by fedmitr, in which all models are of different quality; read only."""
     changes = {"local.epochs": 30, "local.lr": 3e-3, "partition.scheme": "classes-per-client"}
     changes |= {"partition.classes-per-client": 5, "upload.class-counts": True}
-    changes |= {"data.test-limit": 200}
+    changes |= {"data.test-limit": 200, "distill.passes": 10, "distill.lr": 3e-3}
     return a_run(tmp_path_factory.mktemp("done"), **changes)
 
 
@@ -113,7 +113,7 @@ def test_the_result_says_what_was_measured(done: RunFolder) -> None:
     assert torch.tensor(result["counts"]).sum() == 60
     assert [list(upload.class_counts) for upload in done.load_uploads()] == result["counts"]
     assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in done.load_uploads()]
-    assert set(result["seconds"]) == {"inversion", "relabelling", "distillation", "evaluation"}
+    assert set(result["seconds"]) == {"inversion", "distillation", "evaluation"}
     assert result["synthetic_images"] == 10
     assert result["fingerprint"] == fingerprint()
     assert result["config"] == done.config.to_flat()
@@ -197,9 +197,9 @@ def test_half_precision_uploads_weigh_half(tmp_path: Path, averaged: RunFolder) 
             assert torch.equal(ours.weights[name], tensor.half().float())
 
 
-@pytest.mark.parametrize("inversion", ["sparse", "pri"])
+@pytest.mark.parametrize("inversion", ["sparse", "pri4"])
 def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path, inversion: str) -> None:
-    changes = {"inversion.mode": inversion, "distill.teachers": "again", "distill.mix": "tokens", "distill.keep": 0.5}
+    changes = {"inversion.mode": inversion}
     torch.manual_seed(1)
     first = a_run(tmp_path, "first", **changes)
     torch.manual_seed(2)
@@ -285,9 +285,9 @@ def test_training_leaves_the_start_and_the_thread_count_alone(tmp_path: Path) ->
 
 
 def test_fuse_uses_the_uploads_of_a_run(done: RunFolder, trained: list[int]) -> None:
-    folder = pipeline.fuse(done, "fedavg", {"evaluate.batch-size": 7})
+    folder = pipeline.fuse(done, "fedavg", {"krum.hostile": 7})
     assert folder.path == done.path / "fused" / "fedavg-1"
-    assert folder.config == Config.from_flat({"method": "fedavg", "evaluate.batch-size": 7}, base=done.config)
+    assert folder.config == Config.from_flat({"method": "fedavg", "krum.hostile": 7}, base=done.config)
     wanted = average(done.load_uploads())
     made = load_file(folder.model_path)
     assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
@@ -331,7 +331,7 @@ def test_fuse_refuses_settings_that_would_change_the_uploads(done: RunFolder, ke
 
 
 def test_fuse_takes_other_settings_of_the_server_phase(done: RunFolder) -> None:
-    changes = {"inversion.mode": "dense", "relabel.mode": "none", "ensemble.combine": "logp", "distill.epochs": 2}
+    changes = {"inversion.mode": "dense", "relabel.mode": "none", "ensemble.combine": "probs", "distill.epochs": 2}
     result = pipeline.fuse(done, "fedmitr", changes).read_result()
     assert result["synthetic_images"] == 20
     assert changes.items() <= result["config"].items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny import an_upload, settings, small, some_images
+from tiny import Sgd, an_upload, settings, small, some_images
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.central import train_centrally
@@ -21,11 +21,11 @@ from fedmitr_flwr.common.errors import ConfigError, DataError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data import proxy
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.proxy import proxy_pixels
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.distillation.start import start_student
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
 from fedmitr_flwr.merging.average import average
@@ -34,10 +34,12 @@ from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods import load as load_method
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.statistics import heads
 from fedmitr_flwr.statistics.heads import Head
 from fedmitr_flwr.statistics.moments import frozen_features
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
+from fedmitr_flwr.vit.optim import Stepper
 
 CPU = torch.device("cpu")
 
@@ -68,8 +70,9 @@ def test_closed_forms_do_not_depend_on_the_partition(method: str) -> None:
 
 
 @torch.no_grad()
-def test_lda_is_scikit_learns_on_all_clients_features() -> None:
-    config = with_statistics(method="lda", **{"statistics.shrinkage": 0.2})
+def test_lda_is_scikit_learns_on_all_clients_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "oas", lambda _: 0.2)
+    config = with_statistics(method="lda")
     made = fused(config)
     shares = [client_images(config, client)[0] for client in range(2)]
     images = Images(torch.cat([share.pixels for share in shares]), torch.cat([share.labels for share in shares]))
@@ -99,33 +102,18 @@ def test_a_head_on_the_public_start_is_one_model_that_can_be_saved(method: str) 
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in made.weights.items())
 
 
-@pytest.mark.parametrize("gaussian", ["diagonal", "spherical", "tied"])
-def test_fedpft_draws_by_its_setting(gaussian: str) -> None:
-    config = with_statistics(method="fedpft")
-    uploads = uploads_of(config)
-    made = fused(Config.from_flat({"statistics.gaussian": gaussian}, config), uploads)
-    assert torch.isfinite(made.weights["head.weight"]).all()
-    for other in {"diagonal", "spherical", "tied"} - {gaussian}:  # of the same seed
-        drawn = fused(Config.from_flat({"statistics.gaussian": other}, config), uploads)
-        assert not torch.equal(made.weights["head.weight"], drawn.weights["head.weight"])
-
-
 def test_without_statistics_the_uploads_are_the_teachers() -> None:
     config = settings()
     uploads = uploads_of(config)
     assert teachers_of(uploads, config) == uploads
-    config = with_statistics(**{"ensemble.statistics": "none"})
-    uploads = uploads_of(config)
-    assert teachers_of(uploads, config) == uploads
 
 
-@pytest.mark.parametrize(("statistics", "teach", "silent"), [("lda", "probs", 1), ("none", "logits", 0)])
+@pytest.mark.parametrize(("statistics", "teach", "silent"), [(True, "probs", 1), (False, "logits", 0)])
 def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(
-    statistics: str, teach: str, silent: int
+    statistics: bool, teach: str, silent: int
 ) -> None:
     """With its logits, and its patches, the losses were of a hundred and more: nothing else was learned."""
-    own = {"distill.soft": "auto", "ensemble.teach": "logits", "ensemble.statistics": statistics}
-    config = with_statistics(method="fedmitr", **own)
+    config = settings(**{"upload.statistics": statistics})
     uploads, lines = uploads_of(config), list[dict[str, Any]]()
     ensemble = Weigher(uploads, config, CPU).ensemble
     assert (ensemble.teach, ensemble.silent) == (teach, silent)
@@ -135,18 +123,18 @@ def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("head", ["lda", "ridge"])
-def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(head: str) -> None:
-    config = with_statistics(**{"ensemble.statistics": head, "ensemble.combine": "probs"})
+def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble.TEMPERATURE", 1.0)
+    config = with_statistics(**{"ensemble.combine": "probs"})
     uploads = uploads_of(config)
     *others, frozen = teachers_of(uploads, config)
     assert others == uploads
     assert frozen.num_examples == sum(upload.num_examples for upload in uploads)
     assert frozen.class_counts == tuple(map(sum, zip(*(upload.class_counts for upload in uploads), strict=True)))
     images = some_images(config, 6)
-    model = fused(Config.from_flat({"method": head}, config), uploads).predict
+    model = fused(Config.from_flat({"method": "lda"}, config), uploads).predict
     given = scouted_ensemble(uploads, config, CPU)(images).softmax(1)
-    without = Config.from_flat({"ensemble.statistics": "none"}, config)
+    without = Config.from_flat({"upload.statistics": False, "upload.variances": False}, config)
     clients = scouted_ensemble(uploads, without, CPU)(images).softmax(1)
     torch.testing.assert_close(given, (clients + model(images).softmax(1)) / 2)
 
@@ -164,22 +152,8 @@ def test_every_ensemble_has_the_same_teachers() -> None:
         assert len(made.ensemble.teachers) == 3
 
 
-def test_statistics_that_nobody_asks_change_no_bit_of_a_student() -> None:
-    with_them = fused(with_statistics(**{"ensemble.statistics": "none"}))
-    without = fused(settings())
-    assert all(torch.equal(with_them.weights[name], tensor) for name, tensor in without.weights.items())
-
-
-def test_a_student_can_start_from_the_frozen_model() -> None:
-    config = with_statistics(**{"distill.init": "statistics"})
-    uploads = uploads_of(config)
-    wanted = fused(Config.from_flat({"method": "lda"}, config), uploads).weights
-    student = start_student(uploads, config).state_dict()
-    assert all(torch.equal(student[name], tensor) for name, tensor in wanted.items())
-
-
 def test_counts_can_be_weights_where_statistics_tell_them() -> None:
-    config = with_statistics(**{"ensemble.weights": "counts", "ensemble.statistics": "lda"})
+    config = with_statistics(**{"ensemble.weights": "counts"})
     uploads = uploads_of(config)
     weights_KY = scouted_ensemble(uploads, config, CPU).weights
     counts_KY = torch.tensor([upload.class_counts for upload in uploads], dtype=torch.float32)
@@ -190,13 +164,18 @@ def test_counts_can_be_weights_where_statistics_tell_them() -> None:
 
 
 def proxy_settings(**changes: Any) -> Config:
-    return settings(**{"method": "feddf", "data.proxy": 0.1, "feddf.passes": 2, "feddf.limit": 60} | changes)
+    return settings(**{"method": "feddf", "data.proxy": 0.1} | changes)
+
+
+@pytest.fixture(autouse=True)
+def _two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feddf, "PASSES", 2)
 
 
 def test_the_proxy_share_is_nobodys_and_not_for_validation() -> None:
     """Digits has 1,437 training images; no two of them are equal."""
     whole = {"data.train-limit": 0, "data.test-limit": 0, "data.validation": 0.2}
-    config = proxy_settings(**whole, **{"feddf.limit": 0})
+    config = proxy_settings(**whole)
     others = load(config.data, config.model)
     parts = (proxy_pixels(config), others.test.pixels, others.train.pixels)
     proxies, validation, train = ({image.numpy().tobytes() for image in part} for part in parts)
@@ -217,11 +196,10 @@ def test_without_a_proxy_share_every_image_is_where_it_was() -> None:
         proxy_pixels(proxy_settings(**{"data.proxy": 0.0001}))
 
 
-@pytest.mark.parametrize(("key", "value", "fix"), [("distill.extrapolate", 0.0, 1), ("distill.ema", 0.5, 0)])
-def test_what_feddf_has_not_is_refused_by_name_with_the_fix(key: str, value: float, fix: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} = {value:g} .*method = 'feddf'.*; set it to {fix}"):
-        feddf.check(proxy_settings(**{key: value}))
-    feddf.check(proxy_settings(**{key: fix}))
+def test_what_feddf_has_not_is_refused_by_name_with_the_fix() -> None:
+    with pytest.raises(ConfigError, match=r"distill.extrapolate = 0 .*method = 'feddf'.*; set it to 1"):
+        feddf.check(proxy_settings(**{"distill.extrapolate": 0.0}))
+    feddf.check(proxy_settings())
 
 
 def test_a_folder_of_images_needs_no_labels(tmp_path: Path) -> None:
@@ -232,14 +210,14 @@ def test_a_folder_of_images_needs_no_labels(tmp_path: Path) -> None:
         Image.fromarray(image).save(tmp_path / folder / f"{number}.png")
     config = proxy_settings(**{"feddf.path": str(tmp_path), "data.proxy": 0.0})
     assert proxy_pixels(config).shape == (3, 1, 8, 8)
-    limited = Config.from_flat({"feddf.limit": 2}, config)
-    assert proxy_pixels(limited).shape == (2, 1, 8, 8)
-    assert all(any(torch.equal(one, other) for other in proxy_pixels(config)) for one in proxy_pixels(limited))
 
 
-def test_parquet_files_of_other_classes_will_do(shared: Path) -> None:
+def test_parquet_files_of_other_classes_will_do(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first three of CIFAR-10's, of ten classes."""
+    decode = proxy.decode
+    monkeypatch.setattr(proxy, "decode", lambda images, rows, *shape: decode(images, rows[:3], *shape))
     path = str(shared / "data" / "cifar10")
-    pixels = proxy_pixels(proxy_settings(**{"feddf.path": path, "feddf.limit": 3, "model.num-classes": 2}))
+    pixels = proxy_pixels(proxy_settings(**{"feddf.path": path, "model.num-classes": 2}))
     assert pixels.shape == (3, 1, 32, 32)
 
 
@@ -265,27 +243,30 @@ def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_feddf_with_the_ensemble_already_followed_stays_where_it_is() -> None:
+def test_feddf_with_the_ensemble_already_followed_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """K = 1: the student starts as the teacher, so the divergence and its gradient are 0."""
-    config = proxy_settings(**{"distill.optimizer": "sgd", "distill.lr": 0.01})
+    monkeypatch.setattr(feddf, "student_stepper", lambda vit, _, steps: Stepper(vit.parameters(), Sgd(0.01), steps))
+    config = proxy_settings()
     (upload, _) = uploads_of(config)
     made = fused(config, [upload])
     for name, tensor in upload.weights.items():
         torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_feddf_comes_closer_to_the_ensemble() -> None:
-    config = proxy_settings(**{"feddf.passes": 6, "distill.lr": 3e-3})
+def test_feddf_comes_closer_to_the_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feddf, "PASSES", 6)
+    config = proxy_settings(**{"distill.lr": 3e-3, "data.train-limit": 600})
     uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]  # unlike each other
     lines: list[dict[str, Any]] = []
     made = feddf.fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
     start = build_vit(config.model)
     start.load_state_dict(average(uploads))
     pixels = proxy_pixels(config)
-    still = Config.from_flat({"distill.lr": 1e-12, "feddf.passes": 1}, config)
+    still = Config.from_flat({"distill.lr": 1e-12}, config)
+    monkeypatch.setattr(feddf, "PASSES", 1)
     before = feddf.follow(start, made.ensemble, pixels, still, stream(0), CPU)
     (line,) = lines
-    assert line["images"] == len(pixels) == 60
+    assert line["images"] == len(pixels)
     assert line["kd"] < 0.7 * before
 
 
@@ -331,7 +312,7 @@ def test_the_central_model_has_the_clients_settings_and_all_their_images(tmp_pat
 
 def test_a_central_model_in_a_folder_has_the_settings_of_that_folder(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    folder = train_centrally(run, run.sub("other", Config.from_flat({"evaluate.batch-size": 7}, run.config)))
+    folder = train_centrally(run, run.sub("other", Config.from_flat({"krum.hostile": 7}, run.config)))
     with_own = train_centrally(run, run.sub("longer", Config.from_flat({"local.epochs": 2}, run.config)))
     first, longer = (load_tensors(each.model_path)[0]["head.weight"] for each in (folder, with_own))
     assert torch.equal(first, load_tensors(train_centrally(run).model_path)[0]["head.weight"])

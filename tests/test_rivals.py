@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,14 @@ from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import value_range
+from fedmitr_flwr.distillation import distil, losses
+from fedmitr_flwr.distillation.losses import soft_divergence
+from fedmitr_flwr.ensemble import learned
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.inversion import generator
 from fedmitr_flwr.inversion.generator import Generator, generate
-from fedmitr_flwr.methods import coboosting, dense
+from fedmitr_flwr.inversion.invert import PIXELS
+from fedmitr_flwr.methods import adi, coboosting, dense
 from fedmitr_flwr.methods.coboosting import diversify, hard_loss
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.dense import boundary_loss
@@ -34,40 +38,48 @@ STUDENT = torch.tensor([[1.0, 3.0], [2.0, 1.0]]).log()
 TARGETS = torch.tensor([0, 1])
 
 
+@pytest.fixture(autouse=True)
+def _small_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STEPS": 4, "WIDTH": 4, "LATENT": 8}.items():
+        monkeypatch.setattr(generator, name, value)
+
+
+def cross_entropies(scores: Tensor, _student: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(scores, targets, reduction="none")
+
+
 def test_the_boundary_loss_by_hand() -> None:
     """CE: -log 3/4 and -log 1/4. KL of the first: 3/4 log 3 + 1/4 log 1/3 = log(3) / 2. The second agrees: no term."""
-    found = boundary_loss(SCORES, STUDENT, TARGETS, weight=0.5)
-    assert found.tolist() == pytest.approx([math.log(4 / 3) - 0.25 * math.log(3), math.log(4)], abs=1e-6)
+    found = boundary_loss(SCORES, STUDENT, TARGETS)
+    assert found.tolist() == pytest.approx([math.log(4 / 3) - math.log(3) / 2, math.log(4)], abs=1e-6)
 
 
 def test_where_all_agree_the_boundary_loss_is_cross_entropy() -> None:
-    found = boundary_loss(SCORES, 5 * SCORES, TARGETS, weight=9.0)
-    assert torch.equal(found, F.cross_entropy(SCORES, TARGETS, reduction="none"))
+    assert torch.equal(boundary_loss(SCORES, 5 * SCORES, TARGETS), cross_entropies(SCORES, SCORES, TARGETS))
 
 
 def test_the_hard_loss_by_hand() -> None:
     """(1/4)·log(4/3) and (3/4)·log 4, less the divergence at temperature 3 on both images."""
-    plain = hard_loss(SCORES, STUDENT, TARGETS, weight=0.0, hard=1.0)
+    plain = hard_loss(SCORES, SCORES, TARGETS)
     assert plain.tolist() == pytest.approx([math.log(4 / 3) / 4, 3 * math.log(4) / 4])
     wanted, given = (SCORES / 3).softmax(1), (STUDENT / 3).softmax(1)
     apart = 9 * (wanted * (wanted / given).log()).sum(1)
     assert (apart > 0.01).all()
-    torch.testing.assert_close(hard_loss(SCORES, STUDENT, TARGETS, 2.0, 1.0), plain - 2 * apart)
+    torch.testing.assert_close(hard_loss(SCORES, STUDENT, TARGETS), plain - apart)
 
 
 def test_the_hardness_weighs_and_is_no_part_of_the_slope() -> None:
+    """Where the student agrees, the divergence has no slope."""
     scores = SCORES.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(hard_loss(scores, STUDENT, TARGETS, 0.0, 2.0).sum(), scores)
-    # dCE/dz = p - one-hot, times (1 - p_y)²
-    wanted = torch.tensor([[-1 / 4, 1 / 4], [3 / 4, -3 / 4]]) * torch.tensor([[1 / 16], [9 / 16]])
+    (slope,) = torch.autograd.grad(hard_loss(scores, SCORES, TARGETS).sum(), scores)
+    # dCE/dz = p - one-hot, times 1 - p_y
+    wanted = torch.tensor([[-1 / 4, 1 / 4], [3 / 4, -3 / 4]]) * torch.tensor([[1 / 4], [3 / 4]])
     torch.testing.assert_close(slope, wanted)
 
 
-def test_hard_images_of_probability_0_or_exponent_0_weigh_1() -> None:
+def test_hard_images_of_probability_0_weigh_1() -> None:
     impossible = torch.tensor([[-60.0, 60.0], [60.0, -60.0]])
-    entropy = F.cross_entropy(impossible, TARGETS, reduction="none")
-    assert torch.equal(hard_loss(impossible, impossible, TARGETS, 0.0, 1.0), entropy)
-    assert torch.equal(hard_loss(SCORES, SCORES, TARGETS, 0.0, 0.0), F.cross_entropy(SCORES, TARGETS, reduction="none"))
+    assert torch.equal(hard_loss(impossible, impossible, TARGETS), cross_entropies(impossible, impossible, TARGETS))
 
 
 SHAPES = [(8, 1, 2), (28, 1, 4), (30, 3, 5), (96, 3, 16), (224, 3, 16), (3, 1, 3), (1, 1, 1)]
@@ -77,7 +89,7 @@ SHAPES = [(8, 1, 2), (28, 1, 4), (30, 3, 5), (96, 3, 16), (224, 3, 16), (3, 1, 3
 def test_generated_images_have_the_shape_and_range_of_pictures(size: int, chans: int, patch: int) -> None:
     config = settings(**{"model.img-size": size, "model.in-chans": chans, "model.patch-size": patch})
     torch.manual_seed(0)
-    images = Generator(config.model, latent=5, width=4)(100 * torch.randn(2, 5))
+    images = Generator(config.model)(100 * torch.randn(2, 8))
     assert images.shape == (2, chans, size, size)
     low, high = value_range(config.model)
     assert (images >= low[:, None, None]).all()
@@ -89,17 +101,18 @@ def test_generated_images_have_the_shape_and_range_of_pictures(size: int, chans:
 
 def test_32_pixels_come_from_8_and_few_channels_do_it() -> None:
     config = settings(**{"model.img-size": 32, "model.patch-size": 4})
-    assert Generator(config.model, 256, 64).coarse == 8
-    assert Generator(settings(**{"model.img-size": 224, "model.patch-size": 16}).model, 256, 64).coarse == 7
+    assert Generator(config.model).coarse == 8
+    assert Generator(settings(**{"model.img-size": 224, "model.patch-size": 16}).model).coarse == 7
 
 
-def test_a_generator_lowers_its_loss_and_gives_back_the_best_images() -> None:
-    config = settings(**{"rival.steps": 25, "rival.lr": 0.01, "ensemble.combine": "probs"})
+def test_a_generator_lowers_its_loss_and_gives_back_the_best_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STEPS": 25, "LR": 0.01, "WIDTH": 64}.items():
+        monkeypatch.setattr(generator, name, value)
+    config = settings()
     ensemble, student, targets = an_ensemble(config), a_vit(config, 9), torch.arange(20) % 10
     losses: list[float] = []
-    entropy = partial(boundary_loss, weight=0.0)
     made = generate(
-        ensemble, student, targets, config, entropy, rng=stream(0), on_step=lambda loss, _: losses.append(loss)
+        ensemble, student, targets, config, stream(0), lambda loss, _: losses.append(loss), loss=cross_entropies
     )
     assert len(losses) == 25
     assert min(losses) < 0.7 * losses[0]
@@ -111,23 +124,28 @@ def test_a_generator_lowers_its_loss_and_gives_back_the_best_images() -> None:
     assert made.images.std(0).mean() > 0.01  # not one image for all
 
 
-def test_the_student_has_a_say_in_the_images() -> None:
+def test_the_student_has_a_say_in_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the adversarial term they lie further from it than without."""
-    config = settings(**{"rival.steps": 20, "rival.lr": 0.01})
+    for name, value in {"STEPS": 20, "LR": 0.01, "WIDTH": 64}.items():
+        monkeypatch.setattr(generator, name, value)
+    config = settings()
     ensemble, student, targets = an_ensemble(config), a_vit(config, 9), torch.arange(20) % 10
 
     def apart(weight: float) -> float:
-        loss = partial(hard_loss, weight=weight, hard=0.0)
-        images = generate(ensemble, student, targets, config, loss, rng=stream(0)).images
+        def loss(scores: Tensor, student: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropies(scores, student, targets) - weight * soft_divergence(scores, student, 3.0)
+
+        images = generate(ensemble, student, targets, config, stream(0), loss=loss).images
         with torch.no_grad():
-            return -hard_loss(ensemble(images), student(images), targets, 1.0, 200.0).mean().item()
+            return soft_divergence(ensemble(images), student(images), 3.0).mean().item()
 
     assert apart(3.0) > 1.5 * apart(0.0)
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_a_generated_batch_too_large_for_the_memory_is_made_in_halves() -> None:
-    config = settings(**{"rival.steps": 1})
+def test_a_generated_batch_too_large_for_the_memory_is_made_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "STEPS", 1)
+    config = settings()
     ensemble, student = an_ensemble(config), a_vit(config, 9)
     seen: list[int] = []
 
@@ -135,36 +153,37 @@ def test_a_generated_batch_too_large_for_the_memory_is_made_in_halves() -> None:
         seen.append(len(targets))
         if len(targets) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return boundary_loss(scores, student, targets, 0.0)
+        return boundary_loss(scores, student, targets)
 
-    made = generate(ensemble, student, torch.arange(7), config, hungry, rng=stream(0))
+    made = generate(ensemble, student, torch.arange(7), config, stream(0), loss=hungry)
     assert seen == [7, 3, 4]
     assert made.targets.tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("chans", [1, 3])
 def test_diversified_images_move_by_so_many_grey_levels(chans: int) -> None:
-    config = settings(**{"model.in-chans": chans, "rival.perturb": 8.0})
+    config = settings(**{"model.in-chans": chans})
     ensemble = an_ensemble(config)
     low, high = (limit.repeat_interleave(4) for limit in value_range(config.model))
     patches = patchify(some_images(config, 6), 2).clamp(low, high)
-    moved = diversify(ensemble, patches, all_positions(patches), stream(0), config)
+    moved = diversify(ensemble, patches, all_positions(patches), stream(0), config.model)
     greys = (moved - patches) * normalisation(config.model)[1].repeat_interleave(4) * 255
     inside = (moved > low) & (moved < high)
     assert inside.float().mean() > 0.5
     torch.testing.assert_close(greys[inside].abs(), torch.full_like(greys[inside], 8.0), rtol=0, atol=1e-3)
     assert (greys[~inside].abs() <= 8.001).all()
     assert ((moved >= low) & (moved <= high)).all()
-    again = diversify(ensemble, patches, all_positions(patches), stream(1), config)
+    again = diversify(ensemble, patches, all_positions(patches), stream(1), config.model)
     assert not torch.equal(moved, again)
 
 
-def test_diversified_images_turn_the_answer_where_they_should() -> None:
+def test_diversified_images_turn_the_answer_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     """uᵀ softmax(A/T) rises for almost every image: the sign of the slope is a direction of ascent."""
-    config = settings(**{"rival.perturb": 2.0, "ensemble.combine": "probs"})
+    monkeypatch.setattr(coboosting, "PERTURB", 2.0)
+    config = settings()
     ensemble, images = an_ensemble(config), 0.5 * some_images(config, 12)
     patches = patchify(images, 2)
-    moved = diversify(ensemble, patches, all_positions(patches), stream(3), config)
+    moved = diversify(ensemble, patches, all_positions(patches), stream(3), config.model)
     directions = 2 * torch.rand(12, 10, generator=stream(3)) - 1
 
     def turned(patches: Tensor) -> Tensor:
@@ -176,7 +195,7 @@ def test_diversified_images_turn_the_answer_where_they_should() -> None:
 
 
 def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
-    given = {"method": method, "distill.epochs": 2, "rival.steps": 4, "rival.width": 4, "rival.latent": 8}
+    given = {"method": method, "distill.epochs": 2}
     config = settings(**given | changes)
     uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
     lines: list[dict[str, Any]] = [] if log is None else log
@@ -192,48 +211,45 @@ def same(first: Fused, second: Fused) -> bool:
     return equal and torch.equal(first.pool.images, second.pool.images)
 
 
-def test_adi_has_fedmitr_s_dense_images() -> None:
+def test_adi_has_fedmitr_s_dense_images_at_its_own_rate_and_from_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[dict[str, Any]] = []
-    adi = fused("adi", log, **{"distill.high": 0.7, "relabel.mode": "tokens"})
-    published = {"inversion.mode": "dense", "inversion.start": "noise", "inversion.lr": 0.25}
-    fedmitr = fused("fedmitr", **published)
-    assert adi.pool is not None
+    published = fused("adi", log)
+    monkeypatch.setattr(adi, "PIXELS", PIXELS)
+    made, fedmitr = fused("adi"), fused("fedmitr", **{"inversion.mode": "dense"})
+    assert made.pool is not None
     assert fedmitr.pool is not None
-    assert torch.equal(adi.pool.images, fedmitr.pool.images)
-    assert not same(adi, fedmitr)
-    by_hand = {"relabel.mode": "none", "distill.high": 0.0, "distill.low": 0.0, "distill.temperature": 4.0}
-    assert same(adi, fused("fedmitr", **by_hand, **published))
-    assert all(line["low"] == 0 for line in log if line["stage"] == "distillation")
+    assert published.pool is not None
+    assert torch.equal(made.pool.images, fedmitr.pool.images)
+    assert not torch.equal(published.pool.images, made.pool.images)
+    assert not same(made, fedmitr)  # whose student has other lessons
+    assert all(line["low"] == line["high"] == 0 for line in log if line["stage"] == "distillation")
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-def test_what_is_fedmitr_s_own_does_not_touch_the_rivals(rival: str) -> None:
-    theirs = {"relabel.mode": "drop", "distill.high": 3.0, "distill.mix": "tokens", "distill.keep": 0.4}
-    theirs |= {"distill.temperature": 9.0, "inversion.mode": "pri", "inversion.stops": "0.5", "distill.token": 2.0}
-    theirs |= {"inversion.start": "leaves", "inversion.lr": 0.1}
-    changed = {**theirs, "inversion.mode": "sparse"}
-    assert same(fused(rival), fused(rival, **changed))
+def test_what_is_fedmitr_s_own_does_not_touch_the_rivals(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"relabel.mode": "drop", "inversion.mode": "pri4", "inversion.stops": "0.5", "distill.init": "classwise"}
+    bare = fused(rival)
+    for name, value in {"HIGH": 3.0, "TOKEN": 2.0, "TEMPERATURE": 9.0, "LOW_TEMPERATURE": 9.0}.items():
+        monkeypatch.setattr(losses, name, value)
+    monkeypatch.setattr(distil, "KEEP", 0.4)
+    assert same(bare, fused(rival, **theirs))
 
 
 def test_coboosting_without_its_three_ideas_is_dense_without_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = {"rival.perturb": 0.0, "rival.hard": 0.0, "ensemble.learn-step": 0.0, "ensemble.weights": "uniform"}
-    cut = fused("coboosting", **bare)
-
-    def unmasked(scores: Tensor, student: Tensor, targets: Tensor, weight: float) -> Tensor:
-        return hard_loss(scores, student, targets, weight, 0.0)
-
-    masked = fused("dense", **bare)
-    monkeypatch.setattr(dense, "boundary_loss", unmasked)
-    assert same(cut, fused("dense", **bare))
-    assert not same(cut, masked)
+    whole = fused("coboosting")
+    monkeypatch.setattr(learned, "STEP", 0.0)
+    monkeypatch.setattr(coboosting, "diversify", lambda _ensemble, patches, *_, **__: patches)
+    monkeypatch.setattr(coboosting, "hard_loss", boundary_loss)
+    uniform = {"ensemble.weights": "uniform"}
+    assert same(fused("coboosting", **uniform), fused("dense", **uniform))
+    assert not same(whole, fused("dense"))
 
 
-@pytest.mark.parametrize(
-    "change", [{"rival.perturb": 8.0}, {"rival.hard": 1.0}, {"ensemble.learn-step": 0.05}, {"rival.adversarial": 2.0}]
-)
-def test_each_idea_changes_coboosting(change: dict[str, object]) -> None:
-    bare: dict[str, object] = {"rival.perturb": 0.0, "rival.hard": 0.0, "ensemble.learn-step": 0.0}
-    assert not same(fused("coboosting", **bare), fused("coboosting", **bare | change))
+@pytest.mark.parametrize(("module", "name"), [(coboosting, "PERTURB"), (learned, "STEP")])
+def test_each_idea_changes_coboosting(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fused("coboosting")
+    monkeypatch.setattr(module, name, 0.0)
+    assert not same(whole, fused("coboosting"))
 
 
 @pytest.mark.parametrize("rival", RIVALS)
@@ -246,12 +262,15 @@ def test_same_seed_same_bits(rival: str) -> None:
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-def test_teachers_that_are_streamed_or_stacked_give_the_same(rival: str) -> None:
-    one_step = {"distill.epochs": 1, "rival.steps": 2, "inversion.steps": 2, "inversion.stops": ""}
+def test_teachers_that_are_streamed_or_stacked_give_the_same(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "STEPS", 2)
+    one_step = {"distill.epochs": 1, "inversion.steps": 2, "inversion.stops": ""}
     plain = fused(rival, **one_step)
     assert plain.pool is not None
-    for how in ({"ensemble.teacher-chunk": 1}, {"ensemble.stack": "always"}):
-        other = fused(rival, **one_step, **how)
+    for where, value in (("teachers.CHUNK", 1), ("ensemble._stacks", lambda _: True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fedmitr_flwr.ensemble.{where}", value)
+            other = fused(rival, **one_step)
         assert other.pool is not None
         torch.testing.assert_close(other.pool.images, plain.pool.images, rtol=0, atol=1e-3)
 
@@ -268,7 +287,7 @@ def test_images_of_other_sizes(rival: str, size: int, patch: int, chans: int) ->
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_colour_and_routes_and_a_chosen_start(rival: str) -> None:
-    changes = {"model.in-chans": 3, "data.flip": True, "distill.extrapolate": 0.0, "distill.ema": 0.5}
+    changes = {"model.in-chans": 3, "data.flip": True, "distill.extrapolate": 0.0}
     changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs"}
     if rival != "coboosting":
         changes |= {"inversion.route": 0.5}
@@ -325,24 +344,24 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
 ) -> None:
     for name in ("save_images", "save_partition"):
         monkeypatch.setattr(pipeline, name, lambda *_: None)
-    small = {"rival.steps": 3, "rival.width": 4, "distill.epochs": 3, "ensemble.weights": "learned"}
+    small = {"distill.epochs": 3, "ensemble.weights": "learned"}
     config = settings(method="fedavg", **small, **{"out-dir": str(tmp_path)})
     run = pipeline.run(config, "run")
     whole = pipeline.fuse(run, rival, {})
     module = {"dense": dense, "coboosting": coboosting}[rival]
-    make, made = module.make, []
+    make, made = module.generate, []
 
     class KilledError(Exception):
         pass
 
-    def dies(*given: Any) -> Any:
+    def dies(*given: Any, **more: Any) -> Any:
         made.append(1)
         if len(made) == 3:
             raise KilledError
-        return make(*given)
+        return make(*given, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make", dies)
+        patched.setattr(module, "generate", dies)
         with pytest.raises(KilledError):
             pipeline.fuse(run, rival, {})
         made.extend([1] * 10)
@@ -355,7 +374,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
 
 
 def test_an_ensemble_of_one_may_learn() -> None:
-    config = settings(method="coboosting", **{"rival.steps": 2, "rival.width": 4})
+    config = settings(method="coboosting")
     upload = an_upload(config, 0)
     made = methods.fuse(Job([upload], config, CPU, lambda **_: None))
     assert isinstance(made.ensemble, Ensemble)

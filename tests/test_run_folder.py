@@ -110,15 +110,29 @@ def test_settings_of_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused."""
-    text = Config().to_toml().replace("seed = 0", "seed = 7").replace("relabel.temperature = 1.0\n", "")
+    text = Config().to_toml().replace("seed = 0", "seed = 7").replace('relabel.mode = "tokens"\n', "")
     sealed_file(tmp_path, text + 'distill.gone = "x"\n')
     with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
         RunFolder.open(tmp_path)
-    monkeypatch.setattr("fedmitr_flwr.config.config.RETIRED", frozenset({"distill.gone"}))
+    monkeypatch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
     assert RunFolder.open(tmp_path).config == Config(seed=7)
     retired, absent = caplog.messages
     assert retired.endswith("settings of an older version, ignored: distill.gone")
-    assert absent.endswith("settings that it was made without have their defaults: relabel.temperature")
+    assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
+
+
+def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What has another name now is taken; of what is gone, key and value are named, and who can read it."""
+    text = Config().to_toml().replace('inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4')
+    found = RunFolder.open(sealed_file(tmp_path, text)).config
+    assert found == Config.from_flat({"inversion.mode": "pri4"})
+    assert caplog.messages[0].endswith("settings of an older version, ignored: inversion.rebirths")
+    older = "; an older version made this run, so use that one"
+    with pytest.raises(ConfigError, match=rf"config\.toml: inversion\.mode = 'pri' is not possible; use .*{older}"):
+        RunFolder.open(sealed_file(tmp_path, text.replace("rebirths = 4", "rebirths = 7")))
+    joint = text.replace('ensemble.combine = "probs"', 'ensemble.combine = "joint"')
+    with pytest.raises(ConfigError, match=rf"config\.toml: ensemble\.combine = 'joint' is not possible; .*{older}"):
+        RunFolder.open(sealed_file(tmp_path, joint))
 
 
 def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:

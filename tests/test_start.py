@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import a_vit, an_upload, settings
+from torch import Tensor
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.common.errors import ConfigError, ModelError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
-from fedmitr_flwr.distillation.start import FACTORS, choose_start, likeness, start_student
+from fedmitr_flwr.distillation.start import FACTORS, answers, choose_start, likeness, start_student
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.merging.average import average
@@ -39,21 +39,22 @@ def placed(factor: float) -> Weights:
 def a_pool(config: Config, teachers: list[Upload], count: int = 20) -> Pool:
     ensemble = Ensemble.of(teachers, config.model, config.ensemble)
     images = invert(ensemble, torch.arange(count) % 10, config.inversion, config.model, flip=False, rng=stream(0))
-    return Pool.of(images, relabel(ensemble, images, config.relabel))
+    return Pool.of(images, relabel(images, config.relabel))
 
 
-def test_the_students_start(tmp_path: Path) -> None:
+def said(config: Config, teachers: list[Upload], pool: Pool) -> Tensor:
+    return answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
+
+
+def test_the_students_start() -> None:
     uploads = [an_upload(settings(), client, 10 + client) for client in range(2)]
-    there = {name: tensor.clone() for name, tensor in a_vit(settings(), 9).state_dict().items()}
-    save_file(there, tmp_path / "weights.safetensors")
     wanted: dict[str, Weights] = {
         "average": average(uploads),
         "initial": initial_weights(settings(seed=4).model, 4),
-        "pretrained": there,
+        "classwise": average(uploads),  # until there are images
     }
     for init, weights in wanted.items():
-        path = str(tmp_path / "weights.safetensors")
-        config = settings(seed=4, **{"distill.init": init, "distill.pretrained": path})
+        config = settings(seed=4, **{"distill.init": init})
         student = start_student(uploads, config).state_dict()
         assert all(torch.equal(student[name], tensor) for name, tensor in weights.items()), init
 
@@ -64,31 +65,6 @@ def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
     config = settings(**{"distill.init": "initial", "model.weights": str(tmp_path / "weights.safetensors")})
     student = start_student([an_upload(config, 0)], config).state_dict()
     assert all(torch.equal(student[name], tensor) for name, tensor in there.items())
-
-
-@pytest.mark.parametrize("method", ["fedmitr", "adi", "dense", "coboosting", "feddf"])
-def test_weights_that_are_not_there_are_known_before_any_client_is_asked(method: str, tmp_path: Path) -> None:
-    flat = {"method": method, "distill.init": "pretrained", "data.proxy": 0.1}
-    with pytest.raises(
-        ConfigError, match=r"there are no timm weights for model\.name = 'small'; set distill\.pretrained"
-    ):
-        methods.check(settings(**flat))
-    flat["distill.pretrained"] = str(tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match=r"distill\.pretrained = '.*x\.safetensors': there is no such file"):
-        methods.check(settings(**flat))
-    (tmp_path / "x.safetensors").touch()
-    with pytest.raises(ModelError, match=r"distill\.pretrained: .*x\.safetensors is empty"):
-        methods.check(settings(**flat))
-    save_file(dict(a_vit(settings(), 9).state_dict()), tmp_path / "y.safetensors")
-    methods.check(settings(**flat | {"distill.pretrained": str(tmp_path / "y.safetensors")}))
-
-
-def test_pretrained_weights_that_are_not_there_are_refused() -> None:
-    config = settings(**{"distill.init": "pretrained", "distill.pretrained": "/no/where.safetensors"})
-    with pytest.raises(ModelError, match=r"distill\.pretrained: there is no weights file /no/where\.safetensors"):
-        start_student([an_upload(config, 0)], config)
-    with pytest.raises(ModelError, match=r"distill\.pretrained = 'timm', but there are none for model\.name = 'small'"):
-        start_student([], settings(**{"distill.init": "pretrained", "distill.pretrained": "timm"}))
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.5, 2.0, 3.0])
@@ -123,19 +99,20 @@ def test_another_start_is_not_moved(factor: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"relabel.mode": "complement"}, {"inversion.mode": "pri", "relabel.mode": "drop"}]
+    "changes", [{}, {"relabel.mode": "complement"}, {"inversion.mode": "pri4", "relabel.mode": "drop"}]
 )
 @pytest.mark.parametrize("factor", FACTORS)
 def test_the_factor_at_which_the_teacher_stands_is_chosen(
     factor: float, changes: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = settings(**changes, **{"distill.extrapolate": 0.0})
-    pool = a_pool(config, [replace(two_uploads()[0], weights=placed(factor))])
-    student = start_student(two_uploads(), config)
-    before = likeness(student, pool)
+    teachers = [replace(two_uploads()[0], weights=placed(factor))]
+    pool = a_pool(config, teachers)
+    student, told = start_student(two_uploads(), config), said(config, teachers, pool)
+    before = likeness(student, told, pool)
     with caplog.at_level(logging.INFO, "fedmitr"):
-        assert choose_start(student, pool, config) == factor
-    assert likeness(student, pool) == pytest.approx(1, abs=1e-5)
+        assert choose_start(student, told, pool, config) == factor
+    assert likeness(student, told, pool) == pytest.approx(1, abs=1e-5)
     assert factor == 1 or before < 1 - 1e-4
     for name, wanted in placed(factor).items():
         torch.testing.assert_close(student.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
@@ -145,22 +122,25 @@ def test_the_factor_at_which_the_teacher_stands_is_chosen(
 def test_a_chosen_average_has_its_bits() -> None:
     config = settings(**{"distill.extrapolate": 0.0})
     student = start_student(two_uploads(), config)
-    assert choose_start(student, a_pool(config, [replace(two_uploads()[0], weights=placed(1.0))]), config) == 1
+    teachers = [replace(two_uploads()[0], weights=placed(1.0))]
+    pool = a_pool(config, teachers)
+    assert choose_start(student, said(config, teachers, pool), pool, config) == 1
     assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in average(two_uploads()).items())
 
 
 @torch.no_grad()
-def test_likeness_is_the_correlation_of_answers_on_whole_images() -> None:
-    """By numpy's Pearson correlation over the classes, with the views as they are and the ensemble asked again."""
-    config = settings(**{"inversion.mode": "dense", "ensemble.combine": "probs"})
+def test_likeness_is_the_correlation_of_answers_on_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numpy's Pearson correlation over the classes."""
+    config = settings(**{"inversion.mode": "dense"})
     with torch.enable_grad():
         pool = a_pool(config, two_uploads())
     ensemble = Ensemble.of(two_uploads(), config.model, config.ensemble)
     student = a_vit(config, 9)
-    answers = zip(ensemble(pool.images).numpy(), student(pool.images).numpy(), strict=True)
-    wanted = np.mean([np.corrcoef(one, other)[0, 1] for one, other in answers])
+    both = zip(ensemble(pool.images).numpy(), student(pool.images).numpy(), strict=True)
+    wanted = np.mean([np.corrcoef(one, other)[0, 1] for one, other in both])
     for batch_size in (7, 20, 256):
-        assert likeness(student, pool, batch_size) == pytest.approx(wanted, rel=1e-5)
+        monkeypatch.setattr("fedmitr_flwr.distillation.start.BATCH", batch_size)
+        assert likeness(student, answers(ensemble, pool), pool) == pytest.approx(wanted, rel=1e-5)
 
 
 @torch.no_grad()
@@ -169,10 +149,11 @@ def test_likeness_does_not_see_how_long_answers_are() -> None:
     with torch.enable_grad():
         pool = a_pool(config, two_uploads())
     student = a_vit(config, 9)
-    before = likeness(student, pool)
+    told = said(config, two_uploads(), pool)
+    before = likeness(student, told, pool)
     student.head.weight *= 3
     student.head.bias.mul_(3).add_(5)
-    assert likeness(student, pool) == pytest.approx(before, rel=1e-5)
+    assert likeness(student, told, pool) == pytest.approx(before, rel=1e-5)
 
 
 def fused(metrics: list[dict[str, Any]], **changes: object) -> Fused:

@@ -1,21 +1,16 @@
 """What inversions start from."""
 
-import math
-
 import pytest
 import torch
 from tiny import small
 from torch import Tensor
 
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.inversion import starts
-from fedmitr_flwr.inversion.starts import MOST_LEAVES, dead_leaves, objects, starting_images
+from fedmitr_flwr.inversion.starts import MOST_LEAVES, Start, dead_leaves, leaves, noise
 
 
 def test_noise_is_the_streams_own_normal_numbers() -> None:
-    torch.testing.assert_close(
-        starting_images("noise", 3, small(8, 2), stream(0)), torch.randn(3, 2, 8, 8, generator=stream(0))
-    )
+    torch.testing.assert_close(noise(3, small(8, 2), stream(0)), torch.randn(3, 2, 8, 8, generator=stream(0)))
 
 
 @pytest.mark.parametrize("size", [(4, 1, 8, 8), (3, 3, 33, 33)])
@@ -57,68 +52,23 @@ def _slope(images_BCHW: Tensor) -> float:
 
 def test_power_falls_with_frequency_as_in_photographs() -> None:
     """The power of photographs falls with an exponent of 2 and more, that of a single edge with 3."""
-    assert -3.1 < _slope(starting_images("leaves", 100, small(64), stream(4))) < -2
-    assert _slope(starting_images("noise", 100, small(64), stream(4))) == pytest.approx(0, abs=0.1)
+    assert -3.1 < _slope(leaves(100, small(64), stream(4))) < -2
+    assert _slope(noise(100, small(64), stream(4))) == pytest.approx(0, abs=0.1)
 
 
 def test_leaves_are_normalised_to_the_range_of_pixels() -> None:
     """Grey pixels are normalised by mean 1/2 and deviation 1/2, colour ones as ImageNet's."""
-    grey = starting_images("leaves", 50, small(16), stream(5))
+    grey = leaves(50, small(16), stream(5))
     torch.testing.assert_close(grey, dead_leaves((50, 1, 16, 16), stream(5)) * 2 - 1)
-    colour = starting_images("leaves", 50, small(16, 3), stream(5))
+    colour = leaves(50, small(16, 3), stream(5))
     red = (dead_leaves((50, 3, 16, 16), stream(5))[:, 0] - 0.485) / 0.229
     torch.testing.assert_close(colour[:, 0], red)
 
 
-@pytest.mark.parametrize("start", ["leaves", "objects"])
+@pytest.mark.parametrize("start", [leaves, noise])
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33)])
-def test_the_same_stream_gives_the_same_images_and_no_two_are_alike(start: str, channels: int, side: int) -> None:
-    images = starting_images(start, 20, small(side, channels), stream(6))
+def test_the_same_stream_gives_the_same_images_and_no_two_are_alike(start: Start, channels: int, side: int) -> None:
+    images = start(20, small(side, channels), stream(6))
     assert images.shape == (20, channels, side, side)
-    assert torch.equal(images, starting_images(start, 20, small(side, channels), stream(6)))
+    assert torch.equal(images, start(20, small(side, channels), stream(6)))
     assert len(images.flatten(1).unique(dim=0)) == 20
-
-
-@pytest.fixture
-def discs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every object is a disc of half the image's width in its middle."""
-    monkeypatch.setattr(starts, "WAVE", 0.0)
-    monkeypatch.setattr(starts, "STRETCH", 0.0)
-    monkeypatch.setattr(starts, "OFF_CENTRE", 0.0)
-    monkeypatch.setattr(starts, "RADII", (0.5, 0.5))
-
-
-@pytest.mark.usefixtures("discs")
-def test_an_outline_without_waves_is_a_disc() -> None:
-    """Its area is π (1/2)² of the 2 x 2 that the image is."""
-    inside = starts._outlined(4, 201, stream(7))
-    assert inside.float().mean((1, 2)).tolist() == pytest.approx([math.pi / 16] * 4, rel=0.02)
-    assert inside[:, 100, 100].all()
-
-
-def test_half_of_the_outlines_are_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starts, "OFF_CENTRE", 0.0)
-    inside = starts._outlined(200, 63, stream(8))
-    differs = (inside != inside.flip(2)).float().mean((1, 2))  # by rounding along the outline, or by its shape
-    assert 70 <= (differs < 0.003).sum() <= 130
-    assert (differs > 0.02).sum() >= 70
-
-
-@pytest.mark.usefixtures("discs")
-def test_half_of_the_objects_are_flat_and_half_of_the_grounds_black_or_white() -> None:
-    images = objects((400, 3, 16, 16), stream(9))
-    assert images.min() == 0
-    assert images.max() == 1
-    grounds = images[:, :, 0, 0]  # (B, C)
-    black_or_white = (grounds == grounds[:, :1]).all(1) & ((grounds[:, 0] == 0) | (grounds[:, 0] == 1))
-    assert 150 <= black_or_white.sum() <= 250
-    colours = torch.tensor([len(image.flatten(1).unique(dim=1).T) for image in images])
-    assert 150 <= (colours <= 2).sum() <= 290  # some leaves cover all of the disc
-    assert colours.max() > 4
-
-
-@pytest.mark.usefixtures("discs")
-def test_saturations_are_squares_of_uniform_numbers() -> None:
-    """Half of the grounds have no colour; channels of the others vary by 1/12, times the fourth power of the number."""
-    grounds = objects((4000, 3, 8, 8), stream(10))[:, :, 0, 0]
-    assert grounds.var(1).mean().item() == pytest.approx(1 / 2 * 1 / 12 * 1 / 5, rel=0.1)

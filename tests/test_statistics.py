@@ -221,32 +221,18 @@ def test_drawn_features_have_the_clients_counts_means_and_variances() -> None:
     statistics = Statistics.of(*told(z, labels))
     parts = (statistics.counts, statistics.sums, statistics.moment, statistics.squares)
     many = Statistics(*(1000 * part for part in parts))
-    for gaussian in ("diagonal", "spherical"):
-        drawn, classes, _ = draw(many, gaussian, stream(0, "draw"), most=10**6)
-        again = Statistics.of(*told(drawn, classes))
-        assert torch.equal(again.counts, many.counts)
-        variances = statistics.variances
-        wanted = variances if gaussian == "diagonal" else variances.mean(1, keepdim=True).expand_as(variances)
-        # Standard errors of a mean and of a variance, of at least 4,000 draws: σ / 60 and σ² √2 / 60.
-        assert ((again.means - statistics.means).abs() <= 5 * wanted.sqrt() / 60).all()
-        assert ((again.variances - wanted).abs() <= 5 * 2**0.5 * wanted / 60).all()
-
-
-def test_tied_gaussians_have_the_covariance_within_the_clients_classes() -> None:
-    z, labels = features(60)
-    statistics = Statistics.of(*told(z, labels))
-    many = Statistics(1000 * statistics.counts, 1000 * statistics.sums, 1000 * statistics.moment)
-    drawn, classes, _ = draw(many, "tied", stream(0, "draw"), most=10**6)
+    drawn, classes, _ = draw(many, stream(0, "draw"), most=10**6)
     again = Statistics.of(*told(drawn, classes))
-    variances = (many.scatter / many.counts.sum()).diagonal()
-    error = (again.scatter - many.scatter) / many.counts.sum()
-    # The standard error of a covariance is at most √2 times the product of standard deviations / √60,000.
-    assert (error.abs() <= 5 * 2**0.5 * torch.outer(variances, variances).sqrt() / 60_000**0.5).all()
+    assert torch.equal(again.counts, many.counts)
+    wanted = statistics.variances
+    # Standard errors of a mean and of a variance, of at least 4,000 draws: σ / 60 and σ² √2 / 60.
+    assert ((again.means - statistics.means).abs() <= 5 * wanted.sqrt() / 60).all()
+    assert ((again.variances - wanted).abs() <= 5 * 2**0.5 * wanted / 60).all()
 
 
 def test_a_class_of_one_image_is_drawn_where_it_is() -> None:
     z, labels = torch.eye(CLASSES, WIDTH), torch.arange(CLASSES)
-    drawn, classes, _ = draw(Statistics.of(*told(z, labels)), "diagonal", stream(0))
+    drawn, classes, _ = draw(Statistics.of(*told(z, labels)), stream(0))
     assert classes.tolist() == labels.tolist()
     assert torch.equal(drawn, z.double())
 
@@ -255,10 +241,10 @@ def test_a_claim_of_many_images_is_drawn_up_to_the_limit_and_weighs_in_full() ->
     z, labels = features(60)
     honest = Statistics.of(*told(z, labels))
     claimed = Statistics(*(10**7 * part for part in (honest.counts, honest.sums, honest.moment, honest.squares)))
-    _, classes, weights = draw(claimed, "diagonal", stream(0))
+    _, classes, weights = draw(claimed, stream(0))
     assert torch.bincount(classes).tolist() == [MOST] * CLASSES
     torch.testing.assert_close(torch.zeros(CLASSES).double().index_add(0, classes, weights), claimed.counts)
-    assert draw(honest, "diagonal", stream(0))[2].unique().tolist() == [1.0]
+    assert draw(honest, stream(0))[2].unique().tolist() == [1.0]
     weighted = train_head(z.double(), labels, CLASSES, 1 + (labels == 0).double())
     twice = train_head(torch.cat([z, z[labels == 0]]).double(), torch.cat([labels, labels[labels == 0]]), CLASSES)
     torch.testing.assert_close(weighted.weight, twice.weight, atol=1e-5, rtol=1e-4)

@@ -6,13 +6,14 @@ from tiny import an_upload, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr.common.rng import stream
+from fedmitr_flwr.ensemble import teachers as module
 from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
 from fedmitr_flwr.ensemble.routing import Routing, everyone, route
 from fedmitr_flwr.inversion.objective import cross_entropy
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.tokens import forward_tokens, patchify, take
 
-COMBINES = ("logits", "logp", "probs", "joint")
+COMBINES = ("logits", "probs")
 TARGETS = torch.tensor([4, 0, 7, 4])
 
 
@@ -20,9 +21,12 @@ def uploads(count: int = 5) -> list[Upload]:
     return [an_upload(settings(), client, 10 + 5 * client) for client in range(count)]
 
 
-def an_ensemble(combine: str = "probs", chunk: int = 0, stack: str = "never", teachers: int = 5) -> Ensemble:
-    config = settings(**{"ensemble.combine": combine, "ensemble.teacher-chunk": chunk, "ensemble.stack": stack})
-    return Ensemble.of(uploads(teachers), config.model, config.ensemble)
+def an_ensemble(combine: str = "probs", chunk: int = 16, teachers: int = 5) -> Ensemble:
+    """Of no more networks than `chunk` in memory; it teaches as it decides."""
+    config = settings(**{"ensemble.combine": combine})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        return Ensemble.of(uploads(teachers), config.model, config.ensemble, combine)
 
 
 def some_patches() -> tuple[Tensor, Tensor]:
@@ -58,7 +62,7 @@ def test_teachers_streamed_from_their_uploads_are_the_ensemble(combine: str, chu
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [5, 6, 0])
+@pytest.mark.parametrize("chunk", [5, 6])
 def test_a_chunk_that_holds_all_streams_none(chunk: int) -> None:
     ensemble = an_ensemble(chunk=chunk)
     assert len(ensemble.teachers.residents) == len(ensemble.teachers) == 5
@@ -66,15 +70,21 @@ def test_a_chunk_that_holds_all_streams_none(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_stacked_teachers_are_the_ensemble(combine: str) -> None:
-    for found, wanted in zip(answers(an_ensemble(combine, stack="always")), answers(an_ensemble(combine)), strict=True):
+def test_stacked_teachers_are_the_ensemble(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    in_turn = answers(an_ensemble(combine))
+    monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble._stacks", lambda _: True)
+    stacked = an_ensemble(combine)
+    assert not stacked.by_many
+    for found, wanted in zip(answers(stacked), in_turn, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("stack", ["always", "never"])
-def test_a_gpu_answers_as_the_cpu_does(stack: str) -> None:
-    on_gpu = answers(an_ensemble(stack=stack).to("cuda"), "cuda")
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_gpu_answers_as_the_cpu_does(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble._stacks", lambda tensor: stacked and tensor.is_cuda)
+    on_gpu = answers(an_ensemble().to("cuda"), "cuda")
     for found, wanted in zip(on_gpu, answers(an_ensemble()), strict=True):
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-5)
 
@@ -86,7 +96,7 @@ def test_the_loss_and_its_gradient_are_autograds() -> None:
     logits = torch.stack(
         [forward_tokens(teacher, leaf, ids).cls for teacher in map(ensemble.teachers.__getitem__, range(5))]
     )
-    mixture = (logits.softmax(-1) * ensemble.weights[:, None]).sum(0)
+    mixture = ((logits / 3).softmax(-1) * ensemble.weights[:, None]).sum(0)
     wanted = -mixture.gather(1, TARGETS[:, None]).squeeze(1).log()
     wanted.sum().backward()
     loss, gradient = target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights))
@@ -134,7 +144,7 @@ def test_a_threshold_of_0_is_the_full_ensemble() -> None:
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("chunk", [16, 2])
 def test_a_routed_image_sees_the_ensemble_of_its_teachers_alone(combine: str, chunk: int) -> None:
     ensemble = an_ensemble(combine, chunk, teachers=3)
     ensemble.weights = torch.tensor([[0.6, *[1 / 3] * 9], [0.3, *[1 / 3] * 9], [0.1, *[1 / 3] * 9]])

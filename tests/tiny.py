@@ -1,5 +1,6 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,51 +53,25 @@ _TINY: dict[str, object] = {
     "upload.class-counts": False,
     "screen.mode": "off",
     "ensemble.combine": "logits",
-    "ensemble.temperature": 1.0,
     "ensemble.weights": "size",
     "inversion.mode": "sparse",
     "inversion.steps": 8,
     "inversion.batch-size": 10,
-    "inversion.lr": 0.25,
     "inversion.stops": "0.25,0.5",
-    "inversion.drop": 0.3,  # 16 -> 11 -> 7 alive patches
-    "inversion.rebirths": 4,
-    "inversion.tv": 1e-3,
-    "inversion.roll": 1,
-    "inversion.start": "noise",
     "relabel.mode": "tokens",
-    "relabel.temperature": 1.0,
     "distill.epochs": 1,
     "distill.images-per-epoch": 10,
     "distill.passes": 1,
-    "distill.batch-size": 8,
     "distill.init": "average",
     "distill.extrapolate": 1.0,
-    "distill.optimizer": "adamw",
     "distill.lr": 1e-3,
-    "distill.weight-decay": 0.0,
-    "distill.schedule": "cosine",
-    "distill.soft": "kl",
-    "distill.temperature": 2.0,
-    "distill.high": 1.0,
-    "distill.token": 0.5,
-    "distill.low": 1.0,
-    "distill.kd": 1.0,
-    "distill.mix": "none",
-    "distill.keep": 1.0,
-    "distill.shift": False,
-    "distill.teachers": "cached",
-    "distill.grad-clip": 1.0,
-    "distill.ema": 0.0,
     "evaluate.where": "server",
     "flower.quorum": 1.0,
 }
 
 
 def settings(**changes: object) -> Config:
-    """The ensemble teaches as it decides, unless told otherwise."""
-    alike = {"ensemble.teach": changes.get("ensemble.combine", _TINY["ensemble.combine"])}
-    return Config.from_flat(_TINY | alike | changes)
+    return Config.from_flat(_TINY | changes)
 
 
 # Of `small`, where a test parses settings that nothing resolves.
@@ -106,6 +81,17 @@ SIZES: dict[str, object] = {"model.img-size": 8, "model.patch-size": 2, "model.i
 def small(img_size: int = 8, in_chans: int = 1, num_classes: int = 10) -> ModelConfig:
     """What says how pixels become its input, and how many classes there are."""
     return ModelConfig(img_size=img_size, in_chans=in_chans, num_classes=num_classes)
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """What a `Stepper` is to have where a test must see plain gradients."""
+
+    lr: float
+    optimizer: str = "sgd"
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    grad_clip: float = 0.0
 
 
 def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.common.compute import resolve_device
-from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.text import read_settings
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 
-from .flops import Shape, bound, images_each, stages
+from .flops import Shape, bound, stages
 from .gauges import measure
 from .rows import Arm, Plan, Row, Run, row, with_ratios
 from .uploads import asked, class_counts, draw_targets
@@ -27,10 +26,9 @@ from .uploads import asked, class_counts, draw_targets
 Report = Callable[[int, Arm, Run], None]  # number of the repeat
 
 
-def arms_of(teachers: int, chunk: int, options: argparse.Namespace) -> list[Arm]:
+def arms_of(teachers: int, options: argparse.Namespace) -> list[Arm]:
     """Those that share an ensemble, in the order of the table."""
-    settings = product(options.route, options.precision, options.modes)
-    return [Arm(mode, teachers, route, precision, chunk, options.compile) for route, precision, mode in settings]
+    return [Arm(mode, teachers, route) for route, mode in product(options.route, options.modes)]
 
 
 def config_of(arm: Arm, options: argparse.Namespace, steps: int | None = None) -> Config:
@@ -39,24 +37,19 @@ def config_of(arm: Arm, options: argparse.Namespace, steps: int | None = None) -
     Raises:
         ConfigError: an unknown setting or an impossible value.
     """
-    kind, rebirths = ("pri", arm.mode[3:]) if arm.mode.startswith("pri") else (arm.mode, "1")
-    if not rebirths.isdecimal():
-        raise ConfigError(f"--modes: {arm.mode!r} is not possible; use dense | sparse | pri<number>, such as pri4")
     flat: dict[str, object] = {"upload.class-counts": True, "ensemble.weights": "counts", "data.flip": True}
     flat |= {"model.name": options.model, "model.img-size": options.img_size, "model.patch-size": options.patch_size}
     flat |= {"model.in-chans": 3, "model.num-classes": options.num_classes, "model.weights": options.weights}
-    flat |= {"inversion.mode": kind, "inversion.rebirths": int(rebirths), "inversion.steps": steps or options.steps}
-    flat |= {"inversion.batch-size": options.batch, "inversion.stops": options.stops, "inversion.drop": options.drop}
-    flat |= {"inversion.route": arm.route, "inversion.precision": arm.precision, "inversion.compile": arm.compile}
-    flat |= {"ensemble.teacher-chunk": arm.teacher_chunk}
+    flat |= {"inversion.mode": arm.mode, "inversion.steps": steps or options.steps, "inversion.route": arm.route}
+    flat |= {"inversion.batch-size": options.batch, "inversion.stops": options.stops}
     return Config.from_flat(flat | read_settings(None, options.set, Config().to_flat()))
 
 
 def short_steps(arm: Arm, options: argparse.Namespace) -> int:
     """The fewest steps that show every number of alive patches of the full run, and the remainder of T / v."""
     config = config_of(arm, options)
-    if config.inversion.mode == "pri":
-        return config.inversion.rebirths + config.inversion.steps % config.inversion.rebirths
+    if (v := config.inversion.images_each) > 1:
+        return v + config.inversion.steps % v
     wanted, tried = len(stages(config)), range(1, options.steps + 1)
     return next(steps for steps in tried if len(stages(config_of(arm, options, steps))) == wanted)
 
@@ -111,12 +104,12 @@ class Bench:
         options = self.options
         return draw_targets(options.batch, options.num_classes, stream(options.seed, "targets", repeat))
 
-    def rows(self, shape: Shape, peak_flops: dict[str, float]) -> list[Row]:
-        """Of all arms, after `run`; `peak_flops` by precision."""
+    def rows(self, shape: Shape, peak_flops: float) -> list[Row]:
+        """Of all arms, after `run`."""
         rows, bounds = {}, {}
         for arm, runs in self.runs.items():
             config = config_of(arm, self.options)
-            rows[arm] = row(arm, runs, self.plan(arm, config, shape), peak_flops[arm.precision])
+            rows[arm] = row(arm, runs, self.plan(arm, config, shape), peak_flops)
             bounds[arm] = bound(shape, config, config_of(replace(arm, mode="dense"), self.options))
             rows[arm] |= {"img_size": config.model.img_size, "patches": config.model.num_patches}
             rows[arm] |= {"batch": config.inversion.batch_size}
@@ -129,7 +122,7 @@ class Bench:
         batch = self.options.batch
         return Plan(
             steps=config.inversion.steps,
-            images=batch * images_each(config),
+            images=batch * config.inversion.images_each,
             flops=batch * teachers_each * shape.run_flops(stages(config)),
             teachers_each=teachers_each,
         )

@@ -10,7 +10,7 @@ from fedmitr_flwr.bench.markup import figure, origin, table
 
 COLUMNS = ("K", "Mode", "Images", "Seconds (min, max)", "Images/s", "× dense", "Bound", "Of the bound", "MFU")
 COSTS = ("Peak MiB (before)", "Loss")
-OPTIONS = {  # shown where a file's rows differ in them
+OPTIONS = {  # shown where a file's rows differ in them; the last three have one value in files of today
     "route": "Route",
     "teachers_each": "Teachers asked",
     "precision": "Precision",
@@ -50,7 +50,7 @@ def section(content: Mapping[str, Any]) -> list[str]:
 
 def differ(rows: list[Row], key: str) -> bool:
     """Whether rows of as many teachers differ in a setting."""
-    return any(row[key] != other[key] for row in rows for other in rows if row["teachers"] == other["teachers"])
+    return any(row.get(key) != other.get(key) for row in rows for other in rows if row["teachers"] == other["teachers"])
 
 
 def cells(row: Row) -> list[str]:

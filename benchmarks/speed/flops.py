@@ -90,10 +90,10 @@ class Shape:
 def stages(config: Config) -> list[Stage]:
     """The steps that `invert` takes, T in all."""
     inversion, patches = config.inversion, config.model.num_patches
+    v = inversion.images_each
     if inversion.mode == "dense":
         return [Stage(inversion.steps, patches)]
-    if inversion.mode == "pri":
-        v = inversion.rebirths
+    if inversion.mode == "pri4":
         times = [i * inversion.steps // v for i in range(v + 1)]
         counts = [patches - i * (patches // v) for i in range(v)]
     else:
@@ -102,12 +102,7 @@ def stages(config: Config) -> list[Stage]:
     return [Stage(end - begin, alive) for (begin, end), alive in zip(pairwise(times), counts, strict=True)]
 
 
-def images_each(config: Config) -> int:
-    """Finished images for each target."""
-    return config.inversion.rebirths if config.inversion.mode == "pri" else 1
-
-
 def bound(shape: Shape, config: Config, dense: Config) -> float:
     """How many times more finished images than `dense` a FLOP can give."""
-    ours, theirs = (images_each(each) / shape.run_flops(stages(each)) for each in (config, dense))
+    ours, theirs = (each.inversion.images_each / shape.run_flops(stages(each)) for each in (config, dense))
     return ours / theirs

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from fedmitr_flwr.ensemble.precision import tf32
+from fedmitr_flwr.common.compute import whole_float32
 
 T = TypeVar("T")
 
@@ -72,17 +72,16 @@ def _peak(device: torch.device) -> float:
     return int(lines["VmHWM"].split()[0]) / 1024  # from kB
 
 
-def peak_flops(device: torch.device, precision: str, size: int = 0) -> float:
-    """FLOP/s in a precision of `inversion.precision`: the product of two (size, size) matrices, at its best.
+def peak_flops(device: torch.device, size: int = 0) -> float:
+    """FLOP/s in float32: the product of two (size, size) matrices, at its best.
 
     Size 0: large for the device.
     """
     size = size or PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
     rng = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    matrix = torch.randn(size, size, generator=rng).to(device, dtype)
+    matrix = torch.randn(size, size, generator=rng).to(device)
     seconds = []
-    with tf32(precision == "tf32"):
+    with whole_float32():
         torch.matmul(matrix, matrix)  # the first call also starts threads and picks kernels
         for _ in range(PEAK_REPEATS):
             start = synchronised(device)

@@ -14,8 +14,6 @@ Row = dict[str, Any]
 COLUMNS = {
     "Teachers": "teachers",
     "Route": "route",
-    "Precision": "precision",
-    "Chunk": "teacher_chunk",
     "Mode": "mode",
     "Seconds": "seconds_median",
     "min, max": "seconds_spread",
@@ -35,22 +33,16 @@ COLUMNS = {
 class Arm:
     """One way to make images; arms that differ in the mode only are compared."""
 
-    mode: str  # dense | sparse | pri<v>
+    mode: str  # dense | sparse | pri4
     teachers: int
     route: float
-    precision: str
-    teacher_chunk: int
-    compile: bool
 
     def rivals(self) -> tuple[object, ...]:
         """Equal for arms that are compared."""
         return tuple(value for name, value in asdict(self).items() if name != "mode")
 
     def __str__(self) -> str:
-        words = [self.mode, f"K={self.teachers}", self.precision]
-        words += [f"route {self.route:g}"] if self.route else []
-        words += [f"chunk {self.teacher_chunk}"] if self.teacher_chunk else []
-        return " ".join(words + ["compiled"] * self.compile)
+        return f"{self.mode} K={self.teachers}" + (f" route {self.route:g}" if self.route else "")
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,18 @@ def as_made(make: Callable[[A, Event], T], arguments: Iterable[A], at_once: int)
             over.set()
 
 
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """CUDA does not round the inputs of float32 products and convolutions to 10 bits; torch would, of the latter."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left; torch's CPU allocator says so in the message only."""
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -15,9 +15,7 @@ from .config import (
     PartitionConfig,
     PrivacyConfig,
     RelabelConfig,
-    RivalConfig,
     ScreenConfig,
-    StatisticsConfig,
     StrategyConfig,
     UploadConfig,
 )
@@ -37,9 +35,7 @@ __all__ = [
     "PartitionConfig",
     "PrivacyConfig",
     "RelabelConfig",
-    "RivalConfig",
     "ScreenConfig",
-    "StatisticsConfig",
     "StrategyConfig",
     "UploadConfig",
 ]

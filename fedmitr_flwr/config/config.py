@@ -11,10 +11,11 @@ from typing import Any, Self, TypeVar, cast
 
 from ..common.errors import ConfigError
 from .limits import Section, check
-from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
+from .method_sections import FedDFConfig, StrategyConfig
 from .protection import KrumConfig, PrivacyConfig, ScreenConfig
 from .sections import (
     OWN,
+    REBIRTHS,
     DataConfig,
     DistillConfig,
     EnsembleConfig,
@@ -44,16 +45,10 @@ __all__ = [
     "PartitionConfig",
     "PrivacyConfig",
     "RelabelConfig",
-    "RivalConfig",
     "ScreenConfig",
-    "StatisticsConfig",
     "StrategyConfig",
     "UploadConfig",
 ]
-
-
-# Keys of older versions that this one has no longer: a run folder with them opens, and they are named and ignored.
-RETIRED: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +73,6 @@ class Config(Section):
     inversion: InversionConfig = field(default_factory=InversionConfig)
     relabel: RelabelConfig = field(default_factory=RelabelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    rival: RivalConfig = field(default_factory=RivalConfig)
-    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     feddf: FedDFConfig = field(default_factory=FedDFConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
@@ -96,15 +89,6 @@ class Config(Section):
                 f"inversion.route = {self.inversion.route} needs weights that tell classes apart, not "
                 f"ensemble.weights = {self.ensemble.weights!r}; use 'estimated' or 'counts', or set inversion.route = 0"
             )
-        if self.distill.init == "statistics" and not self.upload.statistics:
-            raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
-        if self.distill.init == "regmean":
-            if not self.upload.directions:
-                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions = 32")
-            if not self.distill.extrapolate:
-                raise ConfigError(
-                    "distill.extrapolate = 0 chooses among averages, and distill.init = 'regmean'; set it to 1 or above"
-                )
         if self.data.validation and self.evaluate.where == "clients":
             raise ConfigError(
                 f"data.validation = {self.data.validation} is for the server, but evaluate.where = 'clients' holds "
@@ -119,12 +103,11 @@ class Config(Section):
                 self.partition.classes_per_client <= self.model.num_classes,
                 f"at most model.num-classes = {self.model.num_classes}",
             )
-        if self.inversion.mode == "pri" and self.model.num_patches:
-            check(
-                "inversion.rebirths",
-                self.inversion.rebirths,
-                self.inversion.rebirths <= min(self.model.num_patches, self.inversion.steps),
-                f"at most the number of patches ({self.model.num_patches}) and of steps ({self.inversion.steps})",
+        patches = self.model.num_patches or REBIRTHS  # 0: not known yet
+        if self.inversion.images_each > min(patches, self.inversion.steps):
+            raise ConfigError(
+                f"inversion.mode = {self.inversion.mode!r} needs {REBIRTHS} patches and steps, not {patches} and "
+                f"{self.inversion.steps}; use 'sparse'"
             )
 
     def _check_own(self) -> None:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from ..common.errors import ConfigError
 from .limits import Section, check
 
+REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
-IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
-LOGITS = ("logits", "joint")  # ways to combine whose scores are on the scale of the teachers' logits
-MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the clients' weights
+MERGED = ("average", "classwise")  # starts of the student that are made of the clients' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,65 +166,27 @@ class EnsembleConfig(Section):
     """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
 
     section = "ensemble"
-    combine: str = "probs"  # mean of: logits | logp (log-probabilities) | probs (probabilities) | joint (see docs)
-    temperature: float = 3.0  # of each teacher's softmax: in logp, probs, joint; in importance by every `combine`
-    teach: str = "logits"  # the same, where it teaches; with trim as combine; logits become probs beside statistics
+    combine: str = "probs"  # to decide what an image shows, the mean of the teachers' logits | probs (probabilities)
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
-    learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
-    learn_decay: float = 0.99  # learned: of the step, per epoch
-    statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
-    trim: float = 0.0  # probs: of the weight, cut off at each end of the teachers' answers, class by class; 0.5: median
-    teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
-    stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
 
     def __post_init__(self) -> None:
-        self._at_least(0, "teacher_chunk")
-        self._one_of("stack", "auto", "always", "never")
-        self._one_of("statistics", "none", "lda", "ridge")
-        self._one_of("combine", "logits", "logp", "probs", "joint")
-        self._one_of("teach", "logits", "logp", "probs", "joint")
+        self._one_of("combine", "logits", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
-        self._above(0, "temperature")
-        self._within(0, 1, "learn_step", "learn_decay")
-        self._within(0, 0.5, "trim")
-        if self.trim and self.combine != "probs":
-            raise ConfigError(
-                f"ensemble.trim = {self.trim} is of probabilities, but ensemble.combine = {self.combine!r}; "
-                "set ensemble.combine = 'probs', or ensemble.trim = 0"
-            )
-
-    @property
-    def teaches_logits(self) -> bool:
-        return self.teach in LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
 class InversionConfig(Section):
     section = "inversion"
-    mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri (patch rebirth)
+    mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri4 (patch rebirth: four images from one)
     steps: int = 60  # T
     batch_size: int = 125  # images inverted at once
-    lr: float = 0.1
     stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
-    drop: float = 0.3  # sparse: share of the alive patches halted at each stop
-    rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
-    tv: float = 1e-4  # weight of the total variation prior
-    roll: int = 0  # random roll by up to this many whole patches (SMI: an eighth of the side); 0: none
-    start: str = "leaves"  # noise (white) | images drawn at random: leaves (dead leaves) | objects (one, on a ground)
-    disagree: float = 0.0  # weight of seeking images on which student and ensemble differ (ADI)
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
-    precision: str = "float32"  # of the teachers: float32 | tf32 | bfloat16 (autocast)
-    compile: bool = False  # torch.compile the teachers; needs a C++ compiler, and minutes for each new shape
 
     def __post_init__(self) -> None:
-        self._one_of("mode", "dense", "sparse", "pri")
-        self._one_of("precision", "float32", "tf32", "bfloat16")
-        self._one_of("start", "noise", "leaves", "objects")
+        self._one_of("mode", "dense", "sparse", "pri4")
         self._within(0, 1, "route")
-        self._at_least(1, "steps", "batch_size", "rebirths")
-        self._above(0, "lr")
-        self._at_least(0, "tv", "roll", "disagree")
-        self._within(0, 0.99, "drop")
+        self._at_least(1, "steps", "batch_size")
         fractions = self.stop_fractions
         check(
             "inversion.stops",
@@ -233,6 +194,11 @@ class InversionConfig(Section):
             list(fractions) == sorted(set(fractions)) and all(0 < f < 1 for f in fractions),
             "rising fractions of the steps between 0 and 1, such as '0.0125,0.025,0.05,0.075'",
         )
+
+    @property
+    def images_each(self) -> int:
+        """Images that one trajectory gives."""
+        return REBIRTHS if self.mode == "pri4" else 1
 
     @property
     def stop_fractions(self) -> tuple[float, ...]:
@@ -248,11 +214,9 @@ class InversionConfig(Section):
 class RelabelConfig(Section):
     section = "relabel"
     mode: str = "tokens"  # none | drop | tokens (R1) | complement (R2)
-    temperature: float = 1.0  # soft = kl: of the ensemble's soft labels for low-density patches
 
     def __post_init__(self) -> None:
         self._one_of("mode", "none", "drop", "tokens", "complement")
-        self._above(0, "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,46 +225,15 @@ class DistillConfig(Section):
     epochs: int = 2  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
     passes: int = 60  # over the pool, per epoch
-    batch_size: int = 64
-    init: str = "average"  # average (of uploads) | classwise | layerwise | regmean | initial | statistics | pretrained
-    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; regmean, too; 0: chosen
-    ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
-    pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
-    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
+    init: str = "average"  # average (of uploads) | classwise (its head by who knows which class) | initial
+    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; 0: chosen
     lr: float = 3e-3
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # cosine | constant
-    soft: str = "auto"  # soft labels: mse of logits | kl at the temperatures | auto: mse if the ensemble teaches logits
-    temperature: float = 2.0  # soft = kl: of the class-token distillation term
-    high: float = 0.1  # weight of the pseudo-label term (class token and high-density tokens)
-    token: float = 0.5  # within it, weight of the high-density patch tokens
-    low: float = 1.0  # weight of the relabelled low-density tokens
-    kd: float = 1.0  # weight of the class-token distillation
-    mix: str = "tokens"  # two images in one: none | blend (mixup) | tokens (each patch from one of them)
-    keep: float = 0.5  # teachers = again: a batch shows at most this share of an image's patches, drawn anew each time
-    shift: bool = False  # teachers = again: each image is moved by up to half a patch, anew each time
-    teachers: str = "again"  # cached (asked once per image) | again (asked on each augmented batch)
-    grad_clip: float = 1.0  # 0: none
-    ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", *MERGED, "initial", "statistics", "pretrained")
-        self._one_of("optimizer", "muon", "adamw", "sgd")
-        self._one_of("schedule", "cosine", "constant")
-        self._one_of("soft", "auto", "kl", "mse")
-        self._one_of("mix", "none", "blend", "tokens")
-        self._within(0.01, 1, "keep")
-        self._one_of("teachers", "cached", "again")
-        self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
-        self._above(0, "lr", "temperature", "ridge")
-        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
-        self._within(0, 1, "ema")
-
-    def soft_from(self, teach: str) -> str:
-        """`soft` without auto, where the ensemble teaches by `teach`."""
-        if self.soft != "auto":
-            return self.soft
-        return "mse" if teach in LOGITS else "kl"
+        self._one_of("init", *MERGED, "initial")
+        self._at_least(1, "epochs", "images_per_epoch", "passes")
+        self._above(0, "lr")
+        self._at_least(0, "extrapolate")
 
     @property
     def merges(self) -> bool:
@@ -310,12 +243,12 @@ class DistillConfig(Section):
     @property
     def chooses_start(self) -> bool:
         """Whether the average's way is chosen once there are images (`start.choose_start`)."""
-        return self.init in ("average", *IMPROVED) and self.extrapolate == 0
+        return self.merges and self.extrapolate == 0
 
     @property
     def start_needs_images(self) -> bool:
         """Whether the start is not whole before there are images (`start.settle`)."""
-        return self.chooses_start or self.init in IMPROVED
+        return self.chooses_start or self.init == "classwise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,12 +256,10 @@ class EvaluateConfig(Section):
     section = "evaluate"
     where: str = "server"  # server (its own test images) | clients (each on a held-out part of its own)
     holdout: float = 0.1  # where = clients: the share of its images a client holds out
-    batch_size: int = 256
 
     def __post_init__(self) -> None:
         self._one_of("where", "server", "clients")
         self._within(0.01, 0.9, "holdout")
-        self._at_least(1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

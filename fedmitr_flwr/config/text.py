@@ -14,6 +14,7 @@ from typing import Any
 from ..common.errors import ConfigError, unread
 from ..common.outside import is_file
 from .limits import SEPARATOR
+from .retired import refuse_retired
 
 # Settings that are paths, with their values that are none. A relative one is relative to the file that says it; on the
 # command line, to the current folder.
@@ -23,7 +24,6 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "data.path": (),
     "feddf.path": (),
     "model.weights": ("none", "timm"),
-    "distill.pretrained": ("timm",),
 }
 # Of these, what says where a run is kept and no more.
 PLACES = ("out-dir", "resume-from")
@@ -231,6 +231,7 @@ def typed(key: str, value: object, known: Mapping[str, object]) -> object:
     number or a list, true and false their names as text.
     """
     if key not in known:
+        refuse_retired(spelled(key))
         raise ConfigError(f"unknown config key {key!r}; {key_hint(key, known, value)}")
     wanted = type(known[key])
     value = value if key in PATHS and isinstance(value, list) else _converted(value, wanted)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ..common.errors import ConfigError, DataError, say_once
 from ..config import Config
 from .decode import Encoded, decode
 from .layout import TRAIN_NAMES, contents, listed, parquet_splits
-from .sources import FolderSplit, kept, load_proxy_share
+from .sources import FolderSplit, load_proxy_share
 from .tables import ParquetTable, TableImages, find_images
 
 
@@ -30,12 +30,11 @@ def proxy_pixels(config: Config) -> Tensor:
     Raises:
         DataError: there are none, or one is unreadable; the thing is named.
     """
-    feddf, model = config.feddf, config.model
-    if not feddf.path:
-        pixels = load_proxy_share(config.data, model)
-        return pixels[torch.from_numpy(kept(len(pixels), feddf.limit, "proxy"))]
-    images, number = _open(_folder(config), feddf.path)
-    return decode(images, kept(number, feddf.limit, "proxy"), model.in_chans, model.img_size)
+    model = config.model
+    if not config.feddf.path:
+        return load_proxy_share(config.data, model)
+    images, number = _open(_folder(config), config.feddf.path)
+    return decode(images, np.arange(number), model.in_chans, model.img_size)
 
 
 def _folder(config: Config) -> Path:

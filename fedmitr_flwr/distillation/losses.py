@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import DistillConfig
 from ..vit.tokens import TokenLogits
+
+HIGH = 0.1  # weight of the pseudo-labels in the whole loss
+TOKEN = 0.5  # weight of the high-density patch tokens among them
+# Where the ensemble teaches probabilities: T of the class token, τ of low-density tokens.
+TEMPERATURE = 2.0
+LOW_TEMPERATURE = 1.0
 
 
 class Labels(NamedTuple):
@@ -31,22 +36,20 @@ class Parts(NamedTuple):
     low: Tensor
     kd: Tensor
 
-    def total(self, config: DistillConfig) -> Tensor:
-        """L = high · L_high + low · L_low + kd · L_kd."""
-        return config.high * self.high + config.low * self.low + config.kd * self.kd
+    def total(self) -> Tensor:
+        """L = 0.1 L_high + L_low + L_kd."""
+        return HIGH * self.high + self.low + self.kd
 
 
-def distillation_loss(
-    student: TokenLogits, labels: list[Labels], config: DistillConfig, low_temperature: float, teach: str = "probs"
-) -> Parts:
+def distillation_loss(student: TokenLogits, labels: list[Labels], teach: str) -> Parts:
     """Of the student's answers on one batch, against the labels of each of the mixed images.
 
-    L_high = CE(g_cls, y) + token · mean over high-density tokens of CE(g_i, y)
-    L_low  = mean over low-density tokens of τ² KL(softmax(A_i / τ) ‖ softmax(g_i / τ))
-    L_kd   = T² KL(softmax(A / T) ‖ softmax(g_cls / T))
+    L_high = CE(g_cls, y) + 0.5 · mean over high-density tokens of CE(g_i, y)
+    L_low  = mean over low-density tokens of |A_i - g_i|² / Y, of centred logits
+    L_kd   = |A - g_cls|² / Y, likewise
 
-    Where the soft labels, which the ensemble combined by `teach`, are to be followed by "mse" (`config.soft`),
-    `logit_distance` stands in place of either divergence.
+    Where the ensemble teaches (`teach`) probabilities and no logits, τ² KL(softmax(A / τ) ‖ softmax(g / τ)) stands in
+    place of either distance: logarithms of small probabilities, unlike logits, are all tail.
 
     Decoupled into a sparsity mask and a relabelling term as in the paper [S]; the forms are ours [M].
     """
@@ -58,14 +61,21 @@ def distillation_loss(
             for each in labels
         ]
     )
-    by_logits = config.soft_from(teach) == "mse"
 
     def soft(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
-        return logit_distance(teacher_Y, student_Y) if by_logits else soft_divergence(teacher_Y, student_Y, temperature)
+        if teach == "logits":
+            return logit_distance(teacher_Y, student_Y)
+        return soft_divergence(teacher_Y, student_Y, temperature)
 
-    low = _mean([(each.low, soft(each.token_scores, student.patches, low_temperature)) for each in labels])
-    kd = _mean([(each.share, soft(each.scores, student.cls, config.temperature)) for each in labels])
-    return Parts(hard + config.token * high, low, kd)
+    low = _mean([(each.low, soft(each.token_scores, student.patches, LOW_TEMPERATURE)) for each in labels])
+    kd = _mean([(each.share, soft(each.scores, student.cls, TEMPERATURE)) for each in labels])
+    return Parts(hard + TOKEN * high, low, kd)
+
+
+def plain_loss(student: TokenLogits, scores_BY: Tensor, temperature: float) -> Parts:
+    """Of whole images, T² KL(softmax(A / T) ‖ softmax(g_cls / T)) alone: the distillation of the rivals."""
+    nothing = torch.zeros((), device=scores_BY.device)
+    return Parts(nothing, nothing, soft_divergence(scores_BY, student.cls, temperature).mean())
 
 
 def soft_divergence(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:

@@ -20,25 +20,16 @@ class Mixed(NamedTuple):
     kept: Tensor  # (B, J) which of the given patches these are: all, before `thin`
 
 
-def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generator) -> Mixed:
+def mix(patches_BJE: Tensor, positions_BJ: Tensor, rng: torch.Generator) -> Mixed:
     """Mix each image with a random partner, in a share λ ~ U(0, 1).
 
-    - `blend`: λ x + (1 - λ) x', patch by patch (mixup, Zhang et al. 2018). Where the two images' patches lie at other
-      positions, as for halted images, there is nothing to blend: such images are mixed by `tokens`.
-    - `tokens`: each token comes from the one or the other image, with its position (MixToken, Jiang et al. 2021).
+    Each token comes from the one or the other image, with its position (MixToken, Jiang et al. 2021).
     """
     batch, tokens = positions_BJ.shape
     device = positions_BJ.device
-    kept = all_positions(patches_BJE)
-    if how == "none":
-        ones = torch.ones(batch, tokens, device=device)
-        return Mixed(patches_BJE, positions_BJ, torch.arange(batch, device=device), ones[:, 0], ones, kept)
     partner = torch.randperm(batch, generator=rng).to(device)
     share = torch.rand(batch, 1, generator=rng).to(device)
     others_BJE, places_BJ = patches_BJE[partner], positions_BJ[partner]
-    if how == "blend" and torch.equal(positions_BJ, places_BJ):
-        blended = torch.lerp(others_BJE, patches_BJE, share[..., None])
-        return Mixed(blended, positions_BJ, partner, share[:, 0], share.expand(-1, tokens), kept)
     own = torch.rand(batch, tokens, generator=rng).to(device) < share
     return Mixed(
         torch.where(own[..., None], patches_BJE, others_BJE),
@@ -46,7 +37,7 @@ def mix(patches_BJE: Tensor, positions_BJ: Tensor, how: str, rng: torch.Generato
         partner,
         own.float().mean(1),
         own.float(),
-        kept,
+        all_positions(patches_BJE),
     )
 
 

@@ -1,5 +1,6 @@
-"""The synthetic images made so far, with their labels and the teachers' cached answers."""
+"""The synthetic images made so far, with their labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..inversion.result import Inverted
 from .relabel import View
 
 _OF_POOL = ("images", "alive", "targets", "loss")
-_OF_VIEW = ("rows", "given", "high", "hard", "scores", "token_scores")
+_OF_VIEW = ("rows", "given", "high", "hard")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def patch(self) -> int:
+        """Pixels along a patch's side."""
+        return self.images.shape[-1] // math.isqrt(self.alive.shape[1])
+
     @classmethod
     def of(cls, inverted: Inverted, views: tuple[View, ...]) -> "Pool":
         return cls(inverted.images, inverted.alive, inverted.targets, inverted.loss, views)
@@ -42,7 +48,7 @@ class Pool:
         return cls(**{name: tensors[name] for name in _OF_POOL}, views=tuple(views))
 
     def tensors(self) -> dict[str, Tensor]:
-        """`images`, `alive`, `targets`, `loss`, and of each view `view0.given`, `.high`, `.scores`, ..."""
+        """`images`, `alive`, `targets`, `loss`, and of each view `view0.given`, `.high`, ..."""
         named = {name: getattr(self, name) for name in _OF_POOL}
         for number, view in enumerate(self.views):
             named |= {f"view{number}.{name}": getattr(view, name) for name in _OF_VIEW}

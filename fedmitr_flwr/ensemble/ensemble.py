@@ -4,7 +4,6 @@ Shapes: K teachers, B images, M given patches, E numbers in a patch, Y classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,9 +14,10 @@ from ..uploads.upload import Upload
 from ..vit.tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
 from .routing import Routing, everyone
 from .teachers import Question, Teachers
-from .trim import trimmed
 
-MIXTURES = ("probs", "joint")  # ways to combine that are log-sum-exps over teachers
+# Of each teacher's softmax, in `probs` and in importance: at 1, teachers that are all but certain differ by less than
+# their weights do (docs/LOG.md).
+TEMPERATURE = 3.0
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
@@ -33,16 +33,11 @@ class Ensemble(nn.Module):
         teachers: Teachers | Sequence[VisionTransformer],
         weights_KY: Tensor,
         combine: str,
-        stack: str = "never",
-        trim: float = 0.0,
-        teach: str | None = None,
+        teach: str = "logits",
         silent: int = 0,
-        temperature: float = 1.0,
     ) -> None:
-        """`combine` is how answers are combined to decide; `teach`, to teach, None: alike, as always with `trim`.
+        """`combine` is how answers are combined to decide, `teach` how to teach: `logits` or `probs`.
 
-        `temperature` is that of each teacher's softmax where distributions are combined, and of `joint`. A teacher's
-        confidence in `importance` is softened by it under every `combine`, `logits` too.
         The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
         """
         super().__init__()
@@ -51,23 +46,26 @@ class Ensemble(nn.Module):
         self.grid: int = self.teachers[0].patch_embed.grid_size[0]  # patches along an image's side
         self.weights: Tensor
         self.register_buffer("weights", weights_KY)
-        self.combine, self.stack, self.trim = combine, stack, trim
-        self.teach = combine if trim or teach is None else teach
-        self.silent, self.temperature = silent, temperature
+        self.combine, self.teach, self.silent = combine, teach, silent
 
     @classmethod
-    def of(cls, uploads: Sequence[Upload], model: ModelConfig, config: EnsembleConfig, silent: int = 0) -> "Ensemble":
-        teachers = Teachers.of(uploads, model, config.teacher_chunk)
+    def of(
+        cls,
+        uploads: Sequence[Upload],
+        model: ModelConfig,
+        config: EnsembleConfig,
+        teach: str = "logits",
+        silent: int = 0,
+    ) -> "Ensemble":
         weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
-        how = config.combine, config.stack, config.trim, config.teach, silent, config.temperature
-        return cls(teachers, weights_KY, *how)
+        return cls(Teachers.of(uploads, model), weights_KY, config.combine, teach, silent)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
         patches = patchify(images_BCHW, self.patch)
         positions, routing = all_positions(patches), everyone(self.weights)
         answers = [logits for logits, _ in self._ask(forward_cls, patches, positions, routing)]
-        return combine_answers(torch.stack(answers), self.weights, self.combine, self.trim, self.temperature)
+        return combine_answers(torch.stack(answers), self.weights, self.combine)
 
     @torch.no_grad()
     def answers(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
@@ -84,23 +82,15 @@ class Ensemble(nn.Module):
         return self.answers(images_MCHW, batch_size).softmax(-1)
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
-        """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y).
-
-        One teacher's answers at a time, but with `trim`, where they must be put in order.
-        """
+        """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y)."""
         total: TokenLogits | None = None
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
         weights = self.weights, self.token_weights
-        if self.trim:
-            every = zip(zip(*answers, strict=True), weights, strict=True)
-            trimming = self.teach, self.trim, self.temperature
-            return TokenLogits(*(combine_answers(torch.stack(a), w, *trimming) for a, w in every))
         for (cls, patches), cls_Y, patches_Y in zip(answers, *weights, strict=True):
-            how = self.teach, self.temperature
-            parts = TokenLogits(_part(cls, cls_Y, *how), _part(patches, patches_Y, *how))
+            parts = TokenLogits(_part(cls, cls_Y, self.teach), _part(patches, patches_Y, self.teach))
             total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
         assert total is not None, "an ensemble has teachers"
-        return TokenLogits(*(whole(scores, self.teach, self.temperature) for scores in total))
+        return total
 
     @property
     def token_weights(self) -> Tensor:
@@ -114,10 +104,10 @@ class Ensemble(nn.Module):
     @property
     def by_many(self) -> bool:
         """Whether threads may ask it at the same time: one's guest or stacked weights would be another's teacher."""
-        return self.weights.device.type == "cpu" and not self.teachers.streamed and self.stack != "always"
+        return not _stacks(self.weights) and not self.teachers.streamed
 
     def _sum(self, total: Tensor, part: Tensor) -> Tensor:
-        return torch.logaddexp(total, part) if self.teach in MIXTURES else total + part
+        return torch.logaddexp(total, part) if self.teach == "probs" else total + part
 
     def slope(
         self,
@@ -125,7 +115,6 @@ class Ensemble(nn.Module):
         patches_BME: Tensor,
         positions_BM: Tensor,
         routing: Routing,
-        question: Question = forward_cls,
     ) -> tuple[Tensor, Tensor]:
         """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
@@ -135,17 +124,17 @@ class Ensemble(nn.Module):
         leaf_BME = patches_BME.detach().requires_grad_()
         together = not self.teachers.streamed
         with torch.set_grad_enabled(together):
-            asked = [answer[0] for answer in self._ask(question, leaf_BME, positions_BM, routing)]
+            asked = [answer[0] for answer in self._ask(forward_cls, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
         answers_KBY = self._spread(logits, routing, len(leaf_BME))
-        scores_BY = combine_answers(answers_KBY, routing.weights, self.combine, self.trim, self.temperature)
+        scores_BY = combine_answers(answers_KBY, routing.weights, self.combine)
         loss_B = loss(scores_BY, leaf_BME)
         *slopes, direct = torch.autograd.grad(loss_B.sum(), [*logits, leaf_BME], allow_unused=True)
         gradient_BME = torch.zeros_like(leaf_BME) if direct is None else direct
         if together:
             gradient_BME += torch.autograd.grad(asked, leaf_BME, slopes)[0]
         else:
-            for answer, slope in zip(self._ask(question, leaf_BME, positions_BM, routing), slopes, strict=True):
+            for answer, slope in zip(self._ask(forward_cls, leaf_BME, positions_BM, routing), slopes, strict=True):
                 gradient_BME += torch.autograd.grad(answer[0], leaf_BME, slope)[0]
         return loss_B.detach(), gradient_BME
 
@@ -156,7 +145,6 @@ class Ensemble(nn.Module):
         positions_BM: Tensor,
         targets_B: Tensor,
         routing: Routing | None = None,
-        question: Question = forward_cls,
     ) -> Tensor:
         """Importance (B, M) of each given patch: [CLS] attention, mean over teachers by confidence on the target [M].
 
@@ -165,15 +153,10 @@ class Ensemble(nn.Module):
         routing = routing or everyone(self.weights)
         total_BM = torch.zeros(positions_BM.shape, device=positions_BM.device)
         confidence_B = total_BM.new_zeros(len(targets_B))
-        answers = self._ask(question, patches_BME, positions_BM, routing)
-        if self.trim:
-            answers = iter(asked := list(answers))
-            answers_KBY = self._spread([answer[0] for answer in asked], routing, len(targets_B))
-            softened_KBY = _softened(answers_KBY, self.temperature)
-            routing = replace(routing, weights=trimmed(softened_KBY, routing.weights, self.trim))
+        answers = self._ask(forward_cls, patches_BME, positions_BM, routing)
         for (k, rows), answer in zip(routing.rows.items(), answers, strict=True):
             weights_RY = routing.weights[k].expand(len(targets_B), -1)[rows]
-            weighted_RY = weights_RY * _softened(answer[0], self.temperature)
+            weighted_RY = weights_RY * (answer[0] / TEMPERATURE).softmax(-1)
             sure_R = weighted_RY.gather(1, targets_B[rows, None]).squeeze(1)
             total_BM[rows] += sure_R[:, None] * answer[1]
             confidence_B[rows] += sure_R
@@ -183,8 +166,7 @@ class Ensemble(nn.Module):
         self, question: Question, patches_BME: Tensor, positions_BM: Tensor, routing: Routing
     ) -> Iterator[tuple[Tensor, ...]]:
         """The answer of each teacher that is asked anything, for the images that it is asked about."""
-        stack = self.stack == "always" or (self.stack == "auto" and patches_BME.is_cuda)
-        if stack and routing.share == 1 and not self.teachers.streamed:
+        if _stacks(patches_BME) and routing.share == 1 and not self.teachers.streamed:
             yield from zip(*self.teachers.ask_stacked(question, patches_BME, positions_BM), strict=True)
         else:
             for k, rows in routing.rows.items():
@@ -198,49 +180,31 @@ class Ensemble(nn.Module):
         return spread_KBY
 
 
-def combine_answers(
-    logits_K: Tensor, weights_K: Tensor, combine: str, trim: float = 0.0, temperature: float = 1.0
-) -> Tensor:
-    """Combine teachers' logits (K, ..., Y) into scores (..., Y) with weights that sum to 1 over K.
+def _stacks(tensor: Tensor) -> bool:
+    """Whether all teachers run as one batched network: of the kernels of one teacher, a GPU is not busy."""
+    return tensor.is_cuda
 
-    `logits`: Σ w z. `logp`: Σ w log p, a weighted geometric mean. `probs`: log Σ w p, the mixture; with `trim` > 0 of
-    the teachers that are left when the most and the least sure ones are cut off (`trim.trimmed`). p is the softmax of
-    z / `temperature`: at 1, teachers that are all but certain differ by less than their weights do (docs/LOG.md).
-    `joint`: τ log Σ w exp((z - z̄) / τ), τ the temperature, z̄ the mean over classes: the mixture before each teacher is
-    normalised, in which one that is stirred by an image says more than one that is not. Logits are read as the density
-    of image and class, as in JEM (Grathwohl et al. 2020) [C]. Large τ: the mean of centred logits, small: the maximum.
+
+def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str) -> Tensor:
+    """Combine teachers' logits z (K, ..., Y) into scores (..., Y) with weights w that sum to 1 over K.
+
+    `logits`: Σ w z. `probs`: log Σ w p, the mixture, with p the softmax of z / `TEMPERATURE`.
     The weights are (K, Y), or (K, B or 1, Y) where each image has its own.
     """
     middle = logits_K.dim() - weights_K.dim()
     weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
-    if trim:
-        weights = trimmed(_softened(logits_K, temperature), weights, trim)
-    parts = _part(logits_K, weights, combine, temperature)
-    return whole(parts.logsumexp(0) if combine in MIXTURES else parts.sum(0), combine, temperature)
+    parts = _part(logits_K, weights, combine)
+    return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
 
 
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """A teacher's distribution, as it enters the mixture."""
-    return (logits / temperature).softmax(-1)
+def _part(logits: Tensor, weights: Tensor, combine: str) -> Tensor:
+    """What a teacher adds to the scores: a term of a sum, or, of `probs`, of a log-sum-exp."""
+    return weights * logits if combine == "logits" else log_probabilities(logits) + weights.log()
 
 
-def _part(logits: Tensor, weights: Tensor, combine: str, temperature: float) -> Tensor:
-    """What a teacher adds to the scores: a term of a sum, or, for `MIXTURES`, of a log-sum-exp."""
-    if combine == "logits":
-        return weights * logits
-    terms = log_terms(logits, combine, temperature)
-    return weights * terms if combine == "logp" else terms + weights.log()
-
-
-def log_terms(logits: Tensor, combine: str, temperature: float) -> Tensor:
-    """Of a teacher, what is mixed or averaged: log p(y|x), or, for `joint`, log p(x, y) but for a constant."""
-    softened = logits / temperature
-    return softened - softened.mean(-1, keepdim=True) if combine == "joint" else softened.log_softmax(-1)
-
-
-def whole(summed: Tensor, combine: str, temperature: float) -> Tensor:
-    """The scores, of all parts summed: those of `joint` are brought back to the scale of logits."""
-    return temperature * summed if combine == "joint" else summed
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of a teacher, as they enter the mixture."""
+    return (logits / TEMPERATURE).log_softmax(-1)
 
 
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ensemble import MIXTURES, combine_answers, log_terms, whole
+from .ensemble import combine_answers, log_probabilities
+
+# Of Co-Boosting's code [C].
+STEP = 0.01  # μ: how far a weight moves after the first epoch's batches
+DECAY = 0.99  # of the step, per epoch
+BATCH = 128  # images that a step sees
 
 FLAT = 1e-9  # a slope below this is rounding, whose sign would move weights that make no difference
 TINY = 1e-300  # where only a teacher without weight names a class: its slope is steep, and finite
@@ -18,15 +23,12 @@ def learn(
     targets_M: Tensor,
     weights_K: Tensor,
     combine: str,
-    *,
-    temperature: float = 1.0,
-    step: float,
-    batch_size: int,
+    epoch: int,
     rng: torch.Generator,
 ) -> Tensor:
-    """Pass over the images once, in random batches; after each one, every weight moves by `step` against its slope.
+    """Pass over the images once, in random batches; after each one, every weight moves by a step against its slope.
 
-    w <- clip(w - step · sign(dCE/dw), 0, 1), with CE of the ensemble whose weights are w / Σ w. One weight for each
+    w <- clip(w - μ dᵉ · sign(dCE/dw), 0, 1), with CE of the ensemble whose weights are w / Σ w. One weight for each
     teacher, whatever the class, as in the paper. That rounding errors do not count is ours [M].
 
     Args:
@@ -34,31 +36,28 @@ def learn(
         targets_M: the classes that the images were made for.
         weights_K: to start from, in 0..1, not all 0.
         combine: as `ensemble.combine`.
-        temperature: as `ensemble.temperature`.
-        step: μ, which the caller lets decay.
-        batch_size: images per step.
+        epoch: e, from 0.
         rng: of their order.
 
     Returns:
         The new weights (K,) in 0..1, not normalised, float64 on the CPU: it is little work, with equal bits anywhere.
     """
     logits, targets, weights = logits_KMY.cpu().double(), targets_M.cpu(), weights_K.cpu().double()
-    for chosen in torch.randperm(len(targets), generator=rng).split(batch_size):
-        weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine, temperature), step)
+    step = STEP * DECAY**epoch
+    for chosen in torch.randperm(len(targets), generator=rng).split(BATCH):
+        weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine), step)
     return weights
 
 
-def slope(logits_KBY: Tensor, targets_B: Tensor, weights_K: Tensor, combine: str, temperature: float = 1.0) -> Tensor:
+def slope(logits_KBY: Tensor, targets_B: Tensor, weights_K: Tensor, combine: str) -> Tensor:
     """dCE/dw (K,) of the mean cross-entropy of the ensemble with the weights w / Σ w."""
     free_K = weights_K.detach().requires_grad_()
     shares_K1 = (free_K / free_K.sum())[:, None]
     with torch.enable_grad():
-        if combine in MIXTURES:  # not by log w, whose slope is infinite where w = 0
-            mixed_BY = _log_mixture(log_terms(logits_KBY, combine, temperature), shares_K1)
-            scores_BY = whole(mixed_BY, combine, temperature)
+        if combine == "probs":  # not by log w, whose slope is infinite where w = 0
+            scores_BY = _log_mixture(log_probabilities(logits_KBY), shares_K1)
         else:
-            shares_KY = shares_K1.expand(-1, logits_KBY.shape[2])
-            scores_BY = combine_answers(logits_KBY, shares_KY, combine, temperature=temperature)
+            scores_BY = combine_answers(logits_KBY, shares_K1.expand(-1, logits_KBY.shape[2]), combine)
         loss = F.cross_entropy(scores_BY, targets_B)
     (slope_K,) = torch.autograd.grad(loss, free_K)
     return slope_K

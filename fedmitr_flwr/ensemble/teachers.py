@@ -16,6 +16,8 @@ from ..config import ModelConfig
 from ..uploads.upload import Upload
 from ..vit.build import build_vit, vit_of
 
+CHUNK = 16  # networks in memory at once: of DeiT-Tiny 350 MB
+
 # (network, patches (B, M, E), positions (B, M)) -> tensors: `forward_cls`, `forward_tokens`
 Question = Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -30,9 +32,9 @@ class Teachers(nn.Module):
         self._stack: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     @classmethod
-    def of(cls, uploads: Sequence[Upload], model: ModelConfig, chunk: int) -> "Teachers":
-        """At most `chunk` networks in memory, 0 for all: where more are wanted, the last one's place is for guests."""
-        resident = len(uploads) if not chunk or len(uploads) <= chunk else chunk - 1
+    def of(cls, uploads: Sequence[Upload], model: ModelConfig) -> "Teachers":
+        """At most `CHUNK` networks in memory: where more are wanted, the last one's place is for guests."""
+        resident = len(uploads) if len(uploads) <= CHUNK else CHUNK - 1
         networks = [vit_of(model, upload.weights) for upload in uploads[:resident]]
         streamed = [upload.weights for upload in uploads[resident:]]
         if streamed:

@@ -11,10 +11,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..common.compute import whole_float32
 from ..common.rng import seeded_init
 from ..config import Config, ModelConfig
 from ..ensemble.ensemble import Ensemble
-from ..ensemble.precision import class_question, tf32
 from ..ensemble.routing import route
 from ..vit.names import normalisation
 from ..vit.tokens import all_positions, forward_cls, patchify, unpatchify
@@ -25,26 +25,32 @@ from .trajectory import OnStep
 # (the ensemble's scores (B, Y), the student's logits (B, Y), targets (B,)) -> loss of each image (B,)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# Of the papers' code [C].
+STEPS = 30  # of the generator, for each batch of images
+LR = 1e-3
+LATENT = 256  # numbers that an image is made from
+WIDTH = 64  # channels before the last layer
+
 COARSEST = 8  # pixels along a side, at most, before anything is doubled
 
 
 class Generator(nn.Module):
     """Latent numbers (B, Z) -> normalised images (B, C, S, S), every value one that a picture can have.
 
-    A linear layer makes a coarse grid of 2 · width channels, which is doubled until it has S pixels along a side: twice
-    at least, so that 32 pixels come from 8, as in the papers' code [C]; the count for other sizes is ours [M]. What is
-    too wide is cut off.
+    A linear layer makes a coarse grid of 2 · `WIDTH` channels, which is doubled until it has S pixels along a side:
+    twice at least, so that 32 pixels come from 8, as in the papers' code [C]; the count for other sizes is ours [M].
+    What is too wide is cut off.
     """
 
-    def __init__(self, model: ModelConfig, latent: int, width: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         doublings = max(2, math.ceil(math.log2(model.img_size / COARSEST)))
         self.size = model.img_size
         self.coarse = math.ceil(model.img_size / 2**doublings)
-        self.start = nn.Linear(latent, 2 * width * self.coarse**2)
-        channels = [2 * width] * doublings + [width]
+        self.start = nn.Linear(LATENT, 2 * WIDTH * self.coarse**2)
+        channels = [2 * WIDTH] * doublings + [WIDTH]
         self.stages = nn.Sequential(*(_stage(*pair) for pair in pairwise(channels)))
-        self.end = nn.Conv2d(width, model.in_chans, 3, padding=1)
+        self.end = nn.Conv2d(WIDTH, model.in_chans, 3, padding=1)
         mean, std = normalisation(model)
         self.mean: Tensor
         self.std: Tensor
@@ -72,27 +78,27 @@ def generate(
     student: VisionTransformer,
     targets_B: Tensor,
     config: Config,
-    loss: Loss,
-    *,
     rng: torch.Generator,
     on_step: OnStep | None = None,
+    *,
+    loss: Loss,
 ) -> Inverted:
-    """Make images with a fresh generator, trained `config.rival.steps` steps for just these targets.
+    """Make images with a fresh generator, trained `STEPS` steps for just these targets.
 
     Each image has latent numbers z ~ N(0, 1) of its own, the same at every step; the generator's weights are optimised
     (Adam, 0.5 and 0.999 [C]). Of all steps, the images with the lowest mean loss are given back. As in the papers' code
     the generator starts anew for each batch; there z is optimised too, which moves it by 0.03 at most, and is left out.
-    Routing and precision are those of `config.inversion`. A batch too large for the memory is made in two halves.
+    Routing is that of `config.inversion`. A batch too large for the memory is made in two halves.
     """
     device = ensemble.weights.device
 
     def attempt(latents: Tensor, targets: Tensor) -> Inverted:
         with seeded_init(rng.initial_seed(), "generator"):
-            generator = Generator(config.model, config.rival.latent, config.rival.width).to(device)
+            generator = Generator(config.model).to(device)
         return _train(generator, ensemble, student, latents.to(device), targets.to(device), config, loss, on_step)
 
-    with tf32(config.inversion.precision == "tf32"):
-        return in_halves(attempt, torch.randn(len(targets_B), config.rival.latent, generator=rng), targets_B, rng)
+    with whole_float32():
+        return in_halves(attempt, torch.randn(len(targets_B), LATENT, generator=rng), targets_B, rng)
 
 
 def _train(
@@ -105,11 +111,10 @@ def _train(
     loss: Loss,
     on_step: OnStep | None,
 ) -> Inverted:
-    question = class_question(config.inversion, latents_BZ.device)
     routing = route(ensemble.weights, targets_B, config.inversion.route)
-    adam = torch.optim.Adam(generator.parameters(), lr=config.rival.lr, betas=(0.5, 0.999))
+    adam = torch.optim.Adam(generator.parameters(), lr=LR, betas=(0.5, 0.999))
     best, images, losses_B = math.inf, torch.empty(0), torch.empty(0)
-    for _ in range(config.rival.steps):
+    for _ in range(STEPS):
         made = generator(latents_BZ)
         patches = patchify(made.detach(), ensemble.patch)
         positions = all_positions(patches)
@@ -117,7 +122,7 @@ def _train(
         def objective(scores_BY: Tensor, patches_BNE: Tensor, positions: Tensor = positions) -> Tensor:
             return loss(scores_BY, forward_cls(student, patches_BNE, positions).logits, targets_B)
 
-        loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing, question)
+        loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing)
         mean = loss_B.mean().item()
         if mean < best or not len(images):
             best, images, losses_B = mean, made.detach(), loss_B

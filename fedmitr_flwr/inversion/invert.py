@@ -1,25 +1,37 @@
-"""Turn classes into images: `dense`, `sparse` (SMI) or `pri` (patch rebirth)."""
+"""Turn classes into images: `dense`, `sparse` (SMI) or `pri4` (patch rebirth)."""
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..common.compute import is_out_of_memory
+from ..common.compute import is_out_of_memory, whole_float32
 from ..config import InversionConfig, ModelConfig
+from ..config.sections import REBIRTHS
 from ..data.images import value_range
 from ..ensemble.ensemble import Ensemble
-from ..ensemble.precision import class_question, tf32
+from ..ensemble.routing import route
 from ..vit.tokens import take
 from .result import Inverted, joined
-from .starts import starting_images
+from .starts import Start, leaves
 from .trajectory import OnStep, Trajectory
 
 log = logging.getLogger("fedmitr")
 
+DROP = 0.3  # share of the alive patches that `sparse` halts at each stop, as SMI [C]
 KEEP_EPSILON = 1e-9  # (1 - 0.8) · 10 must keep 2 patches, not 1.999... -> 1
+
+
+class Pixels(NamedTuple):
+    """What pixels start from, and Adam's rate for them."""
+
+    start: Start
+    lr: float
+
+
+PIXELS = Pixels(leaves, 0.1)
 
 
 def invert(
@@ -27,35 +39,34 @@ def invert(
     targets_B: Tensor,
     config: InversionConfig,
     model: ModelConfig,
+    pixels: Pixels = PIXELS,
     *,
     flip: bool,
     rng: torch.Generator,
     on_step: OnStep | None = None,
-    student: VisionTransformer | None = None,
 ) -> Inverted:
     """Make images that the ensemble gives to the classes `targets_B`.
 
-    Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from the images of `config.start`, with T a
-    random roll and flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). With a `student` and
-    `config.disagree` > 0, images on which it differs from the ensemble are sought (ADI [C]). A batch that does not fit
-    into memory is made in two halves, and so on.
+    Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from the images of `pixels.start`, with T
+    a random flip (SMI, Hu et al. 2024 [C]; teacher replaced by the ensemble [I]). A batch that does not fit into memory
+    is made in two halves, and so on.
 
     Returns:
-        B images; for `pri`, B · config.rebirths.
+        B images; for `pri4`, four times as many.
     """
     device = ensemble.weights.device
-    starts = starting_images(config.start, len(targets_B), model, rng)
+    starts = pixels.start(len(targets_B), model, rng)
     low, high = value_range(model)
-    modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri": _rebirths}
-    question = class_question(config, device)
+    modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri4": _rebirths}
 
     def attempt(starts: Tensor, targets: Tensor) -> Inverted:
         ends = low.to(device), high.to(device)
-        run = Trajectory(ensemble, question, starts.to(device), targets.to(device), config, ends, flip, rng, student)
+        routing = route(ensemble.weights, targets, config.route)
+        run = Trajectory(ensemble, starts.to(device), targets, routing, ends, flip, rng, pixels.lr)
         return modes[config.mode](run, config, on_step)
 
-    with tf32(config.precision == "tf32"):
-        return in_halves(attempt, starts, targets_B, rng)
+    with whole_float32():
+        return in_halves(attempt, starts, targets_B.to(device), rng)
 
 
 def in_halves(
@@ -93,7 +104,7 @@ def alive_counts(num_patches: int, config: InversionConfig) -> list[int]:
     """Patches alive before and after each stop of `sparse`: 196 -> 137 -> 95 -> 66 -> 46 in SMI's setting."""
     counts = [num_patches]
     for _ in halting_steps(config):
-        counts.append(max(1, int(counts[-1] * (1 - config.drop) + KEEP_EPSILON)))
+        counts.append(max(1, int(counts[-1] * (1 - DROP) + KEEP_EPSILON)))
     return counts
 
 
@@ -127,7 +138,7 @@ def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) 
     Detachment order grades the information density: patches of the earlier half of the images are `high` [M]. Patches
     beyond v · ⌊N/v⌋ are in no image.
     """
-    v, num_patches = config.rebirths, run.positions_BK.shape[1]
+    v, num_patches = REBIRTHS, run.positions_BK.shape[1]
     share = num_patches // v
     given, alive, losses = [], [], []
     done = 0

@@ -3,8 +3,6 @@
 Shapes: B images, Y classes, N patches, K of them alive, C channels, p pixels along a patch, E = C·p·p, W = p + 2.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,17 +17,6 @@ TINY = 1e-12  # keeps the gradient of ‖0‖ finite: a constant image has none
 def cross_entropy(scores_BY: Tensor, targets_B: Tensor) -> Tensor:
     """-log of the ensemble's probability of the target: (B,)."""
     return F.cross_entropy(scores_BY, targets_B, reduction="none")
-
-
-def agreement(scores_BY: Tensor, student_BY: Tensor) -> Tensor:
-    """How far ensemble and student agree: ln 2 minus the Jensen-Shannon divergence of their distributions, (B,).
-
-    The competition term of Adaptive DeepInversion (Yin et al. 2020, eq. 9) [C]: images on which they differ teach most.
-    """
-    ensemble, student = scores_BY.log_softmax(-1), student_BY.log_softmax(-1)
-    middle = torch.logaddexp(ensemble, student) - math.log(2)
-    divergence = (ensemble.exp() * (ensemble - middle) + student.exp() * (student - middle)).sum(-1) / 2
-    return math.log(2) - divergence
 
 
 def _squared_differences(images_BCHW: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ class Inverted:
 
     Attributes:
         images: (M, C, S, S), normalised.
-        given: (M, J) positions of the patches that belong to the image: all N, or, for `pri`, one rebirth's share.
+        given: (M, J) positions of the patches that belong to the image: all N, or, for `pri4`, one rebirth's share.
         high: (M, J), True = the patch at `given` has high information density.
         alive: (M, N), True = the patch was optimised to the image's end; False = halted, or of a sibling image.
         targets: (M,) the classes asked for.
-        loss: (M,) the inversion loss of each returned image; for `pri`, of the canvas before the last step to it.
+        loss: (M,) the inversion loss of each returned image; for `pri4`, of the canvas before the last step to it.
     """
 
     images: Tensor
@@ -32,10 +32,13 @@ class Inverted:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def require_finite(self, rate: str) -> "Inverted":
-        """Itself; raise RunError, naming the setting of the learning `rate`, if its making has diverged."""
+    def require_finite(self) -> "Inverted":
+        """Itself; raise RunError if its making has diverged, as it does by teachers whose answers are no numbers."""
         if not (torch.isfinite(self.images).all() and torch.isfinite(self.loss).all()):
-            raise RunError(f"the synthetic images diverged: NaN or infinity in pixels or loss; lower {rate}")
+            raise RunError(
+                "the synthetic images diverged: NaN or infinity in pixels or loss; look at the uploads "
+                "(screen.mode = 'warn')"
+            )
         return self
 
 

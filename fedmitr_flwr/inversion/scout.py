@@ -16,15 +16,13 @@ from ..ensemble.ensemble import Ensemble
 from ..ensemble.learned import learn
 from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
-from .invert import invert
+from .invert import PIXELS, Pixels, invert
 
 # 100 images of 20 steps told nearly as much of the teachers as 250 of 60 (docs/LOG.md).
 IMAGES_PER_CLASS = 10
 STEPS = 20
 
 FROM_IMAGES = ("estimated", "learned")  # weights that cannot be had without images
-
-LEARN_BATCH = 128  # images that a step of learned weights sees, as in Co-Boosting's code [C]
 
 
 def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.device) -> Ensemble:
@@ -38,26 +36,33 @@ def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.de
 class Weigher:
     """The ensemble, and its weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
 
-    Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes, and are learned without
-    `ensemble.trim`, which then trims by them.
+    Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes.
     """
 
     def __init__(
-        self, uploads: Sequence[Upload], config: Config, device: torch.device, *, learns: bool = False
+        self,
+        uploads: Sequence[Upload],
+        config: Config,
+        device: torch.device,
+        *,
+        teach: str = "logits",
+        learns: bool = False,
     ) -> None:
-        """With `learns` the weights are learned, whatever `config.ensemble.weights` is; it says where from."""
+        """The ensemble teaches by `teach`, but by `probs` beside statistics.
+
+        With `learns` the weights are learned, whatever `config.ensemble.weights` is; it says where from.
+        """
         self.teachers, self.config = teachers_of(uploads, config), config
-        settings, frozen = config.ensemble, len(self.teachers) - len(uploads)  # of statistics: one, or none
-        if frozen and settings.teaches_logits:  # its own are of another scale, next to which others are nothing
-            settings = replace(settings, teach="probs")
-        # Its head has learned from class tokens alone.
-        self.ensemble = Ensemble.of(self.teachers, config.model, settings, silent=frozen).to(device)
+        frozen = len(self.teachers) - len(uploads)  # of statistics: one, or none
+        # Its logits are of another scale, next to which others are nothing; its head has learned from class tokens.
+        teach = "probs" if frozen else teach
+        self.ensemble = Ensemble.of(self.teachers, config.model, config.ensemble, teach, frozen).to(device)
         self.how = "learned" if learns else config.ensemble.weights
         self.learned_K = self.ensemble.weights.mean(1)  # not normalised
 
-    def scout(self) -> None:
+    def scout(self, pixels: Pixels = PIXELS) -> None:
         """Make the first images, and weigh by them."""
-        self.refine(*first_images(self.ensemble, self.config), epoch=0)
+        self.refine(*first_images(self.ensemble, self.config, pixels), epoch=0)
 
     def refine(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
         """Weigh by all images that were made until `epoch` (from 0), and by the classes that they were made for."""
@@ -67,31 +72,23 @@ class Weigher:
             self._learn(images_MCHW, targets_M, epoch)
 
     def _learn(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
-        config, weights = self.config.ensemble, self.ensemble.weights
-        self.learned_K = learn(
-            self.ensemble.answers(images_MCHW),
-            targets_M,
-            self.learned_K,
-            config.combine,
-            temperature=config.temperature,
-            step=config.learn_step * config.learn_decay**epoch,
-            batch_size=LEARN_BATCH,
-            rng=stream(self.config.seed, "weights", epoch),
-        )
+        weights, rng = self.ensemble.weights, stream(self.config.seed, "weights", epoch)
+        answers_KMY = self.ensemble.answers(images_MCHW)
+        self.learned_K = learn(answers_KMY, targets_M, self.learned_K, self.ensemble.combine, epoch, rng)
         shares_K1 = (self.learned_K / self.learned_K.sum()).to(weights)[:, None]
         self.ensemble.weights = shares_K1.expand_as(weights).clone()
 
 
-def first_images(ensemble: Ensemble, config: Config) -> tuple[Tensor, Tensor]:
+def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) -> tuple[Tensor, Tensor]:
     """Images (M, C, S, S) and the classes (M,) that they were made for."""
     targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     rng = stream(config.seed, "scouting")
     images = [
-        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).require_finite("inversion.lr")
+        invert(ensemble, chunk, settings, config.model, pixels, flip=config.data.flip, rng=rng).require_finite().images
         for chunk in targets.split(config.inversion.batch_size)
     ]
-    return torch.cat([each.images for each in images]), targets.to(ensemble.weights.device)
+    return torch.cat(images), targets.to(ensemble.weights.device)
 
 
 def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:

@@ -6,15 +6,14 @@ Shapes: B images, N patches, K alive patches, E numbers in a patch, g patches al
 from collections.abc import Callable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..config import InversionConfig
 from ..ensemble.ensemble import Ensemble
-from ..ensemble.routing import route
-from ..ensemble.teachers import Question
-from ..vit.tokens import all_positions, forward_cls, patchify, put, roll_and_flip, take, unpatchify
-from .objective import AliveVariation, agreement, cross_entropy
+from ..ensemble.routing import Routing
+from ..vit.tokens import all_positions, patchify, put, random_flip, take, unpatchify
+from .objective import AliveVariation, cross_entropy
+
+TV = 1e-4  # weight of the total variation prior, as SMI [C]
 
 OnStep = Callable[[float, float], None]  # (mean loss, alive share), once per step
 
@@ -25,20 +24,17 @@ class Trajectory:
     def __init__(
         self,
         ensemble: Ensemble,
-        question: Question,
         start_BCHW: Tensor,
         targets_B: Tensor,
-        config: InversionConfig,
+        routing: Routing,
         limits: tuple[Tensor, Tensor],
         flip: bool,
         rng: torch.Generator,
-        student: VisionTransformer | None = None,
+        lr: float,
     ) -> None:
         """Start from `start_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
-        self.student = student
-        self.ensemble, self.question, self.targets_B = ensemble, question, targets_B
-        self.config, self.flip, self.rng = config, flip, rng
-        self.routing = route(ensemble.weights, targets_B, config.route)
+        self.ensemble, self.targets_B, self.routing = ensemble, targets_B, routing
+        self.flip, self.rng, self.lr = flip, rng, lr
         self.grid, self.patch = ensemble.grid, ensemble.patch
         pixels_each = self.patch**2
         self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
@@ -49,36 +45,24 @@ class Trajectory:
     def _optimise(self, patches_BKE: Tensor) -> None:
         # Adam's fused step reads pixels and gradients in the order of memory: both must be contiguous.
         self.alive_BKE = patches_BKE.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        self.adam = torch.optim.Adam([self.alive_BKE], lr=self.config.lr, betas=(0.5, 0.99), fused=True)
-        self.variation = AliveVariation(self.canvas_BNE, self.positions_BK, self.patch) if self.config.tv else None
+        self.adam = torch.optim.Adam([self.alive_BKE], lr=self.lr, betas=(0.5, 0.99), fused=True)
+        self.variation = AliveVariation(self.canvas_BNE, self.positions_BK, self.patch)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One step of Adam. Returns the losses (B,) and the alive patches (B, K, E) before it: they belong together."""
         before_BKE = self.alive_BKE.detach().clone()
-        patches, positions = roll_and_flip(
-            self.alive_BKE,
-            self.positions_BK,
-            grid=self.grid,
-            patch=self.patch,
-            roll=self.config.roll,
-            flip=self.flip,
-            rng=self.rng,
-        )
+        patches, positions = self.alive_BKE, self.positions_BK
+        if self.flip:
+            patches, positions = random_flip(patches, positions, self.grid, self.patch, self.rng)
 
-        def loss(scores_BY: Tensor, patches_BKE: Tensor) -> Tensor:
-            wanted = cross_entropy(scores_BY, self.targets_B)
-            if self.student is None or not self.config.disagree:
-                return wanted
-            student_BY = forward_cls(self.student, patches_BKE, positions).logits
-            return wanted + self.config.disagree * agreement(scores_BY, student_BY)
+        def loss(scores_BY: Tensor, _: Tensor) -> Tensor:
+            return cross_entropy(scores_BY, self.targets_B)
 
-        loss_B, gradient = self.ensemble.slope(loss, patches, positions, self.routing, self.question)
+        loss_B, gradient = self.ensemble.slope(loss, patches, positions, self.routing)
         (gradient_BKE,) = torch.autograd.grad(patches, self.alive_BKE, gradient)
-        if self.variation:
-            variation_B, slope_BKE = self.variation(before_BKE)
-            loss_B = loss_B + self.config.tv * variation_B
-            gradient_BKE = gradient_BKE + self.config.tv * slope_BKE
-        self.alive_BKE.grad = gradient_BKE.contiguous()
+        variation_B, slope_BKE = self.variation(before_BKE)
+        loss_B = loss_B + TV * variation_B
+        self.alive_BKE.grad = (gradient_BKE + TV * slope_BKE).contiguous()
         self.adam.step()
         with torch.no_grad():
             self.alive_BKE.clamp_(self.low_E, self.high_E)
@@ -87,7 +71,7 @@ class Trajectory:
     def importance(self) -> Tensor:
         """Of each alive patch, on the image as it is: (B, K)."""
         alive_BKE = self.alive_BKE.detach()
-        return self.ensemble.importance(alive_BKE, self.positions_BK, self.targets_B, self.routing, self.question)
+        return self.ensemble.importance(alive_BKE, self.positions_BK, self.targets_B, self.routing)
 
     def keep(self, ids_keep_BJ: Tensor) -> None:
         """Go on with the alive patches `ids_keep_BJ` only; the others stay on the canvas as they are."""

@@ -50,23 +50,23 @@ def closed_form_model(
     name: str, uploads: Sequence[Upload], config: Config, device: torch.device
 ) -> tuple[VisionTransformer, Weights]:
     """`frozen_model` with the head `lda` or `ridge` of all clients' statistics."""
-    return frozen_model(config, closed_form(name, pooled(uploads), config.statistics), device)
+    return frozen_model(config, closed_form(name, pooled(uploads)), device)
 
 
 def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
-    """Whose answers make the ensemble: the uploads and, by `ensemble.statistics`, the frozen model as one more.
+    """Whose answers make the ensemble: the uploads and, where they have statistics, the frozen model as one more.
 
-    That one has learned from the images of all, so it counts as many as they have together, of each class [M].
+    Its head is that of linear discriminant analysis, whose softmax is p(y | z). It has learned from the images of all,
+    so it counts as many as they have together, of each class [M].
     """
-    if not config.upload.statistics or config.ensemble.statistics == "none":
+    if not config.upload.statistics:
         return list(uploads)
     statistics = pooled(uploads)
-    head = closed_form(config.ensemble.statistics, statistics, config.statistics)
     counts = tuple(int(count) for count in statistics.counts.tolist())
     frozen = replace(
         uploads[0],
         client=config.partition.clients,  # nobody's number
-        weights=frozen_weights(config, head),
+        weights=frozen_weights(config, closed_form("lda", statistics)),
         num_examples=sum(counts),
         class_counts=counts,
         statistics=None,

@@ -1,4 +1,4 @@
-"""A start without a step of training: layer by layer, the clients' average comes to answer as the clients do [M].
+"""A model without a step of training: layer by layer, the clients' average comes to answer as the clients do [M].
 
 What a layer of the average is given, by the averaged layers before it, is not what any client trained it on; such
 errors grow with depth. Here the linear layers are solved in their order: by least squares, from what the layers before,
@@ -21,12 +21,13 @@ from ..ensemble.ensemble import Ensemble
 from ..vit.tokens import all_positions, embed, embed_patches, patchify
 
 TOKENS = 10_000  # the layers are solved on as many images as have so many: memory
+RIDGE = 0.1  # by which a layer is held where it is
 ROWS = 4096  # summed at a time, in float64
 
 
 @torch.no_grad()
 def fit_layers(
-    student: VisionTransformer, ensemble: Ensemble, images_BCHW: Tensor, targets_B: Tensor, ridge: float
+    student: VisionTransformer, ensemble: Ensemble, images_BCHW: Tensor, targets_B: Tensor, ridge: float = RIDGE
 ) -> None:
     """Solve all linear layers of `student`, in place. Norms, prefix tokens and positions stay as they are averaged.
 

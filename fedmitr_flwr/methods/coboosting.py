@@ -2,13 +2,13 @@
 
 In each of the E epochs, with A the ensemble and g the student:
 
-1. Generator G: minimises (1 - p_y)ʰ CE(A(x), y) - λ τ² KL(softmax(A(x)/τ) ‖ softmax(g(x)/τ)) over x = G(z), with p_y
-   the ensemble's probability of y as a constant, h = `rival.hard` = 1, λ = `rival.adversarial` = 1, and τ = 3 [C].
+1. Generator G: minimises (1 - p_y) CE(A(x), y) - λ τ² KL(softmax(A(x)/τ) ‖ softmax(g(x)/τ)) over x = G(z), with p_y
+   the ensemble's probability of y as a constant, λ = 1, and τ = 3 [C].
 2. Weights: w <- clip(w - μ dᵉ sign(dCE/dw), 0, 1) after each batch of one pass over all images so far, used as w / Σ w;
-   μ = `ensemble.learn-step` = 0.01, d = `ensemble.learn-decay` = 0.99 [C]: `ensemble/learned.py`.
+   μ = 0.01, d = 0.99 [C]: `ensemble/learned.py`.
 3. Student: x moves by ε sign(∇ₓ uᵀ softmax(A(x)/T)), u ~ U(-1, 1)^Y, anew for each batch (output diversification,
-   Tashiro et al. 2020), ε = `rival.perturb` = 8 of 255 grey levels; then T² KL(softmax(A/T) ‖ softmax(g/T)) of the
-   class token on it, T = `rival.temperature` = 4 [C].
+   Tashiro et al. 2020), ε = 8 of 255 grey levels; then T² KL(softmax(A/T) ‖ softmax(g/T)) of the class token on it,
+   T = 4 [C].
 
 Other than in the paper:
 
@@ -24,30 +24,31 @@ Other than in the paper:
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..common.errors import ConfigError
-from ..config import Config
+from ..config import Config, ModelConfig
 from ..data.images import value_range
+from ..distillation.distil import Plain
 from ..distillation.losses import soft_divergence
-from ..distillation.start import require_start
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import everyone
+from ..inversion import generator
 from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
-from ..inversion.result import Inverted
-from ..inversion.trajectory import OnStep
 from ..vit.names import normalisation
 from .contract import Fused, Job
-from .loop import Recipe, grow, plain
+from .loop import Recipe, grow, rival_settings
 
+TEMPERATURE = 4.0  # T
 ADVERSARIAL_TEMPERATURE = 3.0  # τ
+PERTURB = 8.0  # ε, of 255 grey levels
+
+settings = rival_settings
 
 
 def check(config: Config) -> None:
     """Its weights tell teachers apart, but not classes, so images cannot be routed by them."""
-    require_start(config)
     if config.inversion.route:
         raise ConfigError(
             f"inversion.route = {config.inversion.route} needs weights that tell classes apart, and method = "
@@ -55,57 +56,34 @@ def check(config: Config) -> None:
         )
 
 
-def settings(config: Config) -> Config:
-    """Those of the rivals; where images are perturbed, teachers must see it."""
-    again: dict[str, object] = {"distill.teachers": "again"} if config.rival.perturb else {}
-    return Config.from_flat(again, base=plain(config))
-
-
 def fuse(job: Job) -> Fused:
     """Make hard images, weigh the teachers by them, distil on harder ones; E times, on a pool that grows."""
-    rival = job.config.rival
-    perturb = partial(diversify, config=job.config) if rival.perturb else None
-    by_student = bool(rival.adversarial)
-    recipe = Recipe(
-        make, rival.steps, by_student=by_student, learns=True, perturb=perturb, stage="generation", rate="rival.lr"
-    )
+    make = partial(generate, loss=hard_loss)
+    student = Plain(TEMPERATURE, partial(diversify, model=job.config.model))
+    recipe = Recipe(make, generator.STEPS, plain=student, by_student=True, learns=True, stage="generation")
     return grow(job, recipe)
 
 
-def make(
-    ensemble: Ensemble,
-    student: VisionTransformer,
-    targets: Tensor,
-    config: Config,
-    rng: torch.Generator,
-    on_step: OnStep,
-) -> Inverted:
-    """One batch of images."""
-    loss = partial(hard_loss, weight=config.rival.adversarial, hard=config.rival.hard)
-    return generate(ensemble, student, targets, config, loss, rng=rng, on_step=on_step)
-
-
-def hard_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor, weight: float, hard: float) -> Tensor:
-    """(1 - p_y)^hard · CE - weight · KL of each image (B,)."""
+def hard_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tensor:
+    """(1 - p_y) · CE - KL of each image (B,)."""
     entropy_B = cross_entropy(scores_BY, targets_B)
-    hardness_B = (1 - (-entropy_B.detach()).exp()) ** hard
-    return hardness_B * entropy_B - weight * soft_divergence(scores_BY, student_BY, ADVERSARIAL_TEMPERATURE)
+    hardness_B = 1 - (-entropy_B.detach()).exp()
+    return hardness_B * entropy_B - soft_divergence(scores_BY, student_BY, ADVERSARIAL_TEMPERATURE)
 
 
 def diversify(
-    ensemble: Ensemble, patches_BNE: Tensor, positions_BN: Tensor, rng: torch.Generator, config: Config
+    ensemble: Ensemble, patches_BNE: Tensor, positions_BN: Tensor, rng: torch.Generator, model: ModelConfig
 ) -> Tensor:
     """The patches (B, N, E), moved to where the ensemble's answer turns in a random direction of each image's own."""
-    rival, area = config.rival, config.model.patch_size**2
-    sizes_C = rival.perturb / 255 / normalisation(config.model)[1]
+    area, sizes_C = model.patch_size**2, PERTURB / 255 / normalisation(model)[1]
     step_E, low_E, high_E = (
-        each.repeat_interleave(area).to(patches_BNE.device) for each in (sizes_C, *value_range(config.model))
+        each.repeat_interleave(area).to(patches_BNE.device) for each in (sizes_C, *value_range(model))
     )
-    directions_BY = 2 * torch.rand(len(patches_BNE), config.model.num_classes, generator=rng) - 1
+    directions_BY = 2 * torch.rand(len(patches_BNE), model.num_classes, generator=rng) - 1
     directions_BY = directions_BY.to(patches_BNE.device)
 
     def turned(scores_BY: Tensor, _: Tensor) -> Tensor:
-        return (directions_BY * (scores_BY / rival.temperature).softmax(-1)).sum(-1)
+        return (directions_BY * (scores_BY / TEMPERATURE).softmax(-1)).sum(-1)
 
     _, gradient_BNE = ensemble.slope(turned, patches_BNE, positions_BN, everyone(ensemble.weights))
     return (patches_BNE + step_E * gradient_BNE.sign()).clamp(low_E, high_E)

@@ -9,8 +9,8 @@ Either way this is no rival on equal terms but a line of reference. With `data.p
 compare only methods that share the uploads.
 
 Deviations [M]: the ensemble is `config.ensemble`'s and answers as it decides (`combine`), FedDF's own being the mean of
-logits; optimiser, rate and batch are those of [distill]; a fixed number of passes (`feddf.passes`) and the last
-weights, where FedDF stops early on labelled validation images; images are shifted and flipped as at the clients.
+logits; optimiser, rate and batch are those of FedMITR's distillation; a fixed number of passes and the last weights,
+where FedDF stops early on labelled validation images; images are shifted and flipped as at the clients.
 """
 
 import torch
@@ -24,19 +24,20 @@ from ..common.rng import stream
 from ..config import Config
 from ..data.images import prepare
 from ..data.proxy import proxy_pixels, require_proxy
+from ..distillation.distil import BATCH, student_stepper
 from ..distillation.losses import soft_divergence
-from ..distillation.start import require_start, start_student
+from ..distillation.start import start_student
 from ..ensemble.ensemble import Ensemble
 from ..inversion.scout import scouted_ensemble
 from ..uploads.gate import require_finite
-from ..vit.optim import Stepper
 from .contract import DIVERGED, Fused, Job
+
+PASSES = 20  # over the images; more is a matter of minutes, and was not tried
 
 
 def check(config: Config) -> None:
     """Images that are real, and settings of the distillation that this one has."""
     require_proxy(config)
-    require_start(config)
     if config.distill.chooses_start:
         raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
     if config.distill.start_needs_images:
@@ -44,8 +45,6 @@ def check(config: Config) -> None:
             f"distill.init = {config.distill.init!r} needs synthetic images, and method = 'feddf' has none; "
             "set it to 'average'"
         )
-    if config.distill.ema:
-        raise ConfigError(f"distill.ema = {config.distill.ema:g} is not for method = 'feddf'; set it to 0")
 
 
 def fuse(job: Job) -> Fused:
@@ -72,14 +71,13 @@ def follow(
     device: torch.device,
 ) -> float:
     """Train `student` in place to answer as the ensemble does; gives the last pass's mean divergence."""
-    size, passes = config.distill.batch_size, config.feddf.passes
-    stepper = Stepper(student.parameters(), config.distill, passes * -(-len(pixels_NCHW) // size))
+    stepper = student_stepper(student, config, PASSES * -(-len(pixels_NCHW) // BATCH))
     student.train()
     mean = 0.0
-    with Progress("distillation", passes * len(pixels_NCHW), unit="img") as progress:
-        for _ in range(passes):
+    with Progress("distillation", PASSES * len(pixels_NCHW), unit="img") as progress:
+        for _ in range(PASSES):
             losses = []
-            for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(size):
+            for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(BATCH):
                 images = prepare(pixels_NCHW[batch].to(device), config.model)
                 if config.local.augment:
                     images = shift_and_flip(images, flip=config.data.flip, rng=rng)

@@ -9,39 +9,28 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Config
-from ..distillation.start import require_start
 from ..ensemble.ensemble import Ensemble
-from ..inversion.invert import invert
+from ..inversion.invert import PIXELS, Pixels, invert
 from ..inversion.result import Inverted
 from ..inversion.trajectory import OnStep
 from .contract import Fused, Job
 from .loop import Recipe, grow
 
-check = require_start
-
 
 def fuse(job: Job) -> Fused:
     """Generate, relabel, distil; E times, on a pool that grows."""
-    inversion = job.config.inversion
-    return grow(job, Recipe(make, inversion.steps, by_student=bool(inversion.disagree)))
+    return grow(job, Recipe(make, job.config.inversion.steps))
 
 
 def make(
     ensemble: Ensemble,
-    student: VisionTransformer,
+    _student: VisionTransformer,
     targets: Tensor,
     config: Config,
     rng: torch.Generator,
     on_step: OnStep,
+    pixels: Pixels = PIXELS,
 ) -> Inverted:
     """One batch of images, by `inversion.mode`."""
-    return invert(
-        ensemble,
-        targets,
-        config.inversion,
-        config.model,
-        flip=config.data.flip,
-        rng=rng,
-        on_step=on_step,
-        student=student if config.inversion.disagree else None,
-    )
+    flip = config.data.flip
+    return invert(ensemble, targets, config.inversion, config.model, pixels, flip=flip, rng=rng, on_step=on_step)

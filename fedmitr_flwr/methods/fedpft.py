@@ -5,8 +5,7 @@ features are drawn as the client has images of the class, but `MOST` at most; be
 stands for. So neither memory nor time depends on what a client claims.
 
 Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
-is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps. `tied`
-is no Gaussian of the paper's: all classes of a client share its covariance within classes, which needs no variances.
+is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps.
 
 Shapes: n features of D numbers, Y classes.
 """
@@ -31,38 +30,27 @@ MOST = 2000  # features drawn of one client and class
 def check(config: Config) -> None:
     """Raise ConfigError where the clients would not tell what the Gaussians need."""
     require_statistics(config)
-    if config.statistics.gaussian != "tied" and not config.upload.variances:
-        raise ConfigError(
-            "method = 'fedpft' needs variances by class; set upload.variances = true, or statistics.gaussian = 'tied'"
-        )
+    if not config.upload.variances:
+        raise ConfigError("method = 'fedpft' needs variances by class; set upload.variances = true")
 
 
 def fuse(job: Job) -> Fused:
     """Draw features, train a head on them, and put it on the public start."""
     config = job.config
-    drawn = [
-        draw(statistics_of(upload), config.statistics.gaussian, stream(config.seed, "fedpft", upload.client))
-        for upload in job.uploads
-    ]
+    drawn = [draw(statistics_of(upload), stream(config.seed, "fedpft", upload.client)) for upload in job.uploads]
     features, labels, weights = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     with job.stopwatch.stage("head"):
         head = train_head(features, labels, config.model.num_classes, weights)
     return Fused(*frozen_model(config, head, job.device))
 
 
-def draw(told: Statistics, gaussian: str, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
+def draw(told: Statistics, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
     """Of each class as many features as images, or `most`: (n, D), labels (n,), and what each stands for (n,)."""
     drawn_Y = told.counts.clamp_max(most)
     labels = torch.arange(len(told.counts)).repeat_interleave(drawn_Y.long())
     weights_N = (told.counts / drawn_Y.clamp_min(1))[labels]
     noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
-    if gaussian == "tied":
-        values, vectors = torch.linalg.eigh(told.scatter / told.counts.sum())
-        return told.means[labels] + noise_ND * values.clamp_min(0).sqrt() @ vectors.T, labels, weights_N
-    variances_YD = told.variances
-    if gaussian == "spherical":
-        variances_YD = variances_YD.mean(1, keepdim=True).expand_as(variances_YD)
-    return told.means[labels] + variances_YD[labels].sqrt() * noise_ND, labels, weights_N
+    return told.means[labels] + told.variances[labels].sqrt() * noise_ND, labels, weights_N
 
 
 def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int, weights_N: Tensor | None = None) -> Head:

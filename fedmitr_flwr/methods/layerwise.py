@@ -14,9 +14,9 @@ from .contract import Fused, Job
 
 def check(config: Config) -> None:
     """It starts from the average, by a way that is told."""
-    if config.distill.init not in ("average", "layerwise"):
+    if config.distill.init != "average":
         raise ConfigError(
-            f"distill.init = {config.distill.init!r}, but method = 'layerwise' fits the average; set it to 'layerwise'"
+            f"distill.init = {config.distill.init!r}, but method = 'layerwise' fits the average; set it to 'average'"
         )
     if config.distill.chooses_start:
         raise ConfigError("distill.extrapolate = 0 is not for method = 'layerwise'; set it to 1")
@@ -31,6 +31,6 @@ def fuse(job: Job) -> Fused:
         weigher.refine(images, targets, epoch=0)
     student = start_student(job.uploads, config).to(job.device)
     with job.stopwatch.stage("fitting"):
-        fit_layers(student, weigher.ensemble, images, targets, config.distill.ridge)
+        fit_layers(student, weigher.ensemble, images, targets)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     return Fused(student, weights, ensemble=weigher.ensemble)

@@ -4,7 +4,7 @@ Source: LDA (Fisher 1936), whose sums add up over clients exactly, as FedCGS (Gu
 The answer does not depend on how the images are spread over the clients.
 
 Deviations [M]: the features are the class tokens of the public start; priors are the clients' own counts; the
-covariance is shrunk towards its mean variance, by `statistics.shrinkage` or Chen et al.'s formula (OAS).
+covariance is shrunk towards its mean variance, by Chen et al.'s formula (OAS).
 """
 
 from ..merging.closed_form import closed_form_model, require_statistics

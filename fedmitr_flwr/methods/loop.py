@@ -7,7 +7,7 @@ finished, so that a run that was killed goes on behind them.
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
 from typing import NamedTuple
 
@@ -19,16 +19,16 @@ from ..common.compute import as_made, side_by_side
 from ..common.progress import Progress, Series
 from ..common.rng import stream
 from ..config import Config
-from ..distillation.distil import Perturb, count_batches, distil
-from ..distillation.ema import Ema
+from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
 from ..distillation.pool import Pool, join
-from ..distillation.relabel import answered, relabel
+from ..distillation.relabel import relabel
 from ..distillation.start import settle, start_student
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import route
+from ..inversion.invert import PIXELS, Pixels
 from ..inversion.result import Inverted
-from ..inversion.scout import FROM_IMAGES, Weigher
+from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
 from ..uploads.gate import require_finite
 from ..vit.optim import Stepper
@@ -37,10 +37,7 @@ from .contract import DIVERGED, Fused, Job, Stopwatch
 log = logging.getLogger("fedmitr")
 
 # Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
-IMAGE_SETTINGS = (
-    *("seed", "data.flip", "model.", "ensemble.", "statistics.", "inversion.", "relabel.", "rival."),
-    "distill.images-per-epoch",
-)
+IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-epoch")
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
 # (ensemble, student, targets, config, random stream, what to call after each step) -> images of these targets
@@ -56,31 +53,23 @@ class Recipe:
         steps: that `make` takes.
         by_student: do the images depend on the student that they find?
         learns: are the teachers' weights learned, whatever `ensemble.weights` says?
-        perturb: what distillation does to a batch of patches before anyone sees it; None: nothing.
+        pixels: of the images by which teachers are first weighed.
+        plain: the distillation of the rivals, whose ensemble teaches as it decides; None: FedMITR's.
         stage: the name of making images, in metrics, seconds and on the progress bar.
-        rate: the setting that is its learning rate.
     """
 
     make: Make
     steps: int
     by_student: bool = False
     learns: bool = False
-    perturb: Perturb | None = None
+    pixels: Pixels = PIXELS
+    plain: Plain | None = None
     stage: str = "inversion"
-    rate: str = "inversion.lr"
 
 
-def plain(config: Config) -> Config:
-    """Settings under which distillation is that of the rivals: only T² KL of the class tokens of whole, unmixed images.
-
-    T is `rival.temperature`, and the ensemble teaches what it decides. Nothing is relabelled; patch tokens and
-    pseudo-labels have no weight. Fitted or merged layers are FedMITR's own: rivals start from the average.
-    """
-    forced: dict[str, object] = {"inversion.mode": "dense"}  # `pri` makes fewer targets of as many images
-    forced |= {"relabel.mode": "none", "distill.mix": "none", "distill.keep": 1.0}
-    forced |= {"distill.high": 0.0, "distill.low": 0.0, "distill.kd": 1.0}
-    forced |= {"distill.soft": "kl", "distill.temperature": config.rival.temperature}
-    forced |= {"ensemble.teach": config.ensemble.combine}
+def rival_settings(config: Config) -> Config:
+    """Nothing of FedMITR's own: whole images of which nothing is relabelled, and a student that starts as average."""
+    forced = {"inversion.mode": "dense", "relabel.mode": "none"}  # `pri4` makes fewer targets of as many images
     forced |= {"distill.init": "average"} if config.distill.merges else {}
     return Config.from_flat(forced, base=config)
 
@@ -88,46 +77,41 @@ def plain(config: Config) -> Config:
 def grow(job: Job, recipe: Recipe) -> Fused:
     """Make images, distil the ensemble on all that there are; E times."""
     config = job.config
-    weigher = Weigher(job.uploads, config, job.device, learns=recipe.learns)
+    teach = config.ensemble.combine if recipe.plain else "logits"
+    weigher = Weigher(job.uploads, config, job.device, teach=teach, learns=recipe.learns)
     ensemble = weigher.ensemble
     if weigher.how == "estimated":
         with job.stopwatch.stage("inversion"):
-            weigher.scout()
+            weigher.scout(recipe.pixels)
     student = start_student(job.uploads, config).to(job.device)
-    pools: list[Pool] = []
-    reads_cached = config.distill.teachers == "cached" or config.distill.start_needs_images
+    pool: Pool | None = None
     stepper: Stepper | None = None
-    ema = Ema(config.distill.ema)
     done = 0
     for epoch in range(config.distill.epochs):
         made = make_images(ensemble, student, epoch, recipe, job)
-        pool = join(pools + made)
+        pool = join([*([pool] if pool else []), *made])
         weigher.refine(*_canvases(pool, config), epoch)
-        if reads_cached and weigher.how in FROM_IMAGES:  # the weights are others now: soft labels are of these
-            pool = replace(pool, views=tuple(answered(view, pool.images, ensemble) for view in pool.views))
-        pools = [pool]
         if weigher.how == "learned":
             job.log(stage="weights", epoch=epoch, weights=ensemble.weights[:, 0])
         if stepper is None:
-            stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
-            done = _restore(student, stepper, ema, recipe, job)
+            stepper = student_stepper(student, config, count_batches(pool.views, config))
+            done = _restore(student, stepper, recipe, job)
             if config.distill.start_needs_images and not done:
                 with job.stopwatch.stage("distillation"):
                     told = settle(student, ensemble, pool, config)
                 job.log(stage="start", **told)
         if epoch >= done:
             with job.stopwatch.stage("distillation"):
-                _distil(student, ensemble, pool, stepper, ema, epoch, recipe, job)
+                _distil(student, ensemble, pool, stepper, epoch, recipe, job)
             require_finite(student.state_dict(), DIVERGED, "the student")
-            _keep(student, stepper, ema, epoch + 1, job)
-    ema.write(student)
+            _keep(student, stepper, epoch + 1, job)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     return Fused(student, weights, pool, ensemble)
 
 
 def _canvases(pool: Pool, config: Config) -> tuple[Tensor, Tensor]:
-    """Images and targets, each canvas once: all `pri` images of one share its pixels, whatever order they come in."""
-    if config.inversion.mode != "pri":
+    """Images and targets, each canvas once: all `pri4` images of one share its pixels, whatever order they come in."""
+    if config.inversion.images_each == 1:
         return pool.images, pool.targets
     first: dict[bytes, int] = {}
     for row, image in enumerate(pool.images.cpu()):
@@ -170,10 +154,9 @@ def _targets(epoch: int, config: Config) -> tuple[Tensor, ...]:
 def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     """One epoch's classes, all equally often but for a remainder, in random order, or, with routing, in theirs [M].
 
-    `pri` makes several images of each target, so it gets as many fewer.
+    `pri4` makes several images of each target, so it gets as many fewer.
     """
-    per_target = config.inversion.rebirths if config.inversion.mode == "pri" else 1
-    count = -(-config.distill.images_per_epoch // per_target)
+    count = -(-config.distill.images_per_epoch // config.inversion.images_each)
     classes = config.model.num_classes
     every = torch.arange(count) % classes
     offset = torch.randint(classes, (1,), generator=rng)  # the remainder is not always of the first classes
@@ -215,9 +198,8 @@ def _relabelled(
     made: _Made, ensemble: Ensemble, place: tuple[int, int], watch: Stopwatch, recipe: Recipe, job: Job
 ) -> Pool:
     """The batch with its labels, kept on disk."""
-    config, inverted = job.config, made.images.require_finite(recipe.rate)
-    with watch.stage("relabelling"):
-        pool = Pool.of(inverted, relabel(ensemble, inverted, config.relabel))
+    config, inverted = job.config, made.images.require_finite()
+    pool = Pool.of(inverted, relabel(inverted, config.relabel))
     job.stopwatch.add(watch.seconds)
     epoch, number = place
     alive = inverted.alive.float().mean().item()
@@ -254,7 +236,6 @@ def _distil(
     ensemble: Ensemble,
     pool: Pool,
     stepper: Stepper,
-    ema: Ema,
     epoch: int,
     recipe: Recipe,
     job: Job,
@@ -266,24 +247,23 @@ def _distil(
     with Progress(label, total=images, unit="img") as progress:
 
         def on_batch(count: int, parts: Parts) -> None:
-            loss, *values = torch.stack([parts.total(config.distill), *parts]).tolist()  # a GPU is waited for once
+            loss, *values = torch.stack([parts.total(), *parts]).tolist()  # a GPU is waited for once
             series.add(**dict(zip(parts._fields, values, strict=True)))
             progress.update(count, loss=loss, alive=alive)
 
         rng = stream(config.seed, "distillation", epoch)
-        distil(student, ensemble, pool, config, stepper, rng, on_batch=on_batch, ema=ema, perturb=recipe.perturb)
+        distil(student, ensemble, pool, config, stepper, rng, on_batch, recipe.plain)
     job.log(stage="distillation", epoch=epoch, **series.means(), curve=series.thin())
 
 
-def _keep(student: nn.Module, stepper: Stepper, ema: Ema, epochs: int, job: Job) -> None:
+def _keep(student: nn.Module, stepper: Stepper, epochs: int, job: Job) -> None:
     tensors = {f"student/{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"stepper/{name}": tensor for name, tensor in stepper.state().items()}
-    tensors |= {f"ema/{name}": tensor for name, tensor in ema.state().items()}
     seconds = {"distillation": job.stopwatch.seconds["distillation"]}
     job.checkpoints.save("student", STUDENT_SETTINGS, tensors, epochs=epochs, seconds=seconds)
 
 
-def _restore(student: nn.Module, stepper: Stepper, ema: Ema, recipe: Recipe, job: Job) -> int:
+def _restore(student: nn.Module, stepper: Stepper, recipe: Recipe, job: Job) -> int:
     """Put the student where an earlier start left it; returns how many epochs of distillation are behind it.
 
     Images that depend on the student need the one of their own epoch: if a batch of an earlier epoch is lost, the
@@ -301,7 +281,6 @@ def _restore(student: nn.Module, stepper: Stepper, ema: Ema, recipe: Recipe, job
             return 0
     student.load_state_dict(_under("student/", tensors))
     stepper.restore(_under("stepper/", tensors))
-    ema.restore(_under("ema/", tensors), student)
     job.stopwatch.add(facts["seconds"])
     log.info("distillation: %d of %d epochs are of an earlier start", epochs, job.config.distill.epochs)
     return epochs

@@ -3,7 +3,7 @@
 Source: AFL (He et al., CVPR 2025) [C], whose recursive merging of the clients' solutions gives, in exact arithmetic,
 the ridge solution of all images in one place; here the sums are added and solved once, which is that solution.
 
-Deviations [M]: a bias that is not penalised. The penalty `statistics.ridge` counts once and not once per client, so the
+Deviations [M]: a bias that is not penalised. The penalty, `heads.RIDGE`, counts once and not once per client, so the
 answer does not depend on how the images are spread. The scores are no log-probabilities: their softmax is too flat.
 """
 

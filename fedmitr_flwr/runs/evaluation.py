@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from ..config import ModelConfig
 from ..data.images import Images, prepare
 
+BATCH = 256  # images that a model is asked about at once
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,22 +36,16 @@ class Evaluation:
 
 
 def evaluate(
-    predict: Callable[[Tensor], Tensor],
-    images: Images,
-    model: ModelConfig,
-    batch_size: int,
-    device: torch.device,
+    predict: Callable[[Tensor], Tensor], images: Images, model: ModelConfig, device: torch.device
 ) -> Evaluation:
     """`predict` maps normalised images (B, C, S, S) to scores (B, Y), of which softmax gives probabilities."""
-    return graded(scores_of(predict, images, model, batch_size, device), images.labels, model.num_classes)
+    return graded(scores_of(predict, images, model, device), images.labels, model.num_classes)
 
 
 @torch.no_grad()
-def scores_of(
-    predict: Callable[[Tensor], Tensor], images: Images, model: ModelConfig, batch_size: int, device: torch.device
-) -> Tensor:
+def scores_of(predict: Callable[[Tensor], Tensor], images: Images, model: ModelConfig, device: torch.device) -> Tensor:
     """What `predict` says of all images (M, Y), on the CPU."""
-    batches = images.pixels.split(batch_size)
+    batches = images.pixels.split(BATCH)
     return torch.cat([predict(prepare(pixels.to(device), model)).float().cpu() for pixels in batches])
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
 from ..config import Config
-from ..config import config as settings
 from ..config.limits import needed
 from ..config.method_sections import UNSET
+from ..config.retired import RETIRED
+from ..config.sections import REBIRTHS
 from ..config.text import read_flat
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
@@ -387,16 +388,19 @@ def _read_config(path: Path) -> Config:
             log.warning("%s: 0.1.0 read digits for this run, and nothing of data.path = %r", path, flat["data.path"])
             flat["data.path"] = ""
     known = Config().to_flat()
-    if retired := [key for key in flat if key in settings.RETIRED]:
+    if retired := [key for key in flat if key in RETIRED and key not in known]:
         log.warning("%s: settings of an older version, ignored: %s", path, ", ".join(retired))
-    if unknown := [key for key in flat if key not in known and key not in settings.RETIRED]:
+    if unknown := [key for key in flat if key not in known and key not in RETIRED]:
         raise ConfigError(f"{path}: unknown config key {unknown[0]!r}; a newer version made this run, so use that one")
+    if flat.get("inversion.mode") == "pri" and flat.get("inversion.rebirths") == REBIRTHS:
+        flat["inversion.mode"] = "pri4"
     if absent := [key for key in known if key not in flat]:
         log.warning("%s: settings that it was made without have their defaults: %s", path, ", ".join(absent))
     try:
         return Config.from_flat({key: value for key, value in flat.items() if key in known})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        fix = "; an older version made this run, so use that one" if retired else ""
+        raise ConfigError(f"{path}: {error}{fix}") from error
 
 
 _RESTORE = "restore it; settings of a new start are given by key=value or -c"

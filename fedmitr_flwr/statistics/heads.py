@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import StatisticsConfig
 from .moments import Statistics
 
+RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: features of a LayerNorm have about unit size
 NOBODYS = -1e4  # score of a class that nobody has an image of: never the answer, and finite
 
 
@@ -21,11 +21,11 @@ class Head(NamedTuple):
     bias: Tensor  # (Y,)
 
 
-def closed_form(name: str, statistics: Statistics, config: StatisticsConfig) -> Head:
+def closed_form(name: str, statistics: Statistics) -> Head:
     """The head that is called `lda` or `ridge`."""
     if name == "lda":
-        return lda(statistics, config.shrinkage or oas(statistics))
-    return ridge(statistics, config.ridge)
+        return lda(statistics, oas(statistics))
+    return ridge(statistics, RIDGE)
 
 
 def lda(statistics: Statistics, shrinkage: float) -> Head:

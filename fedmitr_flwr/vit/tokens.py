@@ -76,25 +76,15 @@ def forward_cls(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tenso
     return ClassAnswer(vit.forward_head(vit.norm(cls_B1D)), attention_BT[:, vit.num_prefix_tokens :])
 
 
-def roll_and_flip(
-    patches_BKE: Tensor, positions_BK: Tensor, *, grid: int, patch: int, roll: int, flip: bool, rng: torch.Generator
+def random_flip(
+    patches_BKE: Tensor, positions_BK: Tensor, grid: int, patch: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Roll each image by up to `roll` whole patches along each axis, and mirror it with probability 1/2 if `flip`.
-
-    A roll by whole patches moves tokens, not pixels: only positions change, so no halted pixel can leak into an alive
-    token (docs/LOG.md). A mirrored image's patches are mirrored too.
-    """
-    batch, device = len(positions_BK), positions_BK.device
-    rows, columns = positions_BK // grid, positions_BK % grid
-    if flip:
-        mirrored = (torch.rand(batch, 1, generator=rng) < 0.5).to(device)
-        columns = torch.where(mirrored, grid - 1 - columns, columns)
-        pixels = patches_BKE.unflatten(2, (-1, patch))  # (B, K, C·p, p)
-        patches_BKE = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels).flatten(2)
-    if roll:
-        shift = torch.randint(-roll, roll + 1, (2, batch, 1), generator=rng).to(device)
-        rows, columns = (rows + shift[0]) % grid, (columns + shift[1]) % grid
-    return patches_BKE, rows * grid + columns
+    """Mirror each image with probability 1/2: the positions of its patches, and the pixels in them."""
+    mirrored = (torch.rand(len(positions_BK), 1, generator=rng) < 0.5).to(positions_BK.device)
+    columns = positions_BK % grid
+    pixels = patches_BKE.unflatten(2, (-1, patch))  # (B, K, C·p, p)
+    flipped = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels).flatten(2)
+    return flipped, positions_BK - columns + torch.where(mirrored, grid - 1 - columns, columns)
 
 
 def embed_patches(vit: VisionTransformer, patches_BKE: Tensor) -> Tensor:
