@@ -63,7 +63,7 @@ UPLOAD_SETTINGS = (
 MOVABLE = ("data.path", "data.test-limit", "model.weights")
 
 # And what only tells more beside the weights: a fusion may do with less than was uploaded.
-NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances", "upload.directions")
+NARROWABLE = ("upload.extras",)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         num_examples=len(images),
         train_loss=loss,
         fingerprint=core(),
-        class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
+        class_counts=tuple(counts.tolist()) if config.upload.counts else None,
         seconds=seconds,
         statistics=told or None,
         epsilon=epsilon,
@@ -189,7 +189,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
 def _require_trained(vit: VisionTransformer, client: int) -> None:
     """What has diverged is not worth sending, and statistics cannot be had of it."""
     try:
-        require_finite(vit.state_dict(), "lower local.lr, or set local.grad-clip", "its training")
+        require_finite(vit.state_dict(), "lower local.lr", "its training")
     except RunError as error:
         raise UploadError(f"client {client}: {error}") from error
 
@@ -332,7 +332,7 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
     """Raise RunError, naming the setting, where the two would give different uploads."""
     old, new = before.to_flat(), after.to_flat()
     for key in old:
-        less = key in NARROWABLE and not new[key]
+        less = key in NARROWABLE and after.upload.all_extras <= before.upload.all_extras
         moved = key in MOVABLE and (key != "model.weights" or not {old[key], new[key]} & {"none", "timm"})
         if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not (less or moved):
             raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
@@ -346,10 +346,9 @@ def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -
 
 
 def _input_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
-    directions = config.upload.directions
-    if not directions:
+    if not config.upload.moments:
         return {}
-    measured = measure_inputs(vit, images, config.model, directions, resolve_device(config.device))
+    measured = measure_inputs(vit, images, config.model, resolve_device(config.device))
     return {name: _sent(tensor, getattr(torch, config.upload.dtype)) for name, tensor in measured.items()}
 
 

@@ -47,7 +47,7 @@ def _require_of_name(model: ModelConfig) -> None:
             f"{published.patch_size} px; leave model.patch-size out, or name another model"
         )
     defaults = ModelConfig()
-    for key in ("width", "depth", "heads"):
+    for key in ("width", "depth"):
         if getattr(model, key) != getattr(defaults, key):
             raise ConfigError(
                 f"model.{key} = {getattr(model, key)} is of model.name = 'small', but model.name = {model.name!r} has "

@@ -22,6 +22,11 @@ def require_possible(config: Config) -> None:
         builtin.check(config)
         return
     methods.check(config)
+    if config.flower.options:
+        raise ConfigError(
+            f"flower.options = {config.flower.options!r} is of a strategy that Flower ships; leave it empty, "
+            "or set flower.strategy to that one"
+        )
     if config.flower.rounds != 1:
         raise ConfigError(
             f"flower.rounds = {config.flower.rounds}, but one shot is one round; "

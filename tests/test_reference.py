@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 def with_statistics(**changes: Any) -> Config:
-    return settings(**{"upload.statistics": True, "upload.variances": True} | changes)
+    return settings(**{"upload.extras": "variances"} | changes)
 
 
 @torch.enable_grad()

@@ -107,7 +107,7 @@ def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path)
             {"model.name": TIMM, "model.width": 128},
             "model.width = 128 is of model.name = 'small', but model.name = 'test",
         ),
-        ({"model.name": TIMM, "model.heads": 2}, "model.heads = 2 is of model.name = 'small'"),
+        ({"model.name": TIMM, "model.depth": 2}, "model.depth = 2 is of model.name = 'small'"),
         (
             {"model.name": TIMM, "model.img-size": 100},
             "model.img-size = 100 is not possible; use a multiple of model.patch",

@@ -22,7 +22,7 @@ from fedmitr_flwr.uploads.upload import Upload
 
 
 def config_in(folder: Path, **flat: object) -> Config:
-    small = {"model.num-classes": 10, "model.width": 8, "model.depth": 1, "partition.clients": 4}
+    small = {"model.num-classes": 10, "model.width": 16, "model.depth": 1, "partition.clients": 4}
     return Config.from_flat({"out-dir": str(folder), **tiny.SIZES, **small, **flat})
 
 

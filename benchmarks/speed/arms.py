@@ -42,7 +42,7 @@ def config_of(arm: Arm, options: argparse.Namespace, steps: int | None = None) -
     kind, rebirths = ("pri", arm.mode[3:]) if arm.mode.startswith("pri") else (arm.mode, "1")
     if not rebirths.isdecimal():
         raise ConfigError(f"--modes: {arm.mode!r} is not possible; use dense | sparse | pri<number>, such as pri4")
-    flat: dict[str, object] = {"upload.class-counts": True, "ensemble.weights": "counts", "data.flip": True}
+    flat: dict[str, object] = {"upload.extras": "counts", "ensemble.weights": "counts", "data.flip": True}
     flat |= {"model.name": options.model, "model.img-size": options.img_size, "model.patch-size": options.patch_size}
     flat |= {"model.in-chans": 3, "model.num-classes": options.num_classes, "model.weights": options.weights}
     flat |= {"inversion.mode": kind, "inversion.rebirths": int(rebirths), "inversion.steps": steps or options.steps}

@@ -18,7 +18,6 @@ from .config import (
     RivalConfig,
     ScreenConfig,
     StatisticsConfig,
-    StrategyConfig,
     UploadConfig,
 )
 
@@ -40,6 +39,5 @@ __all__ = [
     "RivalConfig",
     "ScreenConfig",
     "StatisticsConfig",
-    "StrategyConfig",
     "UploadConfig",
 ]

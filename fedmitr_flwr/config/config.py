@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar, cast
 
 from ..common.errors import ConfigError
 from .limits import Section, check
-from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig, StrategyConfig
+from .method_sections import FedDFConfig, RivalConfig, StatisticsConfig
 from .protection import KrumConfig, PrivacyConfig, ScreenConfig
 from .sections import (
     OWN,
@@ -47,13 +47,24 @@ __all__ = [
     "RivalConfig",
     "ScreenConfig",
     "StatisticsConfig",
-    "StrategyConfig",
     "UploadConfig",
 ]
 
 
 # Keys of older versions that this one has no longer: a run folder with them opens, and they are named and ignored.
-RETIRED: frozenset[str] = frozenset()
+RETIRED: frozenset[str] = frozenset(
+    {
+        "flower.min-nodes",
+        "local.grad-clip",
+        "local.label-smoothing",
+        "local.pull",
+        "local.schedule",
+        "local.token-loss",
+        "local.weight-decay",
+        "model.heads",
+        "screen.images",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +94,12 @@ class Config(Section):
     feddf: FedDFConfig = field(default_factory=FedDFConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
-        if self.ensemble.weights == "counts" and not self.upload.tells_counts:
+        if self.ensemble.weights == "counts" and not self.upload.counts:
             raise ConfigError(
-                "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
+                "ensemble.weights = 'counts' needs the clients' class counts; set upload.extras = 'counts'"
             )
         if self.inversion.route and self.ensemble.weights not in ("counts", "estimated"):
             raise ConfigError(
@@ -97,10 +107,12 @@ class Config(Section):
                 f"ensemble.weights = {self.ensemble.weights!r}; use 'estimated' or 'counts', or set inversion.route = 0"
             )
         if self.distill.init == "statistics" and not self.upload.statistics:
-            raise ConfigError("distill.init = 'statistics' needs the clients' statistics; set upload.statistics = true")
+            raise ConfigError(
+                "distill.init = 'statistics' needs the clients' statistics; set upload.extras = 'statistics'"
+            )
         if self.distill.init == "regmean":
-            if not self.upload.directions:
-                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.directions = 32")
+            if not self.upload.moments:
+                raise ConfigError("distill.init = 'regmean' needs more of the clients; set upload.extras = 'moments'")
             if not self.distill.extrapolate:
                 raise ConfigError(
                     "distill.extrapolate = 0 chooses among averages, and distill.init = 'regmean'; set it to 1 or above"
@@ -147,10 +159,8 @@ class Config(Section):
         """What would tell of the images beside the noise, or spend more than is said."""
         if not self.privacy.epsilon:
             return
-        beside = {
-            "upload.class-counts": self.upload.class_counts,
-            "upload.statistics": self.upload.statistics,
-            "upload.directions": self.upload.directions,
+        beside: dict[str, str | float] = {
+            "upload.extras": self.upload.extras,
             "local.prior-adjust": self.local.prior_adjust,
             "local.outliers": self.local.outliers,
         }
@@ -158,7 +168,7 @@ class Config(Section):
             if value:
                 raise ConfigError(
                     f"{key} = {toml_value(value)} tells of the images without noise, but privacy.epsilon = "
-                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)(0))}"
+                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)())}"
                 )
         if self.flower.rounds > 1:
             raise ConfigError(

@@ -1,16 +1,13 @@
 """The settings that only some methods read: rivals of FedMITR without data, on statistics, and with real images."""
 
-import math
 from dataclasses import dataclass
 
-from .limits import Section, check
-
-UNSET = -1.0  # of a strategy's setting: it has its own
+from .limits import Section
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig(Section):
-    """Heads from the clients' statistics (`upload.statistics`)."""
+    """Heads from the clients' statistics (`upload.extras`)."""
 
     section = "statistics"
     shrinkage: float = 0.0  # lda: share of the covariance that is made even, 0 to 1; 0: by a formula (OAS)
@@ -56,22 +53,3 @@ class RivalConfig(Section):
         self._above(0, "temperature", "lr")
         self._at_least(0, "adversarial", "hard")
         self._within(0, 255, "perturb")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyConfig(Section):
-    """Of the strategies that Flower ships; -1 leaves what each has in server_app/builtin.py."""
-
-    section = "strategy"
-    eta: float = UNSET  # learning rate of the server: fedadam, fedyogi, fedadagrad, fedavgm; -1: the strategy's own
-    tau: float = UNSET  # fedadam, fedyogi, fedadagrad: added to the root of the second moment; -1: the strategy's own
-    momentum: float = UNSET  # of the server: fedavgm; -1: 0.9
-    mu: float = UNSET  # fedprox: weight of the proximal term; -1: 0.1
-    lr: float = UNSET  # qfedavg: the learning rate that it takes the clients' to be; -1: 0.01
-
-    def __post_init__(self) -> None:
-        limits = {"eta": math.inf, "tau": math.inf, "mu": math.inf, "lr": math.inf, "momentum": 0.999}
-        for name, most in limits.items():
-            value, least = getattr(self, name), 1e-12 if name == "lr" else 0  # which qfedavg divides by
-            wanted = f"{UNSET:g} for the strategy's own, or a number from {least:g}"
-            check(self._key(name), value, value == UNSET or least <= value <= most, f"{wanted} to {most:g}")

@@ -1,13 +1,18 @@
 """The settings, section by section: each one's type, default and limits."""
 
+import math
+import re
 from dataclasses import dataclass
 
 from ..common.errors import ConfigError
-from .limits import Section, check
+from .limits import Section, check, nearest
 
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
 IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
 LOGITS = ("logits", "joint")  # ways to combine whose scores are on the scale of the teachers' logits
+HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
+DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/adr/0028-regmean.md)
+EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may tell beside weights
 MERGED = ("average", *IMPROVED, "regmean")  # starts that are made of the clients' weights
 
 
@@ -73,12 +78,11 @@ class ModelConfig(Section):
     num_classes: int = 0  # 0: as many as the data has
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
-    heads: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
 
     def __post_init__(self) -> None:
         self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
-        self._at_least(1, "width", "depth", "heads")
+        self._at_least(1, "width", "depth")
         check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
         if self.patch_size:
             check(
@@ -87,12 +91,18 @@ class ModelConfig(Section):
                 self.img_size % self.patch_size == 0,
                 f"a multiple of model.patch-size = {self.patch_size}",
             )
-        check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
+        fits = self.width % HEAD_WIDTH == 0
+        check("model.width", self.width, fits, f"a multiple of {HEAD_WIDTH}, the width of one attention head")
 
     @property
     def resolved(self) -> bool:
         """Whether nothing is left to be found from the name and the data."""
         return 0 not in (self.img_size, self.patch_size, self.in_chans, self.num_classes)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads in each block of "small"."""
+        return self.width // HEAD_WIDTH
 
     @property
     def grid(self) -> int:
@@ -114,52 +124,72 @@ class LocalConfig(Section):
     optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
     lr: float = 3e-3
     head_lr: float = 0.0  # of the head, which is new where the body comes with `model.weights`; 0: as lr
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # cosine | constant
-    label_smoothing: float = 0.0
     augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
-    token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
     prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
     average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
-    pull: float = 0.0  # adds pull/2 times the squared distance from the weights given to the loss, as FedProx
-    grad_clip: float = 1.0  # 0: none
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
         self._one_of("optimizer", "muon", "adamw", "sgd")
-        self._one_of("schedule", "cosine", "constant")
         self._at_least(1, "epochs", "batch_size", "threads")
         self._above(0, "lr")
-        self._at_least(0, "head_lr", "weight_decay", "token_loss", "grad_clip", "prior_adjust", "outliers", "pull")
+        self._at_least(0, "head_lr", "prior_adjust", "outliers")
         self._within(0, 1, "average")
-        self._within(0, 0.99, "label_smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadConfig(Section):
     section = "upload"
     dtype: str = "float32"  # float32 | float16
-    class_counts: bool = False  # also upload how many images of each class; a privacy choice
-    statistics: bool = False  # also upload class counts and sums over frozen features by class; a privacy choice
-    variances: bool = False  # with the statistics, also sums of squares by class, for method fedpft
-    directions: int = 0  # also so many leading directions of what each layer is given, for RegMean; a privacy choice
+    extras: str = ""  # also upload: counts, statistics, variances, moments; "": weights alone; a privacy choice
 
     def __post_init__(self) -> None:
         self._one_of("dtype", "float32", "float16")
-        self._at_least(0, "directions")
-        if self.variances and not self.statistics:
-            raise ConfigError("upload.variances = True goes with the statistics; set upload.statistics = true")
+        for word in self._words:
+            if word not in EXTRAS:
+                raise ConfigError(
+                    f"upload.extras = {self.extras!r} has {word!r}; use {', '.join(EXTRAS)}, separated by commas"
+                    f"{nearest(word, EXTRAS)}"
+                )
 
     @property
-    def tells_counts(self) -> bool:
-        """Whether class counts are uploaded: statistics are of no use without them."""
-        return self.class_counts or self.statistics
+    def _words(self) -> list[str]:
+        words = re.split(r"[,|]", self.extras)  # a list in TOML comes with |
+        return [word.strip() for word in words] if self.extras.strip() else []
+
+    @property
+    def all_extras(self) -> frozenset[str]:
+        """The extras with those that they are of no use without."""
+        words = set(self._words)
+        words |= {"statistics"} if "variances" in words else set()
+        words |= {"counts"} if "statistics" in words else set()
+        return frozenset(words)
+
+    @property
+    def counts(self) -> bool:
+        """Images of each class."""
+        return "counts" in self.all_extras
+
+    @property
+    def statistics(self) -> bool:
+        """Sums over frozen features by class, for `lda` and `ridge`."""
+        return "statistics" in self.all_extras
+
+    @property
+    def variances(self) -> bool:
+        """Sums of squares by class, too, for `fedpft`."""
+        return "variances" in self.all_extras
+
+    @property
+    def moments(self) -> bool:
+        """Second moments of what each layer is given, for `regmean`."""
+        return "moments" in self.all_extras
 
     @property
     def sends_statistics(self) -> bool:
-        """Whether anything is uploaded beside weights and counts."""
-        return self.statistics or self.directions > 0
+        """Whether tensors are uploaded beside the weights."""
+        return self.statistics or self.moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +203,7 @@ class EnsembleConfig(Section):
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
     learn_step: float = 0.01  # learned: how far a weight moves after each batch (Co-Boosting's mu)
     learn_decay: float = 0.99  # learned: of the step, per epoch
-    statistics: str = "lda"  # with upload.statistics: head of one more teacher, on frozen features: none | lda | ridge
+    statistics: str = "lda"  # with upload.extras: head of one more teacher, on frozen features: none | lda | ridge
     trim: float = 0.0  # probs: of the weight, cut off at each end of the teachers' answers, class by class; 0.5: median
     teacher_chunk: int = 16  # teachers in memory at once, others are read from their uploads in turn; 0: all
     stack: str = "auto"  # run all teachers as one batched network: auto (on a GPU) | always | never
@@ -338,7 +368,7 @@ class FlowerConfig(Section):
     section = "flower"
     strategy: str = "oneshot"  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
     rounds: int = 1  # of a strategy that Flower ships
-    min_nodes: int = 2
+    options: str = ""  # of that strategy, by Flower's own names, as "eta=0.1, tau=0.01"; "": its defaults
     node_wait: float = 120.0  # seconds to wait for the nodes
     upload_timeout: float = 3600.0  # seconds to wait for the uploads
     quorum: float = 1.0  # share of the clients whose upload must be there
@@ -347,9 +377,21 @@ class FlowerConfig(Section):
     def __post_init__(self) -> None:
         self._names("clients")
         self._at_least(1, "rounds")
-        self._at_least(2, "min_nodes")
         self._above(0, "node_wait", "upload_timeout")
         self._within(0.01, 1, "quorum")
+
+        self.strategy_options()
+
+    def strategy_options(self) -> dict[str, float]:
+        """Numbers by name; which names there are, the strategy says."""
+        found: dict[str, float] = {}
+        for part in self.options.split(",") if self.options.strip() else ():
+            name, _, value = (word.strip() for word in part.partition("="))
+            number = _number(value)
+            fits = name.isidentifier() and number is not None and name not in found
+            check("flower.options", self.options, fits, "different names with numbers, such as 'eta=0.1, tau=0.01'")
+            found[name] = number or 0.0
+        return found
 
     @property
     def client_names(self) -> tuple[str, ...]:
@@ -359,3 +401,11 @@ class FlowerConfig(Section):
         """A client's number, and its name where it has one."""
         names = self.client_names
         return f"{client} ({names[client]})" if client < len(names) else str(client)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -73,7 +73,8 @@ def follow(
 ) -> float:
     """Train `student` in place to answer as the ensemble does; gives the last pass's mean divergence."""
     size, passes = config.distill.batch_size, config.feddf.passes
-    stepper = Stepper(student.parameters(), config.distill, passes * -(-len(pixels_NCHW) // size))
+    steps = passes * -(-len(pixels_NCHW) // size)
+    stepper = Stepper(student.parameters(), config.distill.optimizer, config.distill.lr, steps)
     student.train()
     mean = 0.0
     with Progress("distillation", passes * len(pixels_NCHW), unit="img") as progress:

@@ -109,7 +109,9 @@ def grow(job: Job, recipe: Recipe) -> Fused:
         if weigher.how == "learned":
             job.log(stage="weights", epoch=epoch, weights=ensemble.weights[:, 0])
         if stepper is None:
-            stepper = Stepper(student.parameters(), config.distill, count_batches(pool.views, config))
+            stepper = Stepper(
+                student.parameters(), config.distill.optimizer, config.distill.lr, count_batches(pool.views, config)
+            )
             done = _restore(student, stepper, ema, recipe, job)
             if config.distill.start_needs_images and not done:
                 with job.stopwatch.stage("distillation"):

@@ -22,10 +22,12 @@ from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_tex
 from ..config import Config
 from ..config import config as settings
 from ..config.limits import needed
-from ..config.method_sections import UNSET
+from ..config.sections import HEAD_WIDTH
 from ..config.text import read_flat
+from ..config.upgrade import UNSET, upgraded
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
+from ..vit.names import SMALL
 from .result import sealed, unsealed
 
 log = logging.getLogger("fedmitr")
@@ -386,6 +388,9 @@ def _read_config(path: Path) -> Config:
         if flat["data.source"] == "digits" and flat["data.path"]:
             log.warning("%s: 0.1.0 read digits for this run, and nothing of data.path = %r", path, flat["data.path"])
             flat["data.path"] = ""
+    if problem := _impossible(flat):
+        raise ConfigError(f"{path}: {problem}; use the version that made this run")
+    flat = upgraded(flat)
     known = Config().to_flat()
     if retired := [key for key in flat if key in settings.RETIRED]:
         log.warning("%s: settings of an older version, ignored: %s", path, ", ".join(retired))
@@ -397,6 +402,14 @@ def _read_config(path: Path) -> Config:
         return Config.from_flat({key: value for key, value in flat.items() if key in known})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _impossible(flat: Mapping[str, object]) -> str | None:
+    """Why no model of this version is the one of a run with these settings; None: one is."""
+    heads, width = flat.get("model.heads"), flat.get("model.width")
+    if flat.get("model.name") == SMALL and heads is not None and width != HEAD_WIDTH * int(str(heads)):
+        return f"model.heads = {heads} of model.width = {width}, and this version has model.width / {HEAD_WIDTH} heads"
+    return None
 
 
 _RESTORE = "restore it; settings of a new start are given by key=value or -c"
