@@ -108,7 +108,7 @@ def committed() -> Iterator[tuple[str, Flat]]:
             flat = _cell("digits", "a0.3", 5, seed) | PRIVATE | {"privacy.epsilon": epsilon}
             yield f"privacy-{epsilon:g}-{seed}", flat
     yield "smoke-0", _cell("digits", "a0.3", 5, 0) | {"local.epochs": 20, "data.proxy": 0.1}
-    yield "cifar10_cpu-0", _cell("cifar", "a0.1", 5, 0) | cifar | {"data.proxy": 0.02, "local.head-lr": 0.0}
+    yield "cifar10_cpu-0", _cell("cifar", "a0.1", 5, 0) | cifar | {"data.proxy": 0.02, "local.head-lr": 1e-4}
 
 
 def _cell(data: str, partition: str, clients: int, seed: int) -> Flat:

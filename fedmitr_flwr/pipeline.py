@@ -23,7 +23,7 @@ from .common.errors import ConfigError, RunError, UploadError
 from .common.files import load_tensors
 from .common.fingerprint import core
 from .common.rng import secret, stream
-from .config import Config
+from .config import Config, recipe
 from .config.sections import OWN
 from .data.images import Images
 from .data.own import Place
@@ -74,6 +74,8 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
+    if chosen := recipe.told(config):
+        log.info("%s", chosen)
     config = resolve(config)
     methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:
@@ -278,7 +280,7 @@ def fuse(
     What cannot work is known before a folder is made.
     """
     before = run_folder.config
-    config = Config.from_flat({**overrides, "method": method}, base=before)
+    config = recipe.settled(Config.from_flat({**overrides, "method": method}, base=before))
     methods.check(config, config.partition.clients)
     require_same_uploads(before, config, "to change it, make a new run")
     _require_same_start(run_folder, config)

@@ -159,10 +159,10 @@ BEYOND = {
     "model.num-classes": 1,
     "model.width": 24,
     "model.depth": 0,
-    "local.epochs": 0,
+    "local.epochs": -1,
     "local.batch-size": 0,
     "local.optimizer": "adam",
-    "local.lr": 0,
+    "local.lr": -1,
     "local.head-lr": -1,
     "local.prior-adjust": -1,
     "local.outliers": -1,
@@ -209,12 +209,12 @@ BEYOND = {
     "relabel.temperature": 0,
     "distill.epochs": 0,
     "distill.images-per-epoch": 0,
-    "distill.passes": 0,
+    "distill.passes": -1,
     "distill.batch-size": 0,
     "distill.init": "mean",
     "distill.extrapolate": -1,
     "distill.optimizer": "adam",
-    "distill.lr": 0,
+    "distill.lr": -1,
     "distill.weight-decay": -1,
     "distill.schedule": "step",
     "distill.mix": "mixup",
@@ -342,10 +342,11 @@ def test_an_old_spelling_is_refused_with_the_new_one(key: str, written: str) -> 
     ("old", "new"),
     [
         ({"upload.class-counts": True, "upload.statistics": False, "upload.variances": False}, "counts"),
-        ({"upload.class-counts": False, "upload.statistics": True, "upload.variances": True}, "statistics, variances"),
+        ({"upload.class-counts": False, "upload.statistics": True, "upload.variances": True}, "variances"),
         ({"upload.class-counts": False, "upload.directions": 32}, "moments"),
         ({"upload.class-counts": True, "upload.directions": 8}, "counts"),  # which nothing here can read
         ({"upload.statistics": False}, ""),
+        ({"upload.class-counts": True, "upload.statistics": True, "upload.directions": 32}, "statistics, moments"),
     ],
 )
 def test_old_settings_of_uploads_are_today_s_extras(old: dict[str, object], new: str) -> None:
@@ -366,6 +367,11 @@ def test_old_settings_of_strategies_are_today_s_options(strategy: str, old: dict
     found = upgraded({"flower.strategy": strategy} | old)
     assert found == {"flower.strategy": strategy, "flower.options": new}
     builtin.check(Config.from_flat(found)) if strategy != "oneshot" else None
+
+
+def test_the_head_s_old_0_is_the_rate_of_the_rest() -> None:
+    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.0}) == {"local.lr": 0.01, "local.head-lr": 0.01}
+    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.1}) == {"local.lr": 0.01, "local.head-lr": 0.1}
 
 
 def test_today_s_settings_need_no_upgrade() -> None:

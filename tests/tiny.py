@@ -35,7 +35,6 @@ _TINY: dict[str, object] = {
     "local.batch-size": 16,
     "local.optimizer": "adamw",
     "local.lr": 1e-3,
-    "local.head-lr": 0.0,
     "local.augment": True,
     "local.prior-adjust": 0.0,
     "local.outliers": 0.0,
@@ -87,11 +86,23 @@ _TINY: dict[str, object] = {
 
 
 def settings(**changes: object) -> Config:
-    """The ensemble teaches as it decides, unless told otherwise."""
+    """The ensemble teaches as it decides, and the head learns as fast as the rest, unless told otherwise."""
     alike = {"ensemble.teach": changes.get("ensemble.combine", _TINY["ensemble.combine"])}
+    alike["local.head-lr"] = changes.get("local.lr", _TINY["local.lr"])
     return Config.from_flat(_TINY | alike | changes)
 
 
+# What training from scratch needs, where nothing resolves it.
+RECIPE: dict[str, object] = {
+    "local.epochs": 1,
+    "local.optimizer": "muon",
+    "local.lr": 3e-3,
+    "local.head-lr": 3e-3,
+    "inversion.stops": "0.1,0.3",
+    "distill.init": "average",
+    "distill.passes": 1,
+    "distill.lr": 3e-3,
+}
 # Of `small`, where a test parses settings that nothing resolves.
 SIZES: dict[str, object] = {"model.img-size": 8, "model.patch-size": 2, "model.in-chans": 1}
 

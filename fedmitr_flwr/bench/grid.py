@@ -10,7 +10,7 @@ from itertools import product
 
 from .. import methods
 from ..common.errors import ConfigError
-from ..config import Config
+from ..config import Config, recipe
 from ..config.sections import EXTRAS
 from ..config.text import PATHS, PLACES
 from ..config.upgrade import upgraded
@@ -29,7 +29,7 @@ TOLD: tuple[dict[str, object], ...] = (
 ALL_TOLD: dict[str, object] = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
-_KNOWN = Config().to_flat()
+_KNOWN = recipe.settled(Config()).to_flat()
 
 
 @dataclass(frozen=True)

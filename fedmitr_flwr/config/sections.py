@@ -10,6 +10,7 @@ from .limits import Section, check, nearest
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
 IMPROVED = ("classwise", "layerwise")  # starts of the student that are the average, and more once there are images
 LOGITS = ("logits", "joint")  # ways to combine whose scores are on the scale of the teachers' logits
+AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training starts from (recipe.py)
 HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
 DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/adr/0028-regmean.md)
 EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may tell beside weights
@@ -119,11 +120,11 @@ class LocalConfig(Section):
     """Training at the client."""
 
     section = "local"
-    epochs: int = 50
+    epochs: int = 0  # 0: 50, or 3 with model.weights
     batch_size: int = 32
-    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
-    lr: float = 3e-3
-    head_lr: float = 0.0  # of the head, which is new where the body comes with `model.weights`; 0: as lr
+    optimizer: str = AUTO  # muon (matrices; AdamW for the rest) | adamw | sgd | auto: muon, or adamw with model.weights
+    lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
+    head_lr: float = 0.0  # of the head; 0: as lr, or 0.01 with model.weights, where it alone is new
     augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
     prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
@@ -131,11 +132,15 @@ class LocalConfig(Section):
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
-        self._one_of("optimizer", "muon", "adamw", "sgd")
-        self._at_least(1, "epochs", "batch_size", "threads")
-        self._above(0, "lr")
-        self._at_least(0, "head_lr", "prior_adjust", "outliers")
+        self._one_of("optimizer", "muon", "adamw", "sgd", AUTO)
+        self._at_least(1, "batch_size", "threads")
+        self._at_least(0, "epochs", "lr", "head_lr", "prior_adjust", "outliers")
         self._within(0, 1, "average")
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return 0 not in (self.epochs, self.lr, self.head_lr) and self.optimizer != AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +241,7 @@ class InversionConfig(Section):
     steps: int = 60  # T
     batch_size: int = 125  # images inverted at once
     lr: float = 0.1
-    stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
+    stops: str = AUTO  # sparse: halting times, as fractions of T; auto: 0.1,0.3, or SMI's four with model.weights
     drop: float = 0.3  # sparse: share of the alive patches halted at each stop
     rebirths: int = 4  # pri: sparse images that one trajectory gives (v)
     tv: float = 1e-4  # weight of the total variation prior
@@ -256,7 +261,7 @@ class InversionConfig(Section):
         self._above(0, "lr")
         self._at_least(0, "tv", "roll", "disagree")
         self._within(0, 0.99, "drop")
-        fractions = self.stop_fractions
+        fractions = () if self.stops == AUTO else self.stop_fractions
         check(
             "inversion.stops",
             self.stops,
@@ -266,6 +271,7 @@ class InversionConfig(Section):
 
     @property
     def stop_fractions(self) -> tuple[float, ...]:
+        assert self.stops != AUTO, "inversion.stops = 'auto' is to be resolved first"
         try:
             return tuple(float(part) for part in self.stops.split(",") if part.strip())
         except ValueError as error:
@@ -290,14 +296,14 @@ class DistillConfig(Section):
     section = "distill"
     epochs: int = 2  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
-    passes: int = 60  # over the pool, per epoch
+    passes: int = 0  # over the pool, per epoch; 0: 60, or 5 with model.weights
     batch_size: int = 64
-    init: str = "average"  # average (of uploads) | classwise | layerwise | regmean | initial | statistics | pretrained
+    init: str = AUTO  # average | classwise | layerwise | regmean | initial | statistics | pretrained | auto
     extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; regmean, too; 0: chosen
     ridge: float = 0.1  # init = layerwise: how strongly layers are held where the average has them
     pretrained: str = "timm"  # init = pretrained: timm (from the hub) | path of a safetensors file
     optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
-    lr: float = 3e-3
+    lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
     weight_decay: float = 0.05
     schedule: str = "cosine"  # cosine | constant
     soft: str = "auto"  # soft labels: mse of logits | kl at the temperatures | auto: mse if the ensemble teaches logits
@@ -314,16 +320,16 @@ class DistillConfig(Section):
     ema: float = 0.0  # the student is the moving average of its weights, of this decay per step; 0: the last weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", *MERGED, "initial", "statistics", "pretrained")
+        self._one_of("init", *MERGED, "initial", "statistics", "pretrained", AUTO)
         self._one_of("optimizer", "muon", "adamw", "sgd")
         self._one_of("schedule", "cosine", "constant")
         self._one_of("soft", "auto", "kl", "mse")
         self._one_of("mix", "none", "blend", "tokens")
         self._within(0.01, 1, "keep")
         self._one_of("teachers", "cached", "again")
-        self._at_least(1, "epochs", "images_per_epoch", "passes", "batch_size")
-        self._above(0, "lr", "temperature", "ridge")
-        self._at_least(0, "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
+        self._at_least(1, "epochs", "images_per_epoch", "batch_size")
+        self._above(0, "temperature", "ridge")
+        self._at_least(0, "passes", "lr", "weight_decay", "high", "token", "low", "kd", "grad_clip", "extrapolate")
         self._within(0, 1, "ema")
 
     def soft_from(self, teach: str) -> str:
@@ -331,6 +337,11 @@ class DistillConfig(Section):
         if self.soft != "auto":
             return self.soft
         return "mse" if teach in LOGITS else "kl"
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return 0 not in (self.passes, self.lr) and self.init != AUTO
 
     @property
     def merges(self) -> bool:

@@ -37,8 +37,10 @@ def upgraded(flat: Mapping[str, object]) -> dict[str, object]:
     Moments in another number of directions than this version asks for cannot be used: the run opens without them.
     """
     found = {key: value for key, value in flat.items() if key not in RESPELLED}
+    if flat.get("local.head-lr") == 0 and "local.lr" in flat:  # which was: as the rest
+        found["local.head-lr"] = flat["local.lr"]
     if flat.keys() & {*_EXTRAS, "upload.directions"}:
-        words = [word for key, word in _EXTRAS.items() if flat.get(key)]
+        words = [word for key, word in _EXTRAS.items() if flat.get(key)][-1:]  # each implies those before it
         words += ["moments"] * (flat.get("upload.directions") == DIRECTIONS)
         found["upload.extras"] = ", ".join(words)
     if flat.keys() & _FLOWERS_NAMES.keys():

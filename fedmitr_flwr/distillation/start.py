@@ -60,6 +60,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
     or layers are to be fitted, that waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
+    assert distill.resolved, "distill.* has settings that are to be resolved first"
     if distill.merges:
         mean = regmean(uploads) if distill.init == "regmean" else average(uploads)
         student.load_state_dict(mean)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
-from ..config import Config
+from ..config import Config, recipe
 from ..config import config as settings
 from ..config.limits import needed
 from ..config.sections import HEAD_WIDTH
@@ -399,7 +399,8 @@ def _read_config(path: Path) -> Config:
     if absent := [key for key in known if key not in flat]:
         log.warning("%s: settings that it was made without have their defaults: %s", path, ", ".join(absent))
     try:
-        return Config.from_flat({key: value for key, value in flat.items() if key in known})
+        config = Config.from_flat({key: value for key, value in flat.items() if key in known})
+        return recipe.settled(config) if absent else config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

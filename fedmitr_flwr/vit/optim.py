@@ -20,7 +20,7 @@ class Stepper:
     """Gradient step with clipping and a learning rate that falls to 0 as a half cosine.
 
     Weight decay spares biases, norms (1 axis), class tokens and positions (3 axes), as timm's `no_weight_decay` does.
-    With `head_lr`, those of the `parameters` that are the `head` start from that rate in place of `lr`.
+    With another `head_lr`, those of the `parameters` that are the `head` start from that rate in place of `lr`.
     """
 
     def __init__(
@@ -32,8 +32,10 @@ class Stepper:
         head: Iterable[nn.Parameter] = (),
         head_lr: float = 0.0,
     ) -> None:
+        assert lr, "a learning rate of 0 is to be resolved first"
         self.parameters = list(parameters)
-        self.optimizers = _optimizers(self.parameters, optimizer, lr, list(head) if head_lr else [], head_lr)
+        apart = list(head) if head_lr not in (0, lr) else []
+        self.optimizers = _optimizers(self.parameters, optimizer, lr, apart, head_lr)
         self.factor = lambda step: _factor(step, total_steps)
         self.schedules = [LambdaLR(each, self.factor) for each in self.optimizers]
 
@@ -76,6 +78,7 @@ class Stepper:
 
 def client_stepper(vit: VisionTransformer, local: LocalConfig, total_steps: int) -> Stepper:
     """Of a client's training: all of `vit`, and its head by `local.head_lr`."""
+    assert local.resolved, "local.* has settings that are to be resolved first"
     return Stepper(vit.parameters(), local.optimizer, local.lr, total_steps, vit.head.parameters(), local.head_lr)
 
 
