@@ -22,6 +22,7 @@ from ..common.errors import ConfigError
 from ..common.progress import Progress
 from ..common.rng import stream
 from ..config import Config
+from ..config.sections import IMPROVED
 from ..data.images import prepare
 from ..data.proxy import proxy_pixels, require_proxy
 from ..distillation.losses import soft_divergence
@@ -39,13 +40,14 @@ def check(config: Config) -> None:
     require_start(config)
     if config.distill.chooses_start:
         raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
-    if config.distill.start_needs_images:
-        raise ConfigError(
-            f"distill.init = {config.distill.init!r} needs synthetic images, and method = 'feddf' has none; "
-            "set it to 'average'"
-        )
     if config.distill.ema:
         raise ConfigError(f"distill.ema = {config.distill.ema:g} is not for method = 'feddf'; set it to 0")
+
+
+def settings(config: Config) -> Config:
+    """Fitted layers and merged heads need synthetic images: the student starts from the average."""
+    forced: dict[str, object] = {"distill.init": "average"} if config.distill.init in IMPROVED else {}
+    return Config.from_flat(forced, base=config)
 
 
 def fuse(job: Job) -> Fused:
