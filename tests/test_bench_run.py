@@ -498,6 +498,43 @@ def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp
     assert [each.flower.options for each in flower.ran[6:]] == ["eta=0.01"] * 2
 
 
+def test_results_of_an_older_version_are_known_by_today_s_names(tmp_path: Path, made: Made) -> None:
+    """A committed results.jsonl keeps the keys of its day, and the table that it was committed with."""
+    path, flower = a_bench(tmp_path, TUNED.replace('methods = ["', 'methods = ["lda", "')), Federation({0.1: 60.0})
+    before = Store(tmp_path / "before")
+    running.run(read(path), before, flower)
+    write(before.path, before.path)
+    known = load(before.path / "results.jsonl")
+    old = replace(known, entries=tuple(aged(entry) for entry in known.entries))
+
+    ran, fused = len(flower.ran), len(made.fused)
+    assert (ran, fused) == (6 + 2, 1)
+    after = Store(tmp_path / "after")
+    assert running.run(read(path), after, flower, old).failed == 0
+    assert (len(flower.ran), len(made.fused)) == (ran, fused)
+
+
+def aged(entry: dict[str, Any]) -> dict[str, Any]:
+    """A result as the version wrote it that had `strategy.*` and a key for each extra."""
+    tuned = entry["bench"]["tuned"]
+    if tuned:
+        tuned = tuned | {
+            "chosen": aged_settings(tuned["chosen"]),
+            "tried": [aged_settings(one) for one in tuned["tried"]],
+        }
+    return entry | {"config": aged_settings(entry["config"]), "bench": entry["bench"] | {"tuned": tuned}}
+
+
+def aged_settings(flat: dict[str, Any]) -> dict[str, Any]:
+    old = {key: value for key, value in flat.items() if key not in ("flower.options", "upload.extras")}
+    if "flower.options" in flat:
+        old["strategy.eta"] = float(flat["flower.options"].removeprefix("eta=") or -1)
+    if "upload.extras" in flat:
+        old |= {"upload.class-counts": False, "upload.statistics": flat["upload.extras"] == "statistics"}
+        old |= {"upload.variances": False, "upload.directions": 0}
+    return old
+
+
 def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:
     spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
     flower = Federation({0.01: 50.0, 0.1: 50.0, 1.0: 50.0})
