@@ -60,10 +60,7 @@ SCRATCH: Parts = {
     "Clients": [
         {"local.outliers": 0.0},
         {"local.prior-adjust": 1.0},
-        {"local.token-loss": 0.0},
-        {"local.label-smoothing": 0.1},
         {"local.average": 0.5},
-        {"local.pull": 0.01},
     ],
 }
 PRETRAINED: Parts = {  # from the settings of a file; few lines, for the better part of an hour a seed
@@ -75,7 +72,7 @@ PRETRAINED: Parts = {  # from the settings of a file; few lines, for the better 
 SAME_IMAGES = ("relabel.", "distill.init", "distill.extrapolate")
 HEAD = ("Changed", "Student", "Difference", "Ensemble", "FedAvg", "Agreement", "Server, s")
 UNCHANGED = "unchanged"
-UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.class-counts": True, "screen.mode": "off"}
+UPLOADS: Changes = {"method": "fedavg", "threads": 1, "upload.extras": "counts", "screen.mode": "off"}
 
 
 def parts_of(config: Config) -> Parts:

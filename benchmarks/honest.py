@@ -45,8 +45,7 @@ Flat = dict[str, Any]
 CPU = torch.device("cpu")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-EXTRAS = {"upload.statistics": True, "upload.variances": True, "upload.directions": 8}
-UPLOADS = EXTRAS | {"method": "fedavg", "threads": 1, "screen.mode": "off"}
+UPLOADS = {"upload.extras": "variances, moments", "method": "fedavg", "threads": 1, "screen.mode": "off"}
 PARTITIONS: Mapping[str, Flat] = {
     "a0.3": {"partition.alpha": 0.3},
     "a0.1": {"partition.alpha": 0.1},
@@ -64,7 +63,7 @@ DATA: Mapping[str, Flat] = {
         "model.weights": "../shared/weights/deit_tiny_patch16_224/model.safetensors",
     },
 }
-PRIVATE: Flat = MODEL | LOCAL | {"upload.statistics": False, "upload.variances": False, "upload.directions": 0}
+PRIVATE: Flat = MODEL | LOCAL | {"upload.extras": ""}
 SEEDS = (0, 1, 2, 3, 4, 5, 100, 101)
 CLIENTS = (3, 5, 10)
 
@@ -109,7 +108,7 @@ def committed() -> Iterator[tuple[str, Flat]]:
             flat = _cell("digits", "a0.3", 5, seed) | PRIVATE | {"privacy.epsilon": epsilon}
             yield f"privacy-{epsilon:g}-{seed}", flat
     yield "smoke-0", _cell("digits", "a0.3", 5, 0) | {"local.epochs": 20, "data.proxy": 0.1}
-    yield "cifar10_cpu-0", _cell("cifar", "a0.1", 5, 0) | cifar | {"data.proxy": 0.02, "local.head-lr": 0.0}
+    yield "cifar10_cpu-0", _cell("cifar", "a0.1", 5, 0) | cifar | {"data.proxy": 0.02, "local.head-lr": 1e-4}
 
 
 def _cell(data: str, partition: str, clients: int, seed: int) -> Flat:
@@ -174,7 +173,7 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
     """What all checks of weights and statistics look at, client by client, and whom they leave out or name."""
     config, uploads = folder.config, folder.load_uploads()
     measured = Measured.of(uploads, initial_weights(config.model, config.seed))
-    found = screen(uploads, Config.from_flat({"screen.mode": "clear", "screen.images": 0}, base=config), CPU)
+    found = screen(uploads, Config.from_flat({"screen.mode": "clear"}, base=config), CPU, images=0)
     sums = of_sums([statistics_of(upload) for upload in uploads], config) if config.upload.statistics else {}
     return {
         **sums,

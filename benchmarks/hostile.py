@@ -4,7 +4,7 @@ For each seed the clients train once; an attack is made on copies of their uploa
 ones. Attacks on the weights are judged by the student, lies in the statistics by what is made of statistics. To be
 cheap, the model has two blocks, clients train for 50 epochs, and the student has one epoch of few and rough images
 (`MODEL`, `SMALL`): accuracies are for comparison within this study only. "clear" is today's default screening; no
-images are made for it (`screen.images`), by which it leaves nobody out.
+images are made for it, by which it leaves nobody out.
 
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json
 """
@@ -31,10 +31,10 @@ from fedmitr_flwr.uploads.upload import Upload
 
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
-UPLOADS |= {"local.epochs": 50, "flower.quorum": 0.5, "upload.statistics": True}
+UPLOADS |= {"local.epochs": 50, "flower.quorum": 0.5, "upload.extras": "statistics"}
 SMALL = {"inversion.steps": 20, "distill.epochs": 1, "distill.images-per-epoch": 80, "distill.passes": 40}
-SMALL |= {"upload.statistics": False}
-DEFAULT = {"screen.mode": "clear", "screen.images": 0}
+SMALL |= {"upload.extras": ""}
+DEFAULT = {"screen.mode": "clear"}
 HOSTILE = (1, 2)
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ Memory = dict[tuple[int, ...], Accuracies]  # by the clients whose honest upload
 def screened(uploads: Sequence[Upload], config: Config) -> tuple[list[Upload], list[int]]:
     """What the checks of an upload and the default screening leave, and the clients that they do not."""
     passed = [upload for upload in uploads if _passes(upload, config)]
-    kept = screen(passed, Config.from_flat(DEFAULT, base=config), CPU).kept
+    kept = screen(passed, Config.from_flat(DEFAULT, base=config), CPU, images=0).kept
     known = {upload.client for upload in kept}
     return kept, [upload.client for upload in uploads if upload.client not in known]
 

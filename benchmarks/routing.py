@@ -19,7 +19,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 
 ARMS = (("counts", 0.0), ("counts", 0.1), ("estimated", 0.0), ("estimated", 0.3))  # ensemble.weights, inversion.route
-UPLOADS = {"partition.alpha": 0.1, "partition.clients": 10, "upload.class-counts": True, "threads": 1}
+UPLOADS = {"partition.alpha": 0.1, "partition.clients": 10, "upload.extras": "counts", "threads": 1}
 
 
 def row(folder: RunFolder) -> dict[str, Any]:

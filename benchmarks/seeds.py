@@ -1,6 +1,6 @@
 """FedMITR with the settings of a file, over seeds: the student, one-round FedAvg, and four ways to weigh the ensemble.
 
-Where clients tell what their layers are given (`upload.directions`), what RegMean makes of it is told, too. For each
+Where clients tell what their layers are given (`upload.extras`), what RegMean makes of it is told, too. For each
 seed the clients train once. They also tell their class counts, for the line that needs them; FedMITR's own weights are
 those of the settings, by default "estimated", which does not look at counts. A seed runs on one thread.
 
@@ -27,14 +27,15 @@ WEIGHTS = ("uniform", "size", "counts")  # those that need no images
 def one_seed(seed: int, settings: dict[str, object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row; and what the run says of code, machine and settings."""
     with tempfile.TemporaryDirectory() as scratch:
-        own = {"seed": seed, "method": "fedavg", "out-dir": scratch, "threads": 1, "upload.class-counts": True}
+        own = {"seed": seed, "method": "fedavg", "out-dir": scratch, "threads": 1}
+        own["upload.extras"] = f"counts, {settings.get('upload.extras', '')}".rstrip(", ")
         uploads = pipeline.run(Config.from_flat({**settings, **own}), f"seed-{seed}")
         known = lines(uploads.load_uploads(), uploads.config)
         result = pipeline.fuse(uploads, "fedmitr", {}, lines=known).read_result()
         kept = ("seed", "accuracy", "seconds", "client_seconds", "synthetic_images", "partition_sha256")
         row = {key: result["config"][key] for key in ("inversion.mode", "relabel.mode")}
         row |= {key: result[key] for key in kept} | {"ensembles": ensembles(uploads)}
-        if uploads.config.upload.directions:
+        if uploads.config.upload.moments:
             merged = pipeline.fuse(uploads, "regmean", {}, lines=known).read_result()
             row["methods"] = {"regmean": merged["accuracy"]["student"]}
         print(f"seed {seed} {row['accuracy']} {row['ensembles']} {row['seconds']}", flush=True)

@@ -44,7 +44,6 @@ SETTINGS: dict[str, object] = {
     "partition.clients": CLIENTS,
     "model.width": 16,
     "model.depth": 1,
-    "model.heads": 2,
     "model.patch-size": 4,
     "local.epochs": 2,
     "ensemble.weights": "size",

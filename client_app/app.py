@@ -161,7 +161,7 @@ def evaluate(message: Message, context: Context) -> Message:
         "accuracy": found.accuracy,
         "eval_loss": found.loss,
     }
-    if config.upload.tells_counts:  # recall by class would tell which classes this client has
+    if config.upload.counts:  # recall by class would tell which classes this client has
         numbers["recall"] = list(found.per_class)
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 

@@ -24,7 +24,7 @@ from .common.files import load_tensors
 from .common.fingerprint import core
 from .common.outside import short
 from .common.rng import secret, stream
-from .config import Config
+from .config import Config, recipe
 from .config.sections import OWN
 from .data.images import Images
 from .data.own import Place
@@ -64,7 +64,7 @@ UPLOAD_SETTINGS = (
 MOVABLE = ("data.path", "data.test-limit", "model.weights")
 
 # And what only tells more beside the weights: a fusion may do with less than was uploaded.
-NARROWABLE = ("upload.class-counts", "upload.statistics", "upload.variances", "upload.directions")
+NARROWABLE = ("upload.extras",)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
+    if chosen := recipe.told(config):
+        log.info("%s", chosen)
     config = resolve(config)
     methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:
@@ -182,7 +184,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         num_examples=len(images),
         train_loss=loss,
         fingerprint=core(),
-        class_counts=tuple(counts.tolist()) if config.upload.tells_counts else None,
+        class_counts=tuple(counts.tolist()) if config.upload.counts else None,
         seconds=seconds,
         statistics=told or None,
         epsilon=epsilon,
@@ -192,7 +194,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
 def _require_trained(vit: VisionTransformer, client: int) -> None:
     """What has diverged is not worth sending, and statistics cannot be had of it."""
     try:
-        require_finite(vit.state_dict(), "lower local.lr, or set local.grad-clip", "its training")
+        require_finite(vit.state_dict(), "lower local.lr", "its training")
     except RunError as error:
         raise UploadError(f"client {client}: {error}") from error
 
@@ -281,7 +283,7 @@ def fuse(
     What cannot work is known before a folder is made.
     """
     before = run_folder.config
-    config = Config.from_flat({**overrides, "method": method}, base=before)
+    config = recipe.settled(Config.from_flat({**overrides, "method": method}, base=before))
     methods.check(config, config.partition.clients)
     require_same_uploads(before, config, "to change it, make a new run")
     _require_same_start(run_folder, config)
@@ -335,7 +337,7 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
     """Raise RunError, naming the setting, where the two would give different uploads."""
     old, new = before.to_flat(), after.to_flat()
     for key in old:
-        less = key in NARROWABLE and not new[key]
+        less = key in NARROWABLE and after.upload.all_extras <= before.upload.all_extras
         moved = key in MOVABLE and (key != "model.weights" or not {old[key], new[key]} & {"none", "timm"})
         if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not (less or moved):
             raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
@@ -349,10 +351,9 @@ def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -
 
 
 def _input_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
-    directions = config.upload.directions
-    if not directions:
+    if not config.upload.moments:
         return {}
-    measured = measure_inputs(vit, images, config.model, directions, resolve_device(config.device))
+    measured = measure_inputs(vit, images, config.model, resolve_device(config.device))
     return {name: _sent(tensor, getattr(torch, config.upload.dtype)) for name, tensor in measured.items()}
 
 

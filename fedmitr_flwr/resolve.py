@@ -1,9 +1,10 @@
-"""Settings that follow from the data and the model's name, filled in once, before anything starts."""
+"""Settings that follow from the data, the model's name and its weights, filled in once, before anything starts."""
 
 from dataclasses import replace
 
 from .common.errors import ConfigError, DataError
 from .config import Config, ModelConfig
+from .config.recipe import settled
 from .data.facts import Facts, facts
 from .data.layout import found_source
 from .vit.build import require_token_code
@@ -35,7 +36,7 @@ def resolve(config: Config) -> Config:
         model = _of_data(model, facts(config), config.data.path or config.data.source)
     if model.resolved:
         require_token_code(model)
-    return replace(config, model=model)
+    return settled(replace(config, model=model))
 
 
 def _require_of_name(model: ModelConfig) -> None:
@@ -47,7 +48,7 @@ def _require_of_name(model: ModelConfig) -> None:
             f"{published.patch_size} px; leave model.patch-size out, or name another model"
         )
     defaults = ModelConfig()
-    for key in ("width", "depth", "heads"):
+    for key in ("width", "depth"):
         if getattr(model, key) != getattr(defaults, key):
             raise ConfigError(
                 f"model.{key} = {getattr(model, key)} is of model.name = 'small', but model.name = {model.name!r} has "

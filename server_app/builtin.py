@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from logging import getLogger
 from typing import Any
 
@@ -18,9 +17,7 @@ from fedmitr_flwr.common.compute import forget_peak, peak_memory, resolve_device
 from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.limits import nearest
-from fedmitr_flwr.config.method_sections import UNSET
 from fedmitr_flwr.config.sections import OWN
-from fedmitr_flwr.config.text import toml_value
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.runs import result as report
@@ -30,14 +27,14 @@ from fedmitr_flwr.uploads.gate import require_loss, require_model, shapes
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import Weights, build_vit, timm_arguments
 
-from .clients import Clients, meet, with_number_of
+from .clients import FEWEST, Clients, meet, with_number_of
 from .grid import ObservedGrid
 from .intake import checked
 from .records import order, read_evaluation
 
 log = getLogger("flwr")
 
-_FIX = "lower local.lr or strategy.eta"
+_FIX = "lower local.lr, or eta in flower.options"
 
 # Flower's class, and what it is given where Flower's default is none or would make it plain FedAvg.
 STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, float]]] = {
@@ -53,13 +50,13 @@ STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, float]]] = 
     "qfedavg": (flower.QFedAvg, {"client_learning_rate": 0.01}),
 }
 
-# The settings of `StrategyConfig` that a strategy has, and what Flower calls them.
-_ADAPTIVE = {"eta": "eta", "tau": "tau"}
-SETTINGS: Mapping[str, Mapping[str, str]] = {
-    "fedprox": {"mu": "proximal_mu"},
+# What `flower.options` may set of a strategy, with the least and the most that it can be.
+_ADAPTIVE = {"eta": (0.0, math.inf), "tau": (0.0, math.inf)}
+OPTIONS: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "fedprox": {"proximal_mu": (0.0, math.inf)},
     **dict.fromkeys(("fedadam", "fedyogi", "fedadagrad"), _ADAPTIVE),
-    "fedavgm": {"eta": "server_learning_rate", "momentum": "server_momentum"},
-    "qfedavg": {"lr": "client_learning_rate"},
+    "fedavgm": {"server_learning_rate": (0.0, math.inf), "server_momentum": (0.0, 0.999)},
+    "qfedavg": {"client_learning_rate": (1e-12, math.inf)},  # which it divides by
 }
 
 
@@ -69,17 +66,14 @@ def check(config: Config) -> None:
     if name not in STRATEGIES:
         known = ("oneshot", *STRATEGIES)
         raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
-    if others := [key for key in _given(config) if key not in SETTINGS.get(name, {})]:
-        raise ConfigError(f"strategy.{others[0]} is no setting of flower.strategy = {name!r}; leave it at {UNSET:g}")
+    _check_options(config)
     if config.resume_from:
         raise ConfigError(f"resume-from needs flower.strategy = 'oneshot'; {name} starts from the beginning")
-    for key, value in {"statistics": config.upload.statistics, "directions": config.upload.directions}.items():
-        if value:
-            none = toml_value(type(value)(0))
-            raise ConfigError(
-                f"upload.{key} = {value}: {name} averages all that is uploaded; set it to {none}, "
-                "or use flower.strategy = 'oneshot'"
-            )
+    if config.upload.sends_statistics:
+        raise ConfigError(
+            f"upload.extras = {config.upload.extras!r}: {name} averages all that is uploaded; leave out all but "
+            "counts, or use flower.strategy = 'oneshot'"
+        )
     if config.upload.dtype != "float32":
         raise ConfigError(
             f"upload.dtype = {config.upload.dtype!r}: {name} would average in half precision; "
@@ -109,22 +103,27 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     log.info("\n%s\n\nrun folder: %s", table, folder.path)
 
 
-def _given(config: Config) -> dict[str, float]:
-    """The settings of the strategy that are not left as they are."""
-    return {key: value for key, value in asdict(config.strategy).items() if value != UNSET}
+def _check_options(config: Config) -> None:
+    name, known = config.flower.strategy, OPTIONS.get(config.flower.strategy, {})
+    for option, value in config.flower.strategy_options().items():
+        if option not in known:
+            takes = f"it has {' and '.join(known)}{nearest(option, known)}" if known else "it has none; leave it empty"
+            raise ConfigError(f"flower.options: {option} is no option of flower.strategy = {name!r}; {takes}")
+        least, most = known[option]
+        if not least <= value <= most:
+            raise ConfigError(f"flower.options: {option} = {value:g} is not possible; use {least:g} to {most:g}")
 
 
 def _strategy(config: Config) -> Strategy:
     make, settings = STRATEGIES[config.flower.strategy]
-    names = SETTINGS.get(config.flower.strategy, {})
-    settings = {**settings, **{names[key]: value for key, value in _given(config).items()}}
+    settings = {**settings, **config.flower.strategy_options()}
     at_clients = config.evaluate.where == "clients"
     return make(
         fraction_train=1.0,
         fraction_evaluate=float(at_clients),
-        min_train_nodes=config.flower.min_nodes,
-        min_evaluate_nodes=config.flower.min_nodes if at_clients else 0,
-        min_available_nodes=config.flower.min_nodes,
+        min_train_nodes=FEWEST,
+        min_evaluate_nodes=FEWEST if at_clients else 0,
+        min_available_nodes=FEWEST,
         **settings,
     )
 

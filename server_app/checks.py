@@ -1,9 +1,11 @@
 """What is wrong with a run and can be seen before any node is there: settings, files, the device, the model."""
 
+from logging import getLogger
+
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.compute import resolve_device
 from fedmitr_flwr.common.errors import ConfigError
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, recipe
 from fedmitr_flwr.config.sections import OWN
 from fedmitr_flwr.data.own import named_classes
 from fedmitr_flwr.data.shares import server_images
@@ -12,6 +14,8 @@ from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import initial_weights
 
 from . import builtin
+
+log = getLogger("flwr")
 
 ONE_SHOT = "oneshot"
 
@@ -22,6 +26,11 @@ def require_possible(config: Config) -> None:
         builtin.check(config)
         return
     methods.check(config)
+    if config.flower.options:
+        raise ConfigError(
+            f"flower.options = {config.flower.options!r} is of a strategy that Flower ships; leave it empty, "
+            "or set flower.strategy to that one"
+        )
     if config.flower.rounds != 1:
         raise ConfigError(
             f"flower.rounds = {config.flower.rounds}, but one shot is one round; "
@@ -36,6 +45,8 @@ def prepared(config: Config) -> Config:
         UserError: the settings cannot work together, the device is not there, the model cannot be built, the test
             images cannot be read, or the run to continue is none.
     """
+    if chosen := recipe.told(config):
+        log.info("%s", chosen)
     config = resolve(config)
     if config.partition.scheme == OWN:
         config = named_classes(config)

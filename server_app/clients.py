@@ -36,7 +36,8 @@ _START_MORE = (
     "start more SuperNodes (each with its own partition-id) or, in simulation, run: "
     "flwr run . --federation-config 'num-supernodes={}'"
 )
-_NAME_MORE = "add the names of the others to flower.clients, or lower flower.min-nodes"
+_NAME_MORE = "add the names of the others to flower.clients"
+FEWEST = 2  # clients of a federation
 
 LOOK = 0.5  # seconds between two looks for nodes and answers
 # Seconds until a node is asked again: one that was lost, one that failed, and one whose question was lost perhaps.
@@ -80,7 +81,7 @@ def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] =
 
     Args:
         grid: Flower's grid.
-        config: of the run; it goes to the nodes, and its limits are kept: min-nodes, node-wait, quorum.
+        config: of the run; it goes to the nodes, and its limits are kept: node-wait, quorum.
         known: K where it is known already (a run that is continued); 0: the nodes announce it.
         uploaded: clients that need not be there.
 
@@ -288,10 +289,10 @@ def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int],
     here = set(clients.nodes) | set(uploaded)
     if not clients.number:
         return False
-    if clients.number < flower.min_nodes:
+    if clients.number < FEWEST:
         raise RunError(
-            f"there are {clients.number} clients in all, flower.min-nodes = {flower.min_nodes}; "
-            f"{_NAME_MORE if flower.client_names else _START_MORE.format(flower.min_nodes)}"
+            f"there is {clients.number} client in all, and a federation has at least {FEWEST}; "
+            f"{_NAME_MORE if flower.client_names else _START_MORE.format(FEWEST)}"
         )
     if len(here) == clients.number:
         return True
@@ -302,7 +303,7 @@ def _complete(clients: Clients, flower: FlowerConfig, uploaded: Collection[int],
 
 
 def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], silent: int) -> str:
-    wanted = max(flower.min_nodes, clients.number)
+    wanted = max(FEWEST, clients.number)
     missing = sorted(set(range(wanted)) - set(clients.nodes) - set(uploaded))
     if silent:
         return (

@@ -42,7 +42,7 @@ def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
         if (source := reply.metadata.src_node_id) != node:
             raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
         upload = read_upload(
-            reply, client, asked.tells_counts, room(shapes(config.model)), with_statistics=asked.sends_statistics
+            reply, client, asked.counts, room(shapes(config.model)), with_statistics=asked.sends_statistics
         )
         return admit(upload, config, fingerprint=core())
     except UserError:

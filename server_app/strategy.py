@@ -69,7 +69,7 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
-        extras = inputs.like(self.intake.shapes, self.config.upload.directions)
+        extras = inputs.like(self.intake.shapes) if self.config.upload.moments else {}
         self.folder.require_room(len(asked), size(self.intake.shapes) + size(extras))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round

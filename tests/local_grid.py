@@ -10,6 +10,7 @@ from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from tiny import RECIPE
 
 Tamper = Callable[[Message, int], Iterable[Message]]
 
@@ -125,17 +126,14 @@ TINY: dict[str, Any] = {
     "model.img-size": 8,
     "model.in-chans": 1,
     "model.num-classes": 10,
-    "model.width": 16,
+    "model.width": 32,
     "model.depth": 1,
-    "model.heads": 2,
     "model.patch-size": 4,
-    "local.epochs": 1,
-    "screen.images": 0,
+    **RECIPE,
     "inversion.steps": 4,
     "inversion.batch-size": 10,
     "inversion.stops": "0.3,0.6",
     "distill.epochs": 1,
     "distill.images-per-epoch": 10,
-    "distill.passes": 1,
     "flower.node-wait": 1.0,
 }

@@ -42,8 +42,8 @@ seed = 100
 alpha = 0.5
 clients = 10
 [tune.methods."flower:fedadam"]
-strategy.eta = [0.001, 0.01, 0.1]
-strategy.tau = [0.01, 0.1]
+flower.options = ["eta=0.001, tau=0.01", "eta=0.01, tau=0.01", "eta=0.1, tau=0.01"]
+local.lr = [0.01, 0.1]
 """
 
 
@@ -99,17 +99,17 @@ def test_a_cell_has_the_settings_of_its_place(full: Bench) -> None:
 
 def test_tuning_is_at_its_own_place_on_validation_images(full: Bench) -> None:
     (flat, cell), *_ = tune_cells(full)["digits", "flower:fedadam", 10]
-    assert flat == {"strategy.eta": 0.001, "strategy.tau": 0.01}
+    assert flat == {"flower.options": "eta=0.001, tau=0.01", "local.lr": 0.01}
     assert (cell.seed, cell.clients, cell.skew.name, cell.rounds) == (100, 10, "Dirichlet 0.5", 10)
-    assert (cell.config.data.validation, cell.config.strategy.eta) == (0.2, 0.001)
+    assert (cell.config.data.validation, cell.config.flower.options) == (0.2, "eta=0.001, tau=0.01")
     assert cell.name.startswith("tuning: ")
     assert all(cell.config.data.validation == 0 for cell in cells(full))
 
 
 def test_what_was_chosen_is_set(full: Bench) -> None:
-    choice = {"chosen": {"strategy.eta": 0.1}, "tried": []}
+    choice = {"chosen": {"flower.options": "eta=0.1"}, "tried": []}
     made = cells(full, {("small", "flower:fedadam", 10): choice})
-    tuned = [cell for cell in made if cell.config.strategy.eta == 0.1]
+    tuned = [cell for cell in made if cell.config.flower.options == "eta=0.1"]
     assert {(cell.data, cell.label, cell.rounds) for cell in tuned} == {("small", "flower:fedadam", 10)}
     assert len(tuned) == 3 * 2 * 4
     assert all(cell.facts["tuned"] == choice for cell in tuned)
@@ -126,23 +126,20 @@ def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
     text = '[grid]\nmethods = ["fedmitr", "lda", "fedpft", "counts", "regmean"]\n'
     text += '[methods.counts]\nmethod = "fedmitr"\nensemble.weights = "counts"'
     found = {cell.label: cell.config.upload for cell in cells(read(write(text)))}
-    told = {
-        label: (each.class_counts, each.statistics, each.variances, each.directions) for label, each in found.items()
-    }
-    assert told == {
-        "fedmitr": (False, False, False, 0),
-        "lda": (False, True, False, 0),
-        "fedpft": (False, True, True, 0),
-        "counts": (True, False, False, 0),
-        "regmean": (False, False, False, 32),
+    assert {label: each.extras for label, each in found.items()} == {
+        "fedmitr": "",
+        "lda": "statistics",
+        "fedpft": "variances",
+        "counts": "counts",
+        "regmean": "moments",
     }
     assert len({cell.group for cell in cells(read(write(text)))}) == 1
 
 
 def test_a_file_that_withholds_what_a_method_asks_for_is_overruled(write: Write) -> None:
     """A data set's settings may be those of FedMITR with more; its rivals are told less, and RegMean what it needs."""
-    text = '[settings]\nupload.directions = 0\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
-    assert [cell.config.upload.directions for cell in cells(read(write(text)))] == [0, 32]
+    text = '[settings]\nupload.extras = "counts"\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
+    assert [cell.config.upload.extras for cell in cells(read(write(text)))] == ["", "moments"]
 
 
 def test_words_of_the_command_line_win(write: Write) -> None:
@@ -157,10 +154,11 @@ def test_words_of_the_command_line_win(write: Write) -> None:
 
 def test_a_word_that_is_tried_is_refused(write: Write) -> None:
     with pytest.raises(
-        ConfigError, match=r"strategy\.eta is set .* \[tune\.methods\.\"flower:fedadam\"\] tries values"
+        ConfigError, match=r"flower\.options is set .* \[tune\.methods\.\"flower:fedadam\"\] tries values"
     ):
-        read(write(FULL), {"strategy.eta": 0.5})
-    assert read(write(FULL), {"strategy.eta": 0.5, "grid.methods": ["short"]}).last == {"strategy.eta": 0.5}
+        read(write(FULL), {"flower.options": "eta=0.5"})
+    own = {"flower.options": "eta=0.5"}
+    assert read(write(FULL), own | {"grid.methods": ["short"]}).last == own
 
 
 def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(write: Write, tmp_path: Path) -> None:
@@ -174,8 +172,8 @@ def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(wri
 
 def test_a_setting_that_there_was_not_yet_counts_as_its_default(write: Write) -> None:
     text = "[grid]\nmethods = ['fedmitr']\n[settings]\n"
-    (same,), (other,) = (cells(read(write(text + more))) for more in ("", "local.pull = 0.5"))
-    before = {name: value for name, value in same.config.to_flat().items() if name != "local.pull"}
+    (same,), (other,) = (cells(read(write(text + more))) for more in ("", "local.average = 0.5"))
+    before = {name: value for name, value in same.config.to_flat().items() if name != "local.average"}
     assert same.is_of(before)
     assert not other.is_of(before)
     assert not same.is_of(before | {"local.lr": 0.5})

@@ -28,7 +28,6 @@ from fedmitr_flwr.bench.store import Store
 from fedmitr_flwr.common.errors import ConfigError, RunError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.method_sections import UNSET
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
@@ -52,7 +51,6 @@ data.train-limit = 120
 data.test-limit = 40
 model.width = 16
 model.depth = 1
-model.heads = 2
 model.patch-size = 4
 local.epochs = 1
 inversion.steps = 4
@@ -405,28 +403,29 @@ def test_only_results_are_kept_where_the_file_says_so(tmp_path: Path) -> None:
 # --- Flower's own strategies ---
 
 FLOWER = '[grid]\nmethods = ["flower:fedadam"]\nrounds = [1, 3]\nclients = [3]\n'
-TUNED = FLOWER + '[tune]\n[tune.methods."flower:fedadam"]\nstrategy.eta = [0.01, 0.1, 1.0]\n'
+TUNED = FLOWER + '[tune]\n[tune.methods."flower:fedadam"]\nflower.options = ["eta=0.01", "eta=0.1", "eta=1.0"]\n'
 
 
 class Federation:
-    """A stand-in of Flower's app: the accuracy is given by the learning rate; too large a one fails."""
+    """A stand-in of Flower's app: the accuracy is given by eta (None: the strategy's own); too large a one fails."""
 
-    def __init__(self, accuracy: dict[float, float]) -> None:
+    def __init__(self, accuracy: dict[float | None, float]) -> None:
         self.accuracy, self.ran = accuracy, list[Config]()
 
     def __call__(self, config: Config, scratch: Path) -> Path:
         self.ran.append(config)
         (scratch / "flower.log").write_text("said\n")
-        if config.strategy.eta not in self.accuracy:
+        eta = config.flower.strategy_options().get("eta")
+        if eta not in self.accuracy:
             raise RunError("Flower: it diverged")
         folder = RunFolder.create(replace(config, out_dir=str(scratch)), "fedadam-1")
-        value = self.accuracy[config.strategy.eta]
+        value = self.accuracy[eta]
         folder.write_result(build(config=folder.config, device="cpu", bytes_up=[8] * 3, seconds={}, student=value))
         return folder.path
 
 
 def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path) -> None:
-    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({UNSET: 40.0})
+    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({None: 40.0})
     assert running.run(spec, store, flower).failed == 0
     assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
     for cell in cells(spec):
@@ -441,7 +440,7 @@ def test_what_flower_ran_with_code_that_changed_meanwhile_is_no_result(
 ) -> None:
     monkeypatch.setattr(running, "changed", lambda: True)
     spec, store = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out")
-    assert running.run(spec, store, Federation({UNSET: 40.0})).failed == 2
+    assert running.run(spec, store, Federation({None: 40.0})).failed == 2
     assert all(store.result(cell) is None for cell in cells(spec))
     assert "the code has changed since this bench began; start it again" in store.error_path(cells(spec)[0]).read_text()
 
@@ -453,14 +452,14 @@ def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told
     assert (tally.total, tally.failed) == (2 * 3 + 2, 2)  # 1.0 diverges at both numbers of rounds
     tuning, final = flower.ran[:6], flower.ran[6:]
     assert {(each.seed, each.data.validation) for each in tuning} == {(100, 0.2)}
-    assert [(each.seed, each.data.validation, each.strategy.eta) for each in final] == [(0, 0.0, 0.1)] * 2
+    assert [(each.seed, each.data.validation, each.flower.options) for each in final] == [(0, 0.0, "eta=0.1")] * 2
     write(store.path, store.path)
     (one, other) = load(store.path).entries
-    tried = [{"strategy.eta": 0.01, "accuracy": 40.0}, {"strategy.eta": 0.1, "accuracy": 60.0}]
-    assert one["bench"]["tuned"]["tried"] == [*tried, {"strategy.eta": 1.0, "accuracy": None}]
-    assert one["bench"]["tuned"]["chosen"] == other["bench"]["tuned"]["chosen"] == {"strategy.eta": 0.1}
+    tried = [{"flower.options": "eta=0.01", "accuracy": 40.0}, {"flower.options": "eta=0.1", "accuracy": 60.0}]
+    assert one["bench"]["tuned"]["tried"] == [*tried, {"flower.options": "eta=1.0", "accuracy": None}]
+    assert one["bench"]["tuned"]["chosen"] == other["bench"]["tuned"]["chosen"] == {"flower.options": "eta=0.1"}
     text = (store.path / "table.md").read_text()
-    assert "strategy.eta = 0.01 (40.0), strategy.eta = 0.1 (60.0), strategy.eta = 1.0 (failed)" in text
+    assert "flower.options = eta=0.01 (40.0), flower.options = eta=0.1 (60.0), flower.options = eta=1.0 (fai" in text
 
 
 def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp_path: Path, made: Made) -> None:
@@ -488,7 +487,7 @@ def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp
     # another seed is made, by the choice that is known
     more = Store(tmp_path / "more")
     running.run(read(path, {"grid.seed": [0, 1]}), more, flower, known)
-    assert [(each.seed, each.strategy.eta) for each in flower.ran[ran:]] == [(1, 0.1)] * 2
+    assert [(each.seed, each.flower.options) for each in flower.ran[ran:]] == [(1, "eta=0.1")] * 2
     assert len(made.fused) == fused + 1
 
     # under other settings nothing is known, and the choice is made anew
@@ -496,14 +495,51 @@ def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp
     running.run(read(path, {"local.epochs": 2}), other, flower, known)
     assert len(made.fused) == fused + 2
     assert len(flower.ran) == 8
-    assert [each.strategy.eta for each in flower.ran[6:]] == [0.01] * 2
+    assert [each.flower.options for each in flower.ran[6:]] == ["eta=0.01"] * 2
+
+
+def test_results_of_an_older_version_are_known_by_today_s_names(tmp_path: Path, made: Made) -> None:
+    """A committed results.jsonl keeps the keys of its day, and the table that it was committed with."""
+    path, flower = a_bench(tmp_path, TUNED.replace('methods = ["', 'methods = ["lda", "')), Federation({0.1: 60.0})
+    before = Store(tmp_path / "before")
+    running.run(read(path), before, flower)
+    write(before.path, before.path)
+    known = load(before.path / "results.jsonl")
+    old = replace(known, entries=tuple(aged(entry) for entry in known.entries))
+
+    ran, fused = len(flower.ran), len(made.fused)
+    assert (ran, fused) == (6 + 2, 1)
+    after = Store(tmp_path / "after")
+    assert running.run(read(path), after, flower, old).failed == 0
+    assert (len(flower.ran), len(made.fused)) == (ran, fused)
+
+
+def aged(entry: dict[str, Any]) -> dict[str, Any]:
+    """A result as the version wrote it that had `strategy.*` and a key for each extra."""
+    tuned = entry["bench"]["tuned"]
+    if tuned:
+        tuned = tuned | {
+            "chosen": aged_settings(tuned["chosen"]),
+            "tried": [aged_settings(one) for one in tuned["tried"]],
+        }
+    return entry | {"config": aged_settings(entry["config"]), "bench": entry["bench"] | {"tuned": tuned}}
+
+
+def aged_settings(flat: dict[str, Any]) -> dict[str, Any]:
+    old = {key: value for key, value in flat.items() if key not in ("flower.options", "upload.extras")}
+    if "flower.options" in flat:
+        old["strategy.eta"] = float(flat["flower.options"].removeprefix("eta=") or -1)
+    if "upload.extras" in flat:
+        old |= {"upload.class-counts": False, "upload.statistics": flat["upload.extras"] == "statistics"}
+        old |= {"upload.variances": False, "upload.directions": 0}
+    return old
 
 
 def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:
     spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
     flower = Federation({0.01: 50.0, 0.1: 50.0, 1.0: 50.0})
     running.run(spec, store, flower)
-    assert {each.strategy.eta for each in flower.ran[6:]} == {0.01}
+    assert {each.flower.options for each in flower.ran[6:]} == {"eta=0.01"}
 
 
 def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

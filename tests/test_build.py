@@ -70,7 +70,7 @@ def test_what_is_no_plain_vit_is_refused_by_name(name: str, patch: int, reason: 
     "shape",
     [
         {},
-        {"width": 24, "depth": 3, "heads": 3, "patch_size": 4, "in_chans": 3, "num_classes": 5},
+        {"width": 48, "depth": 3, "patch_size": 4, "in_chans": 3, "num_classes": 5},
         {"name": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "in_chans": 3},
     ],
 )
@@ -91,7 +91,7 @@ def test_plain_timm_builds_the_same_network(shape: dict[str, object]) -> None:
     assert ours(images).shape == (2, wanted.num_classes)
     assert ours.embed_dim == (192 if shape.get("name") else wanted.width)
     assert len(ours.blocks) == (12 if shape.get("name") else wanted.depth)
-    assert ours.blocks[0].attn.num_heads == (3 if shape.get("name") else wanted.heads)
+    assert ours.blocks[0].attn.num_heads == (3 if shape.get("name") else wanted.width // 16)
     assert not ours.training
 
 
@@ -111,7 +111,7 @@ def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
 
 
 def test_the_small_model_keeps_signals_and_gradients_alive() -> None:
-    weights = initial_weights(model(depth=4, width=64, heads=4), 0)
+    weights = initial_weights(model(depth=4, width=64), 0)
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight"):
         fan_in = weights[name][0].numel()
         assert weights[name].std().item() == pytest.approx(fan_in**-0.5, rel=0.1)

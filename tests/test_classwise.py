@@ -9,7 +9,6 @@ from tiny import a_vit, an_upload, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr import methods
-from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.merging.classwise import merge_heads
@@ -143,5 +142,6 @@ def test_fedmitr_starts_from_it_once_there_are_images(extrapolate: float) -> Non
 
 def test_feddf_has_no_images_to_start_from_it() -> None:
     config = settings(method="feddf", **{"data.proxy": 0.1, "distill.init": "classwise"})
-    with pytest.raises(ConfigError, match=r"distill\.init = 'classwise' needs synthetic images.*; set it to 'average'"):
-        feddf.check(config)
+    feddf.check(config)
+    assert methods.in_force(config).distill.init == "average"
+    assert feddf.settings(settings(**{"distill.init": "initial"})).distill.init == "initial"

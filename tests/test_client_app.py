@@ -56,14 +56,14 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
 
 
 def test_class_counts_only_by_choice() -> None:
-    counts = ask("train", settings(**{"upload.class-counts": True})).content["metrics"]["class-counts"]
+    counts = ask("train", settings(**{"upload.extras": "counts"})).content["metrics"]["class-counts"]
     assert len(counts) == 10
     assert sum(counts) == 75
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
-    config = settings(**{"upload.dtype": dtype, "upload.class-counts": True})
+    config = settings(**{"upload.dtype": dtype, "upload.extras": "counts"})
     made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
     read = read_upload(ask("train", config, client=1), 1, with_counts=True, limit=room(made.weights))
     assert all(tensor.dtype == getattr(torch, dtype) for tensor in read.weights.values())
@@ -74,7 +74,7 @@ def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
 
 
 def test_counts_that_were_not_asked_for_are_not_read() -> None:
-    reply = ask("train", settings(**{"upload.class-counts": True}))
+    reply = ask("train", settings(**{"upload.extras": "counts"}))
     assert read_upload(reply, 0, with_counts=False, limit=10**6).class_counts is None
 
 
@@ -109,7 +109,9 @@ def test_describe_names_the_client() -> None:
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> None:
-    config = settings(**{"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.class-counts": counts})
+    config = settings(
+        **{"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.extras": "counts" if counts else ""}
+    )
     reply = ask("evaluate", config)
     assert ("recall" in reply.content["metrics"]) == counts
     expected = pipeline.evaluate_client(config, 0, initial_weights(config.model, config.seed))

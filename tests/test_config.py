@@ -13,6 +13,8 @@ from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.retired import RETIRED
 from fedmitr_flwr.config.text import flatten, parse_assignment, toml_value
+from fedmitr_flwr.config.upgrade import upgraded
+from server_app import builtin
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = Config().to_flat()
@@ -36,8 +38,7 @@ free_values = st.fixed_dictionaries(
         "data.train-limit": st.integers(0, 2**63 - 1),
         "data.flip": st.booleans(),
         "local.lr": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-        "local.weight-decay": st.floats(min_value=0, allow_infinity=False),
-        "local.label-smoothing": st.floats(0, 0.99),
+        "local.outliers": st.floats(min_value=0, allow_infinity=False),
         "local.epochs": st.integers(1, 2**63 - 1),
         "partition.alpha": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
         "flower.quorum": st.floats(0.01, 1),
@@ -173,31 +174,24 @@ BEYOND = {
     "model.patch-size": -1,
     "model.in-chans": -1,
     "model.num-classes": 1,
-    "model.width": 0,
+    "model.width": 24,
     "model.depth": 0,
-    "model.heads": 3,
-    "local.epochs": 0,
+    "local.epochs": -1,
     "local.batch-size": 0,
     "local.optimizer": "adam",
-    "local.lr": 0,
+    "local.lr": -1,
     "local.head-lr": -1,
-    "local.weight-decay": -0.1,
-    "local.schedule": "step",
-    "local.label-smoothing": 1,
-    "local.token-loss": -1,
     "local.prior-adjust": -1,
     "local.outliers": -1,
     "local.average": 1.1,
-    "local.pull": -1,
-    "local.grad-clip": -1,
     "local.threads": 0,
     "upload.dtype": "bfloat16",
+    "upload.extras": "counts, means",
     "data.proxy": 0.95,
     "privacy.epsilon": -1,
     "privacy.delta": 0,
     "privacy.clip": 0,
     "screen.mode": "always",
-    "screen.images": -1,
     "screen.max-images": 0,
     "krum.hostile": -1,
     "ensemble.combine": "votes",
@@ -210,22 +204,17 @@ BEYOND = {
     "relabel.mode": "r1",
     "distill.epochs": 0,
     "distill.images-per-epoch": 0,
-    "distill.passes": 0,
+    "distill.passes": -1,
     "distill.init": "mean",
     "distill.extrapolate": -1,
-    "distill.lr": 0,
+    "distill.lr": -1,
     "evaluate.where": "nowhere",
     "evaluate.holdout": 0,
     "flower.rounds": 0,
-    "flower.min-nodes": 1,
+    "flower.options": "eta=fast",
     "flower.node-wait": 0,
     "flower.upload-timeout": 0,
     "flower.quorum": 1.1,
-    "strategy.eta": -2,
-    "strategy.tau": -0.5,
-    "strategy.momentum": 1,
-    "strategy.mu": -0.1,
-    "strategy.lr": 0,
     "flower.clients": "a | b | a",
 }
 
@@ -248,8 +237,21 @@ def test_each_limit_is_refused_by_name(key: str, value: object) -> None:
             {"model.img-size": 9, "model.patch-size": 2},
             "model.img-size = 9 is not possible; use a multiple of model.patch-size = 2",
         ),
-        ({"ensemble.weights": "counts"}, "set upload.class-counts = true"),
-        ({"upload.variances": True}, "upload.variances = True goes with the statistics; set upload.statistics = true"),
+        ({"ensemble.weights": "counts"}, "set upload.extras = 'counts'"),
+        (
+            {"upload.extras": "count"},
+            "has 'count'; use counts, statistics, variances, moments, separated by commas",
+        ),
+        (
+            {"model.width": 40},
+            "model.width = 40 is not possible; use a multiple of 16, the width of one attention",
+        ),
+        (
+            {"flower.options": "eta"},
+            "flower.options = 'eta' is not possible; use different names with numbers",
+        ),
+        ({"flower.options": "eta=1, eta=2"}, "flower.options = 'eta=1, eta=2' is not possible"),
+        ({"flower.options": "eta=nan"}, "flower.options = 'eta=nan' is not possible"),
         ({"data.validation": 0.5, "data.proxy": 0.5}, "data.proxy = 0.5 is not possible; use less: with"),
         (
             {"inversion.route": 0.5, "ensemble.weights": "size"},
@@ -289,6 +291,76 @@ def test_impossible_combinations_are_told_with_the_fix(flat: dict[str, object], 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("upload.class-counts", "upload.extras = 'counts'"),
+        ("upload.directions", "upload.extras = 'moments'"),
+        ("strategy.mu", "flower.options = 'proximal_mu=...'"),
+    ],
+)
+def test_an_old_spelling_is_refused_with_the_new_one(key: str, written: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({key: 1})
+    assert str(caught.value) == f"unknown config key {key!r}; write {written}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"upload.class-counts": True, "upload.statistics": False, "upload.variances": False}, "counts"),
+        ({"upload.class-counts": False, "upload.statistics": True, "upload.variances": True}, "variances"),
+        ({"upload.class-counts": False, "upload.directions": 32}, "moments"),
+        ({"upload.class-counts": True, "upload.directions": 8}, "counts"),  # which nothing here can read
+        ({"upload.statistics": False}, ""),
+        ({"upload.class-counts": True, "upload.statistics": True, "upload.directions": 32}, "statistics, moments"),
+    ],
+)
+def test_old_settings_of_uploads_are_today_s_extras(old: dict[str, object], new: str) -> None:
+    assert upgraded(old | {"seed": 3}) == {"seed": 3, "upload.extras": new}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "old", "new"),
+    [
+        ("fedprox", {"strategy.mu": 0.0, "strategy.eta": -1.0}, "proximal_mu=0.0"),
+        ("fedadam", {"strategy.eta": 0.1, "strategy.tau": 1e-05, "strategy.mu": -1.0}, "eta=0.1, tau=1e-05"),
+        ("fedavgm", {"strategy.eta": 0.5, "strategy.momentum": 0.9}, "server_learning_rate=0.5, server_momentum=0.9"),
+        ("qfedavg", {"strategy.lr": 0.1}, "client_learning_rate=0.1"),
+        ("oneshot", {"strategy.eta": -1.0, "strategy.lr": -1.0}, ""),
+    ],
+)
+def test_old_settings_of_strategies_are_today_s_options(strategy: str, old: dict[str, object], new: str) -> None:
+    found = upgraded({"flower.strategy": strategy} | old)
+    assert found == {"flower.strategy": strategy, "flower.options": new}
+    builtin.check(Config.from_flat(found)) if strategy != "oneshot" else None
+
+
+def test_the_head_s_old_0_is_the_rate_of_the_rest() -> None:
+    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.0}) == {"local.lr": 0.01, "local.head-lr": 0.01}
+    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.1}) == {"local.lr": 0.01, "local.head-lr": 0.1}
+
+
+def test_today_s_settings_need_no_upgrade() -> None:
+    assert upgraded(DEFAULTS) == DEFAULTS
+    assert not RETIRED & DEFAULTS.keys()
+
+
+def test_extras_imply_what_they_need() -> None:
+    implied = {
+        "": set(),
+        "counts": {"counts"},
+        "statistics": {"counts", "statistics"},
+        "variances|moments": {"counts", "statistics", "variances", "moments"},
+        " moments , counts": {"counts", "moments"},
+    }
+    for extras, wanted in implied.items():
+        upload = Config.from_flat({"upload.extras": extras}).upload
+        assert upload.all_extras == wanted
+        shown = {name for name in ("counts", "statistics", "variances", "moments") if getattr(upload, name)}
+        assert shown == wanted
+
+
 def test_derived_values() -> None:
     config = Config.from_flat({"model.img-size": 224, "model.patch-size": 16, "inversion.stops": "0.1, 0.25"})
     assert config.model.num_patches == 196
@@ -326,6 +398,7 @@ def test_huge_whole_numbers_are_refused_like_other_bad_toml() -> None:
         ("inversion.stops=0.1,0.2", ("inversion.stops", "0.1,0.2")),
         ("out-dir=", ("out-dir", "")),
         ("data.path=1\nseed=3", ("data.path", "1\nseed=3")),
+        ("flower.options=eta=0.1, tau=0", ("flower.options", "eta=0.1, tau=0")),
     ],
 )
 def test_assignments(word: str, pair: tuple[str, object]) -> None:

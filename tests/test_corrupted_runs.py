@@ -27,7 +27,7 @@ Mutation = Callable[[Path, random.Random], None]
 
 
 def config_in(folder: Path, **changes: object) -> Config:
-    small = {"model.width": 8, "model.depth": 1, "inversion.steps": 4, "method": "fedmitr"}
+    small = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedmitr"}
     return settings(**small | {"out-dir": str(folder)} | changes)
 
 

@@ -70,7 +70,7 @@ def trained(
     student = a_vit(config, seed)
     stepper = a_stepper(student, config, pool)
     if lr:
-        stepper = Stepper(student.parameters(), Sgd(lr), count_batches(pool.views, config))
+        stepper = Sgd(student, lr, count_batches(pool.views, config))
     distil(student, ensemble, pool, config, stepper, stream(rng_seed), plain=plain)
     return student
 
@@ -297,7 +297,7 @@ def test_a_plain_loss_is_that_of_the_class_token_on_what_is_seen() -> None:
     plain = Plain(4.0, lambda _ensemble, patches, _positions, _rng: 0.5 * patches)
     seen: list[Parts] = []
     with torch.enable_grad():
-        still = Stepper(student.parameters(), Sgd(0.0), 1)
+        still = Sgd(student, 0.0, 1)
         distil(student, ensemble, pool, config, still, stream(0), lambda _, parts: seen.append(parts), plain)
     images = 0.5 * pool.images
     p, q = (model(images).div(4).softmax(1) for model in (ensemble, student))

@@ -97,7 +97,7 @@ def test_the_order_of_the_teachers_does_not_matter(rows: list[list[float]], comb
 @pytest.mark.usefixtures("unsoftened")
 @torch.no_grad()
 def test_one_teacher_is_the_model(combine: str, weights: str) -> None:
-    config = settings(**{"ensemble.combine": combine, "ensemble.weights": weights, "upload.class-counts": True})
+    config = settings(**{"ensemble.combine": combine, "ensemble.weights": weights, "upload.extras": "counts"})
     upload = an_upload(config, 0, 10, (10, *[0] * 9))
     ensemble = Ensemble.of([upload], config.model, config.ensemble)
     vit = a_vit(config, 0)

@@ -20,6 +20,7 @@ from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.retired import RETIRED
+from fedmitr_flwr.config.upgrade import upgraded
 from fedmitr_flwr.data import shares
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
@@ -29,8 +30,8 @@ from fedmitr_flwr.uploads.upload import Upload, load
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0"
 CPU = torch.device("cpu")
-SMALL = {"model.width": 8, "model.depth": 1, "inversion.steps": 4, "method": "fedavg"}
-ALL = {"upload.statistics": True, "upload.variances": True, "upload.directions": 2}  # what any method needs
+SMALL = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedavg"}
+ALL = {"upload.extras": "variances, moments"}  # what any method needs
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-SGD = {"optimizer": "sgd", "grad-clip": 0.0}
-LOCAL = {f"local.{key}": value for key, value in SGD.items()} | {"local.lr": 1e6, "local.epochs": 3}
+LOCAL = {"local.optimizer": "sgd", "local.lr": 1e30, "local.epochs": 3}
 DISTILL = {"distill.lr": 1e30, "distill.passes": 3}
 
 
 def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
-    config = settings(**SMALL | LOCAL | {"out-dir": str(tmp_path), "upload.directions": 2})
+    config = settings(**SMALL | LOCAL | {"out-dir": str(tmp_path), "upload.extras": "moments"})
     with pytest.raises(UploadError, match=r"^client 0: its training diverged: NaN .* in '.*'; lower local\.lr"):
         pipeline.run(config, "x")
     assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) == [
@@ -160,7 +160,7 @@ HEAD = "head.bias"
         ({HEAD: torch.full((10,), torch.nan)}, f"client 1: NaN or infinity in '{HEAD}'"),
         ({HEAD: torch.zeros(11)}, rf"client 1: {HEAD} has the shape \(11,\), not \(10,\)"),
         ({HEAD: torch.zeros(10, dtype=torch.float64)}, f"client 1: {HEAD} is float64; it must be float32 or float16"),
-        ({"norm.weight": torch.full((8,), 3e38)}, "client 1: its model gives NaN or infinity"),
+        ({"norm.weight": torch.full((16,), 3e38)}, "client 1: its model gives NaN or infinity"),
         ({"num_examples": -5}, "client 1: it trained on -5 images"),
         ({"num_examples": 10**30}, "client 1: it says that it trained on 1000"),
         ({"train_loss": float("nan")}, "client 1: its training loss is nan"),
@@ -256,9 +256,9 @@ def test_what_is_no_file_is_one_line(tmp_path: Path, make: Callable[[Path], None
 
 def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
     old = RunFolder.open(shutil.copytree(OLD, tmp_path / "old"))
-    assert old.config.strategy.mu == -1  # its 0 meant the strategy's own
-    asked = {key: value for key, value in old.read_result()["config"].items() if key not in RETIRED}
-    assert old.config == Config.from_flat({key: value for key, value in asked.items() if "strategy." not in key})
+    assert old.config.flower.options == ""  # its 0 meant the strategy's own
+    asked = upgraded(old.read_result()["config"])
+    assert old.config == Config.from_flat({key: value for key, value in asked.items() if key not in RETIRED})
     assert [upload.num_examples for upload in old.load_uploads()] == [79, 121]
     again = pipeline.fuse(old, "fedmitr", {})
     made, before = load_tensors(again.model_path)[0], load_tensors(old.model_path)[0]
@@ -268,7 +268,7 @@ def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
     first, second = (upload.weights for upload in old.load_uploads())
     for name, tensor in average.items():
         torch.testing.assert_close(tensor, first[name].lerp(second[name], 121 / 200))
-    assert again.read_result()["accuracy"]["local"] == old.read_result()["accuracy"]["local"] == [8.0, 12.0]
+    assert again.read_result()["accuracy"]["local"] == old.read_result()["accuracy"]["local"] == [9.0, 5.0]
     assert main(["report", str(old.path)]) == 0
     unread = (OLD / "config.toml").read_text().replace('data.path = ""', 'data.path = "photographs"')
     (old.path / "config.toml").write_text(unread)  # which 0.1.0 did in silence

@@ -277,9 +277,9 @@ def test_a_node_that_wants_signed_apps_is_told_at_once() -> None:
         meet(Strict(client_app, 2), quick(node_wait=600.0))
 
 
-def test_more_nodes_asked_for_than_there_are_clients() -> None:
-    with pytest.raises(RunError, match=r"3 clients in all, flower.min-nodes = 8; .*num-supernodes=8"):
-        meet(LocalGrid(client_app, 3), quick(min_nodes=8, node_wait=600.0))
+def test_one_client_is_no_federation() -> None:
+    with pytest.raises(RunError, match=r"there is 1 client in all, and a federation .* 2; .*num-supernodes=2"):
+        meet(LocalGrid(client_app, 1), quick(node_wait=600.0))
 
 
 def test_a_node_that_comes_late_is_waited_for() -> None:

@@ -294,7 +294,7 @@ HOSTILE = len(CASES)  # clients 1 to HOSTILE; the first and the last client are 
 SETTINGS = TINY | {
     "partition.clients": HOSTILE + 2,
     "partition.min-size": 1,
-    "upload.class-counts": True,
+    "upload.extras": "counts",
     "ensemble.weights": "size",
     "flower.quorum": 0.01,
     "flower.upload-timeout": 600.0,  # a reply that is lost fails a test; it does not hold it up
@@ -722,7 +722,7 @@ def test_an_evaluation_that_cannot_be_is_left_out(name: str, tmp_path: Path, cap
         "evaluate.where": "clients",
         "evaluate.holdout": 0.3,
         "partition.clients": 3,
-        "upload.class-counts": False,
+        "upload.extras": "",
     }
     config = Config.from_flat(SETTINGS | changes | {"out-dir": str(tmp_path)})
     folder, grid = RunFolder.create(config, "run"), LocalGrid(client_app, 3, tamper=lie)

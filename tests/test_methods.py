@@ -244,7 +244,7 @@ def test_the_uploads_are_left_alone() -> None:
 def test_one_upload_is_inverted_and_distilled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """K = 1: the ensemble is the client's model, the average too, and with soft labels only the student stays it."""
     monkeypatch.setattr(losses, "HIGH", 0.0)
-    monkeypatch.setattr(loop, "student_stepper", lambda vit, _, steps: Stepper(vit.parameters(), Sgd(0.1), steps))
+    monkeypatch.setattr(loop, "student_stepper", lambda vit, _, steps: Sgd(vit, 0.1, steps))
     config = settings()
     upload = an_upload(config, 0)
     with torch.enable_grad():

@@ -96,7 +96,7 @@ def test_own_folders_give_the_bits_of_the_shares_in_them(
 
 
 def test_class_counts_are_told_by_choice(federate: Federate, folders: list[Path], dealt: RunFolder) -> None:
-    changes = {"flower.clients": "|".join(NAMES), "upload.class-counts": True}
+    changes = {"flower.clients": "|".join(NAMES), "upload.extras": "counts"}
     run = federate(Sites(named(NAMES, folders)), **changes)
     assert run.read_result()["counts"] == dealt.read_result()["counts"]
     assert run.partition_path.exists()
@@ -162,7 +162,11 @@ def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, fol
         ({"data-path": None}, {}, "client 'hospital-a' .* has no data-path, but partition.scheme = 'own'"),
         ({}, {"partition.scheme": "iid"}, "client .* has images of its own .* set partition.scheme = 'own'"),
         ({"data-path": "/nowhere/secret"}, {}, "cannot take part: client hospital-a: .* is no folder"),
-        ({}, {"flower.clients": NAMES[0]}, "1 clients in all, flower.min-nodes = 2; add the names of the others to fl"),
+        (
+            {},
+            {"flower.clients": NAMES[0]},
+            "there is 1 client in all, and .* at least 2; add the names of the others",
+        ),
         ({"client-name": "stranger"}, {}, r"2 of 3 nodes .* missing: client 0 \(hospital-a\); start their SuperNodes"),
     ],
 )

@@ -74,7 +74,7 @@ def test_images_that_cannot_be_read_leave_no_run_folder(tmp_path: Path, trained:
 def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run by fedmitr, in which all models are of different quality; read only."""
     changes = {"local.epochs": 30, "local.lr": 3e-3, "partition.scheme": "classes-per-client"}
-    changes |= {"partition.classes-per-client": 5, "upload.class-counts": True}
+    changes |= {"partition.classes-per-client": 5, "upload.extras": "counts"}
     changes |= {"data.test-limit": 200, "distill.passes": 10, "distill.lr": 3e-3}
     return a_run(tmp_path_factory.mktemp("done"), **changes)
 
@@ -446,7 +446,7 @@ def test_with_a_quorum_a_gap_stays_a_gap(tmp_path: Path) -> None:
 
 
 def test_a_gap_in_the_counts_that_clients_sent_stays_a_gap(tmp_path: Path) -> None:
-    where = {"evaluate.where": "clients", "upload.class-counts": True, "flower.quorum": 0.6}
+    where = {"evaluate.where": "clients", "upload.extras": "counts", "flower.quorum": 0.6}
     run = without_upload(tmp_path, client=1, **where)
     pipeline.serve(run)
     counts = run.read_result()["counts"]
@@ -480,7 +480,7 @@ def test_a_method_without_one_model_writes_none(tmp_path: Path) -> None:
 
 def test_evaluation_on_the_clients(tmp_path: Path) -> None:
     """No test images of the server: the mean over the clients' held-out parts, weighted by their numbers."""
-    where = {"evaluate.where": "clients", "evaluate.holdout": 0.3, "upload.class-counts": True}
+    where = {"evaluate.where": "clients", "evaluate.holdout": 0.3, "upload.extras": "counts"}
     config = a_config(tmp_path, method="fedavg", **where)
     run = pipeline.run(config, "run")
     result = run.read_result()
@@ -651,18 +651,17 @@ def test_names_are_free_by_default(tmp_path: Path) -> None:
 
 
 def test_a_fusion_may_do_with_less_than_was_uploaded_but_not_with_more(tmp_path: Path) -> None:
-    told = {"upload.statistics": True, "upload.variances": True}
+    told = {"upload.extras": "variances"}
     rich, poor = a_run(tmp_path, "rich", method="fedavg", **told), a_run(tmp_path, "poor", method="fedavg")
     assert all(torch.equal(a, b) for a, b in zip(_weights(rich), _weights(poor), strict=True))
-    narrow = dict.fromkeys(told, False)
-    (upload, *_) = pipeline.fuse(rich, "fedavg", narrow).load_uploads()
+    (upload, *_) = pipeline.fuse(rich, "fedavg", {"upload.extras": ""}).load_uploads()
     assert (upload.class_counts, upload.statistics) == (None, None)
-    (upload, *_) = pipeline.fuse(rich, "lda", {"upload.variances": False}).load_uploads()
+    (upload, *_) = pipeline.fuse(rich, "lda", {"upload.extras": "counts, statistics"}).load_uploads()
     assert upload.statistics is not None
     assert set(upload.statistics) == {"sums", "moment"}
     assert upload.class_counts is not None
-    with pytest.raises(RunError, match=r"upload\.statistics = True, but the uploads were made with False"):
-        pipeline.fuse(poor, "lda", {"upload.statistics": True})
+    with pytest.raises(RunError, match=r"upload\.extras = 'statistics', but the uploads were made with ''"):
+        pipeline.fuse(poor, "lda", {"upload.extras": "statistics"})
 
 
 def _weights(run: RunFolder) -> list[torch.Tensor]:

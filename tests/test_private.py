@@ -28,6 +28,7 @@ from fedmitr_flwr.common.rng import secret, stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import DataSet, Images, prepare
 from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.vit import optim
 from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
 from server_app.app import app as server_app
@@ -40,6 +41,13 @@ needs_opacus = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps by the gradients alone."""
+    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.0)
+    monkeypatch.setattr(optim, "GRAD_CLIP", math.inf)
+
+
 def whispering(**changes: Any) -> Config:
     """One full batch at once, plain SGD without momentum's help: one step of learning rate 1."""
     base = {
@@ -47,8 +55,6 @@ def whispering(**changes: Any) -> Config:
         "privacy.clip": 1e6,
         "local.optimizer": "sgd",
         "local.lr": 1.0,
-        "local.schedule": "constant",
-        "local.weight-decay": 0.0,
         "local.augment": False,
         "local.batch-size": 60,
         "model.num-classes": 3,
@@ -58,11 +64,11 @@ def whispering(**changes: Any) -> Config:
 
 
 def trained(
-    config: Config, images: Images, secret_seed: int = 0, vit: VisionTransformer | None = None
+    config: Config, images: Images, secret_seed: int = 0, vit: VisionTransformer | None = None, mu: float = 0.0
 ) -> tuple[list[torch.Tensor], float]:
     vit = vit or a_vit(config, 1)
     before = [weight.detach().clone() for weight in vit.parameters()]
-    spent = train_privately(vit, images, config, stream(secret_seed, "secret"), CPU)
+    spent = train_privately(vit, images, config, stream(secret_seed, "secret"), CPU, mu)
     return [new.detach() - old for new, old in zip(vit.parameters(), before, strict=True)], spent
 
 
@@ -72,7 +78,7 @@ def gradients(config: Config, images: Images) -> list[list[torch.Tensor]]:
     for row in range(len(images)):
         one = images.subset(torch.tensor([row]))
         patches = patchify(prepare(one.pixels, small()), 2)
-        loss = label_loss(forward_tokens(vit, patches, all_positions(patches)), one.labels, 0.0, 0.5)
+        loss = label_loss(forward_tokens(vit, patches, all_positions(patches)), one.labels)
         every.append(list(torch.autograd.grad(loss, list(vit.parameters()))))
     return every
 
@@ -115,7 +121,7 @@ def test_without_noise_and_clipping_a_step_is_plain_sgds(
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_without_noise_and_clipping_it_is_ordinary_training(tiny: DataSet, optimizer: str) -> None:
     """Four steps of full batches; only the order in which gradients are summed differs."""
-    config = whispering(**{"local.optimizer": optimizer, "local.lr": 0.01, "local.epochs": 4, "local.grad-clip": 0.0})
+    config = whispering(**{"local.optimizer": optimizer, "local.lr": 0.01, "local.epochs": 4})
     moved, _ = trained(config, tiny.train)
     vit = a_vit(config, 1)
     before = [weight.detach().clone() for weight in vit.parameters()]
@@ -252,13 +258,13 @@ def test_an_empty_draw_and_the_pull_to_the_start(tiny: DataSet, monkeypatch: pyt
     monkeypatch.setattr(private, "_sampler", lambda *_: [[]])
     still, _ = trained(whispering(), tiny.train)
     assert length(still) == 0
-    config = whispering(**{"local.pull": 0.1})
+    config = whispering(**{"local.epochs": 2})
     monkeypatch.setattr(private, "_sampler", lambda *_: [list(range(60)), []])
-    pulled, _ = trained(config, tiny.train)
-    free, _ = trained(whispering(), tiny.train)
-    # One step of g; then momentum 0.9 g once more, and back by 0.1 of the way.
+    pulled, _ = trained(config, tiny.train, mu=0.1)
+    free, _ = trained(config, tiny.train)
+    # One step of g; then, at half the rate, momentum 0.9 g once more, and back by 0.1 of the way.
     for step, unpulled in zip(pulled, free, strict=True):
-        torch.testing.assert_close(step, unpulled - 0.1 * unpulled / 1.9, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(step, unpulled - 0.5 * 0.1 * unpulled / 1.45, atol=1e-6, rtol=1e-3)
 
 
 @needs_opacus
@@ -282,7 +288,7 @@ def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"upload.class-counts": True}, "upload.class-counts = true tells of the images without noise"),
+        ({"upload.extras": "counts"}, 'upload.extras = "counts" tells of the images without noise'),
         ({"local.prior-adjust": 0.5}, "local.prior-adjust = 0.5 tells of the images without noise"),
         ({"local.outliers": 0.5}, "local.outliers = 0.5 tells of the images without noise"),
         ({"flower.rounds": 2, "flower.strategy": "fedavg"}, "would spend it in each; set flower.rounds = 1"),

@@ -39,13 +39,12 @@ from fedmitr_flwr.statistics.heads import Head
 from fedmitr_flwr.statistics.moments import frozen_features
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
-from fedmitr_flwr.vit.optim import Stepper
 
 CPU = torch.device("cpu")
 
 
 def with_statistics(**changes: Any) -> Config:
-    return settings(**{"upload.statistics": True, "upload.variances": True} | changes)
+    return settings(**{"upload.extras": "variances"} | changes)
 
 
 @torch.enable_grad()
@@ -245,7 +244,7 @@ def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_feddf_with_the_ensemble_already_followed_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """K = 1: the student starts as the teacher, so the divergence and its gradient are 0."""
-    monkeypatch.setattr(feddf, "student_stepper", lambda vit, _, steps: Stepper(vit.parameters(), Sgd(0.01), steps))
+    monkeypatch.setattr(feddf, "student_stepper", lambda vit, _, steps: Sgd(vit, 0.01, steps))
     config = proxy_settings()
     (upload, _) = uploads_of(config)
     made = fused(config, [upload])

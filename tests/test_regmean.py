@@ -27,9 +27,15 @@ from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import patchify
 
 CONFIG = settings()
+DIRECTIONS = 3  # of 17 and more inputs: there are others
 CPU = torch.device("cpu")
 LAYERS = ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"]
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmitr_flwr.statistics.inputs.DIRECTIONS", DIRECTIONS)
 
 
 def told(moments: dict[str, np.ndarray], directions: int = 1000) -> dict[str, Tensor]:
@@ -154,19 +160,19 @@ def test_what_nobody_was_given_stays_averaged() -> None:
 def an_upload_of(config: Config, client: int, weights: int) -> Upload:
     """What client `client` would send, had it trained to the weights of number `weights`."""
     vit, images = a_vit(config, weights), client_images(config, client)[0]
-    statistics = measure(vit, images, config.model, config.upload.directions, CPU)
+    statistics = measure(vit, images, config.model, CPU)
     return replace(an_upload(config, weights, 10 + client), client=client, statistics=statistics)
 
 
 def test_equal_clients_are_merged_to_themselves() -> None:
-    config = settings(**{"upload.directions": 3})
+    config = settings(**{"upload.extras": "moments"})
     merged = regmean([an_upload_of(config, client, 5) for client in range(2)])
     for name, tensor in a_vit(config, 5).state_dict().items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-4, rtol=0)
 
 
 def test_norms_tokens_and_positions_are_averaged() -> None:
-    config = settings(**{"upload.directions": 3})
+    config = settings(**{"upload.extras": "moments"})
     uploads = [an_upload_of(config, client, client) for client in range(2)]
     merged, mean = regmean(uploads), average(uploads)
     solved = {f"{layer}.{kind}" for layer in widths(mean) for kind in ("weight", "bias")}
@@ -176,7 +182,7 @@ def test_norms_tokens_and_positions_are_averaged() -> None:
 
 
 def test_it_does_not_matter_whether_uploads_lie_on_disk(tmp_path: Path) -> None:
-    config = settings(**{"upload.directions": 3})
+    config = settings(**{"upload.extras": "moments"})
     uploads = [an_upload_of(config, client, client) for client in range(2)]
     for upload in uploads:
         save(upload, tmp_path / str(upload.client))
@@ -185,7 +191,7 @@ def test_it_does_not_matter_whether_uploads_lie_on_disk(tmp_path: Path) -> None:
 
 
 def test_the_student_starts_there_or_past_it() -> None:
-    config = settings(**{"upload.directions": 3, "distill.init": "regmean"})
+    config = settings(**{"upload.extras": "moments", "distill.init": "regmean"})
     uploads = [an_upload_of(config, client, client) for client in range(2)]
     merged, begun = regmean(uploads), initial_weights(config.model, config.seed)
     started = start_student(uploads, config).state_dict()
@@ -195,7 +201,7 @@ def test_the_student_starts_there_or_past_it() -> None:
         torch.testing.assert_close(far[name], begun[name] + 1.5 * (tensor - begun[name]))
 
 
-SENT = settings(**{"upload.directions": 3, "upload.dtype": "float16"})
+SENT = settings(**{"upload.extras": "moments", "upload.dtype": "float16"})
 
 
 def sent() -> Upload:
@@ -210,7 +216,7 @@ def test_a_client_measures_the_model_that_it_sends() -> None:
     upload = sent()
     check(upload)
     assert upload.class_counts is None
-    wanted = like(upload.weights, 3)
+    wanted = like(upload.weights)
     assert {name: tensor.shape for name, tensor in upload.statistics.items()} == {
         name: tensor.shape for name, tensor in wanted.items()
     }
@@ -219,7 +225,7 @@ def test_a_client_measures_the_model_that_it_sends() -> None:
     assert upload.num_bytes == plain.num_bytes // 2 + 2 * sum(tensor.numel() for tensor in wanted.values())
     vit = a_vit(SENT, 0)
     vit.load_state_dict(plain.weights)
-    own = measure(vit, client_images(SENT, 0)[0], SENT.model, 3, CPU)
+    own = measure(vit, client_images(SENT, 0)[0], SENT.model, CPU)
     assert all(torch.equal(upload.statistics[name], tensor.half()) for name, tensor in own.items())
 
 
@@ -236,7 +242,7 @@ NOTHING = torch.zeros(3, 17, dtype=torch.float16)
         (lambda told: {**told, QKV: told[QKV].double()}, f"{QKV} is float64; it must be float32 or float16"),
         (lambda told: {**told, QKV: told[QKV] * float("nan")}, f"NaN or infinity in '{QKV}'"),
         (lambda told: {name: told[name] for name in told if name != QKV}, r"its statistics are \['inputs/bl"),
-        (lambda told: {**told, "sums": torch.ones(1)}, r"its statistics are \[.*\(.*upload.directions"),
+        (lambda told: {**told, "sums": torch.ones(1)}, r"its statistics are \[.*\(.*upload.extras"),
         (lambda _: None, r"its statistics are \[\], not \['inputs/"),
     ],
 )  # fmt: skip
@@ -259,10 +265,15 @@ def test_unasked_directions_are_refused_and_narrowed_away() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"upload.directions": -1}, r"upload.directions = -1"),
-        ({"distill.init": "regmean"}, "distill.init = 'regmean' needs .*; set upload.directions"),
-        ({"distill.init": "regmean", "upload.directions": 3, "distill.extrapolate": 0.0}, "distill.extrapolate = 0 "),
-        ({"upload.directions": 3, "privacy.epsilon": 1.0}, "upload.directions = 3 tells .* set upload.directions = 0"),
+        ({"distill.init": "regmean"}, "distill.init = 'regmean' needs .*; set upload.extras"),
+        (
+            {"distill.init": "regmean", "upload.extras": "moments", "distill.extrapolate": 0.0},
+            "distill.extrapolate = 0 ",
+        ),
+        (
+            {"upload.extras": "moments", "privacy.epsilon": 1.0},
+            'upload.extras = "moments" tells .* set upload.extras = ""',
+        ),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, object], told: str) -> None:
@@ -271,21 +282,21 @@ def test_impossible_settings_are_refused(changes: dict[str, object], told: str) 
 
 
 def test_the_method_needs_directions() -> None:
-    with pytest.raises(ConfigError, match=r"method = 'regmean' needs second moments .* set upload.directions"):
+    with pytest.raises(ConfigError, match=r"method = 'regmean' needs second moments .* set upload.extras = 'moments'"):
         methods.check(settings(method="regmean"))
 
 
 def test_the_whole_line(tmp_path: Path) -> None:
     """Run by RegMean, fused again without what it needed: fewer bytes, and no way back."""
-    folder = pipeline.run(settings(method="regmean", **{"upload.directions": 3, "out-dir": str(tmp_path)}))
+    folder = pipeline.run(settings(method="regmean", **{"upload.extras": "moments", "out-dir": str(tmp_path)}))
     result = folder.read_result()
-    sizes = [4 * sum(tensor.numel() for tensor in like(initial_weights(CONFIG.model, 0), 3).values())] * 2
+    sizes = [4 * sum(tensor.numel() for tensor in like(initial_weights(CONFIG.model, 0)).values())] * 2
     assert result["bytes_statistics"] == sizes
     merged, saved = regmean(folder.load_uploads()), load_tensors(folder.model_path)[0]
     assert all(torch.equal(saved[name], tensor) for name, tensor in merged.items())
-    less: RunFolder = pipeline.fuse(folder, "fedavg", {"upload.directions": 0})
+    less: RunFolder = pipeline.fuse(folder, "fedavg", {"upload.extras": ""})
     told = less.read_result()
     assert "bytes_statistics" not in told
     assert [all_ - few for all_, few in zip(result["bytes_up"], told["bytes_up"], strict=True)] == sizes
-    with pytest.raises(RunError, match=r"upload\.directions = 4, but the uploads were made with 3"):
-        pipeline.fuse(folder, "regmean", {"upload.directions": 4})
+    with pytest.raises(RunError, match=r"upload\.extras = 'counts', but the uploads were made with 'moments'"):
+        pipeline.fuse(folder, "fedavg", {"upload.extras": "counts"})

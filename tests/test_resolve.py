@@ -10,15 +10,23 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import a_vit, settings
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.client.train import train_local
 from fedmitr_flwr.common.errors import UserError
-from fedmitr_flwr.config import Config, ModelConfig
+from fedmitr_flwr.common.rng import stream
+from fedmitr_flwr.config import Config, ModelConfig, recipe
+from fedmitr_flwr.data.images import DataSet
+from fedmitr_flwr.distillation.start import start_student
 from fedmitr_flwr.resolve import patch_of, resolve
 from fedmitr_flwr.vit import build
 from fedmitr_flwr.vit.build import TOLERANCE, initial_weights, token_difference
+from server_app.checks import prepared
+from server_app.records import order
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary
 
 
@@ -32,6 +40,10 @@ def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, eac
         picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         picture.convert(mode).save(place / f"{i}.png")
     return {"data.source": "imagefolder", "data.path": str(path)}
+
+
+RECIPE = ("local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
+RECIPE += ("distill.init", "distill.passes", "distill.lr")
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -107,7 +119,7 @@ def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path)
             {"model.name": TIMM, "model.width": 128},
             "model.width = 128 is of model.name = 'small', but model.name = 'test",
         ),
-        ({"model.name": TIMM, "model.heads": 2}, "model.heads = 2 is of model.name = 'small'"),
+        ({"model.name": TIMM, "model.depth": 2}, "model.depth = 2 is of model.name = 'small'"),
         (
             {"model.name": TIMM, "model.img-size": 100},
             "model.img-size = 100 is not possible; use a multiple of model.patch",
@@ -169,3 +181,84 @@ def test_the_committed_sweep_is_of_this_code() -> None:
         assert again["equal"] == [TIMM]
         assert again["refused"] == {name: refused[name]}
     assert TIMM in names
+
+
+def recipe_of(**flat: object) -> tuple[object, ...]:
+    known = resolve(Config.from_flat(flat)).to_flat()
+    return tuple(known[key] for key in RECIPE)
+
+
+def test_how_a_model_is_trained_follows_from_its_weights(tmp_path: Path) -> None:
+    """From ImageNet weights: ADR 0022, 0030 to 0032. A file of weights is not looked at for it."""
+    scratch = (50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3)
+    given = (3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
+    sized = {"model.img-size": 32, "model.num-classes": 10}
+    assert recipe_of() == scratch
+    assert recipe_of(**{"model.name": TIMM} | sized) == scratch
+    assert recipe_of(**{"model.weights": str(tmp_path / "none"), "model.name": TIMM} | sized) == given
+    assert recipe_of(**{"model.weights": str(tmp_path / "none")}) == given
+
+
+@pytest.mark.parametrize("weights", ["none", "timm"])
+def test_each_setting_of_a_recipe_can_be_given_by_itself(weights: str) -> None:
+    own = dict(zip(RECIPE, (7, "sgd", 0.5, 0.25, "", "initial", 8, 0.125), strict=True))
+    start = {"model.name": TIMM, "model.img-size": 32, "model.num-classes": 10, "model.weights": weights}
+    chosen = dict(zip(RECIPE, recipe_of(**start), strict=True))
+    for key, value in own.items():
+        wanted = chosen | {key: value}
+        if key == "local.lr" and weights == "none":
+            wanted["local.head-lr"] = value  # which is as new as the rest
+        assert dict(zip(RECIPE, recipe_of(**start, **{key: value}), strict=True)) == wanted
+    assert recipe_of(**start, **own) == tuple(own.values())
+    assert recipe.told(Config.from_flat(start | own)) == ""
+
+
+def test_what_is_chosen_is_said_in_one_line() -> None:
+    given = {"model.weights": "timm", "local.lr": 1e-3, "distill.init": "average", "inversion.stops": "0.5"}
+    assert recipe.told(Config.from_flat(given)) == (
+        "model.weights is given: local.epochs = 3, local.optimizer = adamw, local.head-lr = 0.01, "
+        "distill.passes = 5, distill.lr = 0.0001"
+    )
+    scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.passes": 2}
+    assert recipe.told(Config.from_flat(scratch)) == (
+        "training from scratch: local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
+    )
+
+
+def test_the_file_of_deit_has_the_settings_that_its_results_have() -> None:
+    """As they stood in it before they were chosen by its weights."""
+    written = {"local.epochs": 3, "local.optimizer": "adamw", "local.lr": 1e-4, "local.head-lr": 1e-2}
+    written |= {"inversion.stops": "0.0125,0.025,0.05,0.075"}
+    written |= {"distill.init": "classwise", "distill.passes": 5, "distill.lr": 1e-4}
+    config = Config.from_file(CONFIGS / "cifar10_deit.toml")
+    assert recipe.settled(config) == Config.from_flat(written, base=config)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_the_files_of_small_models_train_from_scratch(name: str) -> None:
+    own = {"digits": {"distill.passes": 50}, "fashion_mnist": {"local.epochs": 20}}[name]
+    written = {"local.epochs": 50, "local.optimizer": "muon", "local.lr": 3e-3, "local.head-lr": 3e-3}
+    written |= {"inversion.stops": "0.1,0.3", "distill.init": "average", "distill.passes": 60, "distill.lr": 3e-3}
+    config = Config.from_file(CONFIGS / f"{name}.toml")
+    assert recipe.settled(config) == Config.from_flat(written | own, base=config)
+
+
+def test_nothing_trains_by_settings_that_are_left_to_be_chosen(tiny: DataSet) -> None:
+    """It would be for 0 epochs, at a rate of 0."""
+    config = settings(**{"model.num-classes": 3})
+    for key, value in {"local.epochs": 0, "local.lr": 0, "local.head-lr": 0, "local.optimizer": "auto"}.items():
+        left = Config.from_flat({key: value}, base=config)
+        with pytest.raises(AssertionError, match="to be resolved first"):
+            train_local(a_vit(config, 0), tiny.train, left, stream(0), torch.device("cpu"))
+    for key, value in {"distill.init": "auto", "distill.lr": 0, "distill.passes": 0}.items():
+        with pytest.raises(AssertionError, match="to be resolved first"):
+            start_student([], Config.from_flat({key: value}, base=config))
+    with pytest.raises(AssertionError, match="to be resolved first"):
+        _ = Config().inversion.stop_fractions
+
+
+def test_the_server_of_flower_chooses_for_its_clients() -> None:
+    """They are sent no path of the weights, and could not."""
+    small = {"data.train-limit": 100, "data.test-limit": 20, "local.lr": 0.01, "device": "cpu"}
+    sent = Config.from_toml(order(prepared(Config.from_flat(small)))["toml"].decode())
+    assert (sent.local.epochs, sent.local.optimizer, sent.local.lr, sent.local.head_lr) == (50, "muon", 0.01, 0.01)

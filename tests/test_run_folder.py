@@ -16,13 +16,13 @@ import torch
 
 from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadError
 from fedmitr_flwr.common.files import load_tensors, write_text
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, recipe
 from fedmitr_flwr.runs.folder import RunFolder, plain
 from fedmitr_flwr.uploads.upload import Upload
 
 
 def config_in(folder: Path, **flat: object) -> Config:
-    small = {"model.num-classes": 10, "model.width": 8, "model.depth": 1, "partition.clients": 4}
+    small = {"model.num-classes": 10, "model.width": 16, "model.depth": 1, "partition.clients": 4}
     return Config.from_flat({"out-dir": str(folder), **tiny.SIZES, **small, **flat})
 
 
@@ -115,7 +115,7 @@ def test_settings_of_another_version(
     with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
         RunFolder.open(tmp_path)
     monkeypatch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
-    assert RunFolder.open(tmp_path).config == Config(seed=7)
+    assert RunFolder.open(tmp_path).config == recipe.settled(Config(seed=7))
     retired, absent = caplog.messages
     assert retired.endswith("settings of an older version, ignored: distill.gone")
     assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
@@ -133,6 +133,17 @@ def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCapt
     joint = text.replace('ensemble.combine = "probs"', 'ensemble.combine = "joint"')
     with pytest.raises(ConfigError, match=rf"config\.toml: ensemble\.combine = 'joint' is not possible; .*{older}"):
         RunFolder.open(sealed_file(tmp_path, joint))
+
+
+@pytest.mark.parametrize(("heads", "opens"), [(4, True), (2, False)])
+def test_a_model_with_other_heads_is_no_model_of_this_version(tmp_path: Path, heads: int, opens: bool) -> None:
+    """Its weights would fit, and mean nothing."""
+    sealed_file(tmp_path, Config().to_toml() + f"model.heads = {heads}\n")
+    if opens:
+        assert RunFolder.open(tmp_path).config == Config()
+        return
+    with pytest.raises(ConfigError, match=r"model\.heads = 2 of model\.width = 64, and this version has .*; use the v"):
+        RunFolder.open(tmp_path)
 
 
 def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:

@@ -168,6 +168,7 @@ CLASSES = (
     (0, 2),
 )  # that each client has images of: bars at the top, ...
 LEARNED: dict[str, Any] = {
+    "model.width": 32,
     "model.num-classes": 3,
     "partition.clients": 6,
     "local.epochs": 20,
@@ -175,7 +176,6 @@ LEARNED: dict[str, Any] = {
     "local.lr": 3e-3,
     "ensemble.combine": "probs",
     "screen.mode": "exclude",
-    "screen.images": 4,
 }
 Learned = tuple[Config, list[Upload], Upload]
 
@@ -208,7 +208,7 @@ Attack = Callable[[Config, Upload], Upload]
 ATTACKS: dict[str, tuple[Attack, str]] = {
     "scaled": (lambda config, upload: changed(config, upload, lambda start, update: start + 100 * update), "norm"),
     "reversed": (lambda config, upload: changed(config, upload, lambda start, update: start - update), "direction"),
-    "random": (lambda config, upload: replace(upload, weights=dict(build_vit(config.model, 9).state_dict())), "norm"),
+    "random": (lambda config, upload: replace(upload, weights=dict(build_vit(config.model, 9).state_dict())), "start"),
 }
 
 
@@ -223,12 +223,11 @@ def test_nobody_honest_is_strange(learned: Learned) -> None:
 def test_each_attack_is_found_and_nobody_else(learned: Learned, name: str, caplog: pytest.LogCaptureFixture) -> None:
     config, uploads, turned = learned
     attack, check = ATTACKS.get(name, (lambda *_: turned, "answers"))
-    if check != "answers":
-        config = settings(**LEARNED | {"screen.images": 0})
+    images = 4 if check == "answers" else 0
     uploads = [uploads[0], attack(config, uploads[1]), *uploads[2:]]
     lines: list[dict[str, Any]] = []
     with caplog.at_level(logging.WARNING, "fedmitr"):
-        outcome = screen(uploads, config, CPU, lambda **values: lines.append(values))
+        outcome = screen(uploads, config, CPU, lambda **values: lines.append(values), images)
     assert [(finding.client, finding.check) for finding in outcome.findings] == [(1, check)]
     assert outcome.excluded == [1]
     assert outcome.kept == [uploads[0], *uploads[2:]]
@@ -339,7 +338,7 @@ def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplo
     config, uploads, _ = learned
     uploads = [ATTACKS["scaled"][0](config, uploads[0]), *uploads[1:]]
     with caplog.at_level(logging.WARNING, "fedmitr"):
-        warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn", "screen.images": 0}), CPU)
+        warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn"}), CPU, images=0)
     assert warned.kept == uploads
     assert [finding.client for finding in warned.findings] == [0]
     assert "screen.mode = 'exclude' leaves it out" in caplog.text
@@ -348,7 +347,7 @@ def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplo
     assert (off.kept, off.findings, caplog.text) == (uploads, [], "")
 
 
-DIGITS: dict[str, Any] = {"screen.mode": "exclude", "screen.images": 0, "method": "fedavg", "partition.clients": 5}
+DIGITS: dict[str, Any] = {"screen.mode": "exclude", "method": "fedavg", "partition.clients": 5}
 
 
 def moved(client: int, by: float = 1.0) -> Upload:
@@ -362,6 +361,12 @@ def moved(client: int, by: float = 1.0) -> Upload:
     return Upload(client, weights, 10 + client, 0.5, "c" * 12)
 
 
+@pytest.fixture
+def _no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are no training's answer like nobody's."""
+    monkeypatch.setattr("fedmitr_flwr.screening.screen.strange_answers", lambda *_: [])
+
+
 def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     uploads = [moved(0), moved(1), moved(2, -1.0), moved(3, -1.0)]
     with caplog.at_level(logging.WARNING, "fedmitr"):
@@ -371,6 +376,7 @@ def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixt
     assert "too many to say who is right; none is left out" in caplog.text
 
 
+@pytest.mark.usefixtures("_no_images")
 def test_without_the_start_there_is_a_warning_or_with_exclude_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,6 +395,7 @@ def saved(path: Path, uploads: Sequence[Upload], **changes: Any) -> RunFolder:
     return folder
 
 
+@pytest.mark.usefixtures("_no_images")
 def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path) -> None:
     """The same model as of the honest uploads alone; the strange one stays on disk."""
     honest = [moved(client) for client in range(4)]
@@ -418,7 +425,7 @@ def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path) -> None:
 def test_a_warning_does_not_change_a_bit(tmp_path: Path) -> None:
     made = []
     for mode in ("off", "warn"):
-        changes = {"screen.mode": mode, "screen.images": 1, "method": "fedmitr", "partition.clients": 3}
+        changes = {"screen.mode": mode, "method": "fedmitr", "partition.clients": 3}
         folder = saved(tmp_path / mode, [moved(client) for client in range(3)], **changes)
         pipeline.serve(folder)
         made.append(load_tensors(folder.model_path)[0])

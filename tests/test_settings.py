@@ -38,7 +38,7 @@ def test_what_people_write_on_a_command_line(word: str, key: str, value: object)
 @pytest.mark.parametrize(
     ("key", "value", "likely"),
     [
-        ("lr", 0.1, ["local.lr", "distill.lr", "strategy.lr"]),
+        ("lr", 0.1, ["local.lr", "distill.lr"]),
         ("alpha", 0.1, ["partition.alpha"]),
         ("epochs", 3, ["local.epochs", "distill.epochs"]),
         ("epoch", 3, ["local.epochs", "distill.epochs"]),

@@ -40,8 +40,8 @@ def changed(upload: Upload, name: str, change: Callable[[Tensor], Tensor]) -> Up
     return replace(upload, statistics={**upload.statistics, name: change(upload.statistics[name])})
 
 
-def check(upload: Upload, **asked: bool) -> None:
-    validate(upload, REFERENCE, 3, CODE, 4, 1000, asked=UploadConfig(**{"statistics": True} | asked))
+def check(upload: Upload, extras: str = "statistics") -> None:
+    validate(upload, REFERENCE, 3, CODE, 4, 1000, asked=UploadConfig(extras=extras))
 
 
 @pytest.mark.parametrize("variances", [False, True])
@@ -81,14 +81,14 @@ def test_the_digest_is_the_same_on_disk(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_passes() -> None:
     check(an_upload())
-    check(an_upload(variances=True), variances=True)
-    check(replace(an_upload(), statistics=None), statistics=False)
+    check(an_upload(variances=True), extras="variances")
+    check(replace(an_upload(), statistics=None), extras="")
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda upload: replace(upload, statistics=None), r"are \[\], not \['moment', 'sums'\] \(upload.statistics"),
+        (lambda upload: replace(upload, statistics=None), r"are \[\], not \['moment', 'sums'\] \(upload.extras"),
         (lambda upload: replace(upload, statistics={"sums": upload.statistics["sums"]}), r"are \['sums'\], not"),
         (lambda upload: changed(upload, "sums", lambda t: t.float()), "sums are float32"),
         (lambda upload: changed(upload, "moment", lambda t: t[1:]), r"moment are float64 \(9,\), not float64 \(10,\)"),
@@ -106,7 +106,7 @@ def test_corrupt_statistics_are_refused_by_name(change: Callable[[Upload], Uploa
 
 def test_statistics_that_were_not_asked_for_are_refused() -> None:
     with pytest.raises(UploadError, match=r"^client 1: its statistics are \['moment', 'sums'\], not \[\]"):
-        check(an_upload(), statistics=False)
+        check(an_upload(), extras="")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def _identity() -> Iterator[None]:
 
 
 def settings(**changes: Any) -> Config:
-    return Config.from_flat(TINY | {"partition.clients": 2, "upload.statistics": True} | changes)
+    return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
 
 
 def ask(config: Config, client: int = 0) -> Message:
@@ -127,7 +127,7 @@ def ask(config: Config, client: int = 0) -> Message:
 
 
 def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training() -> None:
-    config = settings(**{"upload.variances": True, "upload.dtype": "float16"})
+    config = settings(**{"upload.extras": "variances", "upload.dtype": "float16"})
     initial = initial_weights(config.model, config.seed)
     upload = pipeline.train_client(config, 1, initial)
     vit = build_vit(config.model)
@@ -143,7 +143,7 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
 def test_statistics_change_nothing_else_in_an_upload() -> None:
     initial = initial_weights(settings().model, 0)
     with_them = pipeline.train_client(settings(), 0, initial)
-    without = pipeline.train_client(settings(**{"upload.statistics": False}), 0, initial)
+    without = pipeline.train_client(settings(**{"upload.extras": ""}), 0, initial)
     assert without.statistics is None
     assert without.class_counts is None
     assert with_them.train_loss == without.train_loss
@@ -155,9 +155,9 @@ def test_statistics_change_nothing_else_in_an_upload() -> None:
     "changes",
     [
         {},
-        {"upload.variances": True},
-        {"upload.directions": 3},
-        {"upload.directions": 100, "upload.statistics": False},
+        {"upload.extras": "variances"},
+        {"upload.extras": "statistics, moments"},
+        {"upload.extras": "moments"},
     ],
 )
 def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
     made = pipeline.train_client(config, 1, initial)
     reply = ask(config, client=1)
     assert set(reply.content) == {"arrays", "metrics", "statistics"}
-    read = read_upload(reply, 1, config.upload.tells_counts, room(initial), with_statistics=True)
+    read = read_upload(reply, 1, config.upload.counts, room(initial), with_statistics=True)
     assert read.statistics.keys() == made.statistics.keys()
     assert all(torch.equal(read.statistics[name], tensor) for name, tensor in made.statistics.items())
     assert read.class_counts == made.class_counts
@@ -176,13 +176,13 @@ def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("_identity")
 def test_nothing_of_the_kind_is_sent_by_default() -> None:
-    reply = ask(settings(**{"upload.statistics": False}))
+    reply = ask(settings(**{"upload.extras": ""}))
     assert set(reply.content) == {"arrays", "metrics"}
     assert "class-counts" not in reply.content["metrics"]
 
 
 def federate(out: Path, tamper: Any = None, **changes: Any) -> RunFolder:
-    settings = TINY | {"method": "lda", "upload.statistics": True, "out-dir": str(out)} | changes
+    settings = TINY | {"method": "lda", "upload.extras": "statistics", "out-dir": str(out)} | changes
     with task_identity():
         server_app(LocalGrid(client_app, 3, tamper=tamper), server_context(settings))
     return RunFolder.open(next(out.iterdir()))
@@ -190,21 +190,21 @@ def federate(out: Path, tamper: Any = None, **changes: Any) -> RunFolder:
 
 def test_the_flower_path_gives_the_bits_of_the_straight_line(tmp_path: Path) -> None:
     flower = federate(tmp_path / "flower")
-    line = TINY | {"method": "lda", "upload.statistics": True, "partition.clients": 3, "out-dir": str(tmp_path)}
+    line = TINY | {"method": "lda", "upload.extras": "statistics", "partition.clients": 3, "out-dir": str(tmp_path)}
     straight = pipeline.run(Config.from_flat(line), "line")
     for ours, theirs in zip(flower.upload_paths().values(), straight.upload_paths().values(), strict=True):
         assert digest(load(ours)) == digest(load(theirs))
     ours, theirs = (load_tensors(folder.model_path)[0] for folder in (flower, straight))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     result = flower.read_result()
-    sent = 8 * (10 * 16 + 16 * 17 // 2)
+    sent = 8 * (10 * 32 + 32 * 33 // 2)
     assert result["bytes_statistics"] == [sent] * 3
     assert result["bytes_up"] == [sent + bytes_down for bytes_down in result["bytes_down"]]
     assert result["accuracy"] == straight.read_result()["accuracy"]
 
 
 def test_regmean_by_flower_gives_the_bits_of_the_straight_line(tmp_path: Path) -> None:
-    told = {"method": "regmean", "upload.statistics": False, "upload.directions": 3}
+    told = {"method": "regmean", "upload.extras": "moments"}
     flower = federate(tmp_path / "flower", **told)
     line = TINY | told | {"partition.clients": 3, "out-dir": str(tmp_path)}
     straight = pipeline.run(Config.from_flat(line), "line")
@@ -217,10 +217,10 @@ def test_room_is_asked_for_with_directions(tmp_path: Path, monkeypatch: pytest.M
     """On a disk that has room for three models and not for more."""
     free = 3 * size(initial_weights(settings().model, 0))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    told = {"method": "fedavg", "upload.statistics": False}
+    told = {"method": "fedavg", "upload.extras": ""}
     assert federate(tmp_path / "weights", **told).finished
     with pytest.raises(DiskError, match=r"and 3 uploads take .* MB; make room there"):
-        federate(tmp_path / "more", **told, **{"upload.directions": 3})
+        federate(tmp_path / "more", **told | {"upload.extras": "moments"})
 
 
 def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
@@ -245,21 +245,21 @@ def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"upload.statistics": False}, "method = 'lda' needs the clients' statistics"),
-        ({"upload.statistics": False, "method": "ridge"}, "method = 'ridge' needs .*set upload.statistics = true"),
-        ({"method": "fedpft"}, "set upload.variances = true"),
+        ({"upload.extras": ""}, "method = 'lda' needs the clients' statistics"),
+        ({"upload.extras": "", "method": "ridge"}, "method = 'ridge' needs .*set upload.extras = 'statistics'"),
+        ({"method": "fedpft"}, "set upload.extras = 'variances'"),
         ({"method": "feddf"}, "method = 'feddf' needs real images without labels; set feddf.path"),
-        ({"upload.statistics": False, "method": "regmean"}, "method = 'regmean' needs second .*set upload.directions"),
-        ({"flower.strategy": "fedavg"}, "upload.statistics = True: fedavg averages all"),
+        ({"upload.extras": "", "method": "regmean"}, "method = 'regmean' needs second .*set upload.extras = 'moments'"),
+        ({"flower.strategy": "fedavg"}, "upload.extras = 'statistics': fedavg averages all"),
         (
-            {"flower.strategy": "fedavg", "upload.statistics": False, "upload.directions": 3},
-            "upload.directions = 3: fedavg averages all that is uploaded; set it to 0, ",
+            {"flower.strategy": "fedavg", "upload.extras": "counts, moments"},
+            "upload.extras = 'counts, moments': fedavg averages all that is uploaded; leave out all but counts, ",
         ),
     ],
 )
 def test_what_a_method_lacks_is_told_before_any_client_is_asked(changes: dict[str, Any], told: str) -> None:
     grid = LocalGrid(client_app, 2)
-    context = server_context(TINY | {"method": "lda", "upload.statistics": True} | changes)
+    context = server_context(TINY | {"method": "lda", "upload.extras": "statistics"} | changes)
     with task_identity(), pytest.raises(ConfigError, match=told):
         server_app(grid, context)
     assert not grid.asked

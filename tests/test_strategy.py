@@ -391,8 +391,10 @@ def test_flowers_strategies_tell_what_they_cost(federate: Federate) -> None:
 
 def test_a_server_s_learning_rate_scales_its_step(federate: Federate) -> None:
     """FedAvgM without momentum: start + eta * (mean - start)."""
-    still = {"flower.strategy": "fedavgm", "strategy.momentum": 0}
-    half = federate(LocalGrid(client_app, 3), **still, **{"strategy.eta": 0.5})
+    still = {"flower.strategy": "fedavgm", "flower.options": "server_momentum=0"}
+    half = federate(
+        LocalGrid(client_app, 3), **still | {"flower.options": "server_momentum=0, server_learning_rate=0.5"}
+    )
     whole, _ = load_tensors(federate(LocalGrid(client_app, 3), **still).model_path)
     start = initial_weights(half.config.model, half.config.seed)
     for name, tensor in load_tensors(half.model_path)[0].items():
@@ -400,22 +402,30 @@ def test_a_server_s_learning_rate_scales_its_step(federate: Federate) -> None:
 
 
 def test_a_setting_that_a_strategy_does_not_have_is_refused() -> None:
-    context = server_context(TINY | {"flower.strategy": "fedmedian", "strategy.eta": 0.1}, 1)
-    with pytest.raises(
-        ConfigError, match=r"strategy\.eta is no setting of flower\.strategy = 'fedmedian'; leave it at -1"
+    for name, options, fix in (
+        ("fedmedian", "eta=0.1", "eta is no option of flower.strategy = 'fedmedian'; it has none; leave it empty"),
+        (
+            "fedadam",
+            "eat=0.1",
+            "eat is no option of flower.strategy = 'fedadam'; it has eta and tau; did you mean",
+        ),
+        ("fedavgm", "server_momentum=1", "server_momentum = 1 is not possible; use 0 to 0.999"),
+        ("qfedavg", "client_learning_rate=0", "client_learning_rate = 0 is not possible; use 1e-12 to inf"),
+        ("fedprox", "proximal_mu=-1", "proximal_mu = -1 is not possible; use 0 to inf"),
+        ("oneshot", "eta=0.1", "is of a strategy that Flower ships; leave it empty"),
     ):
-        server_app(LocalGrid(client_app, 2), context)
+        context = server_context(TINY | {"flower.strategy": name, "flower.options": options}, 1)
+        with pytest.raises(ConfigError, match=re.escape(fix)):
+            server_app(LocalGrid(client_app, 2), context)
 
 
 def test_what_is_left_to_a_strategy_is_its_own_and_0_is_0() -> None:
-    def made(name: str, **given: float) -> Any:
-        flat = {f"strategy.{key}": value for key, value in given.items()}
-        return builtin._strategy(Config.from_flat({"flower.strategy": name, **flat}))
+    def made(name: str, options: str = "") -> Any:
+        return builtin._strategy(Config.from_flat({"flower.strategy": name, "flower.options": options}))
 
-    assert [made("fedprox").proximal_mu, made("fedprox", mu=0).proximal_mu, made("fedprox", mu=2).proximal_mu] == [
-        *(0.1, 0.0, 2.0)
-    ]
-    assert [made("fedavgm").server_momentum, made("fedavgm", momentum=0).server_momentum] == [0.9, 0.0]
+    options = ("", "proximal_mu=0", " proximal_mu = 2e0 ")
+    assert [made("fedprox", each).proximal_mu for each in options] == [0.1, 0.0, 2.0]
+    assert [made("fedavgm", each).server_momentum for each in ("", "server_momentum=0")] == [0.9, 0.0]
 
 
 def test_one_round_of_flowers_fedavg_is_the_weighted_mean(federate: Federate) -> None:
@@ -563,7 +573,7 @@ def test_a_strategy_that_ends_in_no_model_says_so(federate: Federate, monkeypatc
             return arrays, metrics
 
     monkeypatch.setitem(builtin.STRATEGIES, "fedavg", (Exploding, {}))  # type: ignore[arg-type]
-    fails = "the model diverged: NaN or infinity in 'head.bias'; lower local.lr or strategy.eta"
+    fails = "the model diverged: NaN or infinity in 'head.bias'; lower local.lr, or eta in flower.options"
     folder = federate(LocalGrid(client_app, 2), fails=fails, **{"flower.strategy": "fedavg"})
     assert not folder.model_path.exists()
     assert not folder.finished

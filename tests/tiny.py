@@ -1,11 +1,11 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
@@ -13,6 +13,7 @@ from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
+from fedmitr_flwr.vit.optim import Stepper
 
 _TINY: dict[str, object] = {
     "method": "fedmitr",
@@ -31,26 +32,18 @@ _TINY: dict[str, object] = {
     "model.num-classes": 10,
     "model.width": 16,
     "model.depth": 2,
-    "model.heads": 2,
     "model.weights": "none",
     "local.epochs": 1,
     "local.batch-size": 16,
     "local.optimizer": "adamw",
     "local.lr": 1e-3,
-    "local.head-lr": 0.0,
-    "local.weight-decay": 0.05,
-    "local.schedule": "cosine",
-    "local.label-smoothing": 0.0,
     "local.augment": True,
-    "local.token-loss": 0.5,
     "local.prior-adjust": 0.0,
     "local.outliers": 0.0,
     "local.average": 0.0,
-    "local.pull": 0.0,
-    "local.grad-clip": 1.0,
     "local.threads": 1,
     "upload.dtype": "float32",
-    "upload.class-counts": False,
+    "upload.extras": "",
     "screen.mode": "off",
     "ensemble.combine": "logits",
     "ensemble.weights": "size",
@@ -71,9 +64,22 @@ _TINY: dict[str, object] = {
 
 
 def settings(**changes: object) -> Config:
-    return Config.from_flat(_TINY | changes)
+    """The head learns as fast as the rest, unless told otherwise."""
+    alike = {"local.head-lr": changes.get("local.lr", _TINY["local.lr"])}
+    return Config.from_flat(_TINY | alike | changes)
 
 
+# What training from scratch needs, where nothing resolves it.
+RECIPE: dict[str, object] = {
+    "local.epochs": 1,
+    "local.optimizer": "muon",
+    "local.lr": 3e-3,
+    "local.head-lr": 3e-3,
+    "inversion.stops": "0.1,0.3",
+    "distill.init": "average",
+    "distill.passes": 1,
+    "distill.lr": 3e-3,
+}
 # Of `small`, where a test parses settings that nothing resolves.
 SIZES: dict[str, object] = {"model.img-size": 8, "model.patch-size": 2, "model.in-chans": 1}
 
@@ -83,15 +89,21 @@ def small(img_size: int = 8, in_chans: int = 1, num_classes: int = 10) -> ModelC
     return ModelConfig(img_size=img_size, in_chans=in_chans, num_classes=num_classes)
 
 
-@dataclass(frozen=True)
-class Sgd:
-    """What a `Stepper` is to have where a test must see plain gradients."""
+class Sgd(Stepper):
+    """Plain gradient steps, without weight decay and clipping, for a test that must see the gradients."""
 
-    lr: float
-    optimizer: str = "sgd"
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    grad_clip: float = 0.0
+    def __init__(self, student: VisionTransformer, lr: float, total_steps: int) -> None:
+        super().__init__(student.parameters(), "sgd", lr or 1.0, total_steps)
+        for group in self.optimizers[0].param_groups:
+            group["weight_decay"] = 0.0
+        if not lr:
+            self.schedules = [LambdaLR(each, lambda _: 0.0) for each in self.optimizers]
+
+    def step(self, loss: torch.Tensor) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        self.advance()
 
 
 def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:

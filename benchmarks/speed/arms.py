@@ -37,7 +37,7 @@ def config_of(arm: Arm, options: argparse.Namespace, steps: int | None = None) -
     Raises:
         ConfigError: an unknown setting or an impossible value.
     """
-    flat: dict[str, object] = {"upload.class-counts": True, "ensemble.weights": "counts", "data.flip": True}
+    flat: dict[str, object] = {"upload.extras": "counts", "ensemble.weights": "counts", "data.flip": True}
     flat |= {"model.name": options.model, "model.img-size": options.img_size, "model.patch-size": options.patch_size}
     flat |= {"model.in-chans": 3, "model.num-classes": options.num_classes, "model.weights": options.weights}
     flat |= {"inversion.mode": arm.mode, "inversion.steps": steps or options.steps, "inversion.route": arm.route}

@@ -10,8 +10,10 @@ from itertools import product
 
 from .. import methods
 from ..common.errors import ConfigError
-from ..config import Config
+from ..config import Config, recipe
+from ..config.sections import EXTRAS
 from ..config.text import PATHS, PLACES
+from ..config.upgrade import upgraded
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
 from .spec import Bench, Flat, Skew, Tune, Variant
@@ -19,15 +21,15 @@ from .spec import Bench, Flat, Skew, Tune, Variant
 # What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
 TOLD: tuple[dict[str, object], ...] = (
     {},
-    {"upload.class-counts": True},
-    {"upload.statistics": True},
-    {"upload.statistics": True, "upload.variances": True},
-    {"upload.directions": 32},
+    {"upload.extras": "counts"},
+    {"upload.extras": "statistics"},
+    {"upload.extras": "variances"},
+    {"upload.extras": "moments"},
 )
-ALL_TOLD: dict[str, object] = {key: value for told in TOLD for key, value in told.items()}  # what is uploaded
+ALL_TOLD: dict[str, object] = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: dict[str, object] = {"screen.mode": "off"}
-_KNOWN = Config().to_flat()
+_KNOWN = recipe.settled(Config()).to_flat()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Cell:
         """
         own = self.in_force
         compared = [key for key in own if not key.startswith((*PATHS, *PLACES, *but))]
-        return all(settings.get(key, _KNOWN[key]) == own[key] for key in compared)
+        theirs = upgraded(settings)
+        return all(theirs.get(key, _KNOWN[key]) == own[key] for key in compared)
 
     @cached_property
     def in_force(self) -> Flat:

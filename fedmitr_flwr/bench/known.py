@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..common.files import write_text
+from ..config.upgrade import upgraded
 from .grid import Cell
 from .results import Results
 from .spec import Flat
@@ -23,13 +24,27 @@ def chosen_in(known: Results, trials: Trials) -> Choices:
     """The choices that these results already tell, if the same was tried on the same seed, all else being equal."""
     choices: dict[Place, Mapping[str, object]] = {}
     for entry in known.entries:
-        about, tuned = entry["bench"], entry["bench"]["tuned"]
+        about = entry["bench"]
+        tuned = _respelled(about["tuned"], entry["config"])
         place = about["data"], about["label"], about["rounds"]
         if tuned and tuned["chosen"] and place in trials and _tried(tuned) == planned(trials[place]):
             _, trial = trials[place][0]
             if trial.is_of(entry["config"], but=(*tuned["chosen"], *_OF_TRIALS)):
                 choices[place] = tuned
     return choices
+
+
+def _respelled(tuned: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was tried and chosen, as settings are called today."""
+    if not tuned:
+        return None
+    strategy = {"flower.strategy": config.get("flower.strategy")}
+
+    def today(flat: Mapping[str, Any]) -> Flat:
+        return {key: value for key, value in upgraded({**flat, **strategy}).items() if key not in strategy}
+
+    chosen = today(tuned["chosen"]) if tuned["chosen"] else tuned["chosen"]
+    return {**tuned, "chosen": chosen, "tried": [today(one) for one in tuned["tried"]]}
 
 
 def _tried(tuned: Mapping[str, Any]) -> Plan:

@@ -15,22 +15,21 @@ from ..vit.tokens import TokenLogits
 # weighs 1/Y of an image: too little to push it down in a whole epoch as far as one image would, for any n_k and Y, and
 # its logarithm is finite.
 ABSENT_IMAGES = 1.0
+TOKEN_LOSS = 0.5  # weight of the label's cross-entropy on every patch token [M]: patch logits must mean something
 
 
-def label_loss(
-    logits: TokenLogits, labels_B: Tensor, smoothing: float, token_weight: float, shift_Y: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of the class token, plus `token_weight` times the mean over patch tokens of theirs.
+def label_loss(logits: TokenLogits, labels_B: Tensor, shift_Y: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the class token, plus `TOKEN_LOSS` times the mean over patch tokens of theirs.
 
     LV-ViT's objective (Jiang et al. 2021) with the image's label on every token [C]; without it the patch logits, which
     relabelling asks for, would mean nothing. `shift_Y` is added to all logits: see `prior_shift`.
     """
-    loss = _cross_entropy(logits.cls, labels_B, smoothing, shift_Y)
-    if token_weight:
-        tokens_BYK = logits.patches.transpose(1, 2)
-        targets_BK = labels_B[:, None].expand(-1, tokens_BYK.shape[2])
-        loss = loss + token_weight * _cross_entropy(tokens_BYK, targets_BK, smoothing, shift_Y)
-    return loss
+    cls_BY, patches_BKY = logits.cls, logits.patches
+    if shift_Y is not None:
+        cls_BY, patches_BKY = cls_BY + shift_Y, patches_BKY + shift_Y
+    tokens_BYK = patches_BKY.transpose(1, 2)
+    targets_BK = labels_B[:, None].expand(-1, tokens_BYK.shape[2])
+    return F.cross_entropy(cls_BY, labels_B) + TOKEN_LOSS * F.cross_entropy(tokens_BYK, targets_BK)
 
 
 def prior_shift(labels: Tensor, num_classes: int, strength: float) -> Tensor:
@@ -48,16 +47,3 @@ def proximal(weights: Iterable[Tensor], start: Iterable[Tensor], mu: float) -> T
     """FedProx's term μ/2 ‖w - w⁰‖² (Li et al. 2020, eq. 2)."""
     squares = [(weight - old).square().sum() for weight, old in zip(weights, start, strict=True)]
     return mu / 2 * torch.stack(squares).sum()
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, shift_Y: Tensor | None) -> Tensor:
-    """Of logits (B, Y) or (B, Y, K) with labels (B,) or (B, K), mean over images and tokens.
-
-    Under a shift, label smoothing spreads its share by softmax(shift), not evenly [M]: both pull the logits without the
-    shift towards equal ones. An even share would lift absent classes above all others.
-    """
-    if shift_Y is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    logp = (logits.movedim(1, -1) + shift_Y).log_softmax(-1)  # (B, Y) or (B, K, Y)
-    hard = F.nll_loss(logp.flatten(0, -2), labels.flatten())
-    return (1 - smoothing) * hard - smoothing * (logp @ shift_Y.softmax(0)).mean()

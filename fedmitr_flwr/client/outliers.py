@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..vit.tokens import TokenLogits, patchify
+from .losses import TOKEN_LOSS
 
 NO_SKEW = 0.05  # up to it, that of a sample of even classes; at no skew, these images cost no time
 
@@ -43,9 +44,9 @@ def outliers(pixels_BCHW: Tensor, patch: int, rng: torch.Generator) -> Tensor:
     return patches.gather(1, order[..., None].expand_as(patches))
 
 
-def evenness_loss(logits: TokenLogits, token_weight: float) -> Tensor:
-    """KL(even ‖ softmax) of the class token, plus `token_weight` times the mean over patch tokens of theirs."""
-    return _from_even(logits.cls) + token_weight * _from_even(logits.patches)
+def evenness_loss(logits: TokenLogits) -> Tensor:
+    """KL(even ‖ softmax) of the class token, plus `TOKEN_LOSS` times the mean over patch tokens of theirs."""
+    return _from_even(logits.cls) + TOKEN_LOSS * _from_even(logits.patches)
 
 
 def _from_even(logits_Y: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def train_privately(
     device: torch.device,
     prox_mu: float = 0.0,
 ) -> float:
-    """Train `vit` in place, as `train_local` does but for `local.grad-clip`; return the ε that was spent at δ.
+    """Train `vit` in place, as `train_local` does but for its clipping; return the ε that was spent at δ.
 
     Two data sets are neighbours if one has an image more, whose place is empty in the other: the number of images
     counts as public.
@@ -76,7 +76,7 @@ def train_privately(
     batches = -(-len(images) // expected)
     steps, rate = local.epochs * batches, expected / len(images)
     noise = noise_for(config, rate, steps)
-    mu, start = prox_mu + local.pull, [weight.detach().clone() for weight in vit.parameters()]
+    start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
     stepper = client_stepper(vit, local, steps)
     mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
     mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
@@ -89,8 +89,8 @@ def train_privately(
             mechanism.clip_and_accumulate()
         mechanism.add_noise()
         mechanism.scale_grad()
-        if mu:  # of the weights alone: nothing to hide
-            _pull(vit, start, mu)
+        if prox_mu:  # of the weights alone: nothing to hide
+            _pull(vit, start, prox_mu)
         stepper.advance()
         mechanism.zero_grad()
         if (step + 1) % batches == 0 and step // batches >= first:
@@ -180,7 +180,7 @@ def _gradients(
     def loss(weights: dict[str, Tensor], patches_NE: Tensor, label: Tensor) -> Tensor:
         named = {f"vit.{name}": weight for name, weight in weights.items()}
         logits = functional_call(network, named, (patches_NE[None],))
-        return label_loss(logits, label[None], local.label_smoothing, local.token_loss)
+        return label_loss(logits, label[None])
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
         every: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(

@@ -23,14 +23,13 @@ def train_local(
 ) -> float:
     """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
-    `prox_mu` is FedProx's μ, to which `local.pull` is added; w⁰ are the weights given. The class prior of
-    `local.prior-adjust` is that of `images`, and so is the skew that `local.outliers` is multiplied by. With
-    `local.average` the weights left in `vit` are a mean over epoch ends.
+    `prox_mu` is FedProx's μ; w⁰ are the weights given. The class prior of `local.prior-adjust` is that of `images`, and
+    so is the skew that `local.outliers` is multiplied by. With `local.average` the weights left in `vit` are a mean
+    over epoch ends.
     """
     local = config.local
     vit.to(device).train()
-    mu = prox_mu + local.pull
-    start = [weight.detach().clone() for weight in vit.parameters()] if mu else []
+    start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
     shift = None
     if local.prior_adjust:
         shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
@@ -48,13 +47,13 @@ def train_local(
                 pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
             patches = patchify(pixels, config.model.patch_size)
             logits = forward_tokens(vit, patches, all_positions(patches))
-            loss = label_loss(logits, labels, local.label_smoothing, local.token_loss, shift)
+            loss = label_loss(logits, labels, shift)
             losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
             if strangeness:
                 strange = outliers(pixels, config.model.patch_size, rng)
                 answers = forward_tokens(vit, strange, all_positions(strange))
-                loss = loss + strangeness * evenness_loss(answers, local.token_loss)
-            stepper.step(loss + proximal(vit.parameters(), start, mu) if mu else loss)
+                loss = loss + strangeness * evenness_loss(answers)
+            stepper.step(loss + proximal(vit.parameters(), start, prox_mu) if prox_mu else loss)
         told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
         epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)
         if epoch >= first:

@@ -16,7 +16,6 @@ from .config import (
     PrivacyConfig,
     RelabelConfig,
     ScreenConfig,
-    StrategyConfig,
     UploadConfig,
 )
 
@@ -36,6 +35,5 @@ __all__ = [
     "PrivacyConfig",
     "RelabelConfig",
     "ScreenConfig",
-    "StrategyConfig",
     "UploadConfig",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar, cast
 
 from ..common.errors import ConfigError
 from .limits import Section, check
-from .method_sections import FedDFConfig, StrategyConfig
+from .method_sections import FedDFConfig
 from .protection import KrumConfig, PrivacyConfig, ScreenConfig
 from .sections import (
     OWN,
@@ -46,7 +46,6 @@ __all__ = [
     "PrivacyConfig",
     "RelabelConfig",
     "ScreenConfig",
-    "StrategyConfig",
     "UploadConfig",
 ]
 
@@ -76,13 +75,12 @@ class Config(Section):
     feddf: FedDFConfig = field(default_factory=FedDFConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
-        if self.ensemble.weights == "counts" and not self.upload.tells_counts:
+        if self.ensemble.weights == "counts" and not self.upload.counts:
             raise ConfigError(
-                "ensemble.weights = 'counts' needs the clients' class counts; set upload.class-counts = true"
+                "ensemble.weights = 'counts' needs the clients' class counts; set upload.extras = 'counts'"
             )
         if self.inversion.route and self.ensemble.weights not in ("counts", "estimated"):
             raise ConfigError(
@@ -130,10 +128,8 @@ class Config(Section):
         """What would tell of the images beside the noise, or spend more than is said."""
         if not self.privacy.epsilon:
             return
-        beside = {
-            "upload.class-counts": self.upload.class_counts,
-            "upload.statistics": self.upload.statistics,
-            "upload.directions": self.upload.directions,
+        beside: dict[str, str | float] = {
+            "upload.extras": self.upload.extras,
             "local.prior-adjust": self.local.prior_adjust,
             "local.outliers": self.local.outliers,
         }
@@ -141,7 +137,7 @@ class Config(Section):
             if value:
                 raise ConfigError(
                     f"{key} = {toml_value(value)} tells of the images without noise, but privacy.epsilon = "
-                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)(0))}"
+                    f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)())}"
                 )
         if self.flower.rounds > 1:
             raise ConfigError(

@@ -11,12 +11,10 @@ class ScreenConfig(Section):
 
     section = "screen"
     mode: str = "clear"  # off | warn of unusual uploads | clear: leave out what no honest client can be | exclude: all
-    images: int = 5  # made for each class, to see whether a client calls the classes by their names; 0: not looked at
     max_images: int = 10_000_000  # an upload that claims more is refused: sizes are weights
 
     def __post_init__(self) -> None:
         self._one_of("mode", "off", "warn", "clear", "exclude")
-        self._at_least(0, "images")
         self._at_least(1, "max_images")
 
 
@@ -36,7 +34,7 @@ class PrivacyConfig(Section):
     section = "privacy"
     epsilon: float = 0.0  # what an upload may tell of any one image, as a bound ε; 0: no bound and no noise
     delta: float = 1e-5  # with which probability the bound may fail; well below 1 / images
-    clip: float = 1.0  # length to which each image's gradient is cut; in place of local.grad-clip
+    clip: float = 1.0  # length to which each image's gradient is cut; in place of that of all together
 
     def __post_init__(self) -> None:
         self._at_least(0, "epsilon")

@@ -1,12 +1,18 @@
 """The settings, section by section: each one's type, default and limits."""
 
+import math
+import re
 from dataclasses import dataclass
 
 from ..common.errors import ConfigError
-from .limits import Section, check
+from .limits import Section, check, nearest
 
 REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
 OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
+AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training starts from (recipe.py)
+HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
+DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/LOG.md)
+EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may contain beside weights
 MERGED = ("average", "classwise")  # starts of the student that are made of the clients' weights
 
 
@@ -72,12 +78,11 @@ class ModelConfig(Section):
     num_classes: int = 0  # 0: as many as the data has
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
-    heads: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
 
     def __post_init__(self) -> None:
         self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
-        self._at_least(1, "width", "depth", "heads")
+        self._at_least(1, "width", "depth")
         check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
         if self.patch_size:
             check(
@@ -86,12 +91,18 @@ class ModelConfig(Section):
                 self.img_size % self.patch_size == 0,
                 f"a multiple of model.patch-size = {self.patch_size}",
             )
-        check("model.heads", self.heads, self.width % self.heads == 0, f"a divisor of model.width = {self.width}")
+        fits = self.width % HEAD_WIDTH == 0
+        check("model.width", self.width, fits, f"a multiple of {HEAD_WIDTH}, the width of one attention head")
 
     @property
     def resolved(self) -> bool:
         """Whether nothing is left to be found from the name and the data."""
         return 0 not in (self.img_size, self.patch_size, self.in_chans, self.num_classes)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads in each block of "small"."""
+        return self.width // HEAD_WIDTH
 
     @property
     def grid(self) -> int:
@@ -108,57 +119,81 @@ class LocalConfig(Section):
     """Training at the client."""
 
     section = "local"
-    epochs: int = 50
+    epochs: int = 0  # 0: 50, or 3 with model.weights
     batch_size: int = 32
-    optimizer: str = "muon"  # muon (for matrices; AdamW for the rest) | adamw | sgd (momentum 0.9)
-    lr: float = 3e-3
-    head_lr: float = 0.0  # of the head, which is new where the body comes with `model.weights`; 0: as lr
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # cosine | constant
-    label_smoothing: float = 0.0
+    optimizer: str = AUTO  # muon (matrices; AdamW for the rest) | adamw | sgd | auto: muon, or adamw with model.weights
+    lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
+    head_lr: float = 0.0  # of the head; 0: as lr, or 0.01 with model.weights, where it alone is new
     augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
-    token_loss: float = 0.5  # weight of the label's cross-entropy on every patch token (LV-ViT form)
     prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
     average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
-    pull: float = 0.0  # adds pull/2 times the squared distance from the weights given to the loss, as FedProx
-    grad_clip: float = 1.0  # 0: none
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
-        self._one_of("optimizer", "muon", "adamw", "sgd")
-        self._one_of("schedule", "cosine", "constant")
-        self._at_least(1, "epochs", "batch_size", "threads")
-        self._above(0, "lr")
-        self._at_least(0, "head_lr", "weight_decay", "token_loss", "grad_clip", "prior_adjust", "outliers", "pull")
+        self._one_of("optimizer", "muon", "adamw", "sgd", AUTO)
+        self._at_least(1, "batch_size", "threads")
+        self._at_least(0, "epochs", "lr", "head_lr", "prior_adjust", "outliers")
         self._within(0, 1, "average")
-        self._within(0, 0.99, "label_smoothing")
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return 0 not in (self.epochs, self.lr, self.head_lr) and self.optimizer != AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadConfig(Section):
     section = "upload"
     dtype: str = "float32"  # float32 | float16
-    class_counts: bool = False  # also upload how many images of each class; a privacy choice
-    statistics: bool = False  # also upload class counts and sums over frozen features by class; a privacy choice
-    variances: bool = False  # with the statistics, also sums of squares by class, for method fedpft
-    directions: int = 0  # also so many leading directions of what each layer is given, for RegMean; a privacy choice
+    extras: str = ""  # also upload: counts, statistics, variances, moments; "": weights alone; a privacy choice
 
     def __post_init__(self) -> None:
         self._one_of("dtype", "float32", "float16")
-        self._at_least(0, "directions")
-        if self.variances and not self.statistics:
-            raise ConfigError("upload.variances = True goes with the statistics; set upload.statistics = true")
+        for word in self._words:
+            if word not in EXTRAS:
+                raise ConfigError(
+                    f"upload.extras = {self.extras!r} has {word!r}; use {', '.join(EXTRAS)}, separated by commas"
+                    f"{nearest(word, EXTRAS)}"
+                )
 
     @property
-    def tells_counts(self) -> bool:
-        """Whether class counts are uploaded: statistics are of no use without them."""
-        return self.class_counts or self.statistics
+    def _words(self) -> list[str]:
+        words = re.split(r"[,|]", self.extras)  # a list in TOML comes with |
+        return [word.strip() for word in words] if self.extras.strip() else []
+
+    @property
+    def all_extras(self) -> frozenset[str]:
+        """The extras with those that they are of no use without."""
+        words = set(self._words)
+        words |= {"statistics"} if "variances" in words else set()
+        words |= {"counts"} if "statistics" in words else set()
+        return frozenset(words)
+
+    @property
+    def counts(self) -> bool:
+        """Images of each class."""
+        return "counts" in self.all_extras
+
+    @property
+    def statistics(self) -> bool:
+        """Sums over frozen features by class, for `lda` and `ridge`."""
+        return "statistics" in self.all_extras
+
+    @property
+    def variances(self) -> bool:
+        """Sums of squares by class, too, for `fedpft`."""
+        return "variances" in self.all_extras
+
+    @property
+    def moments(self) -> bool:
+        """Second moments of what each layer is given, for `regmean`."""
+        return "moments" in self.all_extras
 
     @property
     def sends_statistics(self) -> bool:
-        """Whether anything is uploaded beside weights and counts."""
-        return self.statistics or self.directions > 0
+        """Whether tensors are uploaded beside the weights."""
+        return self.statistics or self.moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +215,14 @@ class InversionConfig(Section):
     mode: str = "sparse"  # dense | sparse (SMI: halt and drop) | pri4 (patch rebirth: four images from one)
     steps: int = 60  # T
     batch_size: int = 125  # images inverted at once
-    stops: str = "0.1,0.3"  # sparse: halting times, as fractions of T
+    stops: str = AUTO  # sparse: halting times, as fractions of T; auto: 0.1,0.3, or SMI's four with model.weights
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
 
     def __post_init__(self) -> None:
         self._one_of("mode", "dense", "sparse", "pri4")
         self._within(0, 1, "route")
         self._at_least(1, "steps", "batch_size")
-        fractions = self.stop_fractions
+        fractions = () if self.stops == AUTO else self.stop_fractions
         check(
             "inversion.stops",
             self.stops,
@@ -202,6 +237,7 @@ class InversionConfig(Section):
 
     @property
     def stop_fractions(self) -> tuple[float, ...]:
+        assert self.stops != AUTO, "inversion.stops = 'auto' is to be resolved first"
         try:
             return tuple(float(part) for part in self.stops.split(",") if part.strip())
         except ValueError as error:
@@ -224,16 +260,20 @@ class DistillConfig(Section):
     section = "distill"
     epochs: int = 2  # E: each inverts new images, then passes over the whole pool
     images_per_epoch: int = 250
-    passes: int = 60  # over the pool, per epoch
-    init: str = "average"  # average (of uploads) | classwise (its head by who knows which class) | initial
+    passes: int = 0  # over the pool, per epoch; 0: 60, or 5 with model.weights
+    init: str = AUTO  # average (of uploads) | classwise (its heads by class) | initial | auto: one of the first two
     extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; 0: chosen
-    lr: float = 3e-3
+    lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
 
     def __post_init__(self) -> None:
-        self._one_of("init", *MERGED, "initial")
-        self._at_least(1, "epochs", "images_per_epoch", "passes")
-        self._above(0, "lr")
-        self._at_least(0, "extrapolate")
+        self._one_of("init", *MERGED, "initial", AUTO)
+        self._at_least(1, "epochs", "images_per_epoch")
+        self._at_least(0, "passes", "lr", "extrapolate")
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return 0 not in (self.passes, self.lr) and self.init != AUTO
 
     @property
     def merges(self) -> bool:
@@ -269,7 +309,7 @@ class FlowerConfig(Section):
     section = "flower"
     strategy: str = "oneshot"  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
     rounds: int = 1  # of a strategy that Flower ships
-    min_nodes: int = 2
+    options: str = ""  # of that strategy, by Flower's own names, as "eta=0.1, tau=0.01"; "": its defaults
     node_wait: float = 120.0  # seconds to wait for the nodes
     upload_timeout: float = 3600.0  # seconds to wait for the uploads
     quorum: float = 1.0  # share of the clients whose upload must be there
@@ -278,9 +318,21 @@ class FlowerConfig(Section):
     def __post_init__(self) -> None:
         self._names("clients")
         self._at_least(1, "rounds")
-        self._at_least(2, "min_nodes")
         self._above(0, "node_wait", "upload_timeout")
         self._within(0.01, 1, "quorum")
+
+        self.strategy_options()
+
+    def strategy_options(self) -> dict[str, float]:
+        """Numbers by name; which names there are, the strategy says."""
+        found: dict[str, float] = {}
+        for part in self.options.split(",") if self.options.strip() else ():
+            name, _, value = (word.strip() for word in part.partition("="))
+            number = _number(value)
+            fits = name.isidentifier() and number is not None and name not in found
+            check("flower.options", self.options, fits, "different names with numbers, such as 'eta=0.1, tau=0.01'")
+            found[name] = number or 0.0
+        return found
 
     @property
     def client_names(self) -> tuple[str, ...]:
@@ -290,3 +342,11 @@ class FlowerConfig(Section):
         """A client's number, and its name where it has one."""
         names = self.client_names
         return f"{client} ({names[client]})" if client < len(names) else str(client)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -15,6 +15,7 @@ from ..common.errors import ConfigError, unread
 from ..common.outside import is_file
 from .limits import SEPARATOR
 from .retired import refuse_retired
+from .upgrade import RESPELLED
 
 # Settings that are paths, with their values that are none. A relative one is relative to the file that says it; on the
 # command line, to the current folder.
@@ -47,7 +48,6 @@ _ALSO_CALLED = {
     "in-channels": "in-chans",
     "iterations": "steps",
     "learning-rate": "lr",
-    "lr-scheduler": "schedule",
     "n-classes": "num-classes",
     "n-clients": "partition.clients",
     "n-epochs": "epochs",
@@ -64,8 +64,6 @@ _ALSO_CALLED = {
     "random-seed": "seed",
     "resolution": "img-size",
     "resume": "resume-from",
-    "scheduler": "schedule",
-    "wd": "weight-decay",
 }
 
 
@@ -279,6 +277,8 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 def key_hint(key: str, known: Mapping[str, object], value: object = None) -> str:
     """The end of a line on an unknown key: every setting that may be meant, best by its last part."""
+    if spelled(key) in RESPELLED:
+        return f"write {RESPELLED[spelled(key)]}"
     own = [other for other in known if other.startswith(f"{spelled(key)}.")]
     if own and not _ending(spelled(key), known):
         return f"it is a section, whose settings are: {', '.join(own)}"

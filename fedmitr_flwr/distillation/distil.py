@@ -39,19 +39,8 @@ class Plain:
     perturb: Perturb | None = None
 
 
-@dataclass(frozen=True)
-class _Optim:
-    """Of the student: what its clients' training has by default."""
-
-    lr: float
-    optimizer: str = "muon"
-    weight_decay: float = 0.05
-    schedule: str = "cosine"
-    grad_clip: float = 1.0
-
-
 def student_stepper(student: VisionTransformer, config: Config, total_steps: int) -> Stepper:
-    return Stepper(student.parameters(), _Optim(config.distill.lr), total_steps)
+    return Stepper(student.parameters(), "muon", config.distill.lr, total_steps)
 
 
 def count_batches(views: Sequence[View], config: Config) -> int:

@@ -31,6 +31,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
     that waits for images: `settle`.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
+    assert distill.resolved, "distill.* has settings that are to be resolved first"
     mean = average(uploads) if distill.merges else initial_weights(config.model, config.seed)
     student.load_state_dict(mean)
     if distill.merges and distill.extrapolate not in (0, 1):

@@ -19,12 +19,12 @@ def require_statistics(config: Config) -> None:
     if not config.upload.statistics:
         raise ConfigError(
             f"method = {config.method!r} needs the clients' statistics, which tell class counts, too; "
-            "set upload.statistics = true"
+            "set upload.extras = 'statistics'"
         )
 
 
 def statistics_of(upload: Upload) -> Statistics:
-    assert upload.statistics is not None, "upload.statistics, which methods check"
+    assert upload.statistics is not None, "upload.extras, which methods check"
     assert upload.class_counts is not None, "they come with the statistics"
     return Statistics.of(upload.statistics, upload.class_counts)
 

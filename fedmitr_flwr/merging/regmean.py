@@ -49,7 +49,7 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
 
 
 def _told(upload: Upload) -> Mapping[str, Tensor]:
-    assert upload.statistics is not None, "upload.directions, which the config checks"
+    assert upload.statistics is not None, "upload.extras, which methods check"
     return upload.statistics
 
 

@@ -40,11 +40,12 @@ def check(config: Config) -> None:
     require_proxy(config)
     if config.distill.chooses_start:
         raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
-    if config.distill.start_needs_images:
-        raise ConfigError(
-            f"distill.init = {config.distill.init!r} needs synthetic images, and method = 'feddf' has none; "
-            "set it to 'average'"
-        )
+
+
+def settings(config: Config) -> Config:
+    """Merged heads need synthetic images: the student starts from the average."""
+    forced: dict[str, object] = {"distill.init": "average"} if config.distill.init == "classwise" else {}
+    return Config.from_flat(forced, base=config)
 
 
 def fuse(job: Job) -> Fused:

@@ -4,7 +4,7 @@ Source: Beitollahi et al. 2024, Parametric Feature Transfer, with one Gaussian p
 features are drawn as the client has images of the class, but `MOST` at most; beyond, each counts for as many as it
 stands for. So neither memory nor time depends on what a client claims.
 
-Deviations [M]: the Gaussians are told by sums (`upload.variances`), in float64; the paper fits mixtures by EM. The head
+Deviations [M]: the Gaussians are those of sums (`upload.extras`), in float64; the paper fits mixtures by EM. The head
 is the minimum of the cross-entropy with an L2 penalty, found by L-BFGS; the paper trains it by gradient steps.
 
 Shapes: n features of D numbers, Y classes.
@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     """Raise ConfigError where the clients would not tell what the Gaussians need."""
     require_statistics(config)
     if not config.upload.variances:
-        raise ConfigError("method = 'fedpft' needs variances by class; set upload.variances = true")
+        raise ConfigError("method = 'fedpft' needs variances by class; set upload.extras = 'variances'")
 
 
 def fuse(job: Job) -> Fused:

@@ -12,9 +12,10 @@ from .contract import Fused, Job
 
 def check(config: Config) -> None:
     """Raise ConfigError where the clients would not upload what this needs."""
-    if not config.upload.directions:
+    if not config.upload.moments:
         raise ConfigError(
-            "method = 'regmean' needs second moments of what the clients' layers are given; set upload.directions = 32"
+            "method = 'regmean' needs second moments of what the clients' layers are given; "
+            "set upload.extras = 'moments'"
         )
 
 

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
-from ..config import Config
+from ..config import Config, recipe
 from ..config.limits import needed
-from ..config.method_sections import UNSET
 from ..config.retired import RETIRED
-from ..config.sections import REBIRTHS
+from ..config.sections import HEAD_WIDTH, REBIRTHS
 from ..config.text import read_flat
+from ..config.upgrade import UNSET, upgraded
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
+from ..vit.names import SMALL
 from .result import sealed, unsealed
 
 log = logging.getLogger("fedmitr")
@@ -387,6 +388,9 @@ def _read_config(path: Path) -> Config:
         if flat["data.source"] == "digits" and flat["data.path"]:
             log.warning("%s: 0.1.0 read digits for this run, and nothing of data.path = %r", path, flat["data.path"])
             flat["data.path"] = ""
+    if problem := _impossible(flat):
+        raise ConfigError(f"{path}: {problem}; use the version that made this run")
+    flat = upgraded(flat)
     known = Config().to_flat()
     if retired := [key for key in flat if key in RETIRED and key not in known]:
         log.warning("%s: settings of an older version, ignored: %s", path, ", ".join(retired))
@@ -397,10 +401,19 @@ def _read_config(path: Path) -> Config:
     if absent := [key for key in known if key not in flat]:
         log.warning("%s: settings that it was made without have their defaults: %s", path, ", ".join(absent))
     try:
-        return Config.from_flat({key: value for key, value in flat.items() if key in known})
+        config = Config.from_flat({key: value for key, value in flat.items() if key in known})
+        return recipe.settled(config) if absent else config
     except ConfigError as error:
         fix = "; an older version made this run, so use that one" if retired else ""
         raise ConfigError(f"{path}: {error}{fix}") from error
+
+
+def _impossible(flat: Mapping[str, object]) -> str | None:
+    """Why no model of this version is the one of a run with these settings; None: one is."""
+    heads, width = flat.get("model.heads"), flat.get("model.width")
+    if flat.get("model.name") == SMALL and heads is not None and width != HEAD_WIDTH * int(str(heads)):
+        return f"model.heads = {heads} of model.width = {width}, and this version has model.width / {HEAD_WIDTH} heads"
+    return None
 
 
 _RESTORE = "restore it; settings of a new start are given by key=value or -c"

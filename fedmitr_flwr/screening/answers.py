@@ -29,6 +29,7 @@ log = logging.getLogger("fedmitr")
 
 FOLDS = 5
 STEPS = 20
+IMAGES = 5  # made for each class: an eighth of the default inversion's steps (docs/adr/0017-screening.md)
 FEWEST = 5  # uploads: images by one or two others have too much of their own
 SUSPECT = 0.5  # of `Names.kept`: below it a client is judged again, by all others
 STRANGE = 0.3
@@ -89,15 +90,17 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return entropy
 
 
-def strange_answers(uploads: Sequence[Upload], config: Config, device: torch.device) -> list[Finding]:
+def strange_answers(
+    uploads: Sequence[Upload], config: Config, device: torch.device, images: int = IMAGES
+) -> list[Finding]:
     """Of uploads that are not strange otherwise: who is sure of nothing, and who knows the classes by wrong names.
 
     Two looks: with `FOLDS` folds, which is cheap, and, at those whose names are suspect, with twice the images by all
-    others.
+    others. `images` are made for each class.
     """
     if len(uploads) < FEWEST:
         return []
-    folds, images = min(FOLDS, len(uploads)), config.screen.images
+    folds = min(FOLDS, len(uploads))
     first = [
         answer
         for fold in range(folds)

@@ -12,7 +12,7 @@ from ..config import Config
 from ..statistics import moments
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
-from .answers import strange_answers
+from .answers import IMAGES, strange_answers
 from .findings import Finding
 from .sums import strange_sums
 from .weights import FEWEST, OWNS, strange_weights
@@ -42,7 +42,11 @@ class Screened:
 
 
 def screen(
-    uploads: Sequence[Upload], config: Config, device: torch.device, report: Callable[..., None] = lambda **_: None
+    uploads: Sequence[Upload],
+    config: Config,
+    device: torch.device,
+    report: Callable[..., None] = lambda **_: None,
+    images: int = IMAGES,
 ) -> Screened:
     """Judge the uploads by `config.screen`: one warning for each that is unusual.
 
@@ -54,11 +58,12 @@ def screen(
         config: of the run.
         device: where synthetic images are made.
         report: called with every finding, for metrics.jsonl.
+        images: made for each class, to see whether a client calls the classes by their names; 0: not looked at.
     """
     mode = config.screen.mode
     if mode == "off":
         return Screened(list(uploads), [], [])
-    findings = _findings(uploads, config, device)
+    findings = _findings(uploads, config, device, images)
     leaving = {finding.client for finding in findings if mode == "exclude" or (mode == "clear" and finding.clear)}
     excluded = sorted(leaving)
     if excluded and 2 * len(excluded) >= len(uploads):
@@ -82,16 +87,16 @@ def screen(
     return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != kept)
 
 
-def _findings(uploads: Sequence[Upload], config: Config, device: torch.device) -> list[Finding]:
+def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, images: int) -> list[Finding]:
     """At most one for each client: weights and sums first, then the answers of those of which nothing was said."""
     start = _start(config)
     found = [] if start is None else strange_weights(uploads, start)
     if config.upload.statistics:
         found += strange_sums(uploads, None if start is None else moments.last_norm(start))
     findings = _gravest(found)
-    if config.screen.images:
+    if images:
         unusual = {finding.client for finding in findings}
-        findings += strange_answers([each for each in uploads if each.client not in unusual], config, device)
+        findings += strange_answers([each for each in uploads if each.client not in unusual], config, device, images)
     return sorted(findings, key=lambda finding: finding.client)
 
 

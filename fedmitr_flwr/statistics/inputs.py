@@ -1,10 +1,10 @@
 """What a client's linear layers are given on its own images: second moments, in a few leading directions of each.
 
 RegMean (Jin et al. 2023) [C] merges models in closed form if each client tells the second moments of its layers'
-inputs. Whole, they are as large as the weights. Here a client tells the `upload.directions` leading directions of each,
+inputs. Whole, they are as large as the weights. Here a client sends the `DIRECTIONS` leading directions of each,
 and one number for all the others [M]: docs/LOG.md.
 
-Shapes: n images, I inputs of a layer, one of them the constant 1 of its bias, R = min(`upload.directions`, I)
+Shapes: n images, I inputs of a layer, one of them the constant 1 of its bias, R = min(`DIRECTIONS`, I)
 directions, L layers.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ModelConfig
+from ..config.sections import DIRECTIONS
 from ..data.images import Images, prepare
 from ..vit.tokens import patchify
 
@@ -34,28 +35,23 @@ def widths(weights: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def like(weights: Mapping[str, Tensor], directions: int) -> dict[str, Tensor]:
-    """What `measure` gives for a model with weights like these, without its numbers; nothing for 0 directions."""
-    if not directions:
-        return {}
+def like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `measure` gives for a model with weights like these, without its numbers."""
     inputs = widths(weights)
     rows = {
-        PREFIX + layer: torch.empty(min(directions, width), width, device="meta") for layer, width in inputs.items()
+        PREFIX + layer: torch.empty(min(DIRECTIONS, width), width, device="meta") for layer, width in inputs.items()
     }
     return rows | {REST: torch.empty(len(inputs), device="meta")}
 
 
 @torch.no_grad()
-def measure(
-    vit: VisionTransformer, images: Images, model: ModelConfig, directions: int, device: torch.device
-) -> dict[str, Tensor]:
+def measure(vit: VisionTransformer, images: Images, model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
     """What a client uploads.
 
     Args:
         vit: as the client trained it.
         images: its own, shown whole and unaugmented.
         model: how pixels become its input.
-        directions: at least 1.
         device: where the model is asked.
 
     Returns:
@@ -63,7 +59,7 @@ def measure(
     """
     told, rests = {}, []
     for layer, moment_II in second_moments(vit, images, model, device).items():
-        told[PREFIX + layer], rest = leading(moment_II, directions)
+        told[PREFIX + layer], rest = leading(moment_II, DIRECTIONS)
         rests.append(rest)
     return told | {REST: torch.stack(rests)}
 

@@ -68,7 +68,7 @@ class Statistics:
     @property
     def variances(self) -> Tensor:
         """(Y, D), over the images of each class; zeros for a class without images. Needs `squares`."""
-        assert self.squares is not None, "upload.variances"
+        assert self.squares is not None, "upload.extras"
         return (self.squares / self.counts.clamp_min(1)[:, None] - self.means**2).clamp_min(0)
 
 

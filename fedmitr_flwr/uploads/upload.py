@@ -39,9 +39,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {  # of what is in the header of an upl
 class Upload:
     """One client's upload.
 
-    `class_counts` (images per class) are there only by `upload.class-counts` or `upload.statistics`. In
-    `statistics` is what `statistics.moments.measure` gives, only by the latter, and `statistics.inputs.measure`, by
-    `upload.directions`.
+    `class_counts` (images per class) are there only where `upload.extras` has counts or statistics. In `statistics` is
+    what `statistics.moments.measure` gives, with statistics, and `statistics.inputs.measure`, with moments.
     """
 
     client: int
@@ -67,11 +66,11 @@ def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
         wanted = [name for name in told if _is_asked(name, asked)]
         if len(wanted) < len(told):
             told = {name: told[name] for name in wanted} or None
-    return replace(upload, class_counts=upload.class_counts if asked.tells_counts else None, statistics=told)
+    return replace(upload, class_counts=upload.class_counts if asked.counts else None, statistics=told)
 
 
 def _is_asked(name: str, asked: UploadConfig) -> bool:
-    return asked.directions > 0 if name.startswith(inputs.PREFIX) else name in moments.names(asked)
+    return asked.moments if name.startswith(inputs.PREFIX) else name in moments.names(asked)
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
@@ -186,10 +185,10 @@ def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | N
 
 def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: UploadConfig) -> str | None:
     told, sums = upload.statistics or {}, moments.names(asked)
-    layers = inputs.like(reference, asked.directions)
+    layers = inputs.like(reference) if asked.moments else {}
     if set(told) != {*sums, *layers}:
         names = f"{_NAMES.repr(sorted(told))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
-        return f"its statistics are {names} (upload.statistics, upload.variances, upload.directions)"
+        return f"its statistics are {names} (upload.extras)"
     problem: str | None = None
     if sums:
         if upload.class_counts is None:

@@ -16,7 +16,7 @@ from ..common.errors import ModelError
 from ..config import ModelConfig
 
 RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
-SMALL = "small"  # our own shape, by model.width, model.depth and model.heads
+SMALL = "small"  # our own shape, by model.width and model.depth
 
 _UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
 

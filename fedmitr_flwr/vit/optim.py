@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,49 +12,38 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import LocalConfig
 
-
-class OptimConfig(Protocol):
-    """The settings that `Stepper` reads; `LocalConfig` and `DistillConfig` have them."""
-
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def grad_clip(self) -> float: ...
+WEIGHT_DECAY = 0.05  # as DeiT (Touvron et al. 2021); none at all gave the same accuracy (docs/log.md)
+GRAD_CLIP = 1.0  # of the norm of all gradients together, as ViT (Dosovitskiy et al. 2021)
 
 
 class Stepper:
-    """Gradient step with clipping and a learning rate that is constant, or falls to 0 as a half cosine.
+    """Gradient step with clipping and a learning rate that falls to 0 as a half cosine.
 
     Weight decay spares biases, norms (1 axis), class tokens and positions (3 axes), as timm's `no_weight_decay` does.
-    With `head_lr`, those of the `parameters` that are the `head` start from that rate in place of `config.lr`.
+    With another `head_lr`, those of the `parameters` that are the `head` start from that rate in place of `lr`.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        config: OptimConfig,
+        optimizer: str,
+        lr: float,
         total_steps: int,
         head: Iterable[nn.Parameter] = (),
         head_lr: float = 0.0,
     ) -> None:
+        assert lr, "a learning rate of 0 is to be resolved first"
         self.parameters = list(parameters)
-        self.optimizers = _optimizers(self.parameters, config, list(head) if head_lr else [], head_lr)
-        self.factor = lambda step: _factor(step, total_steps, config.schedule)
-        self.schedules = [LambdaLR(optimizer, self.factor) for optimizer in self.optimizers]
-        self.grad_clip = config.grad_clip
+        apart = list(head) if head_lr not in (0, lr) else []
+        self.optimizers = _optimizers(self.parameters, optimizer, lr, apart, head_lr)
+        self.factor = lambda step: _factor(step, total_steps)
+        self.schedules = [LambdaLR(each, self.factor) for each in self.optimizers]
 
     def step(self, loss: Tensor) -> None:
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
-        if self.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        nn.utils.clip_grad_norm_(self.parameters, GRAD_CLIP)
         self.advance()
 
     def advance(self) -> None:
@@ -89,11 +78,12 @@ class Stepper:
 
 def client_stepper(vit: VisionTransformer, local: LocalConfig, total_steps: int) -> Stepper:
     """Of a client's training: all of `vit`, and its head by `local.head_lr`."""
-    return Stepper(vit.parameters(), local, total_steps, vit.head.parameters(), local.head_lr)
+    assert local.resolved, "local.* has settings that are to be resolved first"
+    return Stepper(vit.parameters(), local.optimizer, local.lr, total_steps, vit.head.parameters(), local.head_lr)
 
 
 def _optimizers(
-    parameters: list[nn.Parameter], config: OptimConfig, head: list[nn.Parameter], head_lr: float
+    parameters: list[nn.Parameter], name: str, lr: float, head: list[nn.Parameter], head_lr: float
 ) -> list[Optimizer]:
     """One for all parameters; with `muon`, Muon (Jordan et al. 2024) for the matrices and AdamW for the rest.
 
@@ -102,30 +92,28 @@ def _optimizers(
     """
     apart = {id(parameter) for parameter in head}
     body = [parameter for parameter in parameters if id(parameter) not in apart]
-    last = [_by_numbers(head, config, head_lr)] if head else []
-    if config.optimizer != "muon":
-        return [_by_numbers(body, config, config.lr), *last]
+    last = [_by_numbers(head, name, head_lr)] if head else []
+    if name != "muon":
+        return [_by_numbers(body, name, lr), *last]
     matrices, others = [p for p in body if p.dim() == 2], [p for p in body if p.dim() != 2]
-    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, _by_numbers(others, config, config.lr), *last]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    return [muon, _by_numbers(others, name, lr), *last]
 
 
-def _by_numbers(parameters: list[nn.Parameter], config: OptimConfig, lr: float) -> Optimizer:
+def _by_numbers(parameters: list[nn.Parameter], name: str, lr: float) -> Optimizer:
     """SGD where that is wanted, else AdamW: each number has a step of its own."""
-    groups = _by_decay(parameters, config.weight_decay)
-    if config.optimizer == "sgd":
+    groups = _by_decay(parameters)
+    if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=lr)
 
 
-def _by_decay(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _by_decay(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     return [
-        {"params": [p for p in parameters if p.dim() in (2, 4)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() in (2, 4)], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() not in (2, 4)], "weight_decay": 0.0},
     ]
 
 
-def _factor(step: int, total: int, schedule: str) -> float:
-    if schedule == "constant":
-        return 1.0
+def _factor(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
