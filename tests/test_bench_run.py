@@ -232,16 +232,16 @@ def table_of(out: Path) -> list[list[str]]:
     return [[line[place] for place in timeless] for line in lines]
 
 
-@pytest.mark.parametrize("where", ["train_local", "make_images", "evaluate", "write_result"])
+@pytest.mark.parametrize("where", ["train_local", "images", "evaluate", "write_result"])
 def test_stopped_anywhere_and_started_again_gives_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     from fedmitr_flwr import judge
-    from fedmitr_flwr.methods import loop
+    from fedmitr_flwr.methods.rounds import Rounds
 
     spec = read(a_bench(tmp_path, GRID.replace("[0, 1]", "[0]")))
     running.run(spec, Store(tmp_path / "whole"), no_flower)
-    module: Any = {"train_local": pipeline, "make_images": loop, "evaluate": judge, "write_result": RunFolder}[where]
+    module: Any = {"train_local": pipeline, "images": Rounds, "evaluate": judge, "write_result": RunFolder}[where]
     real, calls = getattr(module, where), 0
 
     def stops(*args: Any, **kwargs: Any) -> Any:

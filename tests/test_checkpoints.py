@@ -7,7 +7,7 @@ from tiny import an_upload, settings
 
 from fedmitr_flwr.common.compute import threads
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.methods import loop
+from fedmitr_flwr.methods import rounds
 from fedmitr_flwr.runs.checkpoints import Checkpoints
 
 
@@ -49,5 +49,5 @@ def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     no_piece += ("krum.", "screen.")  # the uploads themselves are in the key
     in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")
     for key in Config().to_flat():
-        assert key.startswith((*loop.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
-    assert set(loop.IMAGE_SETTINGS) < set(loop.STUDENT_SETTINGS)
+        assert key.startswith((*rounds.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
+    assert set(rounds.IMAGE_SETTINGS) < set(rounds.STUDENT_SETTINGS)

@@ -21,7 +21,7 @@ from fedmitr_flwr.merging import layerwise
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.merging.layerwise import fit_layers, solve
 from fedmitr_flwr.methods.contract import Job
-from fedmitr_flwr.methods.loop import rival_settings
+from fedmitr_flwr.methods.rounds import rival_settings
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import vit_of
 

@@ -19,9 +19,9 @@ from fedmitr_flwr.distillation import distil, losses
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import Weigher
 from fedmitr_flwr.merging.average import average
-from fedmitr_flwr.methods import fedmitr, loop
+from fedmitr_flwr.methods import fedmitr, rounds
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
-from fedmitr_flwr.methods.loop import balanced_targets
+from fedmitr_flwr.methods.rounds import balanced_targets
 from fedmitr_flwr.vit.optim import Stepper
 
 CPU = torch.device("cpu")
@@ -244,7 +244,7 @@ def test_the_uploads_are_left_alone() -> None:
 def test_one_upload_is_inverted_and_distilled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """K = 1: the ensemble is the client's model, the average too, and with soft labels only the student stays it."""
     monkeypatch.setattr(losses, "HIGH", 0.0)
-    monkeypatch.setattr(loop, "student_stepper", lambda vit, _, steps: Sgd(vit, 0.1, steps))
+    monkeypatch.setattr(rounds, "student_stepper", lambda vit, _, steps: Sgd(vit, 0.1, steps))
     config = settings()
     upload = an_upload(config, 0)
     with torch.enable_grad():

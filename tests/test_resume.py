@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny import settings
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.methods import contract, fedmitr, loop
+from fedmitr_flwr.methods import contract, fedmitr, rounds
 from fedmitr_flwr.runs import checkpoints
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.upload import load, save
@@ -109,7 +110,7 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Counts inversions and distillations; the one after the last that is `left` is killed in its middle."""
     done = Work()
-    invert, distil = fedmitr.invert, loop.distil
+    invert, distil = fedmitr.invert, rounds.distil
 
     def spy_invert(*given: Any, on_step: Any, **more: Any) -> Any:
         steps = 0
@@ -140,7 +141,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         done.epochs += 1
 
     monkeypatch.setattr(fedmitr, "invert", spy_invert)
-    monkeypatch.setattr(loop, "distil", spy_distil)
+    monkeypatch.setattr(rounds, "distil", spy_distil)
     return done
 
 
@@ -176,8 +177,8 @@ def test_a_batch_has_as_many_threads_however_few_are_left(
 ) -> None:
     """Sums of larger models are split by thread: a batch alone must not get those of the others, or its bits differ."""
     asked: list[int] = []
-    side_by_side = loop.side_by_side
-    monkeypatch.setattr(loop, "side_by_side", lambda jobs: [asked.append(jobs), side_by_side(jobs)][1])
+    side_by_side = rounds.side_by_side
+    monkeypatch.setattr(rounds, "side_by_side", lambda jobs: [asked.append(jobs), side_by_side(jobs)][1])
     folder = start("killed")
     killed(folder, work, 2)
     served(folder)
@@ -350,8 +351,7 @@ def test_images_that_depend_on_a_student_are_made_again_by_the_one_of_their_epoc
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A batch of the second epoch is lost after it was distilled: the student of that time is needed again."""
-    recipe = loop.Recipe
-    monkeypatch.setattr(fedmitr, "Recipe", lambda make, steps: recipe(make, steps, by_student=True))
+    monkeypatch.setattr(fedmitr, "Rounds", partial(rounds.Rounds, by_student=True))
     wanted = undisturbed()
     folder = start("killed")
     killed(folder, work, after=2 * (BATCHES + 1))

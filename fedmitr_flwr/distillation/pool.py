@@ -54,6 +54,14 @@ class Pool:
             named |= {f"view{number}.{name}": getattr(view, name) for name in _OF_VIEW}
         return named
 
+    def canvases(self) -> tuple[Tensor, Tensor]:
+        """Images and targets, each canvas once: all `pri4` images of one share its pixels, in whatever order."""
+        first: dict[bytes, int] = {}
+        for row, image in enumerate(self.images.cpu()):
+            first.setdefault(image.numpy().tobytes(), row)
+        rows = list(first.values())
+        return self.images[rows], self.targets[rows]
+
     @property
     def soft(self) -> list[str]:
         """What carries the soft labels in each view."""

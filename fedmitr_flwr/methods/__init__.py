@@ -21,7 +21,7 @@ from ..config import Config
 from ..config.limits import nearest
 from .contract import Fused, Job
 
-NOT_METHODS = {"contract", "loop"}
+NOT_METHODS = {"contract", "rounds"}
 
 
 def available() -> list[str]:

@@ -18,10 +18,11 @@ from functools import partial
 
 from ..distillation.distil import Plain
 from ..inversion.invert import Pixels
+from ..inversion.scout import Weigher
 from ..inversion.starts import noise
 from .contract import Fused, Job
-from .fedmitr import make
-from .loop import Recipe, grow, rival_settings
+from .fedmitr import synthesise
+from .rounds import Rounds, rival_settings
 
 TEMPERATURE = 4.0  # T
 PIXELS = Pixels(lr=0.25, start=noise)
@@ -31,5 +32,12 @@ settings = rival_settings
 
 def fuse(job: Job) -> Fused:
     """Invert dense images, distil; E times, on a pool that grows."""
-    recipe = Recipe(partial(make, pixels=PIXELS), job.config.inversion.steps, pixels=PIXELS, plain=Plain(TEMPERATURE))
-    return grow(job, recipe)
+    config = job.config
+    teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
+    rounds = Rounds(job, config.inversion.steps)
+    rounds.scout(teachers, PIXELS)
+    for r in rounds:
+        rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, config, pixels=PIXELS))
+        rounds.weigh(r, teachers)
+        rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
+    return rounds.fused(teachers.ensemble)

@@ -34,11 +34,11 @@ from ..distillation.losses import soft_divergence
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import everyone
 from ..inversion import generator
-from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
+from ..inversion.scout import Weigher
 from ..vit.names import normalisation
 from .contract import Fused, Job
-from .loop import Recipe, grow, rival_settings
+from .rounds import Rounds, generated, rival_settings
 
 TEMPERATURE = 4.0  # T
 ADVERSARIAL_TEMPERATURE = 3.0  # τ
@@ -58,10 +58,16 @@ def check(config: Config) -> None:
 
 def fuse(job: Job) -> Fused:
     """Make hard images, weigh the teachers by them, distil on harder ones; E times, on a pool that grows."""
-    make = partial(generate, loss=hard_loss)
-    student = Plain(TEMPERATURE, partial(diversify, model=job.config.model))
-    recipe = Recipe(make, generator.STEPS, plain=student, by_student=True, learns=True, stage="generation")
-    return grow(job, recipe)
+    config = job.config
+    teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine, learns=True)
+    rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
+    distillation = Plain(TEMPERATURE, partial(diversify, model=config.model))
+    for r in rounds:
+        make = partial(generated, teachers.ensemble, rounds.student, config, loss=hard_loss)
+        rounds.images(r, teachers.ensemble, make)
+        rounds.weigh(r, teachers)
+        rounds.distil(r, teachers.ensemble, distillation)
+    return rounds.fused(teachers.ensemble)
 
 
 def hard_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..distillation.distil import Plain
 from ..distillation.losses import soft_divergence
 from ..inversion import generator
-from ..inversion.generator import generate
 from ..inversion.objective import cross_entropy
+from ..inversion.scout import Weigher
 from .contract import Fused, Job
-from .loop import Recipe, grow, rival_settings
+from .rounds import Rounds, generated, rival_settings
 
 TEMPERATURE = 4.0  # T
 
@@ -32,8 +32,16 @@ settings = rival_settings
 
 def fuse(job: Job) -> Fused:
     """Train a generator, make images, distil; E times, on a pool that grows."""
-    make = partial(generate, loss=boundary_loss)
-    return grow(job, Recipe(make, generator.STEPS, plain=Plain(TEMPERATURE), by_student=True, stage="generation"))
+    config = job.config
+    teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
+    rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
+    rounds.scout(teachers)
+    for r in rounds:
+        make = partial(generated, teachers.ensemble, rounds.student, config, loss=boundary_loss)
+        rounds.images(r, teachers.ensemble, make)
+        rounds.weigh(r, teachers)
+        rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
+    return rounds.fused(teachers.ensemble)
 
 
 def boundary_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tensor:

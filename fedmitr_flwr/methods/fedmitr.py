@@ -4,33 +4,43 @@ A reconstruction: the paper's equations were not available. docs/fedmitr.md says
 come from a cited method [C], and which are ours [M].
 """
 
+from functools import partial
+
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Config
+from ..distillation.pool import Pool
+from ..distillation.relabel import relabel
 from ..ensemble.ensemble import Ensemble
 from ..inversion.invert import PIXELS, Pixels, invert
-from ..inversion.result import Inverted
+from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
 from .contract import Fused, Job
-from .loop import Recipe, grow
+from .rounds import Rounds
 
 
 def fuse(job: Job) -> Fused:
-    """Generate, relabel, distil; E times, on a pool that grows."""
-    return grow(job, Recipe(make, job.config.inversion.steps))
+    """In each round: invert new images and relabel their tokens, weigh the teachers by all images so far, distil."""
+    teachers = Weigher(job.uploads, job.config, job.device)  # the ensemble, and who of it knows which class
+    rounds = Rounds(job, job.config.inversion.steps)  # with the student, which starts from the clients' models
+    rounds.scout(teachers)
+    for r in rounds:
+        rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, job.config))
+        rounds.weigh(r, teachers)
+        rounds.distil(r, teachers.ensemble)
+    return rounds.fused(teachers.ensemble)
 
 
-def make(
+def synthesise(
     ensemble: Ensemble,
-    _student: VisionTransformer,
-    targets: Tensor,
     config: Config,
+    targets: Tensor,
     rng: torch.Generator,
     on_step: OnStep,
     pixels: Pixels = PIXELS,
-) -> Inverted:
-    """One batch of images, by `inversion.mode`."""
+) -> Pool:
+    """One batch of images by `inversion.mode`; dense patches keep the class, others get the ensemble's soft labels."""
     flip = config.data.flip
-    return invert(ensemble, targets, config.inversion, config.model, pixels, flip=flip, rng=rng, on_step=on_step)
+    images = invert(ensemble, targets, config.inversion, config.model, pixels, flip=flip, rng=rng, on_step=on_step)
+    return Pool.of(images.require_finite(), relabel(images, config.relabel))

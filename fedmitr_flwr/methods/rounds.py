@@ -1,0 +1,264 @@
+"""What the figures of FedMITR and its data-free rivals leave out: checkpoints, progress, batches in parallel.
+
+A method's rounds make images, weigh the teachers, distil. Batches of images and the student are kept on disk as they
+are finished, so that a run that was killed goes on behind them.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from threading import Event
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..common.compute import as_made, side_by_side
+from ..common.progress import Progress, Series
+from ..common.rng import stream
+from ..config import Config
+from ..distillation.distil import Plain, count_batches, distil, student_stepper
+from ..distillation.losses import Parts
+from ..distillation.pool import Pool, join
+from ..distillation.relabel import relabel
+from ..distillation.start import settle, start_student
+from ..ensemble.ensemble import Ensemble
+from ..ensemble.routing import route
+from ..inversion.generator import Loss, generate
+from ..inversion.invert import PIXELS, Pixels
+from ..inversion.scout import Weigher
+from ..inversion.trajectory import OnStep
+from ..uploads.gate import require_finite
+from ..vit.optim import Stepper
+from .contract import DIVERGED, Fused, Job, Stopwatch
+
+log = logging.getLogger("fedmitr")
+
+# Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
+IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-epoch")
+STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
+
+# (targets, random stream, what to call after each step) -> images of these targets, with their labels
+Make = Callable[[Tensor, torch.Generator, OnStep], Pool]
+
+
+def rival_settings(config: Config) -> Config:
+    """Nothing of FedMITR's own: whole images of which nothing is relabelled, and a student that starts as average."""
+    forced = {"inversion.mode": "dense", "relabel.mode": "none"}  # `pri4` makes fewer targets of as many images
+    forced |= {"distill.init": "average"} if config.distill.merges else {}
+    return Config.from_flat(forced, base=config)
+
+
+def generated(
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    config: Config,
+    targets: Tensor,
+    rng: torch.Generator,
+    on_step: OnStep,
+    *,
+    loss: Loss,
+) -> Pool:
+    """One batch of a generator's images, of which every patch keeps the class."""
+    images = generate(ensemble, student, targets, config, rng, on_step, loss=loss)
+    return Pool.of(images.require_finite(), relabel(images, config.relabel))
+
+
+class Rounds:
+    """The rounds r = 0, 1, ... of one method, and its student.
+
+    Attributes:
+        student: starts as the settings say, and is trained by `distil`.
+        pool: all images so far.
+    """
+
+    def __init__(self, job: Job, steps: int, stage: str = "inversion", *, by_student: bool = False) -> None:
+        """Start the student; nothing is computed yet.
+
+        Args:
+            job: the uploads and the settings.
+            steps: that making a batch of images takes.
+            stage: the name of making images, in metrics, seconds and on the progress bar.
+            by_student: do the images depend on the student that they find?
+        """
+        self.student = start_student(job.uploads, job.config).to(job.device)
+        self.pool: Pool | None = None
+        self._job, self._steps, self._stage = job, steps, stage
+        self._image_settings = STUDENT_SETTINGS if by_student else IMAGE_SETTINGS
+        self._by_student = by_student
+        self._stepper: Stepper | None = None
+        self._done = 0  # rounds of distillation that an earlier start had finished
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._job.config.distill.epochs))
+
+    def scout(self, teachers: Weigher, pixels: Pixels = PIXELS) -> None:
+        """Weigh the teachers by a few quick images, where their weights are estimated."""
+        if teachers.how == "estimated":
+            with self._job.stopwatch.stage("inversion"):
+                teachers.scout(pixels)
+
+    def images(self, r: int, ensemble: Ensemble, make: Make) -> None:
+        """Add one round's images to the pool, batches side by side; those of an earlier start are taken back."""
+        config = self._job.config
+        chunks = dict(enumerate(_targets(r, config)))
+        pools = {number: pool for number in chunks if (pool := self._kept_batch(r, number)) is not None}
+        missing = {number: chunk for number, chunk in chunks.items() if number not in pools}
+        if missing:
+            label = f"{self._stage} {r + 1}/{config.distill.epochs}"
+            total = self._steps * sum(map(len, missing.values()))
+            workers = len(chunks) if ensemble.by_many else 1  # also if few are missing: sums are split by thread
+            with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
+
+                def batch(number: int, over: Event) -> tuple[Pool, Series]:
+                    rng = stream(config.seed, self._stage, r, number)
+                    return _make_batch(make, missing[number], rng, progress, over)
+
+                with closing(as_made(batch, missing, at_once)) as batches:
+                    for _ in missing:
+                        watch = Stopwatch()
+                        with watch.stage(self._stage):  # until the next is there: the sum of these is the whole time
+                            number, (pools[number], series) = next(batches)
+                        self._keep_batch(r, number, pools[number], series, ensemble, watch.seconds)
+        self.pool = join([*([self.pool] if self.pool else []), *(pools[number] for number in chunks)])
+
+    def weigh(self, r: int, teachers: Weigher) -> None:
+        """Weigh the teachers anew by all images so far, where their weights come from images."""
+        assert self.pool is not None, "images come first"
+        images_each = self._job.config.inversion.images_each
+        teachers.refine(*(self.pool.canvases() if images_each > 1 else (self.pool.images, self.pool.targets)), r)
+        if teachers.how == "learned":
+            self._job.log(stage="weights", epoch=r, weights=teachers.ensemble.weights[:, 0])
+
+    def distil(self, r: int, ensemble: Ensemble, plain: Plain | None = None) -> None:
+        """Train the student on all images so far, unless an earlier start has; `plain` is the rivals' distillation."""
+        job, student, pool = self._job, self.student, self.pool
+        assert pool is not None, "images come first"
+        if self._stepper is None:
+            self._stepper = student_stepper(student, job.config, count_batches(pool.views, job.config))
+            self._done = self._restore(self._stepper)
+            if job.config.distill.start_needs_images and not self._done:
+                with job.stopwatch.stage("distillation"):
+                    found = settle(student, ensemble, pool, job.config)
+                job.log(stage="start", **found)
+        if r >= self._done:
+            with job.stopwatch.stage("distillation"):
+                self._train(r, ensemble, pool, self._stepper, plain)
+            require_finite(student.state_dict(), DIVERGED, "the student")
+            self._keep(self._stepper, r + 1)
+
+    def fused(self, ensemble: Ensemble) -> Fused:
+        """The student as the global model."""
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.student.state_dict().items()}
+        return Fused(self.student, weights, self.pool, ensemble)
+
+    def _train(self, r: int, ensemble: Ensemble, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
+        job, config = self._job, self._job.config
+        label = f"distillation {r + 1}/{config.distill.epochs}"
+        images = config.distill.passes * sum(len(view) for view in pool.views)
+        series, alive = Series(), pool.alive.float().mean().item()
+        with Progress(label, total=images, unit="img") as progress:
+
+            def on_batch(count: int, parts: Parts) -> None:
+                loss, *values = torch.stack([parts.total(), *parts]).tolist()  # a GPU is waited for once
+                series.add(**dict(zip(parts._fields, values, strict=True)))
+                progress.update(count, loss=loss, alive=alive)
+
+            rng = stream(config.seed, "distillation", r)
+            distil(self.student, ensemble, pool, config, stepper, rng, on_batch, plain)
+        job.log(stage="distillation", epoch=r, **series.means(), curve=series.thin())
+
+    def _keep_batch(
+        self, r: int, number: int, batch: Pool, series: Series, ensemble: Ensemble, seconds: dict[str, float]
+    ) -> None:
+        job = self._job
+        job.stopwatch.add(seconds)
+        means = {"loss": batch.loss.mean().item(), "alive": batch.alive.float().mean().item()}
+        means["teachers_asked"] = route(ensemble.weights, batch.targets, job.config.inversion.route).share
+        job.log(stage=self._stage, epoch=r, batch=number, **means, curve=series.thin())
+        facts = {"soft": batch.soft, "seconds": seconds}
+        job.checkpoints.save(_name(r, number), self._image_settings, batch.tensors(), **facts)
+
+    def _kept_batch(self, r: int, number: int) -> Pool | None:
+        job = self._job
+        kept = job.checkpoints.load(_name(r, number), self._image_settings)
+        if kept is None:
+            return None
+        tensors, facts = kept
+        job.stopwatch.add(facts["seconds"])
+        label = f"{self._stage} {r + 1}/{job.config.distill.epochs}"
+        log.info("%s: batch %d is of an earlier start", label, number + 1)
+        return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, facts["soft"])
+
+    def _keep(self, stepper: Stepper, rounds: int) -> None:
+        job = self._job
+        tensors = {f"student/{name}": tensor for name, tensor in self.student.state_dict().items()}
+        tensors |= {f"stepper/{name}": tensor for name, tensor in stepper.state().items()}
+        seconds = {"distillation": job.stopwatch.seconds["distillation"]}
+        job.checkpoints.save("student", STUDENT_SETTINGS, tensors, epochs=rounds, seconds=seconds)
+
+    def _restore(self, stepper: Stepper) -> int:
+        """Put the student where an earlier start left it; returns how many rounds of distillation are behind it.
+
+        Images that depend on the student need the one of their own round: if a batch of an earlier round is lost, the
+        student starts again as well.
+        """
+        job = self._job
+        kept = job.checkpoints.load("student", STUDENT_SETTINGS)
+        if kept is None:
+            return 0
+        tensors, facts = kept
+        rounds: int = facts["epochs"]
+        if self._by_student:
+            earlier = [_name(r, number) for r in range(rounds) for number in range(len(_targets(r, job.config)))]
+            if not all(job.checkpoints.has(name, self._image_settings) for name in earlier):
+                return 0
+        self.student.load_state_dict(_under("student/", tensors))
+        stepper.restore(_under("stepper/", tensors))
+        job.stopwatch.add(facts["seconds"])
+        log.info("distillation: %d of %d epochs are of an earlier start", rounds, job.config.distill.epochs)
+        return rounds
+
+
+def _targets(r: int, config: Config) -> tuple[Tensor, ...]:
+    """Of each batch of a round."""
+    targets = balanced_targets(config, stream(config.seed, "targets", r))
+    chunks: tuple[Tensor, ...] = targets.split(config.inversion.batch_size)
+    return chunks
+
+
+def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
+    """One round's classes, all equally often but for a remainder, in random order, or, with routing, in theirs [M].
+
+    `pri4` makes several images of each target, so it gets as many fewer.
+    """
+    count = -(-config.distill.images_per_epoch // config.inversion.images_each)
+    classes = config.model.num_classes
+    every = torch.arange(count) % classes
+    offset = torch.randint(classes, (1,), generator=rng)  # the remainder is not always of the first classes
+    targets = ((every + offset) % classes)[torch.randperm(count, generator=rng)]
+    # Where images go to the teachers of their class, batches of few classes leave most teachers out altogether.
+    return targets.sort().values if config.inversion.route else targets
+
+
+def _make_batch(
+    make: Make, targets: Tensor, rng: torch.Generator, progress: Progress, over: Event
+) -> tuple[Pool, Series]:
+    """The images, and loss and alive share by step."""
+    series = Series()
+
+    def on_step(loss: float, alive: float) -> None:
+        if over.is_set():
+            raise InterruptedError("another batch has failed, or the run was interrupted")
+        series.add(loss=loss, alive=alive)
+        progress.update(len(targets), loss=loss, alive=alive)
+
+    return make(targets, rng, on_step), series
+
+
+def _name(r: int, number: int) -> str:
+    return f"images-{r}-{number}"
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
