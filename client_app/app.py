@@ -63,12 +63,12 @@ def discreet(answer: Answer) -> Answer:
         try:
             return answer(message, context)
         except Exception as error:
-            return Message(Error(RAISED, _told(error)), reply_to=message)
+            return Message(Error(RAISED, _public_message(error)), reply_to=message)
 
     return guarded
 
 
-def _told(error: Exception) -> str:
+def _public_message(error: Exception) -> str:
     """What the server may read of an error, which is logged here as a whole."""
     if isinstance(error, UserError):
         log.error("%s", error)
@@ -93,7 +93,7 @@ def describe(message: Message, context: Context) -> Message:
         if "config" in message.content:
             _look(message, context)
     except Exception as error:
-        texts["trouble"] = _told(error)
+        texts["trouble"] = _public_message(error)
     return Message(RecordDict({"card": MetricRecord(card), "name": texts}), reply_to=message)
 
 

@@ -63,7 +63,7 @@ UPLOAD_SETTINGS = (
 # Of these, what a later start may have otherwise: where files lie now, and which images the server tests on.
 MOVABLE = ("data.path", "data.test-limit", "model.weights")
 
-# And what only tells more beside the weights: a fusion may do with less than was uploaded.
+# And those that only add to the weights: a fusion may use less than was uploaded.
 NARROWABLE = ("upload.extras",)
 
 
@@ -75,7 +75,7 @@ class Outcome:
 
 def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
-    if chosen := recipe.told(config):
+    if chosen := recipe.chosen_line(config):
         log.info("%s", chosen)
     config = resolve(config)
     methods.check(config, config.partition.clients)
@@ -174,7 +174,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
             loss = train_local(vit, images, config, rng, device, prox_mu)
             log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
         _require_trained(vit, client)
-        told = frozen | _input_statistics(vit, images, config)
+        extras = frozen | _input_statistics(vit, images, config)
     seconds = time.perf_counter() - started
     dtype = getattr(torch, config.upload.dtype)
     counts = torch.bincount(images.labels, minlength=config.model.num_classes)
@@ -186,7 +186,7 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         fingerprint=core(),
         class_counts=tuple(counts.tolist()) if config.upload.counts else None,
         seconds=seconds,
-        statistics=told or None,
+        statistics=extras or None,
         epsilon=epsilon,
     )
 
@@ -231,7 +231,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
             uploads, lines = screened.kept, None
         job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path)
         fused = methods.fuse(job)
-        # Not every method tells its stages; and where an earlier start has done some, they tell more than the clock.
+        # Not every method reports its stages; after a resume, they sum to more than the clock.
         cost = {
             "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())),
             "peak_memory": peak_memory(device),

@@ -188,10 +188,10 @@ class _Session:
         asked: dict[int, str] = {}  # node -> what for; what a reply calls itself does not matter
 
         def sent(message: Message) -> None:
-            told = message.metadata
-            asked[told.dst_node_id] = told.message_type
-            if told.message_type == MessageType.TRAIN:
-                self.bytes_down[nodes[told.dst_node_id]] += _size(message)
+            sent = message.metadata
+            asked[sent.dst_node_id] = sent.message_type
+            if sent.message_type == MessageType.TRAIN:
+                self.bytes_down[nodes[sent.dst_node_id]] += _size(message)
 
         def received(reply: Message, node: int) -> None:
             client = nodes[node]
@@ -202,9 +202,9 @@ class _Session:
                     self.take_evaluation(reply, client)
             except UploadError:
                 raise
-            except Exception as error:  # what nobody foresaw must not let a reply through
-                told = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
-                raise UploadError(told) from error
+            except Exception as error:  # an unforeseen error must not let a reply through
+                problem = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
+                raise UploadError(problem) from error
 
         return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
 

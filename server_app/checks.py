@@ -45,7 +45,7 @@ def prepared(config: Config) -> Config:
         UserError: the settings cannot work together, the device is not there, the model cannot be built, the test
             images cannot be read, or the run to continue is none.
     """
-    if chosen := recipe.told(config):
+    if chosen := recipe.chosen_line(config):
         log.info("%s", chosen)
     config = resolve(config)
     if config.partition.scheme == OWN:

@@ -1,4 +1,4 @@
-"""Flower's records: what the clients are told, and what they reply. The other half is client_app/app.py."""
+"""Flower's records: what is sent to the clients, and what they reply. The other half is client_app/app.py."""
 
 import itertools
 import math
@@ -142,7 +142,7 @@ class _Words:
     room: int = TELLS
 
     def add(self, name: str, value: object) -> None:
-        if self.room <= 0:  # nothing is made into words that nobody will read
+        if self.room <= 0:  # the rest would be cut off anyway
             return
         text = _SAID.repr(value)[: max(0, self.room - len(name))]
         self.said[name] = text
@@ -175,7 +175,7 @@ def keep(content: RecordDict, limit: int, most: int) -> Kept:
 
 
 def _names_in_file(sent: Iterable[str]) -> list[str]:
-    """Each name itself where it is plain and the first of its kind; else a new one, that nobody sent."""
+    """Each name itself where it is plain and the first of its kind; else a new one, that was not sent."""
     names = list(sent)
     plain = {name for name in names if _PLAIN.fullmatch(name)} - {"__metadata__"}
     new = (name for number in itertools.count() if (name := f"array-{number}") not in plain)

@@ -288,9 +288,9 @@ def test_private_training_learns_where_it_may_spend(tiny: DataSet) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"upload.extras": "counts"}, 'upload.extras = "counts" tells of the images without noise'),
-        ({"local.prior-adjust": 0.5}, "local.prior-adjust = 0.5 tells of the images without noise"),
-        ({"local.outliers": 0.5}, "local.outliers = 0.5 tells of the images without noise"),
+        ({"upload.extras": "counts"}, 'upload.extras = "counts" reveals something of the images without noise'),
+        ({"local.prior-adjust": 0.5}, "local.prior-adjust = 0.5 reveals something of the images without noise"),
+        ({"local.outliers": 0.5}, "local.outliers = 0.5 reveals something of the images without noise"),
         ({"flower.rounds": 2, "flower.strategy": "fedavg"}, "would spend it in each; set flower.rounds = 1"),
     ],
 )

@@ -63,9 +63,11 @@ class Cell:
     @cached_property
     def group(self) -> str:
         """The folder of its uploads: equal for all cells whose clients train alike."""
-        told = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
-        told = {key: value for key, value in told.items() if key not in NARROWABLE} | {"device": self.config.device}
-        return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(told)}"
+        decisive = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
+        decisive = {key: value for key, value in decisive.items() if key not in NARROWABLE} | {
+            "device": self.config.device
+        }
+        return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(decisive)}"
 
     @cached_property
     def folder(self) -> str:
@@ -118,8 +120,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
 
 
-def _hash(told: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+def _hash(settings: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def cells(bench: Bench, choices: Mapping[tuple[str, str, int], Flat] | None = None) -> list[Cell]:
@@ -195,11 +197,11 @@ def _require_shared(base: Config, own: Flat, variant: Variant) -> None:
 
 
 def _least(flat: Flat) -> Config:
-    """The config that tells the method no more than it asks for."""
+    """The config with no more extras than the method needs."""
     problems = []
-    for told in TOLD:
+    for extras in TOLD:
         try:
-            config = resolve(Config.from_flat({**flat, **told}))
+            config = resolve(Config.from_flat({**flat, **extras}))
             methods.check(config, config.partition.clients)
         except ConfigError as error:
             problems.append(error)

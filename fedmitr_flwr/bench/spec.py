@@ -1,6 +1,6 @@
 """A bench file, parsed once: which cells there are to run, on what, and how some settings are chosen.
 
-The file's form is told in docs/benchmark.md. Settings are those of any run; what the grid decides cannot be set.
+The file's form is described in docs/benchmark.md. Settings are those of any run; what the grid decides cannot be set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,7 +142,7 @@ def read(path: Path, words: Flat | None = None) -> Bench:
 def _keep_only(labels: object, *tables: object) -> None:
     for table in tables:
         if isinstance(table, dict) and isinstance(table.get("methods"), dict) and isinstance(labels, list):
-            table["methods"] = {label: told for label, told in table["methods"].items() if label in labels}
+            table["methods"] = {label: own for label, own in table["methods"].items() if label in labels}
 
 
 def _leave_out(axes: dict[str, Any], words: Flat) -> None:
@@ -246,14 +246,14 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any], folder: Path) 
 
 
 def _tune(
-    told: object,
+    given: object,
     variants: Sequence[Variant],
     skews: Sequence[Skew],
     clients: Sequence[int],
     seeds: Sequence[int],
     folder: Path,
 ) -> Tune:
-    table = dict(as_table(told, "tune"))
+    table = dict(as_table(given, "tune"))
     require_known(table, _TUNE, "tune.")
     seed = as_numbers([table.get("seed", 100)], "tune.seed", int, 0)[0]
     if seed in seeds:
@@ -290,9 +290,9 @@ def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
     return tuple(combinations)
 
 
-def _of_file(told: object, key: str, path: Path) -> Flat:
+def _of_file(value: object, key: str, path: Path) -> Flat:
     """The settings of the config file that the bench file `path` names; none, if it names none."""
-    file = as_text(told, key)
+    file = as_text(value, key)
     ours = {*_GRIDS, *_OURS}  # a file for single runs has them too
     return {key: value for key, value in read_flat(path.parent / file).items() if key not in ours} if file else {}
 

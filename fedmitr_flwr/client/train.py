@@ -54,8 +54,8 @@ def train_local(
                 answers = forward_tokens(vit, strange, all_positions(strange))
                 loss = loss + strangeness * evenness_loss(answers)
             stepper.step(loss + proximal(vit.parameters(), start, prox_mu) if prox_mu else loss)
-        told = zip(torch.stack(losses).tolist(), shuffled, strict=True)
-        epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in told) / len(images)
+        of_batches = zip(torch.stack(losses).tolist(), shuffled, strict=True)
+        epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in of_batches) / len(images)
         if epoch >= first:
             mean.add(vit)
     mean.write(vit)

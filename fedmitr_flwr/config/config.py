@@ -136,7 +136,7 @@ class Config(Section):
         for key, value in beside.items():
             if value:
                 raise ConfigError(
-                    f"{key} = {toml_value(value)} tells of the images without noise, but privacy.epsilon = "
+                    f"{key} = {toml_value(value)} reveals something of the images without noise, but privacy.epsilon = "
                     f"{self.privacy.epsilon}; set {key} = {toml_value(type(value)())}"
                 )
         if self.flower.rounds > 1:

@@ -33,7 +33,7 @@ def settled(config: Config) -> Config:
     return Config.from_flat(_chosen(config), base=config)
 
 
-def told(config: Config) -> str:
+def chosen_line(config: Config) -> str:
     """What `settled` chooses, in one line; nothing where all is given."""
     start = "training from scratch" if config.model.weights == "none" else "model.weights is given"
     chosen = ", ".join(f"{key} = {value}" for key, value in _chosen(config).items())

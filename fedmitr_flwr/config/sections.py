@@ -8,7 +8,7 @@ from ..common.errors import ConfigError
 from .limits import Section, check, nearest
 
 REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
-OWN = "own"  # the scheme in which nobody deals out shares: every client has its own images
+OWN = "own"  # the scheme without a partition: every client has its own images
 AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training starts from (recipe.py)
 HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
 DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/LOG.md)

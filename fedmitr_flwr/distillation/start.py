@@ -43,17 +43,17 @@ def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: C
     """Do with the start what needs images: choose the average's way, give it another head.
 
     Returns:
-        What there is to tell.
+        What was found out, for metrics.jsonl.
     """
-    told: dict[str, float] = {}
+    facts: dict[str, float] = {}
     said_MY = answers(ensemble, pool)
     if config.distill.chooses_start:
-        told["extrapolate"] = choose_start(student, said_MY, pool, config)
+        facts["extrapolate"] = choose_start(student, said_MY, pool, config)
     if config.distill.init == "classwise":  # behind the choice: the body goes the way, and the head is not on it
-        told["likeness_of_average"] = likeness(student, said_MY, pool)
+        facts["likeness_of_average"] = likeness(student, said_MY, pool)
         merge_heads(student, ensemble, pool.images)
-        told["likeness"] = likeness(student, said_MY, pool)
-    return told
+        facts["likeness"] = likeness(student, said_MY, pool)
+    return facts
 
 
 def choose_start(student: VisionTransformer, said_MY: Tensor, pool: Pool, config: Config) -> float:
@@ -70,8 +70,8 @@ def choose_start(student: VisionTransformer, said_MY: Tensor, pool: Pool, config
         found[factor] = likeness(student, said_MY, pool)
     best = max(found, key=found.__getitem__)
     _place(student, start, mean, best)
-    told = ", ".join(f"{factor:g}: {value:.3f}" for factor, value in found.items())
-    log.info("the student starts at %g times the average's way; likeness to the ensemble by factor: %s", best, told)
+    tried = ", ".join(f"{factor:g}: {value:.3f}" for factor, value in found.items())
+    log.info("the student starts at %g times the average's way; likeness to the ensemble by factor: %s", best, tried)
     return best
 
 

@@ -210,7 +210,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:
     """The weight (K, Y) of each teacher for each class; each column sums to 1.
 
-    `uniform`; `size`: by number of images; `counts`: by number of images of the class (a class that nobody has is
+    `uniform`; `size`: by number of images; `counts`: by number of images of the class (a class without images is
     weighted by size); `estimated` and `learned`: by size, until there are images (`scout.Weigher`).
     """
     sizes_K1 = torch.tensor([float(upload.num_examples) for upload in uploads])[:, None]

@@ -18,7 +18,7 @@ from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
 from .invert import PIXELS, Pixels, invert
 
-# 100 images of 20 steps told nearly as much of the teachers as 250 of 60 (docs/LOG.md).
+# 100 images of 20 steps weighed the teachers nearly as well as 250 of 60 (docs/LOG.md).
 IMAGES_PER_CLASS = 10
 STEPS = 20
 

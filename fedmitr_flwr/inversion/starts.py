@@ -1,4 +1,4 @@
-"""What an inversion starts from: white noise, or drawn images of nobody, which look more like pictures.
+"""What an inversion starts from: white noise, or drawn images, which look more like pictures.
 
 Optimisation changes a start where the teachers look, and hardly elsewhere; patches that are halted stay as they are.
 What the start is like therefore stays visible in the images by which the student learns to see (docs/LOG.md).

@@ -65,7 +65,7 @@ def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
     counts = tuple(int(count) for count in statistics.counts.tolist())
     frozen = replace(
         uploads[0],
-        client=config.partition.clients,  # nobody's number
+        client=config.partition.clients,  # no client has this number
         weights=frozen_weights(config, closed_form("lda", statistics)),
         num_examples=sum(counts),
         class_counts=counts,

@@ -34,8 +34,8 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
         inputs = mean_OI.shape[1]
         gram_II, cross_OI = mean_OI.new_zeros(inputs, inputs), torch.zeros_like(mean_OI)
         for upload in uploads:
-            told = _told(upload)
-            moment_II = moment(told[PREFIX + layer], told[REST][place])
+            moments = _moments_of(upload)
+            moment_II = moment(moments[PREFIX + layer], moments[REST][place])
             moment_II *= upload.num_examples / moment_II.trace()
             gram_II += moment_II
             cross_OI += _joined(upload.weights, layer) @ moment_II
@@ -48,7 +48,7 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
     return merged
 
 
-def _told(upload: Upload) -> Mapping[str, Tensor]:
+def _moments_of(upload: Upload) -> Mapping[str, Tensor]:
     assert upload.statistics is not None, "upload.extras, which methods check"
     return upload.statistics
 

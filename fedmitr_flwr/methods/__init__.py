@@ -36,7 +36,7 @@ def _own() -> list[str]:
 def check(config: Config, clients: int | None = None) -> None:
     """Raise ConfigError if there is no method `config.method`, or if these settings do not give what it needs.
 
-    Of how many `clients`: None while nobody knows.
+    Of how many `clients`: None where the number is not known yet.
     """
     module = load(config.method)
     if hasattr(module, "check"):

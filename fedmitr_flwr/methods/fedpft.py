@@ -44,13 +44,13 @@ def fuse(job: Job) -> Fused:
     return Fused(*frozen_model(config, head, job.device))
 
 
-def draw(told: Statistics, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
+def draw(statistics: Statistics, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
     """Of each class as many features as images, or `most`: (n, D), labels (n,), and what each stands for (n,)."""
-    drawn_Y = told.counts.clamp_max(most)
-    labels = torch.arange(len(told.counts)).repeat_interleave(drawn_Y.long())
-    weights_N = (told.counts / drawn_Y.clamp_min(1))[labels]
-    noise_ND = torch.randn(len(labels), told.sums.shape[1], generator=rng, dtype=torch.float64)
-    return told.means[labels] + told.variances[labels].sqrt() * noise_ND, labels, weights_N
+    drawn_Y = statistics.counts.clamp_max(most)
+    labels = torch.arange(len(statistics.counts)).repeat_interleave(drawn_Y.long())
+    weights_N = (statistics.counts / drawn_Y.clamp_min(1))[labels]
+    noise_ND = torch.randn(len(labels), statistics.sums.shape[1], generator=rng, dtype=torch.float64)
+    return statistics.means[labels] + statistics.variances[labels].sqrt() * noise_ND, labels, weights_N
 
 
 def train_head(features_ND: Tensor, labels_N: Tensor, num_classes: int, weights_N: Tensor | None = None) -> Head:

@@ -13,7 +13,7 @@ from .contract import Fused, Job
 
 
 def check(config: Config) -> None:
-    """It starts from the average, by a way that is told."""
+    """It starts from the average, by a given `distill.extrapolate`."""
     if config.distill.init != "average":
         raise ConfigError(
             f"distill.init = {config.distill.init!r}, but method = 'layerwise' fits the average; set it to 'average'"

@@ -11,7 +11,7 @@ from torch import Tensor
 from .moments import Statistics
 
 RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: features of a LayerNorm have about unit size
-NOBODYS = -1e4  # score of a class that nobody has an image of: never the answer, and finite
+UNSEEN = -1e4  # score of a class without images: never the answer, and finite
 
 
 class Head(NamedTuple):
@@ -42,7 +42,7 @@ def lda(statistics: Statistics, shrinkage: float) -> Head:
     means_YD = statistics.means
     weight_YD = means_YD @ torch.linalg.pinv(shrunk_DD, hermitian=True)
     bias_Y = (statistics.counts / statistics.counts.sum()).log() - 0.5 * (weight_YD * means_YD).sum(1)
-    return Head(weight_YD, torch.where(statistics.counts > 0, bias_Y, NOBODYS))
+    return Head(weight_YD, torch.where(statistics.counts > 0, bias_Y, UNSEEN))
 
 
 def oas(statistics: Statistics) -> float:

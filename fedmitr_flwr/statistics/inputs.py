@@ -1,6 +1,6 @@
 """What a client's linear layers are given on its own images: second moments, in a few leading directions of each.
 
-RegMean (Jin et al. 2023) [C] merges models in closed form if each client tells the second moments of its layers'
+RegMean (Jin et al. 2023) [C] merges models in closed form if each client sends the second moments of its layers'
 inputs. Whole, they are as large as the weights. Here a client sends the `DIRECTIONS` leading directions of each,
 and one number for all the others [M]: docs/LOG.md.
 
@@ -57,11 +57,11 @@ def measure(vit: VisionTransformer, images: Images, model: ModelConfig, device: 
     Returns:
         For each layer `inputs/NAME` (R, I), and `inputs/rest` (L,); see `leading`. float32, on the CPU.
     """
-    told, rests = {}, []
+    moments, rests = {}, []
     for layer, moment_II in second_moments(vit, images, model, device).items():
-        told[PREFIX + layer], rest = leading(moment_II, DIRECTIONS)
+        moments[PREFIX + layer], rest = leading(moment_II, DIRECTIONS)
         rests.append(rest)
-    return told | {REST: torch.stack(rests)}
+    return moments | {REST: torch.stack(rests)}
 
 
 def second_moments(
@@ -111,10 +111,10 @@ def moment(rows_RI: Tensor, rest: Tensor) -> Tensor:
     return moment_II
 
 
-def problem(told: Mapping[str, Tensor]) -> str | None:
+def problem(moments: Mapping[str, Tensor]) -> str | None:
     """Why these cannot be second moments; None: they can. Names, shapes and types are looked at before."""
-    if (told[REST] < 0).any():
+    if (moments[REST] < 0).any():
         return f"its statistics' {REST} has a negative number; do not edit uploads"
-    layers = sorted(name for name in told if name != REST)
-    empty = [name for name, rest in zip(layers, told[REST], strict=True) if not rest and not told[name].any()]
+    layers = sorted(name for name in moments if name != REST)
+    empty = [name for name, rest in zip(layers, moments[REST], strict=True) if not rest and not moments[name].any()]
     return f"its statistics' {empty[0]} says that the layer was given nothing; do not edit uploads" if empty else None

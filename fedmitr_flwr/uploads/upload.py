@@ -61,12 +61,12 @@ class Upload:
 
 def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
     """What these settings ask of an upload: no more is used, and no more is counted."""
-    told = upload.statistics
-    if told is not None:
-        wanted = [name for name in told if _is_asked(name, asked)]
-        if len(wanted) < len(told):
-            told = {name: told[name] for name in wanted} or None
-    return replace(upload, class_counts=upload.class_counts if asked.counts else None, statistics=told)
+    statistics = upload.statistics
+    if statistics is not None:
+        wanted = [name for name in statistics if _is_asked(name, asked)]
+        if len(wanted) < len(statistics):
+            statistics = {name: statistics[name] for name in wanted} or None
+    return replace(upload, class_counts=upload.class_counts if asked.counts else None, statistics=statistics)
 
 
 def _is_asked(name: str, asked: UploadConfig) -> bool:
@@ -82,10 +82,10 @@ def size(tensors: Mapping[str, Tensor]) -> int:
 
 def digest(upload: Upload) -> str:
     """A hash of everything in an upload that the server phase uses, in hexadecimal; one tensor is read at a time."""
-    told = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
-    hash_tensors(told, upload.weights)
-    hash_tensors(told, upload.statistics or {}, STATISTICS)
-    return told.hexdigest()
+    sha256 = hashlib.sha256(repr((upload.client, upload.num_examples, upload.class_counts)).encode())
+    hash_tensors(sha256, upload.weights)
+    hash_tensors(sha256, upload.statistics or {}, STATISTICS)
+    return sha256.hexdigest()
 
 
 def validate(
@@ -184,21 +184,21 @@ def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | N
 
 
 def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: UploadConfig) -> str | None:
-    told, sums = upload.statistics or {}, moments.names(asked)
+    tensors, sums = upload.statistics or {}, moments.names(asked)
     layers = inputs.like(reference) if asked.moments else {}
-    if set(told) != {*sums, *layers}:
-        names = f"{_NAMES.repr(sorted(told))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
+    if set(tensors) != {*sums, *layers}:
+        names = f"{_NAMES.repr(sorted(tensors))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
         return f"its statistics are {names} (upload.extras)"
     problem: str | None = None
     if sums:
         if upload.class_counts is None:
             return "statistics without class counts; run this app's own ClientApp there, which sends both"
-        told_sums = {name: told[name] for name in sums}
+        own_sums = {name: tensors[name] for name in sums}
         width, norm = reference["head.weight"].shape[1], moments.last_norm(reference)
-        problem = moments.problem(told_sums, upload.class_counts, width, norm)
+        problem = moments.problem(own_sums, upload.class_counts, width, norm)
     if layers and not problem:
-        told_layers = {name: told[name] for name in layers}
-        problem = _wrong_tensor(told_layers, layers) or inputs.problem(told_layers)
+        own_layers = {name: tensors[name] for name in layers}
+        problem = _wrong_tensor(own_layers, layers) or inputs.problem(own_layers)
     return problem
 
 
