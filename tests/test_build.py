@@ -170,7 +170,7 @@ def test_colour_weights_serve_grey_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("there", "reason"),
     [
-        ({"width": 24}, r"blocks\.0\.attn\.proj\.bias is \(24,\), not \(16,\) \(and \d+ more\)"),
+        ({"width": 32}, r"blocks\.0\.attn\.proj\.bias is \(32,\), not \(16,\) \(and \d+ more\)"),
         ({"depth": 1}, r"blocks\.1\..* is missing \(and \d+ more\)"),
         ({"depth": 3}, r"blocks\.2\..* is not in the model \(and \d+ more\)"),
         ({"patch_size": 4}, r"its patches are 4 x 4 px, and model\.patch-size = 2"),
