@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from hostile import MODEL
-from privacy import BUDGETS, LOCAL
-from study import scripts
+from markup import scripts
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -63,7 +62,9 @@ DATA: Mapping[str, Flat] = {
         "model.weights": "../shared/weights/deit_tiny_patch16_224/model.safetensors",
     },
 }
-PRIVATE: Flat = MODEL | LOCAL | {"upload.extras": ""}
+BUDGETS = (0.0, 32.0, 8.0, 2.0)  # ε of configs/bench/privacy.toml; 0: none
+PRIVATE: Flat = MODEL | {"local.epochs": 30, "local.batch-size": 64, "local.optimizer": "adamw", "local.lr": 2e-3}
+PRIVATE |= {"local.outliers": 0.0, "upload.extras": ""}
 SEEDS = (0, 1, 2, 3, 4, 5, 100, 101)
 CLIENTS = (3, 5, 10)
 

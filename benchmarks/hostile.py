@@ -9,16 +9,22 @@ images are made for it, by which it leaves nobody out.
     python benchmarks/hostile.py --seeds 0,1,2 --json benchmarks/results/security/hostile_digits.json
 """
 
+import argparse
+import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from markup import facts, scripts
 from security.attacks import ATTACKS, LIES
-from study import facts, run
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import UploadError
+from fedmitr_flwr.common.files import write_text
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.inversion.scout import scouted_ensemble
@@ -145,4 +151,14 @@ def one_seed(
 
 
 if __name__ == "__main__":
-    run("hostile.py", __doc__, one_seed)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    every: list[dict[str, Any]] = []
+    for each in map(int, arguments.seeds.split(",")):
+        rows, about = one_seed(each)
+        every += rows
+        command = shlex.join(["python", "benchmarks/hostile.py", *sys.argv[1:]])
+        content = {"command": command, "scripts": scripts(), **about, "rows": every}
+        write_text(arguments.json, json.dumps(content, indent=1) + "\n")

@@ -1,11 +1,15 @@
-"""Markdown of a folder of measurements; what all tables have in common is in fedmitr_flwr/bench/markup.py."""
+"""What the files of measurements have in common, and their Markdown; the rest is in fedmitr_flwr/bench/markup.py."""
 
+import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from fedmitr_flwr.bench.markup import origin
+from fedmitr_flwr.config.text import PATHS
+from fedmitr_flwr.runs.folder import RunFolder
 
 
 def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], maker: str) -> str:
@@ -22,3 +26,19 @@ def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], m
 def provenance(content: Mapping[str, Any]) -> list[str]:
     """The last lines of a section: how its file was made, and where."""
     return [f"Command: `{content['command']}`", "", origin(content)]
+
+
+def facts(uploads: RunFolder) -> dict[str, Any]:
+    """What the result of a run says of code, machine and settings; of paths the last part, and none of its own."""
+    result = uploads.read_result()
+    config = result["config"]
+    named = {key: PurePath(config[key]).name for key in PATHS if Path(config[key]).is_absolute()}
+    result["config"] = {key: value for key, value in (config | named).items() if key != "out-dir"}
+    return {key: result[key] for key in ("fingerprint", "versions", "machine", "config")}
+
+
+def scripts() -> str:
+    """12 hexadecimal characters over the modules of this folder that are in use."""
+    files = {Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+    own = sorted(path for path in files if path.parent == Path(__file__).parent)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:12]

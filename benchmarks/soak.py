@@ -26,7 +26,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from study import facts
+from markup import facts
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.files import load_tensors

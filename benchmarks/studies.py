@@ -1,4 +1,6 @@
-"""The studies of docs/results.md and the table of README.md, from files of benchmarks/seeds.py and digits.py.
+"""The studies of docs/results.md and the table of README.md, from committed files of 0.1.0's scripts.
+
+What can be run today is configs/bench/seeds.toml and digits.toml.
 
 A study is one setting on several seeds: each row is one seed, and one pair of inversion and relabelling.
 """
@@ -60,9 +62,7 @@ def read(results: Path) -> list[Study]:
             content = json.loads(path.read_text(encoding="utf-8"))
             _require_same_uploads(path.name, content)
         except KeyError as error:
-            raise ValueError(
-                f"{path}: no {error.args[0]!r}; is it a file of benchmarks/digits.py or seeds.py?"
-            ) from error
+            raise ValueError(f"{path}: no {error.args[0]!r}; is it the file of a study?") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error}); make it again") from error
         found.append(content)
@@ -127,7 +127,7 @@ def _spreads(rows: Iterable[Row], *values: Any) -> list[str]:
 
 
 def _weights(studies: Sequence[Study]) -> list[str]:
-    """Ensembles by other weights, where a study has them (benchmarks/seeds.py)."""
+    """Ensembles by other weights, where a study has them."""
     shown = [content for content in studies if content["rows"][0].get("ensembles")]
     if not shown:
         return []

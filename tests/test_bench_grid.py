@@ -139,7 +139,7 @@ def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
 def test_a_file_that_withholds_what_a_method_asks_for_is_overruled(write: Write) -> None:
     """A data set's settings may be those of FedMITR with more; its rivals are told less, and RegMean what it needs."""
     text = '[settings]\nupload.extras = "counts"\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
-    assert [cell.config.upload.extras for cell in cells(read(write(text)))] == ["", "moments"]
+    assert [cell.config.upload.extras for cell in cells(read(write(text)))] == ["counts", "moments"]
 
 
 def test_words_of_the_command_line_win(write: Write) -> None:
@@ -280,6 +280,17 @@ def test_what_cannot_run_is_known_before_anything_runs(write: Write, text: str, 
     with pytest.raises(ConfigError) as caught:
         cells(read(write(text)))
     assert message in str(caught.value)
+
+
+def test_uploads_of_its_own_are_a_method_s_that_says_so(write: Write) -> None:
+    text = '[grid]\nmethods = ["fedmitr", "plain"]\n[methods.plain]\nmethod = "fedmitr"\nlocal.outliers = 0.0\n'
+    with pytest.raises(ConfigError, match=r"local\.outliers of 'plain' changes the uploads .*: own-uploads = true"):
+        cells(read(write(text)))
+    shared, own = cells(read(write(text + "own-uploads = true")))
+    assert (shared.config.local.outliers, own.config.local.outliers) == (1.0, 0.0)
+    assert shared.group != own.group
+    with pytest.raises(ConfigError, match=r"methods\.plain\.own-uploads = 1 is not possible; use true or false"):
+        read(write(text + "own-uploads = 1"))
 
 
 def test_the_names_of_flower_s_strategies_are_those_of_the_app() -> None:

@@ -11,13 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
 
-import ablation
 import table as results_table
 
 from fedmitr_flwr.bench.markup import spread
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.text import read_flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,18 +284,6 @@ def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None
     shared = "80.0 | 40.0 | 90.0 | 12 |"
     assert f"| `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}\n| *Images* |" in text
     assert f"| `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
-
-
-@pytest.mark.parametrize(("file", "parts"), [("digits", ablation.SCRATCH), ("cifar10_deit", ablation.PRETRAINED)])
-def test_an_ablation_changes_something_in_every_line(file: str, parts: ablation.Parts) -> None:
-    settings = {**read_flat(ROOT / "configs" / f"{file}.toml"), **ablation.UPLOADS}
-    before = Config.from_flat(settings)
-    assert ablation.parts_of(before) is parts
-    lines = [changes for part in parts.values() for changes in part]
-    assert len({ablation.named(changes) for changes in lines}) == len(lines)
-    for changes in lines:
-        changed = Config.from_flat({**settings, **changes}).to_flat()
-        assert all(changed[key] != value for key, value in before.to_flat().items() if key in changes), changes
 
 
 def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(folder: Path) -> None:

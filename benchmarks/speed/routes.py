@@ -1,4 +1,4 @@
-"""The routing tables of docs/performance.md, from files that benchmarks/routing.py has written."""
+"""The routing tables of docs/performance.md, from committed files; today's study is configs/bench/routing.toml."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -177,7 +177,7 @@ def _config(
         own = {"method": variant.method}
     flat = {**shared, **variant.settings, **bench.last, **more, **place, **own}
     try:
-        if not variant.flower:
+        if not variant.flower and not variant.own_uploads:
             _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)
         config = _least(flat) if variant.is_method else resolve(Config.from_flat(flat))
     except ConfigError as error:
@@ -193,7 +193,10 @@ def _require_shared(base: Config, own: Flat, variant: Variant) -> None:
     for key, value in own.items():
         changes = key.startswith(UPLOAD_SETTINGS) and key not in (*NARROWABLE, "data.validation")
         if changes and known.get(key) != value:
-            raise ConfigError(f"{key} of {variant.label!r} changes the uploads that all share; set it in [settings]")
+            raise ConfigError(
+                f"{key} of {variant.label!r} changes the uploads that all share; set it in [settings], or give the "
+                "method uploads of its own: own-uploads = true"
+            )
 
 
 def _least(flat: Flat) -> Config:

@@ -70,6 +70,7 @@ class Variant:
     flower: bool
     rounds: tuple[int, ...]
     settings: Flat = field(hash=False)
+    own_uploads: bool = False  # may its settings change how clients train?
 
     @property
     def is_method(self) -> bool:
@@ -240,8 +241,11 @@ def _variants(axes: Mapping[str, Any], tables: Mapping[str, Any], folder: Path) 
             require_one_of(method, known, f"{where}.method" if label in tables else "grid.methods")
         if not flower and own != (1,):
             raise ConfigError(f"{where}.rounds = {list(own)}, but {method} is one shot; only Flower's own have rounds")
+        own_uploads = flat.pop("own-uploads", False)
+        if not isinstance(own_uploads, bool):
+            raise ConfigError(f"{where}.own-uploads = {own_uploads!r} is not possible; use true or false")
         settings = _settings(flat, where, folder)
-        variants.append(Variant(label, method.removeprefix(FLOWER), flower, own, settings))
+        variants.append(Variant(label, method.removeprefix(FLOWER), flower, own, settings, own_uploads))
     return tuple(variants)
 
 

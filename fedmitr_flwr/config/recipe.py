@@ -1,7 +1,7 @@
 """Settings that are chosen by what training starts from, where they are left to be: 0, or "auto".
 
-The body of a model that comes with weights is to be kept, and only its head is new: few and short steps (docs/adr/0022,
-0030 to 0032). From scratch there is nothing to be spoiled, and much to be learned.
+The body of a model that comes with weights is to be kept, and only its head is new: few and short steps (docs/LOG.md).
+From scratch there is nothing to be spoiled, and much to be learned.
 """
 
 from .config import Config

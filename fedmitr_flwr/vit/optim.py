@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import LocalConfig
 
-WEIGHT_DECAY = 0.05  # as DeiT (Touvron et al. 2021); none at all gave the same accuracy (docs/log.md)
+WEIGHT_DECAY = 0.05  # as DeiT (Touvron et al. 2021); none at all gave the same accuracy (docs/LOG.md)
 GRAD_CLIP = 1.0  # of the norm of all gradients together, as ViT (Dosovitskiy et al. 2021)
 
 
