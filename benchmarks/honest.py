@@ -2,6 +2,7 @@
 
 Trained cells are folders of honest uploads; one that is missing is made. Nothing is fused. The others are of statistics
 alone, which no training changes. `committed` are all cells that a committed result is of, trained as they were there.
+Cells that are in the file already are kept as they are: a long study goes on over several starts.
 
     python benchmarks/honest.py --runs FOLDER --json benchmarks/results/screening/honest.json [--only BEGINNING ...]
 """
@@ -10,7 +11,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -187,15 +188,15 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def rows_of(runs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row for each cell; a partition that cannot be, and data that is not here, are said and passed over."""
+def rows_of(runs: Path, only: Sequence[str], known: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """One row for each cell that is not `known`; one that cannot be, or whose data is not here, is named and skipped."""
     for kind, cells in (
         ("statistics", of_statistics()),
         ("trained", trained()),
         ("committed", committed()),
     ):
         for name, flat in cells:
-            if not f"{kind}-{name}".startswith(tuple(only)):
+            if not f"{kind}-{name}".startswith(tuple(only)) or f"{kind}-{name}" in known:
                 continue
             try:
                 config = resolve(Config.from_flat({**flat, "out-dir": str(runs)}))
@@ -204,7 +205,7 @@ def rows_of(runs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
             except (ConfigError, DataError) as error:
                 print(f"{name}: {error}", flush=True)
                 continue
-            yield {"cell": name, "kind": kind, **values}
+            yield {"cell": name, "kind": kind, **values, "fingerprint": fingerprint()}
 
 
 if __name__ == "__main__":
@@ -214,9 +215,10 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", default=[""], help="cells whose kind and name begin so: trained-digits")
     arguments = parser.parse_args()
     command = shlex.join(["python", "benchmarks/honest.py", *sys.argv[1:]])
-    origin = {"fingerprint": fingerprint(), "versions": versions(), "machine": machine("cpu"), "config": UPLOADS}
-    rows: list[dict[str, Any]] = []
-    for row in rows_of(arguments.runs, arguments.only):
+    origin = {"versions": versions(), "machine": machine("cpu"), "config": UPLOADS}
+    before = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {"rows": []}
+    rows: list[dict[str, Any]] = before["rows"]
+    for row in rows_of(arguments.runs, arguments.only, {f"{each['kind']}-{each['cell']}" for each in rows}):
         rows.append(row)
         content = {"command": command, "scripts": scripts(), **origin, "rows": rows}
         write_text(arguments.json, json.dumps(content, indent=1) + "\n")
