@@ -189,7 +189,7 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
 
 
 def rows_of(runs: Path, only: Sequence[str], known: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """One row for each cell that is not `known`; one that cannot be, or whose data is not here, is named and skipped."""
+    """One row for each cell that is not `known`; one that cannot be, or whose data is missing, is named and skipped."""
     for kind, cells in (
         ("statistics", of_statistics()),
         ("trained", trained()),
