@@ -21,12 +21,12 @@ FEWEST = 3  # uploads; of two that differ either may be the unusual one
 
 NORM_Z = 5.0
 NORM_SPREAD = 0.25  # least deviation of the log of a norm, lest clients that are nearly equal make each other unusual
-AWAY = -0.02  # mean cosine with the others' updates; honest ones are on the other side of 0
+AWAY = -0.02  # mean cosine with the others' updates; after much training honest ones are on the other side of 0
 COPY = 0.9999  # cosine of two updates
 OWNS = 10.0  # times the images of all others together: more do not count
 
 CLEAR_LENGTH = 2.5  # logarithm of a length's ratio to the median: 12 times
-CLEAR_AWAY = -0.04
+CLEAR_AWAY = -0.3  # a few steps on a few images of one or two classes: honest clients were at -0.12
 CLEAR_OWNS = 1000.0
 CLEAR_NEW = 0.03  # cosine of an upload's matrices with the start's; 0 for weights of another draw
 MANY = 10_000  # weights in matrices: with fewer, another draw's cosine may be above that by chance
