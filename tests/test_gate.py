@@ -303,10 +303,10 @@ def test_a_device_that_is_none_is_known_before_a_folder_is_made(run: RunFolder, 
     with pytest.raises(ConfigError, match="device = 'gpu' is not a torch device"):
         pipeline.run(settings(**SMALL | {"out-dir": str(tmp_path / "new"), "device": "gpu"}))
     assert not (tmp_path / "new").exists()
-    before = names(run.path / "fused")
+    before = set(run.path.rglob("*"))
     with pytest.raises(ConfigError, match="device = 'gpu'"):
         pipeline.fuse(run, "fedavg", {"device": "gpu"})
-    assert names(run.path / "fused") == before
+    assert set(run.path.rglob("*")) == before
 
 
 def test_a_finished_server_phase_does_without_the_training_labels(

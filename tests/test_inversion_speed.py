@@ -101,7 +101,7 @@ def test_a_last_block_for_cls_alone_costs_what_torch_counts() -> None:
 def test_the_engine_does_what_is_counted(mode: str) -> None:
     """Two teachers, three images: what more steps cost, torch's counter against ours. Importance drops out."""
     tiny = {"model.name": "small", "model.img-size": 16, "model.patch-size": 4, "model.in-chans": 3}
-    tiny |= {"model.num-classes": 7, "inversion.mode": mode}
+    tiny |= {"model.num-classes": 7, "inversion.mode": mode, "inversion.stops": "0.1,0.3"}
     ensemble, shape = Ensemble([a_vit(), a_vit()], torch.full((2, 7), 0.5), "probs"), flops.Shape.of(a_vit())
     counted, planned = [], []
     for steps in (4, 9):

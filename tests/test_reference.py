@@ -112,7 +112,7 @@ def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(
     statistics: bool, teach: str, silent: int
 ) -> None:
     """With its logits, and its patches, the losses were of a hundred and more: nothing else was learned."""
-    config = settings(**{"upload.statistics": statistics})
+    config = settings(**{"upload.extras": "statistics" if statistics else ""})
     uploads, lines = uploads_of(config), list[dict[str, Any]]()
     ensemble = Weigher(uploads, config, CPU).ensemble
     assert (ensemble.teach, ensemble.silent) == (teach, silent)
@@ -133,7 +133,7 @@ def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(monkeyp
     images = some_images(config, 6)
     model = fused(Config.from_flat({"method": "lda"}, config), uploads).predict
     given = scouted_ensemble(uploads, config, CPU)(images).softmax(1)
-    without = Config.from_flat({"upload.statistics": False, "upload.variances": False}, config)
+    without = Config.from_flat({"upload.extras": ""}, config)
     clients = scouted_ensemble(uploads, without, CPU)(images).softmax(1)
     torch.testing.assert_close(given, (clients + model(images).softmax(1)) / 2)
 

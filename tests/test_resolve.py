@@ -210,17 +210,17 @@ def test_each_setting_of_a_recipe_can_be_given_by_itself(weights: str) -> None:
             wanted["local.head-lr"] = value  # which is as new as the rest
         assert dict(zip(RECIPE, recipe_of(**start, **{key: value}), strict=True)) == wanted
     assert recipe_of(**start, **own) == tuple(own.values())
-    assert recipe.told(Config.from_flat(start | own)) == ""
+    assert recipe.chosen_line(Config.from_flat(start | own)) == ""
 
 
 def test_what_is_chosen_is_said_in_one_line() -> None:
     given = {"model.weights": "timm", "local.lr": 1e-3, "distill.init": "average", "inversion.stops": "0.5"}
-    assert recipe.told(Config.from_flat(given)) == (
+    assert recipe.chosen_line(Config.from_flat(given)) == (
         "model.weights is given: local.epochs = 3, local.optimizer = adamw, local.head-lr = 0.01, "
         "distill.passes = 5, distill.lr = 0.0001"
     )
     scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.passes": 2}
-    assert recipe.told(Config.from_flat(scratch)) == (
+    assert recipe.chosen_line(Config.from_flat(scratch)) == (
         "training from scratch: local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedmitr_flwr.common import provenance
-from fedmitr_flwr.common.fingerprint import core, fingerprint
+from fedmitr_flwr.common.fingerprint import fingerprint, of_method
 from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.runs.folder import plain
 from fedmitr_flwr.runs.result import accuracy_table, build, on_server
@@ -45,7 +45,7 @@ def test_what_a_reader_needs_is_there() -> None:
     assert made["bytes_up"] == [400, 400]
     assert made["bytes_down"] is None
     assert made["client_seconds"] is None
-    assert made["core"] == core()
+    assert made["core"] == of_method("fedmitr")
     assert made["seconds"] == {"local": 1.235, "distil": 2.0}
     assert made["teacher_forwards"] == 12
     assert made["versions"]["python"] == platform.python_version()

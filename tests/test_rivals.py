@@ -23,7 +23,7 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion import generator
 from fedmitr_flwr.inversion.generator import Generator, generate
 from fedmitr_flwr.inversion.invert import PIXELS
-from fedmitr_flwr.methods import adi, coboosting, dense
+from fedmitr_flwr.methods import adi, coboosting, rounds
 from fedmitr_flwr.methods.coboosting import diversify, hard_loss
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.dense import boundary_loss
@@ -348,8 +348,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     config = settings(method="fedavg", **small, **{"out-dir": str(tmp_path)})
     run = pipeline.run(config, "run")
     whole = pipeline.fuse(run, rival, {})
-    module = {"dense": dense, "coboosting": coboosting}[rival]
-    make, made = module.generate, []
+    make, made = rounds.generate, []
 
     class KilledError(Exception):
         pass
@@ -361,7 +360,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
         return make(*given, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "generate", dies)
+        patched.setattr(rounds, "generate", dies)
         with pytest.raises(KilledError):
             pipeline.fuse(run, rival, {})
         made.extend([1] * 10)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.data.images import Images, prepare
 from fedmitr_flwr.methods.fedpft import MOST, draw, train_head
-from fedmitr_flwr.statistics.heads import NOBODYS, Head, lda, oas, ridge
+from fedmitr_flwr.statistics.heads import UNSEEN, Head, lda, oas, ridge
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, measure, problem, total
 
 CLASSES, WIDTH = 4, 6
@@ -146,7 +146,7 @@ def test_a_class_that_nobody_has_is_never_the_answer_and_changes_no_other() -> N
         torch.testing.assert_close(ours.weight[:-1], without.weight)
         torch.testing.assert_close(ours.bias[:-1], without.bias)
         assert (scores(ours, z).argmax(1) < CLASSES - 1).all()
-    assert lda(statistics, 0.1).bias[-1] == NOBODYS
+    assert lda(statistics, 0.1).bias[-1] == UNSEEN
 
 
 @pytest.mark.parametrize(
