@@ -1,4 +1,4 @@
-"""Methods from outside the package: a file by its path, and an entry point of an installed package."""
+"""From outside the package: methods, rules of the ensemble and priors, by the path of a file or as an entry point."""
 
 import logging
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import a_vit, an_upload, settings, some_images
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
@@ -14,7 +15,12 @@ from fedmitr_flwr.common import outside
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.fingerprint import of_method
+from fedmitr_flwr.common.rng import stream
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.inversion.trajectory import prior_named
+from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.vit.tokens import all_positions, patchify, take
 
 FIRST = '''"""The model of the first client, as it is."""
 
@@ -105,3 +111,88 @@ def test_an_installed_package_offers_a_method(monkeypatch: pytest.MonkeyPatch) -
     assert methods.load("theirs") is methods.load("fedavg")
     with pytest.raises(ConfigError, match=r"method = 'there' is not one of: .*; did you mean theirs\?"):
         methods.load("there")
+
+
+RULE = '''"""Products of the teachers' probabilities, by weight."""
+
+
+def part(logits, weights):
+    return weights * logits.log_softmax(-1)
+
+
+def join(total, part):
+    return total + part
+'''
+PRIOR = '''"""Grey pictures."""
+
+
+def prior(images):
+    return 2 * images.square().flatten(1).sum(1)
+'''
+
+
+def test_a_file_is_a_rule_of_the_ensemble(tmp_path: Path) -> None:
+    """The product of two experts, by hand; and what it teaches of whole images is what it decides."""
+    (tmp_path / "product.py").write_text(RULE)
+    config = settings(**{"ensemble.combine": str(tmp_path / "product.py")})
+    ensemble = Ensemble.of([an_upload(config, 0), an_upload(config, 1)], config.model, config.ensemble)
+    images = some_images(config, 3)
+    with torch.no_grad():
+        first, second = (a_vit(config, client)(images).softmax(1) for client in range(2))
+        wanted = first ** ensemble.weights[0] * second ** ensemble.weights[1]
+        torch.testing.assert_close(ensemble(images).softmax(1), wanted / wanted.sum(1, keepdim=True))
+        teaching = Ensemble.of(
+            [an_upload(config, 0), an_upload(config, 1)], config.model, config.ensemble, config.ensemble.combine
+        )
+        patches = patchify(images, config.model.patch_size)
+        taught = teaching.scores(patches, all_positions(patches)).cls
+    torch.testing.assert_close(taught, ensemble(images))
+
+
+def test_a_file_is_a_prior_of_the_images(tmp_path: Path) -> None:
+    """2 |x|² has the gradient 4 x, of the alive pixels; and a run with it makes paler images."""
+    (tmp_path / "grey.py").write_text(PRIOR)
+    path = str(tmp_path / "grey.py")
+    canvas = torch.rand(2, 4, 3, generator=stream(0))
+    alive = torch.tensor([[0, 2], [3, 1]])
+    loss, slope = prior_named(path)(canvas, alive, 1)(take(canvas, alive))
+    torch.testing.assert_close(loss, 2 * canvas.square().flatten(1).sum(1))
+    torch.testing.assert_close(slope, 4 * take(canvas, alive))
+    pools = []
+    for prior in ("tv", path):
+        config = settings(method="fedmitr", **{"inversion.prior": prior, "inversion.steps": 30})
+        uploads = [an_upload(config, client) for client in range(2)]
+        pools.append(methods.fuse(Job(uploads, config, torch.device("cpu"), lambda **_: None)).pool)
+    plain, grey = (pool.images.square().mean() for pool in pools if pool is not None)
+    assert grey < plain
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("ensemble.combine", r"ensemble\.combine = '.*x\.py' has no function part; write part and join"),
+        ("inversion.prior", r"inversion\.prior = '.*x\.py' has no function prior\(images\); write one"),
+    ],
+)
+def test_a_file_without_what_is_needed_is_one_line(key: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("")
+    config = settings(method="fedmitr", **{key: str(tmp_path / "x.py")})
+    with pytest.raises(ConfigError, match=message):
+        methods.check(config)  # before anything is trained
+
+
+def test_a_choice_that_is_no_file_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"ensemble\.combine = 'prods' is not possible; use logits \| probs; did you"):
+        settings(**{"ensemble.combine": "prods"})
+    with pytest.raises(ConfigError, match=r"inversion\.prior = 'none' is not possible; use tv"):
+        settings(**{"inversion.prior": "none"})
+
+
+def test_checkpoints_are_of_the_file_s_contents(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("a = 1")
+    before = outside.contents(str(path))
+    path.write_text("a = 2")
+    assert outside.contents(str(path)) != before
+    assert outside.contents("tv") == "tv"
+    assert outside.contents(str(tmp_path / "none.py")) == str(tmp_path / "none.py")

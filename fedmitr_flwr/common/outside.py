@@ -23,6 +23,12 @@ def short(value: str) -> str:
     return Path(value).stem if is_file(value) else value
 
 
+def contents(value: object) -> object:
+    """The value, or, of a file that is there, what it holds: checkpoints of other code are of no use."""
+    path = Path(value) if isinstance(value, str) and is_file(value) else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else value
+
+
 def names(group: str) -> list[str]:
     """Of the entry points of installed packages in `fedmitr_flwr.<group>`."""
     return sorted(entry_points(group=f"fedmitr_flwr.{group}").names)

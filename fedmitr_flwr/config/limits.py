@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
+from ..common import outside
 from ..common.errors import ConfigError
 
 SEPARATOR = "|"  # of names in one setting: names of classes hold commas
@@ -36,6 +37,12 @@ class Section:
 
     def _one_of(self, name: str, *choices: str) -> None:
         one_of(self._key(name), getattr(self, name), choices)
+
+    def _one_of_or_outside(self, name: str, group: str, *choices: str) -> None:
+        """Or a Python file, or an entry point of the group `fedmitr_flwr.<group>`."""
+        value = getattr(self, name)
+        if not outside.is_file(value) and value not in choices:
+            one_of(self._key(name), value, [*choices, *outside.names(group)])
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:

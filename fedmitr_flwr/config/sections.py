@@ -201,11 +201,11 @@ class EnsembleConfig(Section):
     """What "the ensemble" is, everywhere: in inversion, importance, relabelling, distillation and evaluation."""
 
     section = "ensemble"
-    combine: str = "probs"  # to decide what an image shows, the mean of the teachers' logits | probs (probabilities)
+    combine: str = "probs"  # to decide what an image shows, the mean of the teachers' logits | probs | a Python file
     weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
 
     def __post_init__(self) -> None:
-        self._one_of("combine", "logits", "probs")
+        self._one_of_or_outside("combine", "rules", "logits", "probs")
         self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
 
 
@@ -216,10 +216,12 @@ class InversionConfig(Section):
     steps: int = 60  # T
     batch_size: int = 125  # images inverted at once
     stops: str = AUTO  # sparse: halting times, as fractions of T; auto: 0.1,0.3, or SMI's four with model.weights
+    prior: str = "tv"  # on the images, beside the teachers: tv (total variation) | a Python file
     route: float = 0.0  # ask only teachers with this share of the best one's weight for the target class; 0: all
 
     def __post_init__(self) -> None:
         self._one_of("mode", "dense", "sparse", "pri4")
+        self._one_of_or_outside("prior", "priors", "tv")
         self._within(0, 1, "route")
         self._at_least(1, "steps", "batch_size")
         fractions = () if self.stops == AUTO else self.stop_fractions

@@ -29,7 +29,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 # Of these, what says where a run is kept and no more.
 PLACES = ("out-dir", "resume-from")
 # Settings that may name a Python file in place of one of their choices; then they are paths, too.
-OUTSIDE = ("method",)
+OUTSIDE = ("method", "ensemble.combine", "inversion.prior")
 
 # What other libraries call a setting. One with a dot is a whole key.
 _ALSO_CALLED = {

@@ -3,12 +3,16 @@
 Shapes: K teachers, B images, M given patches, E numbers in a patch, Y classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..common import outside
+from ..common.errors import ConfigError
 from ..config import EnsembleConfig, ModelConfig
 from ..uploads.upload import Upload
 from ..vit.tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
@@ -83,12 +87,12 @@ class Ensemble(nn.Module):
 
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
         """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y)."""
-        total: TokenLogits | None = None
+        total, teach = None, rule(self.teach)
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
         weights = self.weights, self.token_weights
         for (cls, patches), cls_Y, patches_Y in zip(answers, *weights, strict=True):
-            parts = TokenLogits(_part(cls, cls_Y, self.teach), _part(patches, patches_Y, self.teach))
-            total = parts if total is None else TokenLogits(*map(self._sum, total, parts))
+            parts = TokenLogits(teach.part(cls, cls_Y), teach.part(patches, patches_Y))
+            total = parts if total is None else TokenLogits(*map(teach.join, total, parts))
         assert total is not None, "an ensemble has teachers"
         return total
 
@@ -105,9 +109,6 @@ class Ensemble(nn.Module):
     def by_many(self) -> bool:
         """Whether threads may ask it at the same time: one's guest or stacked weights would be another's teacher."""
         return not _stacks(self.weights) and not self.teachers.streamed
-
-    def _sum(self, total: Tensor, part: Tensor) -> Tensor:
-        return torch.logaddexp(total, part) if self.teach == "probs" else total + part
 
     def slope(
         self,
@@ -193,18 +194,54 @@ def combine_answers(logits_K: Tensor, weights_K: Tensor, combine: str) -> Tensor
     """
     middle = logits_K.dim() - weights_K.dim()
     weights = weights_K.reshape(*weights_K.shape[:-1], *[1] * middle, weights_K.shape[-1])
-    parts = _part(logits_K, weights, combine)
-    return parts.logsumexp(0) if combine == "probs" else parts.sum(0)
+    how = rule(combine)
+    return how.total(how.part(logits_K, weights))
 
 
-def _part(logits: Tensor, weights: Tensor, combine: str) -> Tensor:
-    """What a teacher adds to the scores: a term of a sum, or, of `probs`, of a log-sum-exp."""
-    return weights * logits if combine == "logits" else log_probabilities(logits) + weights.log()
+class Rule(NamedTuple):
+    """How teachers' logits become scores, one teacher after the other.
+
+    A file that is named as `ensemble.combine` has the functions `part` and `join`.
+
+    Attributes:
+        part: (logits (..., Y), weights of the same form or broadcast to it) -> what this teacher adds.
+        join: (what some add, what one more adds) -> what they add together, in whatever order.
+        total: (what each adds (K, ...)) -> what they add together.
+    """
+
+    part: Callable[[Tensor, Tensor], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Of a teacher, as they enter the mixture."""
     return (logits / TEMPERATURE).log_softmax(-1)
+
+
+def _weighted_logits(logits: Tensor, weights: Tensor) -> Tensor:
+    return weights * logits
+
+
+def _weighted_probabilities(logits: Tensor, weights: Tensor) -> Tensor:
+    return log_probabilities(logits) + weights.log()
+
+
+RULES: Mapping[str, Rule] = {
+    "logits": Rule(_weighted_logits, torch.add, partial(torch.sum, dim=0)),
+    "probs": Rule(_weighted_probabilities, torch.logaddexp, partial(torch.logsumexp, dim=0)),
+}
+
+
+def rule(name: str) -> Rule:
+    """Of `RULES`, or from outside the package."""
+    if name in RULES:
+        return RULES[name]
+    module = outside.load(name, "rules", "ensemble.combine")
+    for wanted in ("part", "join"):
+        if not callable(getattr(module, wanted, None)):
+            raise ConfigError(f"ensemble.combine = {name!r} has no function {wanted}; write part and join")
+    return Rule(module.part, module.join, lambda parts_K: reduce(module.join, parts_K))
 
 
 def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -> Tensor:

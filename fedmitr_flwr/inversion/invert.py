@@ -62,7 +62,7 @@ def invert(
     def attempt(starts: Tensor, targets: Tensor) -> Inverted:
         ends = low.to(device), high.to(device)
         routing = route(ensemble.weights, targets, config.route)
-        run = Trajectory(ensemble, starts.to(device), targets, routing, ends, flip, rng, pixels.lr)
+        run = Trajectory(ensemble, starts.to(device), targets, routing, ends, flip, rng, pixels.lr, config.prior)
         return modes[config.mode](run, config, on_step)
 
     with whole_float32():

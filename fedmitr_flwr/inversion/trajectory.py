@@ -3,11 +3,14 @@
 Shapes: B images, N patches, K alive patches, E numbers in a patch, g patches along a side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..common import outside
+from ..common.errors import ConfigError
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import Routing
 from ..vit.tokens import all_positions, patchify, put, random_flip, take, unpatchify
@@ -15,7 +18,49 @@ from .objective import AliveVariation, cross_entropy
 
 TV = 1e-4  # weight of the total variation prior, as SMI [C]
 
+# (alive patches (B, K, E)) -> what is added to the loss (B,), and its gradient by the patches
+Prior = Callable[[Tensor], tuple[Tensor, Tensor]]
+# (canvas (B, N, E), positions of the alive patches (B, K), a patch's side in pixels) -> the prior until more are halted
+MakePrior = Callable[[Tensor, Tensor, int], Prior]
+
 OnStep = Callable[[float, float], None]  # (mean loss, alive share), once per step
+
+
+def total_variation(canvas_BNE: Tensor, positions_BK: Tensor, patch: int) -> Prior:
+    """`TV` · TV₂ of whole images [C]."""
+    variation = AliveVariation(canvas_BNE, positions_BK, patch)
+
+    def prior(alive_BKE: Tensor) -> tuple[Tensor, Tensor]:
+        variation_B, slope_BKE = variation(alive_BKE)
+        return TV * variation_B, TV * slope_BKE
+
+    return prior
+
+
+def of_images(function: Callable[[Tensor], Tensor], canvas_BNE: Tensor, positions_BK: Tensor, patch: int) -> Prior:
+    """Any function of whole normalised images, (B, C, S, S) -> (B,), whose gradient autograd finds."""
+
+    def prior(alive_BKE: Tensor) -> tuple[Tensor, Tensor]:
+        leaf_BKE = alive_BKE.detach().requires_grad_()
+        with torch.enable_grad():
+            loss_B = function(unpatchify(put(canvas_BNE, positions_BK, leaf_BKE), patch))
+        (slope_BKE,) = torch.autograd.grad(loss_B.sum(), leaf_BKE)
+        return loss_B.detach(), slope_BKE
+
+    return prior
+
+
+PRIORS: Mapping[str, MakePrior] = {"tv": total_variation}
+
+
+def prior_named(name: str) -> MakePrior:
+    """Of `PRIORS`, or the function `prior` of a file outside the package."""
+    if name in PRIORS:
+        return PRIORS[name]
+    function = getattr(outside.load(name, "priors", "inversion.prior"), "prior", None)
+    if not callable(function):
+        raise ConfigError(f"inversion.prior = {name!r} has no function prior(images); write one")
+    return partial(of_images, function)
 
 
 class Trajectory:
@@ -31,10 +76,11 @@ class Trajectory:
         flip: bool,
         rng: torch.Generator,
         lr: float,
+        prior: str = "tv",
     ) -> None:
         """Start from `start_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
         self.ensemble, self.targets_B, self.routing = ensemble, targets_B, routing
-        self.flip, self.rng, self.lr = flip, rng, lr
+        self.flip, self.rng, self.lr, self.make_prior = flip, rng, lr, prior_named(prior)
         self.grid, self.patch = ensemble.grid, ensemble.patch
         pixels_each = self.patch**2
         self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
@@ -46,7 +92,7 @@ class Trajectory:
         # Adam's fused step reads pixels and gradients in the order of memory: both must be contiguous.
         self.alive_BKE = patches_BKE.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         self.adam = torch.optim.Adam([self.alive_BKE], lr=self.lr, betas=(0.5, 0.99), fused=True)
-        self.variation = AliveVariation(self.canvas_BNE, self.positions_BK, self.patch)
+        self.prior = self.make_prior(self.canvas_BNE, self.positions_BK, self.patch)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One step of Adam. Returns the losses (B,) and the alive patches (B, K, E) before it: they belong together."""
@@ -60,9 +106,9 @@ class Trajectory:
 
         loss_B, gradient = self.ensemble.slope(loss, patches, positions, self.routing)
         (gradient_BKE,) = torch.autograd.grad(patches, self.alive_BKE, gradient)
-        variation_B, slope_BKE = self.variation(before_BKE)
-        loss_B = loss_B + TV * variation_B
-        self.alive_BKE.grad = (gradient_BKE + TV * slope_BKE).contiguous()
+        prior_B, slope_BKE = self.prior(before_BKE)
+        loss_B = loss_B + prior_B
+        self.alive_BKE.grad = (gradient_BKE + slope_BKE).contiguous()
         self.adam.step()
         with torch.no_grad():
             self.alive_BKE.clamp_(self.low_E, self.high_E)

@@ -38,7 +38,12 @@ def check(config: Config, clients: int | None = None) -> None:
 
     Of how many `clients`: None where the number is not known yet.
     """
+    from ..ensemble.ensemble import rule
+    from ..inversion.trajectory import prior_named
+
     module = load(config.method)
+    rule(config.ensemble.combine)  # both may be files
+    prior_named(config.inversion.prior)
     if hasattr(module, "check"):
         module.check(config)
     if clients is not None and hasattr(module, "check_clients"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common.errors import RunError
 from ..common.files import PRIVATE_FOLDER, load_tensors, save_tensors
 from ..common.fingerprint import of_method
-from ..common.outside import short
+from ..common.outside import contents, short
 from ..common.provenance import versions
 from ..config import Config
 from ..uploads.upload import Upload, digest
@@ -83,7 +83,7 @@ class Checkpoints:
         return self.folder / f"{name}.safetensors"
 
     def _key(self, name: str, settings: tuple[str, ...]) -> str:
-        deciding = {key: value for key, value in self.config.to_flat().items() if key.startswith(settings)}
+        deciding = {key: contents(value) for key, value in self.config.to_flat().items() if key.startswith(settings)}
         content = json.dumps([name, deciding, self._circumstances], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
