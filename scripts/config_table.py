@@ -31,7 +31,7 @@ def comments(source: str) -> dict[str, str]:
 
 def table() -> Iterator[str]:
     said: dict[str, str] = {}
-    for name in ("config.py", "sections.py", "protection.py", "method_sections.py"):
+    for name in ("config.py", "sections.py"):
         said |= comments((ROOT / "fedmitr_flwr" / "config" / name).read_text(encoding="utf-8"))
     header = ""
     for key, value in Config().to_flat().items():

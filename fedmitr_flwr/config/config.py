@@ -11,8 +11,6 @@ from typing import Any, Self, TypeVar, cast
 
 from ..common.errors import ConfigError
 from .limits import Section, check
-from .method_sections import FedDFConfig
-from .protection import KrumConfig, PrivacyConfig, ScreenConfig
 from .sections import (
     OWN,
     REBIRTHS,
@@ -20,12 +18,16 @@ from .sections import (
     DistillConfig,
     EnsembleConfig,
     EvaluateConfig,
+    FedDFConfig,
     FlowerConfig,
     InversionConfig,
+    KrumConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
+    PrivacyConfig,
     RelabelConfig,
+    ScreenConfig,
     UploadConfig,
 )
 from .text import parse_toml, read_flat, spelled, toml_value, typed
