@@ -452,3 +452,31 @@ def test_the_flower_app_has_the_same_keys_and_defaults() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_config_file_parses(path: Path) -> None:
     Config.from_file(path)
+
+
+# Every setting there is. Another one needs two committed results with two values of it, or a user's data or machine that
+# does; what did not help is a line in docs/LOG.md. There are at most 75.
+KEYS = {
+    "": "method seed device threads out-dir resume-from",
+    "data": "source path image-column label-column train-limit test-limit validation proxy flip classes unknown-classes",
+    "partition": "scheme alpha classes-per-client min-size clients",
+    "model": "name img-size patch-size in-chans num-classes width depth weights",
+    "local": "epochs batch-size optimizer lr head-lr augment prior-adjust outliers average threads",
+    "upload": "dtype extras",
+    "privacy": "epsilon delta clip",
+    "screen": "mode max-images",
+    "krum": "hostile",
+    "ensemble": "combine weights",
+    "inversion": "mode steps batch-size stops prior route",
+    "relabel": "mode",
+    "distill": "epochs images-per-epoch passes init extrapolate lr",
+    "feddf": "path",
+    "evaluate": "where holdout",
+    "flower": "strategy rounds options node-wait upload-timeout quorum clients",
+}
+
+
+def test_there_is_no_setting_beyond_these() -> None:
+    named = [f"{section}.{key}".lstrip(".") for section, keys in KEYS.items() for key in keys.split()]
+    assert list(Config().to_flat()) == named
+    assert len(named) <= 75
