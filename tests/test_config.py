@@ -454,11 +454,12 @@ def test_every_config_file_parses(path: Path) -> None:
     Config.from_file(path)
 
 
-# Every setting there is. Another one needs two committed results with two values of it, or a user's data or machine that
-# does; what did not help is a line in docs/LOG.md. There are at most 75.
+# Every setting there is. Another one needs two committed results with two values of it, or a user's data or machine
+# that does; what did not help is a line in docs/LOG.md.
 KEYS = {
     "": "method seed device threads out-dir resume-from",
-    "data": "source path image-column label-column train-limit test-limit validation proxy flip classes unknown-classes",
+    "data": "source path image-column label-column train-limit test-limit validation proxy flip classes "
+    "unknown-classes",
     "partition": "scheme alpha classes-per-client min-size clients",
     "model": "name img-size patch-size in-chans num-classes width depth weights",
     "local": "epochs batch-size optimizer lr head-lr augment prior-adjust outliers average threads",
