@@ -1,7 +1,7 @@
 """The settings: what there is, what may stand in it, and how it is read."""
 
-from .config import (
-    Config,
+from .config import Config
+from .sections import (
     DataConfig,
     DistillConfig,
     EnsembleConfig,

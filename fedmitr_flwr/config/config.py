@@ -32,25 +32,6 @@ from .sections import (
 )
 from .text import parse_toml, read_flat, spelled, toml_value, typed
 
-__all__ = [
-    "Config",
-    "DataConfig",
-    "DistillConfig",
-    "EnsembleConfig",
-    "EvaluateConfig",
-    "FedDFConfig",
-    "FlowerConfig",
-    "InversionConfig",
-    "KrumConfig",
-    "LocalConfig",
-    "ModelConfig",
-    "PartitionConfig",
-    "PrivacyConfig",
-    "RelabelConfig",
-    "ScreenConfig",
-    "UploadConfig",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
