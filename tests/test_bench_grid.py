@@ -10,6 +10,7 @@ from fedmitr_flwr.bench.grid import cells, tune_cells
 from fedmitr_flwr.bench.spec import Bench, read
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config.text import PATHS, PLACES
+from fedmitr_flwr.report.words import measure
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +105,13 @@ def test_tuning_is_at_its_own_place_on_validation_images(full: Bench) -> None:
     assert (cell.config.data.validation, cell.config.flower.options) == (0.2, "eta=0.001, tau=0.01")
     assert cell.name.startswith("tuning: ")
     assert all(cell.config.data.validation == 0 for cell in cells(full))
+
+
+def test_a_whole_grid_may_be_judged_by_validation_images(write: Write) -> None:
+    text = "[settings]\ndata.validation = 0.2\n[grid]\nmethods = ['fedavg', 'central']\n[methods.central]"
+    made = cells(read(write(text), {"data.flip": True}))
+    assert {cell.config.data.validation for cell in made} == {0.2}
+    assert {measure(cell.config.to_flat()) for cell in made} == {"Validation accuracy"}
 
 
 def test_what_was_chosen_is_set(full: Bench) -> None:
@@ -234,6 +242,14 @@ def test_a_base_file_gives_settings_but_no_axes(write: Write, tmp_path: Path) ->
             "settings: seed is an axis of the grid; set it in [grid]",
         ),
         ("[settings]\nmethod = 'adi'\n[grid]\nmethods = ['fedavg']", "settings: method is what the bench decides"),
+        (
+            "[grid]\nmethods = ['fedavg']\n[methods.fedavg]\ndata.validation = 0.2",
+            "methods.fedavg: all methods are judged by the same images; set data.validation in [settings]",
+        ),
+        (
+            "[settings]\ndata.validation = 0.2\n[grid]\nmethods = ['fedavg']\n[tune]",
+            "data.validation = 0.2, but [tune] chooses on validation images and reports on test images",
+        ),
         ("[grid]\nmethods = ['fedavg']\n[methods.adi]", "[methods.adi] is not in grid.methods; add it there"),
         ("[grid]\nmethods = ['fedavg']\n[methods.fedavg]\nrounds = [2]", "fedavg is one shot; only Flower's own"),
         ("[grid]\nmethods = ['fedavg']\n[tune]\nseed = 0", "tune.seed = 0 is in grid.seed as well"),

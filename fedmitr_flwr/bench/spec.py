@@ -31,7 +31,8 @@ _GRIDS = {  # settings that are axes, by what they are called there
     "partition.classes-per-client": "classes",
     "partition.clients": "clients",
 }
-_OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds", "data.validation")
+_OURS = ("method", "out-dir", "resume-from", "flower.strategy", "flower.rounds")
+_VALIDATION = "data.validation"  # for all cells, or for what is tuned, but of no single method
 _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "datasets", "grid", "methods", "tune")
 _KNOWN = Config().to_flat()
 _TABLES = ("grid", "tune")  # of which the command line can set keys
@@ -170,6 +171,12 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     tune = _tune(document["tune"], variants, skews, clients, seeds, path.parent) if "tune" in document else None
     if tune:
         _not_tried(tune, last)
+        for name in chosen:
+            if value := {**data[name], **last}.get(_VALIDATION):
+                raise ConfigError(
+                    f"{_VALIDATION} = {value}, but [tune] chooses on validation images and reports on test images; "
+                    f"remove {_VALIDATION}, or the table [tune]"
+                )
     return Bench(
         name=as_text(document.get("name", path.stem), "name"),
         reference=as_text(document.get("reference", "fedmitr"), "reference"),
@@ -297,7 +304,7 @@ def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
 def _of_file(value: object, key: str, path: Path) -> Flat:
     """The settings of the config file that the bench file `path` names; none, if it names none."""
     file = as_text(value, key)
-    ours = {*_GRIDS, *_OURS}  # a file for single runs has them too
+    ours = {*_GRIDS, *_OURS, _VALIDATION}  # a file for single runs has them too
     return {key: value for key, value in read_flat(path.parent / file).items() if key not in ours} if file else {}
 
 
@@ -315,6 +322,8 @@ def _settings(flat: Flat, where: str, folder: Path, source: object = "hub") -> F
             )
         if key in _OURS:
             raise ConfigError(f"{where}: {key} is what the bench decides; remove it")
+        if key == _VALIDATION and where.startswith(("methods.", "tune.")):
+            raise ConfigError(f"{where}: all methods are judged by the same images; set {key} in [settings]")
     try:
         return located({key: typed(key, value, _KNOWN) for key, value in flat.items()}, folder.absolute(), source)
     except ConfigError as error:
