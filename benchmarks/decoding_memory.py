@@ -31,7 +31,7 @@ from fedmitr_flwr.data.sources import load
 IMG_SIZE = 8
 LIMIT_MIB = 953  # 1 GB
 SETTINGS = ("model.img-size=8", "model.patch-size=2", "partition.scheme=iid", "partition.clients=2", "local.epochs=1")
-SETTINGS += ("inversion.steps=5", "distill.epochs=1", "distill.images-per-epoch=20", "distill.passes=1")
+SETTINGS += ("inversion.steps=5", "distill.rounds=1", "distill.images-per-round=20", "distill.epochs-per-round=1")
 STATUS = Path("/proc/self/status")
 
 

@@ -38,7 +38,7 @@ from fedmitr_flwr.uploads.upload import Upload
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
 UPLOADS |= {"local.epochs": 50, "flower.quorum": 0.5, "upload.extras": "statistics"}
-SMALL = {"inversion.steps": 20, "distill.epochs": 1, "distill.images-per-epoch": 80, "distill.passes": 40}
+SMALL = {"inversion.steps": 20, "distill.rounds": 1, "distill.images-per-round": 80, "distill.epochs-per-round": 40}
 SMALL |= {"upload.extras": ""}
 DEFAULT = {"screen.mode": "clear"}
 HOSTILE = (1, 2)

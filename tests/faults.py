@@ -36,9 +36,9 @@ SETTINGS: dict[str, Any] = TINY | {
     "local.epochs": 400,
     "inversion.steps": 150,
     "inversion.batch-size": 10,
-    "distill.epochs": 2,
-    "distill.images-per-epoch": 20,
-    "distill.passes": 40,
+    "distill.rounds": 2,
+    "distill.images-per-round": 20,
+    "distill.epochs-per-round": 40,
 }
 
 

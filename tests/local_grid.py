@@ -133,7 +133,7 @@ TINY: dict[str, Any] = {
     "inversion.steps": 4,
     "inversion.batch-size": 10,
     "inversion.stops": "0.3,0.6",
-    "distill.epochs": 1,
-    "distill.images-per-epoch": 10,
+    "distill.rounds": 1,
+    "distill.images-per-round": 10,
     "flower.node-wait": 1.0,
 }

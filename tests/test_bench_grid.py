@@ -170,12 +170,19 @@ def test_a_word_that_is_tried_is_refused(write: Write) -> None:
 
 
 def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(write: Write, tmp_path: Path) -> None:
-    (tmp_path / "base.toml").write_text("local.epochs = 4\nlocal.lr = 0.1\nmodel.width = 16\ndistill.passes = 9\n")
+    (tmp_path / "base.toml").write_text(
+        "local.epochs = 4\nlocal.lr = 0.1\nmodel.width = 16\ndistill.epochs-per-round = 9\n"
+    )
     (tmp_path / "small.toml").write_text("local.epochs = 5\nlocal.lr = 0.2\nmodel.width = 32\n")
     text = 'base = "base.toml"\n[settings]\nlocal.epochs = 6\nlocal.lr = 0.3\n[datasets.a]\nconfig = "small.toml"\n'
     (only,) = cells(read(write(text + 'local.lr = 0.4\n[grid]\nmethods = ["fedavg"]')))
     config = only.config
-    assert (config.local.epochs, config.local.lr, config.model.width, config.distill.passes) == (6, 0.4, 32, 9)
+    assert (config.local.epochs, config.local.lr, config.model.width, config.distill.epochs_per_round) == (
+        6,
+        0.4,
+        32,
+        9,
+    )
 
 
 def test_a_setting_that_there_was_not_yet_counts_as_its_default(write: Write) -> None:

@@ -54,9 +54,9 @@ model.depth = 1
 model.patch-size = 4
 local.epochs = 1
 inversion.steps = 4
-distill.epochs = 2
-distill.images-per-epoch = 10
-distill.passes = 1
+distill.rounds = 2
+distill.images-per-round = 10
+distill.epochs-per-round = 1
 """
 
 

@@ -115,7 +115,7 @@ def test_the_body_is_left_where_it_is() -> None:
 
 
 def fused(**changes: object) -> tuple[Fused, list[dict[str, Any]]]:
-    config = settings(**{"distill.epochs": 2, **changes})
+    config = settings(**{"distill.rounds": 2, **changes})
     metrics: list[dict[str, Any]] = []
     uploads = [an_upload(config, client, 10 + client) for client in range(2)]
     job = Job(uploads, config, torch.device("cpu"), lambda **values: metrics.append(values))
@@ -133,7 +133,7 @@ def test_fedmitr_starts_from_it_once_there_are_images(extrapolate: float) -> Non
     assert told.weights is not None
     assert told.pool is not None
     student = vit_of(CONFIG.model, told.weights)
-    spread = student(told.pool.images[: CONFIG.distill.images_per_epoch]).std(0, correction=0)
+    spread = student(told.pool.images[: CONFIG.distill.images_per_round]).std(0, correction=0)
     torch.testing.assert_close(spread, spread.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
     mean = average([an_upload(CONFIG, client, 10 + client) for client in range(2)])
     same = torch.allclose(told.weights["blocks.0.mlp.fc1.weight"], mean["blocks.0.mlp.fc1.weight"], atol=1e-6)

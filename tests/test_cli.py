@@ -111,9 +111,9 @@ def test_a_file_may_leave_to_the_command_line_what_it_needs(calls: list[Call], t
 def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder.create(Config(out_dir=str(tmp_path), seed=9), "first")
     file = tmp_path / "file.toml"
-    file.write_text("distill.epochs = 2\n")
+    file.write_text("distill.rounds = 2\n")
     assert main(["fuse", str(run.path), "--method", "fedavg", "-c", str(file), "relabel.mode=drop"]) == 0
-    assert calls == [("fuse", run.path, "fedavg", {"distill.epochs": 2, "relabel.mode": "drop"})]
+    assert calls == [("fuse", run.path, "fedavg", {"distill.rounds": 2, "relabel.mode": "drop"})]
     assert capsys.readouterr().out.splitlines()[-1] == f"run folder: {run.path / 'fused' / 'fedavg-1'}"
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.retired import RETIRED
+from fedmitr_flwr.config.earlier import RETIRED, upgraded
 from fedmitr_flwr.config.text import flatten, parse_assignment, toml_value
-from fedmitr_flwr.config.upgrade import upgraded
 from server_app import builtin
 
 ROOT = Path(__file__).parent.parent
@@ -202,9 +201,9 @@ BEYOND = {
     "inversion.batch-size": 0,
     "inversion.stops": "0.5,0.1",
     "relabel.mode": "r1",
-    "distill.epochs": 0,
-    "distill.images-per-epoch": 0,
-    "distill.passes": -1,
+    "distill.rounds": 0,
+    "distill.images-per-round": 0,
+    "distill.epochs-per-round": -1,
     "distill.init": "mean",
     "distill.extrapolate": -1,
     "distill.lr": -1,
@@ -297,12 +296,14 @@ def test_impossible_combinations_are_told_with_the_fix(flat: dict[str, object], 
         ("upload.class-counts", "upload.extras = 'counts'"),
         ("upload.directions", "upload.extras = 'moments'"),
         ("strategy.mu", "flower.options = 'proximal_mu=...'"),
+        ("distill.epochs", "distill.rounds"),
+        ("distill.passes", "distill.epochs-per-round"),
     ],
 )
 def test_an_old_spelling_is_refused_with_the_new_one(key: str, written: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_flat({key: 1})
-    assert str(caught.value) == f"unknown config key {key!r}; write {written}"
+    assert str(caught.value) == f"config key {key!r} was renamed; write {written}"
 
 
 @pytest.mark.parametrize(
@@ -470,7 +471,7 @@ KEYS = {
     "ensemble": "combine weights",
     "inversion": "mode steps batch-size stops prior route",
     "relabel": "mode",
-    "distill": "epochs images-per-epoch passes init extrapolate lr",
+    "distill": "rounds images-per-round epochs-per-round init extrapolate lr",
     "feddf": "path",
     "evaluate": "where holdout",
     "flower": "strategy rounds options node-wait upload-timeout quorum clients",

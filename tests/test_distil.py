@@ -90,7 +90,7 @@ def test_teachers_that_are_asked_ahead_give_the_same_bits(mode: str) -> None:
 @pytest.mark.parametrize("inversion", ["sparse", "pri4"])
 def test_batches_are_counted_as_they_run(mode: str, inversion: str) -> None:
     """One epoch here; the learning rate's path over several epochs is counted in test_methods."""
-    changes = {"relabel.mode": mode, "inversion.mode": inversion, "distill.passes": 3}
+    changes = {"relabel.mode": mode, "inversion.mode": inversion, "distill.epochs-per-round": 3}
     config = settings(**changes)
     ensemble = alone(config)
     pool = inverted_pool(config, ensemble)
@@ -114,7 +114,7 @@ def test_batches_over_growing_pools() -> None:
         def __len__(self) -> int:
             return self.size
 
-    config = settings(**{"distill.epochs": 3, "distill.passes": 2})
+    config = settings(**{"distill.rounds": 3, "distill.epochs-per-round": 2})
     assert count_batches([View(10), View(5)], config) == 2 * (5 + 8 + 12)
 
 
@@ -132,7 +132,7 @@ def test_a_pool_comes_back_from_its_tensors(mode: str, tmp_path: Path) -> None:
 
 
 def test_every_image_is_seen_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(**{"distill.passes": 2})
+    config = settings(**{"distill.epochs-per-round": 2})
     ensemble = alone(config)
     pool = inverted_pool(config, ensemble)
     sums = pool.images.sum((1, 2, 3)).tolist()
@@ -180,7 +180,7 @@ def test_another_student_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_student_comes_to_agree_with_its_teachers(plain: Plain | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "HIGH", 0.0)
     monkeypatch.setattr(module, "BATCH", 32)
-    config = settings(**{"distill.passes": 15, "distill.lr": 3e-3})
+    config = settings(**{"distill.epochs-per-round": 15, "distill.lr": 3e-3})
     ensemble = alone(config, seed=8)
     pool = noise_pool(config, 256)
     fresh = some_images(config, 200, seed=5).clamp(-1, 1)

@@ -9,9 +9,8 @@ from urllib.parse import unquote
 import pytest
 
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.retired import RETIRED
+from fedmitr_flwr.config.earlier import RENAMED, RETIRED
 from fedmitr_flwr.config.text import parse_assignment
-from fedmitr_flwr.config.upgrade import RESPELLED
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "fedmitr.md"
@@ -74,7 +73,7 @@ def test_every_config_key_exists(path: Path) -> None:
     """But in the log, and in tables that are made from results: these have the settings of their day."""
     known = set(Config().to_flat())
     if named(path).startswith(RECORDS):
-        known |= RETIRED.keys() | RESPELLED.keys()
+        known |= RETIRED.keys() | RENAMED.keys()
     sections = {key.partition(".")[0] for key in known if "." in key}
     past = r"https?://\S+|```(?:python|console)\n.*?```|<!-- (\w+) -->.*?<!-- /\1 -->"
     text = re.sub(past, "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

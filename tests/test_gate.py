@@ -19,8 +19,7 @@ from fedmitr_flwr.common.errors import ConfigError, DataError, RunError, UploadE
 from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.retired import RETIRED
-from fedmitr_flwr.config.upgrade import upgraded
+from fedmitr_flwr.config.earlier import RETIRED, upgraded
 from fedmitr_flwr.data import shares
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
@@ -77,7 +76,7 @@ def names(folder: Path) -> set[str]:
 
 
 LOCAL = {"local.optimizer": "sgd", "local.lr": 1e30, "local.epochs": 3}
-DISTILL = {"distill.lr": 1e30, "distill.passes": 3}
+DISTILL = {"distill.lr": 1e30, "distill.epochs-per-round": 3}
 
 
 def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
@@ -337,7 +336,7 @@ def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.Mon
     refine = "fedmitr_flwr.inversion.scout.Weigher.refine"
     monkeypatch.setattr(invert, "Trajectory", small_memory)
     monkeypatch.setattr(refine, lambda *given: seen.append(given[1:3]))
-    pri = {"inversion.mode": "pri4", "distill.images-per-epoch": 16}
+    pri = {"inversion.mode": "pri4", "distill.images-per-round": 16}
     config = settings(**SMALL | pri | {"method": "fedmitr"})
     uploads = [tiny.an_upload(config, client) for client in range(2)]
     pool = methods.fuse(Job(uploads, config, CPU, lambda **_: None)).pool

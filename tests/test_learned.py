@@ -175,7 +175,7 @@ def test_answers_are_the_teachers_own_logits() -> None:
 
 
 def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
-    config = settings(**{"method": method, "ensemble.weights": "learned", "distill.epochs": 2} | changes)
+    config = settings(**{"method": method, "ensemble.weights": "learned", "distill.rounds": 2} | changes)
     lines: list[dict[str, Any]] = [] if log is None else log
     return methods.fuse(Job(uploads_of(config), config, CPU, lambda **values: lines.append(values)))
 

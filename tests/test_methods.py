@@ -112,8 +112,8 @@ MODES = [(inversion, relabel) for inversion in ("dense", "sparse", "pri4") for r
 
 @pytest.mark.parametrize(("inversion", "relabel"), [*MODES, ("sparse", "complement"), ("pri4", "complement")])
 def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> None:
-    changes = {"inversion.mode": inversion, "relabel.mode": relabel, "distill.epochs": 2}
-    config = settings(**changes, **{"inversion.batch-size": 6, "distill.images-per-epoch": 12})
+    changes = {"inversion.mode": inversion, "relabel.mode": relabel, "distill.rounds": 2}
+    config = settings(**changes, **{"inversion.batch-size": 6, "distill.images-per-round": 12})
     metrics: list[dict[str, Any]] = []
     stopwatch = Stopwatch()
     made = fused(config, metrics, stopwatch)
@@ -141,7 +141,7 @@ def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> N
     assert all(seconds > 0 for seconds in stopwatch.seconds.values())
 
 
-MANY = {"distill.images-per-epoch": 9, "inversion.batch-size": 3, "distill.epochs": 2}
+MANY = {"distill.images-per-round": 9, "inversion.batch-size": 3, "distill.rounds": 2}
 
 
 @pytest.mark.parametrize("method", ["fedmitr", "dense"])
@@ -205,9 +205,14 @@ def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monk
         rates.append(stepper.schedules[0].get_last_lr()[0])
 
     monkeypatch.setattr(Stepper, "step", spy)
-    changes = {"inversion.mode": inversion, "relabel.mode": "complement", "distill.epochs": 3, "distill.passes": 2}
+    changes = {
+        "inversion.mode": inversion,
+        "relabel.mode": "complement",
+        "distill.rounds": 3,
+        "distill.epochs-per-round": 2,
+    }
     monkeypatch.setattr(distil, "BATCH", 8)
-    fused(settings(**changes, **{"distill.images-per-epoch": 13}))
+    fused(settings(**changes, **{"distill.images-per-round": 13}))
     assert rates[-1] == 0
     assert all(rate > 0 for rate in rates[:-1])
 
@@ -215,7 +220,7 @@ def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monk
 def test_every_epoch_and_batch_has_its_own_noise() -> None:
     """After a single step the best image is the one before it: the noise itself."""
     one_step = {"inversion.mode": "dense", "inversion.steps": 1, "inversion.stops": "", "inversion.batch-size": 5}
-    images = fused(settings(**one_step, **{"distill.epochs": 2})).pool.images
+    images = fused(settings(**one_step, **{"distill.rounds": 2})).pool.images
     assert len({tuple(image.flatten().tolist()) for image in images}) == 20
 
 
@@ -258,7 +263,7 @@ def test_one_upload_is_inverted_and_distilled_alone(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("images", "classes"), [(20, 10), (23, 10), (7, 10), (1, 2)])
 def test_targets_are_balanced(images: int, classes: int) -> None:
-    config = settings(**{"distill.images-per-epoch": images, "model.num-classes": classes})
+    config = settings(**{"distill.images-per-round": images, "model.num-classes": classes})
     drawn = [balanced_targets(config, stream(seed)) for seed in range(40)]
     for targets in drawn:
         counts = torch.bincount(targets, minlength=classes)
@@ -269,7 +274,7 @@ def test_targets_are_balanced(images: int, classes: int) -> None:
 
 
 def test_rebirths_need_fewer_targets() -> None:
-    config = settings(**{"inversion.mode": "pri4", "distill.images-per-epoch": 10})
+    config = settings(**{"inversion.mode": "pri4", "distill.images-per-round": 10})
     assert len(balanced_targets(config, stream(0))) == 3
 
 

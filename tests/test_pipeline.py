@@ -75,7 +75,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run by fedmitr, in which all models are of different quality; read only."""
     changes = {"local.epochs": 30, "local.lr": 3e-3, "partition.scheme": "classes-per-client"}
     changes |= {"partition.classes-per-client": 5, "upload.extras": "counts"}
-    changes |= {"data.test-limit": 200, "distill.passes": 10, "distill.lr": 3e-3}
+    changes |= {"data.test-limit": 200, "distill.epochs-per-round": 10, "distill.lr": 3e-3}
     return a_run(tmp_path_factory.mktemp("done"), **changes)
 
 
@@ -331,7 +331,7 @@ def test_fuse_refuses_settings_that_would_change_the_uploads(done: RunFolder, ke
 
 
 def test_fuse_takes_other_settings_of_the_server_phase(done: RunFolder) -> None:
-    changes = {"inversion.mode": "dense", "relabel.mode": "none", "ensemble.combine": "probs", "distill.epochs": 2}
+    changes = {"inversion.mode": "dense", "relabel.mode": "none", "ensemble.combine": "probs", "distill.rounds": 2}
     result = pipeline.fuse(done, "fedmitr", changes).read_result()
     assert result["synthetic_images"] == 20
     assert changes.items() <= result["config"].items()

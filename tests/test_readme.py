@@ -31,9 +31,9 @@ RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 IMAGES = [
     "ensemble.weights=size",
     "inversion.steps=4",
-    "distill.epochs=1",
-    "distill.images-per-epoch=20",
-    "distill.passes=1",
+    "distill.rounds=1",
+    "distill.images-per-round=20",
+    "distill.epochs-per-round=1",
 ]
 TRAINING = ["local.epochs=1", "partition.clients=2", "partition.min-size=2"]
 SMALL = {

@@ -59,7 +59,7 @@ def a_run(folder: Path, **changes: object) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return a_run(tmp_path_factory.mktemp("page"), **{"distill.epochs": 2})
+    return a_run(tmp_path_factory.mktemp("page"), **{"distill.rounds": 2})
 
 
 def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -> None:

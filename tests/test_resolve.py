@@ -43,7 +43,7 @@ def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, eac
 
 
 RECIPE = ("local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
-RECIPE += ("distill.init", "distill.passes", "distill.lr")
+RECIPE += ("distill.init", "distill.epochs-per-round", "distill.lr")
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -217,9 +217,9 @@ def test_what_is_chosen_is_said_in_one_line() -> None:
     given = {"model.weights": "timm", "local.lr": 1e-3, "distill.init": "average", "inversion.stops": "0.5"}
     assert recipe.chosen_line(Config.from_flat(given)) == (
         "model.weights is given: local.epochs = 3, local.optimizer = adamw, local.head-lr = 0.01, "
-        "distill.passes = 5, distill.lr = 0.0001"
+        "distill.epochs-per-round = 5, distill.lr = 0.0001"
     )
-    scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.passes": 2}
+    scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.epochs-per-round": 2}
     assert recipe.chosen_line(Config.from_flat(scratch)) == (
         "training from scratch: local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
     )
@@ -229,16 +229,21 @@ def test_the_file_of_deit_has_the_settings_that_its_results_have() -> None:
     """As they stood in it before they were chosen by its weights."""
     written = {"local.epochs": 3, "local.optimizer": "adamw", "local.lr": 1e-4, "local.head-lr": 1e-2}
     written |= {"inversion.stops": "0.0125,0.025,0.05,0.075"}
-    written |= {"distill.init": "classwise", "distill.passes": 5, "distill.lr": 1e-4}
+    written |= {"distill.init": "classwise", "distill.epochs-per-round": 5, "distill.lr": 1e-4}
     config = Config.from_file(CONFIGS / "cifar10_deit.toml")
     assert recipe.settled(config) == Config.from_flat(written, base=config)
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
 def test_the_files_of_small_models_train_from_scratch(name: str) -> None:
-    own = {"digits": {"distill.passes": 50}, "fashion_mnist": {"local.epochs": 20}}[name]
+    own = {"digits": {"distill.epochs-per-round": 50}, "fashion_mnist": {"local.epochs": 20}}[name]
     written = {"local.epochs": 50, "local.optimizer": "muon", "local.lr": 3e-3, "local.head-lr": 3e-3}
-    written |= {"inversion.stops": "0.1,0.3", "distill.init": "average", "distill.passes": 60, "distill.lr": 3e-3}
+    written |= {
+        "inversion.stops": "0.1,0.3",
+        "distill.init": "average",
+        "distill.epochs-per-round": 60,
+        "distill.lr": 3e-3,
+    }
     config = Config.from_file(CONFIGS / f"{name}.toml")
     assert recipe.settled(config) == Config.from_flat(written | own, base=config)
 
@@ -250,7 +255,7 @@ def test_nothing_trains_by_settings_that_are_left_to_be_chosen(tiny: DataSet) ->
         left = Config.from_flat({key: value}, base=config)
         with pytest.raises(AssertionError, match="to be resolved first"):
             train_local(a_vit(config, 0), tiny.train, left, stream(0), torch.device("cpu"))
-    for key, value in {"distill.init": "auto", "distill.lr": 0, "distill.passes": 0}.items():
+    for key, value in {"distill.init": "auto", "distill.lr": 0, "distill.epochs-per-round": 0}.items():
         with pytest.raises(AssertionError, match="to be resolved first"):
             start_student([], Config.from_flat({key: value}, base=config))
     with pytest.raises(AssertionError, match="to be resolved first"):

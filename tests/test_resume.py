@@ -23,14 +23,14 @@ from fedmitr_flwr.uploads.upload import load, save
 EPOCHS, BATCHES = 3, 3  # of 5, 5 and 2 images
 SHAPE = {
     "inversion.steps": 5,
-    "distill.epochs": EPOCHS,
-    "distill.images-per-epoch": 12,
-    "distill.passes": 2,
+    "distill.rounds": EPOCHS,
+    "distill.images-per-round": 12,
+    "distill.epochs-per-round": 2,
     "inversion.batch-size": 5,
 }
 KINDS: dict[str, dict[str, object]] = {
     "sparse": {},
-    "pri4": {"inversion.mode": "pri4", "distill.images-per-epoch": 48, "relabel.mode": "complement"},
+    "pri4": {"inversion.mode": "pri4", "distill.images-per-round": 48, "relabel.mode": "complement"},
     "chosen": {"distill.extrapolate": 0.0},  # a start chosen on the first images
 }
 OUTPUTS = ("model.safetensors", "pool.safetensors")
@@ -255,7 +255,7 @@ def test_the_log_tells_what_was_taken_back(
         "inversion 1/3: batch 1 is of an earlier start",
         "inversion 1/3: batch 2 is of an earlier start",
         "inversion 1/3: batch 3 is of an earlier start",
-        "distillation: 1 of 3 epochs are of an earlier start",
+        "distillation: 1 of 3 rounds are of an earlier start",
         "inversion 2/3: batch 1 is of an earlier start",
     ]
 
@@ -266,9 +266,9 @@ def test_the_log_tells_what_was_taken_back(
         ({"inversion.stops": "0.5"}, EPOCHS * BATCHES, EPOCHS),
         ({"ensemble.combine": "probs"}, EPOCHS * BATCHES, EPOCHS),
         ({"relabel.mode": "none"}, EPOCHS * BATCHES, EPOCHS),
-        ({"distill.images-per-epoch": 11}, EPOCHS * BATCHES, EPOCHS),
+        ({"distill.images-per-round": 11}, EPOCHS * BATCHES, EPOCHS),
         ({"distill.lr": 2e-3}, EPOCHS * BATCHES - BATCHES - 1, EPOCHS),  # it decides the student, but no image
-        ({"distill.epochs": 2}, 2 * BATCHES - BATCHES - 1, 2),
+        ({"distill.rounds": 2}, 2 * BATCHES - BATCHES - 1, 2),
         ({"krum.hostile": 2}, EPOCHS * BATCHES - BATCHES - 1, EPOCHS - 1),
     ],
 )

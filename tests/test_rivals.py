@@ -195,7 +195,7 @@ def test_diversified_images_turn_the_answer_where_they_should(monkeypatch: pytes
 
 
 def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
-    given = {"method": method, "distill.epochs": 2}
+    given = {"method": method, "distill.rounds": 2}
     config = settings(**given | changes)
     uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
     lines: list[dict[str, Any]] = [] if log is None else log
@@ -264,7 +264,7 @@ def test_same_seed_same_bits(rival: str) -> None:
 @pytest.mark.parametrize("rival", RIVALS)
 def test_teachers_that_are_streamed_or_stacked_give_the_same(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "STEPS", 2)
-    one_step = {"distill.epochs": 1, "inversion.steps": 2, "inversion.stops": ""}
+    one_step = {"distill.rounds": 1, "inversion.steps": 2, "inversion.stops": ""}
     plain = fused(rival, **one_step)
     assert plain.pool is not None
     for where, value in (("teachers.CHUNK", 1), ("ensemble._stacks", lambda _: True)):
@@ -279,7 +279,7 @@ def test_teachers_that_are_streamed_or_stacked_give_the_same(rival: str, monkeyp
 @pytest.mark.parametrize(("size", "patch", "chans"), [(28, 4, 1), (96, 16, 3)])
 def test_images_of_other_sizes(rival: str, size: int, patch: int, chans: int) -> None:
     shape = {"model.img-size": size, "model.patch-size": patch, "model.in-chans": chans}
-    made = fused(rival, **shape, **{"distill.images-per-epoch": 4, "inversion.steps": 2, "inversion.stops": ""})
+    made = fused(rival, **shape, **{"distill.images-per-round": 4, "inversion.steps": 2, "inversion.stops": ""})
     assert made.pool is not None
     assert made.pool.images.shape == (8, chans, size, size)
     assert made.pool.images.isfinite().all()
@@ -325,7 +325,12 @@ def test_the_pool_grows_and_the_metrics_tell(rival: str) -> None:
 @pytest.mark.parametrize("rival", RIVALS)
 def test_the_student_comes_nearer_to_the_ensemble(rival: str) -> None:
     log: list[dict[str, Any]] = []
-    changes = {"distill.epochs": 1, "distill.passes": 25, "distill.images-per-epoch": 20, "distill.init": "initial"}
+    changes = {
+        "distill.rounds": 1,
+        "distill.epochs-per-round": 25,
+        "distill.images-per-round": 20,
+        "distill.init": "initial",
+    }
     made = fused(rival, log, **changes, **{"distill.lr": 3e-3})
     assert made.ensemble is not None
     config = settings(**changes)
@@ -344,7 +349,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
 ) -> None:
     for name in ("save_images", "save_partition"):
         monkeypatch.setattr(pipeline, name, lambda *_: None)
-    small = {"distill.epochs": 3, "ensemble.weights": "learned"}
+    small = {"distill.rounds": 3, "ensemble.weights": "learned"}
     config = settings(method="fedavg", **small, **{"out-dir": str(tmp_path)})
     run = pipeline.run(config, "run")
     whole = pipeline.fuse(run, rival, {})

@@ -83,7 +83,7 @@ def test_the_method_weighs_anew_by_its_pool_and_says_how_in_the_end() -> None:
 
 def test_routing_asks_half_of_two_experts() -> None:
     log: list[dict[str, Any]] = []
-    made = fused("fedmitr", log, **{"inversion.route": 0.9, "distill.epochs": 2, "inversion.batch-size": 5})
+    made = fused("fedmitr", log, **{"inversion.route": 0.9, "distill.rounds": 2, "inversion.batch-size": 5})
     asked = [line["teachers_asked"] for line in log if line["stage"] == "inversion"]
     assert asked == [pytest.approx(0.5)] * 4
     assert made.pool is not None

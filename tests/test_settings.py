@@ -40,8 +40,8 @@ def test_what_people_write_on_a_command_line(word: str, key: str, value: object)
     [
         ("lr", 0.1, ["local.lr", "distill.lr"]),
         ("alpha", 0.1, ["partition.alpha"]),
-        ("epochs", 3, ["local.epochs", "distill.epochs"]),
-        ("epoch", 3, ["local.epochs", "distill.epochs"]),
+        ("epochs", 3, ["local.epochs"]),
+        ("epoch", 3, ["local.epochs"]),
         ("clients", 3, ["partition.clients"]),  # flower.clients is a list of names
         ("clients", "a | b", ["flower.clients"]),
         ("num_clients", 3, ["partition.clients"]),

@@ -163,12 +163,12 @@ def fused(metrics: list[dict[str, Any]], **changes: object) -> Fused:
 
 def test_fedmitr_chooses_on_its_first_images_and_goes_on_as_if_it_had_been_told() -> None:
     metrics: list[dict[str, Any]] = []
-    chosen = fused(metrics, **{"distill.extrapolate": 0.0, "distill.epochs": 2})
+    chosen = fused(metrics, **{"distill.extrapolate": 0.0, "distill.rounds": 2})
     (factor,) = [line["extrapolate"] for line in metrics if line["stage"] == "start"]
     assert factor in FACTORS
     metrics.clear()
     for other in FACTORS:
-        told = fused(metrics, **{"distill.extrapolate": other, "distill.epochs": 2})
+        told = fused(metrics, **{"distill.extrapolate": other, "distill.rounds": 2})
         same = [torch.equal(told.weights[name], tensor) for name, tensor in chosen.weights.items()]
         assert all(same) if other == factor else not all(same)
     assert not [line for line in metrics if line["stage"] == "start"]

@@ -52,9 +52,9 @@ _TINY: dict[str, object] = {
     "inversion.batch-size": 10,
     "inversion.stops": "0.25,0.5",
     "relabel.mode": "tokens",
-    "distill.epochs": 1,
-    "distill.images-per-epoch": 10,
-    "distill.passes": 1,
+    "distill.rounds": 1,
+    "distill.images-per-round": 10,
+    "distill.epochs-per-round": 1,
     "distill.init": "average",
     "distill.extrapolate": 1.0,
     "distill.lr": 1e-3,
@@ -77,7 +77,7 @@ RECIPE: dict[str, object] = {
     "local.head-lr": 3e-3,
     "inversion.stops": "0.1,0.3",
     "distill.init": "average",
-    "distill.passes": 1,
+    "distill.epochs-per-round": 1,
     "distill.lr": 3e-3,
 }
 # Of `small`, where a test parses settings that nothing resolves.

@@ -11,9 +11,9 @@ from itertools import product
 from .. import methods
 from ..common.errors import ConfigError
 from ..config import Config, recipe
+from ..config.earlier import upgraded
 from ..config.sections import EXTRAS
 from ..config.text import PATHS, PLACES
-from ..config.upgrade import upgraded
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
 from .spec import Bench, Flat, Skew, Tune, Variant

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..common.files import write_text
-from ..config.upgrade import upgraded
+from ..config.earlier import upgraded
 from .grid import Cell
 from .results import Results
 from .spec import Flat

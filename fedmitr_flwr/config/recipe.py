@@ -13,7 +13,7 @@ FROM_SCRATCH: dict[str, object] = {
     "local.lr": 3e-3,
     "inversion.stops": "0.1,0.3",
     "distill.init": "average",
-    "distill.passes": 60,
+    "distill.epochs-per-round": 60,
     "distill.lr": 3e-3,
 }
 WITH_WEIGHTS: dict[str, object] = {
@@ -23,7 +23,7 @@ WITH_WEIGHTS: dict[str, object] = {
     "local.head-lr": 1e-2,
     "inversion.stops": "0.0125,0.025,0.05,0.075",
     "distill.init": "classwise",
-    "distill.passes": 5,
+    "distill.epochs-per-round": 5,
     "distill.lr": 1e-4,
 }
 

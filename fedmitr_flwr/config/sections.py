@@ -297,22 +297,22 @@ class RelabelConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
     section = "distill"
-    epochs: int = 2  # E: each inverts new images, then passes over the whole pool
-    images_per_epoch: int = 250
-    passes: int = 0  # over the pool, per epoch; 0: 60, or 5 with model.weights
+    rounds: int = 2  # R: each inverts new images, then distils on all images so far
+    images_per_round: int = 250
+    epochs_per_round: int = 0  # over all images so far; 0: 60, or 5 with model.weights
     init: str = AUTO  # average (of uploads) | classwise (its heads by class) | initial | auto: one of the first two
     extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; 0: chosen
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
 
     def __post_init__(self) -> None:
         self._one_of("init", *MERGED, "initial", AUTO)
-        self._at_least(1, "epochs", "images_per_epoch")
-        self._at_least(0, "passes", "lr", "extrapolate")
+        self._at_least(1, "rounds", "images_per_round")
+        self._at_least(0, "epochs_per_round", "lr", "extrapolate")
 
     @property
     def resolved(self) -> bool:
         """Whether nothing is left to be chosen."""
-        return 0 not in (self.passes, self.lr) and self.init != AUTO
+        return 0 not in (self.epochs_per_round, self.lr) and self.init != AUTO
 
     @property
     def merges(self) -> bool:

@@ -13,9 +13,8 @@ from typing import Any
 
 from ..common.errors import ConfigError, unread
 from ..common.outside import is_file
+from .earlier import refuse_earlier
 from .limits import SEPARATOR
-from .retired import refuse_retired
-from .upgrade import RESPELLED
 
 # Settings that are paths, with their values that are none. A relative one is relative to the file that says it; on the
 # command line, to the current folder.
@@ -229,7 +228,7 @@ def typed(key: str, value: object, known: Mapping[str, object]) -> object:
     number or a list, true and false their names as text.
     """
     if key not in known:
-        refuse_retired(spelled(key))
+        refuse_earlier(spelled(key))
         raise ConfigError(f"unknown config key {key!r}; {key_hint(key, known, value)}")
     wanted = type(known[key])
     value = value if key in PATHS and isinstance(value, list) else _converted(value, wanted)
@@ -277,8 +276,6 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 def key_hint(key: str, known: Mapping[str, object], value: object = None) -> str:
     """The end of a line on an unknown key: every setting that may be meant, best by its last part."""
-    if spelled(key) in RESPELLED:
-        return f"write {RESPELLED[spelled(key)]}"
     own = [other for other in known if other.startswith(f"{spelled(key)}.")]
     if own and not _ending(spelled(key), known):
         return f"it is a section, whose settings are: {', '.join(own)}"

@@ -47,7 +47,9 @@ def count_batches(views: Sequence[View], config: Config) -> int:
     """Batches of the whole distillation, if every epoch adds images like these `views`."""
     distill = config.distill
     return sum(
-        distill.passes * -(-epoch * len(view) // BATCH) for epoch in range(1, distill.epochs + 1) for view in views
+        distill.epochs_per_round * -(-epoch * len(view) // BATCH)
+        for epoch in range(1, distill.rounds + 1)
+        for view in views
     )
 
 
@@ -61,7 +63,7 @@ def distil(
     on_batch: OnBatch | None = None,
     plain: Plain | None = None,
 ) -> None:
-    """Pass over the pool `config.distill.passes` times, training `student` in place through `stepper`.
+    """Pass over the pool `config.distill.epochs_per_round` times, training `student` in place through `stepper`.
 
     Teachers are asked on each batch as the student sees it; with `plain`, that is all there is. On two CPU threads or
     more, half of them ask the teachers about the next batch while the others train the student on this one.
@@ -98,7 +100,7 @@ def _lessons(
     ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None
 ) -> Iterator[_Lesson]:
     """All of one distillation. None depends on the student, so they may be made ahead of it."""
-    for _ in range(config.distill.passes):
+    for _ in range(config.distill.epochs_per_round):
         for view, chosen in _batches(pool, rng):
             yield _lesson(ensemble, pool, view, chosen.to(pool.images.device), config, rng, plain)
 

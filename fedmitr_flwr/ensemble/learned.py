@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from .ensemble import combine_answers, log_probabilities
 
 # Of Co-Boosting's code [C].
-STEP = 0.01  # μ: how far a weight moves after the first epoch's batches
-DECAY = 0.99  # of the step, per epoch
+STEP = 0.01  # μ: how far a weight moves in the first round
+DECAY = 0.99  # of the step, per round
 BATCH = 128  # images that a step sees
 
 FLAT = 1e-9  # a slope below this is rounding, whose sign would move weights that make no difference
@@ -23,7 +23,7 @@ def learn(
     targets_M: Tensor,
     weights_K: Tensor,
     combine: str,
-    epoch: int,
+    r: int,
     rng: torch.Generator,
 ) -> Tensor:
     """Pass over the images once, in random batches; after each one, every weight moves by a step against its slope.
@@ -36,14 +36,14 @@ def learn(
         targets_M: the classes that the images were made for.
         weights_K: to start from, in 0..1, not all 0.
         combine: as `ensemble.combine`.
-        epoch: e, from 0.
+        r: the round, from 0.
         rng: of their order.
 
     Returns:
         The new weights (K,) in 0..1, not normalised, float64 on the CPU: it is little work, with equal bits anywhere.
     """
     logits, targets, weights = logits_KMY.cpu().double(), targets_M.cpu(), weights_K.cpu().double()
-    step = STEP * DECAY**epoch
+    step = STEP * DECAY**r
     for chosen in torch.randperm(len(targets), generator=rng).split(BATCH):
         weights = moved(weights, slope(logits[:, chosen], targets[chosen], weights, combine), step)
     return weights

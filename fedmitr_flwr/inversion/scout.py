@@ -34,7 +34,7 @@ def scouted_ensemble(uploads: Sequence[Upload], config: Config, device: torch.de
 
 
 class Weigher:
-    """The ensemble, and its weights, better with each epoch's images: `estimated` anew, `learned` further; others stay.
+    """The ensemble, and its weights, better with each round's images: `estimated` anew, `learned` further; others stay.
 
     Learned weights (Co-Boosting [C]) start from those that the ensemble has, mean over classes.
     """
@@ -62,19 +62,19 @@ class Weigher:
 
     def scout(self, pixels: Pixels = PIXELS) -> None:
         """Make the first images, and weigh by them."""
-        self.refine(*first_images(self.ensemble, self.config, pixels), epoch=0)
+        self.refine(*first_images(self.ensemble, self.config, pixels), r=0)
 
-    def refine(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
-        """Weigh by all images that were made until `epoch` (from 0), and by the classes that they were made for."""
+    def refine(self, images_MCHW: Tensor, targets_M: Tensor, r: int) -> None:
+        """Weigh by all images that were made until round `r` (from 0), and by the classes that they were made for."""
         if self.how == "estimated":
             reweigh(self.ensemble, self.teachers, images_MCHW, targets_M)
         elif self.how == "learned":
-            self._learn(images_MCHW, targets_M, epoch)
+            self._learn(images_MCHW, targets_M, r)
 
-    def _learn(self, images_MCHW: Tensor, targets_M: Tensor, epoch: int) -> None:
-        weights, rng = self.ensemble.weights, stream(self.config.seed, "weights", epoch)
+    def _learn(self, images_MCHW: Tensor, targets_M: Tensor, r: int) -> None:
+        weights, rng = self.ensemble.weights, stream(self.config.seed, "weights", r)
         answers_KMY = self.ensemble.answers(images_MCHW)
-        self.learned_K = learn(answers_KMY, targets_M, self.learned_K, self.ensemble.combine, epoch, rng)
+        self.learned_K = learn(answers_KMY, targets_M, self.learned_K, self.ensemble.combine, r, rng)
         shares_K1 = (self.learned_K / self.learned_K.sum()).to(weights)[:, None]
         self.ensemble.weights = shares_K1.expand_as(weights).clone()
 

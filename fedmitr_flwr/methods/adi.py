@@ -31,7 +31,7 @@ settings = rival_settings
 
 
 def fuse(job: Job) -> Fused:
-    """Invert dense images, distil; E times, on a pool that grows."""
+    """Invert dense images, distil; in each round, on a pool that grows."""
     config = job.config
     teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
     rounds = Rounds(job, config.inversion.steps)

@@ -1,6 +1,6 @@
 """Co-Boosting: hard images and the ensemble's weights improve each other, then distillation (Dai et al., ICLR 2024).
 
-In each of the E epochs, with A the ensemble and g the student:
+In each round, with A the ensemble and g the student:
 
 1. Generator G: minimises (1 - p_y) CE(A(x), y) - λ τ² KL(softmax(A(x)/τ) ‖ softmax(g(x)/τ)) over x = G(z), with p_y
    the ensemble's probability of y as a constant, λ = 1, and τ = 3 [C].
@@ -13,9 +13,9 @@ In each of the E epochs, with A the ensemble and g the student:
 Other than in the paper:
 
 - Transformers have no batch normalisation; the paper's code has a term for it, with weight 0.
-- Moved images are clipped to what a picture can hold, and weights are learned on the epoch's own images as well, so
-  that a run of one epoch learns them too [M].
-- Images, passes, optimiser and the student's start are `distill.*`, as for FedMITR; one generator makes
+- Moved images are clipped to what a picture can hold, and weights are learned on the round's own images as well, so
+  that a run of one round learns them too [M].
+- Images, epochs, optimiser and the student's start are `distill.*`, as for FedMITR; one generator makes
   `inversion.batch-size` images at once. Images are not cropped at random, but flipped where `data.flip`.
 - The ensemble is `ensemble.*`, whose weights say where learning starts; the paper's is combine = "logits", weights =
   "uniform". `estimated` and `learned` start by size.
@@ -57,7 +57,7 @@ def check(config: Config) -> None:
 
 
 def fuse(job: Job) -> Fused:
-    """Make hard images, weigh the teachers by them, distil on harder ones; E times, on a pool that grows."""
+    """Make hard images, weigh the teachers by them, distil on harder ones; in each round, on a pool that grows."""
     config = job.config
     teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine, learns=True)
     rounds = Rounds(job, generator.STEPS, "generation", by_student=True)

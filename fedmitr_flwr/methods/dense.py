@@ -7,7 +7,7 @@
 Other than in the paper:
 
 - Transformers have no batch normalisation, so the term of feature statistics (L_BN) is missing.
-- Images, passes, optimiser and the student's start are `distill.*`, as for FedMITR; one generator makes
+- Images, epochs, optimiser and the student's start are `distill.*`, as for FedMITR; one generator makes
   `inversion.batch-size` images at once, in 30 steps [C]. Images are not cropped at random, but flipped
   where `data.flip`.
 - The ensemble is `ensemble.*`; the paper's is combine = "logits", weights = "uniform".
@@ -31,7 +31,7 @@ settings = rival_settings
 
 
 def fuse(job: Job) -> Fused:
-    """Train a generator, make images, distil; E times, on a pool that grows."""
+    """Train a generator, make images, distil; in each round, on a pool that grows."""
     config = job.config
     teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
     rounds = Rounds(job, generator.STEPS, "generation", by_student=True)

@@ -35,7 +35,7 @@ from .contract import DIVERGED, Fused, Job, Stopwatch
 log = logging.getLogger("fedmitr")
 
 # Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
-IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-epoch")
+IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-round")
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
 # (targets, random stream, what to call after each step) -> images of these targets, with their labels
@@ -90,7 +90,7 @@ class Rounds:
         self._done = 0  # rounds of distillation that an earlier start had finished
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self._job.config.distill.epochs))
+        return iter(range(self._job.config.distill.rounds))
 
     def scout(self, teachers: Weigher, pixels: Pixels = PIXELS) -> None:
         """Weigh the teachers by a few quick images, where their weights are estimated."""
@@ -105,7 +105,7 @@ class Rounds:
         pools = {number: pool for number in chunks if (pool := self._kept_batch(r, number)) is not None}
         missing = {number: chunk for number, chunk in chunks.items() if number not in pools}
         if missing:
-            label = f"{self._stage} {r + 1}/{config.distill.epochs}"
+            label = f"{self._stage} {r + 1}/{config.distill.rounds}"
             total = self._steps * sum(map(len, missing.values()))
             workers = len(chunks) if ensemble.by_many else 1  # also if few are missing: sums are split by thread
             with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
@@ -154,8 +154,8 @@ class Rounds:
 
     def _train(self, r: int, ensemble: Ensemble, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
         job, config = self._job, self._job.config
-        label = f"distillation {r + 1}/{config.distill.epochs}"
-        images = config.distill.passes * sum(len(view) for view in pool.views)
+        label = f"distillation {r + 1}/{config.distill.rounds}"
+        images = config.distill.epochs_per_round * sum(len(view) for view in pool.views)
         series, alive = Series(), pool.alive.float().mean().item()
         with Progress(label, total=images, unit="img") as progress:
 
@@ -186,7 +186,7 @@ class Rounds:
             return None
         tensors, facts = kept
         job.stopwatch.add(facts["seconds"])
-        label = f"{self._stage} {r + 1}/{job.config.distill.epochs}"
+        label = f"{self._stage} {r + 1}/{job.config.distill.rounds}"
         log.info("%s: batch %d is of an earlier start", label, number + 1)
         return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, facts["soft"])
 
@@ -195,7 +195,7 @@ class Rounds:
         tensors = {f"student/{name}": tensor for name, tensor in self.student.state_dict().items()}
         tensors |= {f"stepper/{name}": tensor for name, tensor in stepper.state().items()}
         seconds = {"distillation": job.stopwatch.seconds["distillation"]}
-        job.checkpoints.save("student", STUDENT_SETTINGS, tensors, epochs=rounds, seconds=seconds)
+        job.checkpoints.save("student", STUDENT_SETTINGS, tensors, rounds=rounds, seconds=seconds)
 
     def _restore(self, stepper: Stepper) -> int:
         """Put the student where an earlier start left it; returns how many rounds of distillation are behind it.
@@ -208,7 +208,7 @@ class Rounds:
         if kept is None:
             return 0
         tensors, facts = kept
-        rounds: int = facts["epochs"]
+        rounds: int = facts["rounds"]
         if self._by_student:
             earlier = [_name(r, number) for r in range(rounds) for number in range(len(_targets(r, job.config)))]
             if not all(job.checkpoints.has(name, self._image_settings) for name in earlier):
@@ -216,7 +216,7 @@ class Rounds:
         self.student.load_state_dict(_under("student/", tensors))
         stepper.restore(_under("stepper/", tensors))
         job.stopwatch.add(facts["seconds"])
-        log.info("distillation: %d of %d epochs are of an earlier start", rounds, job.config.distill.epochs)
+        log.info("distillation: %d of %d rounds are of an earlier start", rounds, job.config.distill.rounds)
         return rounds
 
 
@@ -232,7 +232,7 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
 
     `pri4` makes several images of each target, so it gets as many fewer.
     """
-    count = -(-config.distill.images_per_epoch // config.inversion.images_each)
+    count = -(-config.distill.images_per_round // config.inversion.images_each)
     classes = config.model.num_classes
     every = torch.arange(count) % classes
     offset = torch.randint(classes, (1,), generator=rng)  # the remainder is not always of the first classes

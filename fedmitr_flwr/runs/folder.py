@@ -20,11 +20,10 @@ from torch import Tensor
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
 from ..config import Config, recipe
+from ..config.earlier import RETIRED, UNSET, upgraded
 from ..config.limits import needed
-from ..config.retired import RETIRED
 from ..config.sections import HEAD_WIDTH, REBIRTHS
 from ..config.text import read_flat
-from ..config.upgrade import UNSET, upgraded
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
 from ..vit.names import SMALL

@@ -1,11 +1,12 @@
-"""Settings of older versions that this one has no longer, and what holds in place of each.
+"""Settings of earlier versions: what holds in place of each, and what a run that was made with them has of today's.
 
-A run folder with them opens: they are named and ignored. In a user's own file or on the command line they are refused.
+A user's file or command line with one is refused, with what to write; a run folder's config.toml opens.
 """
 
 from collections.abc import Mapping
 
 from ..common.errors import ConfigError
+from .sections import DIRECTIONS
 
 _NOT_TAKEN_OVER = "what it did is gone"
 _PUBLISHED = "it has its published value"
@@ -72,8 +73,62 @@ RETIRED: Mapping[str, str] = {
     "evaluate.batch-size": "it is 256 for all",
 }
 
+_ONE_TO_ONE = {
+    "distill.epochs": "distill.rounds",
+    "distill.images-per-epoch": "distill.images-per-round",
+    "distill.passes": "distill.epochs-per-round",
+}
+# Where an old setting has another name now, or others: how a user writes it.
+RENAMED: Mapping[str, str] = _ONE_TO_ONE | {
+    "upload.class-counts": "upload.extras = 'counts'",
+    "upload.statistics": "upload.extras = 'statistics'",
+    "upload.variances": "upload.extras = 'variances'",
+    "upload.directions": "upload.extras = 'moments'",
+    "strategy.eta": "flower.options = 'eta=...', or 'server_learning_rate=...' for fedavgm",
+    "strategy.tau": "flower.options = 'tau=...'",
+    "strategy.momentum": "flower.options = 'server_momentum=...'",
+    "strategy.mu": "flower.options = 'proximal_mu=...'",
+    "strategy.lr": "flower.options = 'client_learning_rate=...'",
+}
 
-def refuse_retired(key: str) -> None:
-    """Raise ConfigError, with what holds now, where there was once such a key."""
+_EXTRAS = {"upload.class-counts": "counts", "upload.statistics": "statistics", "upload.variances": "variances"}
+_FLOWERS_NAMES = {
+    "strategy.eta": "eta",
+    "strategy.tau": "tau",
+    "strategy.momentum": "server_momentum",
+    "strategy.mu": "proximal_mu",
+    "strategy.lr": "client_learning_rate",
+}
+UNSET = -1  # of an old strategy.*: the strategy's own
+
+
+def refuse_earlier(key: str) -> None:
+    """Raise ConfigError, with what to write now, where an earlier version had such a key."""
+    if key in RENAMED:
+        raise ConfigError(f"config key {key!r} was renamed; write {RENAMED[key]}")
     if key in RETIRED:
         raise ConfigError(f"config key {key!r} was retired: {RETIRED[key]}; remove it")
+
+
+def upgraded(flat: Mapping[str, object]) -> dict[str, object]:
+    """All or some settings of a run as this version spells them; those that it has no longer stay as they are.
+
+    Moments in another number of directions than this version asks for cannot be used: the run opens without them.
+    """
+    found = {
+        _ONE_TO_ONE.get(key, key): value for key, value in flat.items() if _ONE_TO_ONE.get(key, key) not in RENAMED
+    }
+    if flat.get("local.head-lr") == 0 and "local.lr" in flat:  # which was: as the rest
+        found["local.head-lr"] = flat["local.lr"]
+    if flat.keys() & {*_EXTRAS, "upload.directions"}:
+        words = [word for key, word in _EXTRAS.items() if flat.get(key)][-1:]  # each implies those before it
+        words += ["moments"] * (flat.get("upload.directions") == DIRECTIONS)
+        found["upload.extras"] = ", ".join(words)
+    if flat.keys() & _FLOWERS_NAMES.keys():
+        names = _FLOWERS_NAMES
+        if flat.get("flower.strategy") == "fedavgm":
+            names = names | {"strategy.eta": "server_learning_rate"}
+        unread = flat.get("flower.strategy") == "oneshot"
+        given = {name: flat[key] for key, name in names.items() if not unread and flat.get(key, UNSET) != UNSET}
+        found["flower.options"] = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return found
