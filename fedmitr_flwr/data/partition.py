@@ -85,25 +85,17 @@ def holdout(indices: Tensor, share: float, seed: int, client: int) -> tuple[Tens
 def table(counts: Tensor, classes: tuple[str, ...]) -> str:
     """The counts (K, Y) as fixed-width text; with many classes, how many each client has and its largest one."""
     classes = tuple(map(printable, classes))
-    heads, rows = _wide_rows(counts, classes) if len(classes) > _WIDE else _rows(counts, classes)
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows]]
-    return "\n".join(lines)
-
-
-def _rows(counts: Tensor, classes: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
-    table = [[str(client), *map(str, row), str(sum(row))] for client, row in enumerate(counts.tolist())]
-    total = counts.sum(0).tolist()
-    # Ten characters tell "automobile" from "airplane" and keep ten classes within a terminal's width.
-    return ["client", *(name[:10] for name in classes), "all"], [*table, ["all", *map(str, total), str(sum(total))]]
-
-
-def _wide_rows(counts: Tensor, classes: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [name, str(int(row.sum())), str(int((row > 0).sum())), f"{classes[int(row.argmax())]} ({int(row.max())})"]
-        for name, row in zip([*map(str, range(len(counts))), "all"], [*counts, counts.sum(0)], strict=True)
-    ]
-    return ["client", "images", "classes", "largest class"], rows
+    rows = list(zip([*map(str, range(len(counts))), "all"], [*counts, counts.sum(0)], strict=True))
+    if len(classes) > _WIDE:
+        lines = [["client", "images", "classes", "largest class"]]
+        for name, row in rows:
+            largest = f"{classes[int(row.argmax())]} ({int(row.max())})"
+            lines.append([name, str(int(row.sum())), str(int((row > 0).sum())), largest])
+    else:  # ten characters tell "automobile" from "airplane" and keep ten classes within a terminal's width
+        lines = [["client", *(name[:10] for name in classes), "all"]]
+        lines += [[name, *map(str, row.tolist()), str(int(row.sum()))] for name, row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def _check_possible(labels: Tensor, config: PartitionConfig) -> None:
