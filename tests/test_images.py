@@ -10,31 +10,31 @@ from fedmitr_flwr.data.images import DataSet, Images, prepare, to_uint8
 from fedmitr_flwr.vit.names import normalisation
 
 
-def every_value(in_chans: int) -> torch.Tensor:
-    """One 16 x 16 image that holds each of the 256 values in every channel."""
-    return torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, in_chans, 1, 1)
-
-
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_to_uint8_is_the_inverse_of_prepare(in_chans: int) -> None:
-    pixels = every_value(in_chans)
+def test_to_uint8_is_the_inverse_of_prepare_and_clamps(in_chans: int) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, in_chans, 1, 1)  # every value
     model = small(16, in_chans)
-    assert torch.equal(to_uint8(prepare(pixels, model), model), pixels)
+    assert torch.equal(to_uint8(prepare(pixels, model).requires_grad_(), model), pixels)
+    images = torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 1, 1, 3)
+    assert to_uint8(images, small()).flatten().tolist() == [0, 128, 255]
 
 
-def test_grey_normalisation_by_hand() -> None:
-    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
-    assert prepare(pixels, small(1)).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
-
-
-def test_colour_normalisation_by_hand() -> None:
-    pixels = torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
-    assert prepare(pixels, small(1, 3)).flatten().tolist() == pytest.approx([2.248908, -2.035714, -0.915556], abs=1e-5)
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
+        ([[51]], [-0.6]),
+        # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
+        ([[255], [0], [51]], [2.248908, -2.035714, -0.915556]),
+    ],
+)
+def test_normalisation_by_hand(pixels: list[list[int]], expected: list[float]) -> None:
+    images = torch.tensor(pixels, dtype=torch.uint8)[None, :, None]
+    assert prepare(images, small(1, len(pixels))).flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         ("deit_tiny_patch16_224", 3, IMAGENET),
         ("deit_tiny_patch16_224", 1, ((1.347 / 3,), (0.678 / 3,))),  # the mean over channels, by hand
         ("vit_tiny_patch16_224", 3, ((0.5,) * 3, (0.5,) * 3)),  # augreg
-        (
-            "vit_base_patch32_clip_224",
-            3,
-            ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ),
+        ("vit_base_patch32_clip_224", 3, CLIP),
     ],
 )
 def test_pixels_are_normalised_as_the_models_weights_were_trained(
@@ -74,15 +70,6 @@ def test_resizing_agrees_with_pillow() -> None:
     reference = Image.fromarray(noise[0, 0].numpy()).resize((16, 16), Image.Resampling.BILINEAR)
     ours = to_uint8(prepare(noise, small(16)), small())[0, 0].int()
     assert (ours - torch.tensor(list(reference.tobytes())).reshape(16, 16)).abs().max() <= 1  # Pillow rounds each pass
-
-
-def test_to_uint8_clamps() -> None:
-    images = torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 1, 1, 3)
-    assert to_uint8(images, small()).flatten().tolist() == [0, 128, 255]
-
-
-def test_to_uint8_takes_images_that_are_being_optimised() -> None:
-    assert to_uint8(torch.zeros(1, 3, 4, 4, requires_grad=True), small(4, 3)).dtype == torch.uint8
 
 
 def test_subset_follows_the_indices_and_copies(tiny: DataSet) -> None:

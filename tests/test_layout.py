@@ -1,6 +1,5 @@
 """What lies at a path is found out: its source, its splits by their names, and what of it is no data."""
 
-import io
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from test_decode import encode
 from tiny import SIZES, small
 
 from fedmitr_flwr.common.errors import ConfigError, DataError
@@ -26,9 +25,7 @@ FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.Class
 
 
 def picture(value: int = 0, form: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, form)
-    return buffer.getvalue()
+    return encode(np.full((4, 4), value, np.uint8), form)
 
 
 def folders(root: Path, train: str = "train", test: str = "test", number: int = 2) -> Path:
@@ -52,6 +49,14 @@ def parquet(root: Path, train: str = "train", test: str = "test") -> Path:
     return root
 
 
+def write_splits(root: Path, train: pa.Table, test: pa.Table | None = None) -> DataConfig:
+    """Parquet files of both splits, of one table unless there are two."""
+    root.mkdir(parents=True, exist_ok=True)
+    pq.write_table(train, root / "train.parquet")
+    pq.write_table(test or train, root / "test.parquet")
+    return DataConfig(path=str(root))
+
+
 def saved(root: Path, train: str = "train", test: str = "test") -> Path:
     cells = [{"bytes": picture(row), "path": None} for row in range(4)]
     one = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 1, 0]}, features=FEATURES)
@@ -59,9 +64,9 @@ def saved(root: Path, train: str = "train", test: str = "test") -> Path:
     return root
 
 
-def refusal(path: Path | str, name: str = "train") -> str:
+def refusal(path: Path | str, source: str = "auto") -> str:
     with pytest.raises(DataError) as caught:
-        open_split(DataConfig(path=str(path)), name)
+        open_split(DataConfig(path=str(path), source=source), "train")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -82,9 +87,8 @@ def test_the_source_is_found_and_every_name_of_a_split_is_known(
         for split in ("train", "test"):
             assert sorted(open_split(data, split).labels.tolist()) == [0, 0, 1, 1]
     if make is not saved:  # a site's own folder
-        config = Config.from_flat(SIZES | {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": 2})
-        named = "cat | dog" if make is folders else "0 | 1"
-        config = Config.from_flat({"data.classes": named}, base=config)
+        flat = SIZES | {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": 2}
+        config = Config.from_flat(flat | {"data.classes": "cat | dog" if make is folders else "0 | 1"})
         assert len(load_own(Place(str(make(tmp_path / "site", "Training", "dev"))), config)) == 4
 
 
@@ -211,21 +215,13 @@ def test_missing_and_mixed_shards(behind: str, suffix: str) -> None:
 def test_a_missing_shard_is_noticed_in_every_source(tmp_path: Path) -> None:
     pq.write_table(a_table([0, 1]), tmp_path / "train-00000-of-00003-1f0c2a9b.parquet")
     assert "1 of the 3 shards of 'train'" in refusal(tmp_path)
-    assert "1 of the 3 shards of 'train'" in hub_refusal(tmp_path)
+    assert "1 of the 3 shards of 'train'" in refusal(tmp_path, "hub")
+    config = Config.from_flat(SIZES | {"partition.scheme": "own", "data.classes": "0|1|2|3|4|5|6|7|8|9"})
     with pytest.raises(DataError, match="cannot be read"):
-        load_own(
-            Place(str(tmp_path)),
-            Config.from_flat(SIZES | {"partition.scheme": "own", "data.classes": "0|1|2|3|4|5|6|7|8|9"}),
-        )
+        load_own(Place(str(tmp_path)), config)
     whole = saved(tmp_path / "saved")
     (whole / "train" / "data-00000-of-00001.arrow").rename(whole / "train" / "data-00000-of-00002.arrow")
     assert "1 of the 2 shards of 'data'" in refusal(whole)
-
-
-def hub_refusal(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        open_split(DataConfig(source="hub", path=str(path)), "train")
-    return str(caught.value)
 
 
 # --- files that cells name
@@ -241,8 +237,7 @@ def test_a_cell_names_no_file_outside_of_the_data(tmp_path: Path, named: str) ->
             (place / name).write_bytes(picture())
     path = str(tmp_path) + named if named.startswith("/") else named.replace("../secret", "../../secret", 1)
     cells = pa.array([{"bytes": None, "path": "../0.png"}, {"bytes": None, "path": path}])
-    for split in ("train", "test"):
-        pq.write_table(pa.table({"image": cells, "label": [0, 1]}), root / "data" / f"{split}.parquet")
+    write_splits(root / "data", pa.table({"image": cells, "label": [0, 1]}))
     data, model = DataConfig(path=str(root)), small(num_classes=2)
     if named == "images/0.png":
         assert len(load(data, model).train) == 2

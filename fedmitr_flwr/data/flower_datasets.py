@@ -27,12 +27,7 @@ class ImportedLater(ModuleType):
 _standing_in = {name: ImportedLater(name) for name in ("seaborn", "matplotlib.pyplot") if name not in sys.modules}
 sys.modules.update(_standing_in)
 try:
-    from flwr_datasets.partitioner import (
-        DirichletPartitioner,
-        IidPartitioner,
-        Partitioner,
-        PathologicalPartitioner,
-    )
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 finally:
     for _name in _standing_in:
         del sys.modules[_name]  # others get the module itself

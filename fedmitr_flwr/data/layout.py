@@ -26,11 +26,10 @@ _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 _READ_BY_DATASETS = {".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tar", ".tsv", ".zip"}
 
 # Folders and files of file servers and desktops whose names have no dot in front.
-_SYSTEM = {
-    *("$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx"),
-    *("__pycache__", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "recycler", "system volume information"),
-    *("thumbs.db", "~snapshot"),
-}
+_SYSTEM = re.compile(
+    r"\$recycle\.bin|#recycle|#snapshot|@eadir|@recently-snapshot|@recycle|@tmp|__macosx|__pycache__|desktop\.ini|"
+    r"ehthumbs\.db|icon\r|lost\+found|recycler|system volume information|thumbs\.db|~snapshot"
+)
 
 # Formats of Pillow that hold no picture which it can decode by itself: stubs, films, pages for Ghostscript, Windows.
 _NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -121,7 +120,7 @@ def listed() -> Iterator[None]:
 
 def is_hidden(name: str) -> bool:
     """A file or folder that the user, a desktop or a file server does not count as contents."""
-    return name.startswith((".", "~$")) or name.casefold() in _SYSTEM
+    return name.startswith((".", "~$")) or bool(_SYSTEM.fullmatch(name.casefold()))
 
 
 def same_name(name: str) -> str:
@@ -193,16 +192,12 @@ class Contents:
         """What is no image, in words; "" if nothing."""
         parts = []
         if self.others:
-            parts.append(f"{_many(self.others, 'file')} that are no pictures: {_by_number(self.others)}")
+            parts.append(f"{self.others.total()} files that are no pictures: {_by_number(self.others)}")
         if self.hidden:
-            parts.append(f"{_many(self.hidden, 'hidden or system folder')}: {_by_number(self.hidden)}")
+            parts.append(f"{self.hidden.total()} hidden or system folders: {_by_number(self.hidden)}")
         if self.nowhere:
             parts.append(f"links that lead nowhere, or to what is read anyway: {', '.join(self.nowhere[:5])}")
         return f"passed over {'; '.join(parts)}" if parts else ""
-
-
-def _many(counts: Counter[str], what: str) -> str:
-    return f"{counts.total()} {what}s"
 
 
 def _by_number(counts: Counter[str]) -> str:
@@ -324,9 +319,9 @@ def parquet_splits(folder: Path, names: Iterable[str]) -> list[tuple[str, list[P
 def _parquet_called(place: Path, name: str) -> list[Path]:
     files = parquet_in(place)
     called = [file for file in files if file.stem.casefold().startswith(name)]
-    shard = re.compile(re.escape(name) + r"[-_.]\d+[-_]of[-_]\d+(\D.*)?")
     exact = [file for file in called if file.stem.casefold() == name]
-    chosen = exact or [file for file in called if shard.fullmatch(file.stem.casefold())] or called
+    shards = [file for file in called if (match := _SHARD.fullmatch(file.stem.casefold())) and match["stem"] == name]
+    chosen = exact or shards or called
     rest = [file.name for file in called if file not in chosen and _first_word(file.stem) == name]
     if rest:
         say_once(f"{place}: the split {name!r} is {chosen[0].name}; passed over {', '.join(rest[:5])}")
