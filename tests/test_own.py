@@ -6,7 +6,7 @@ import os
 import re
 import tracemalloc
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import SIZES
 
-from deploy.demo_data import as_folders, as_parquet, png
+from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import ConfigError, DataError
 from fedmitr_flwr.config import Config
@@ -50,16 +50,26 @@ def test_parquet_of_any_numbering_has_the_server_s_labels(tmp_path: Path, tiny: 
     assert torch.equal(found.labels, tiny.train.labels)
 
 
-@pytest.mark.parametrize("inside", ["", "train"])
-def test_class_folders_have_the_server_s_labels(tmp_path: Path, tiny: DataSet, inside: str) -> None:
-    as_folders(tmp_path / inside, tiny.train, NAMES)
-    assert bag(load_own(place(tmp_path), settings())) == bag(tiny.train)
+ACCENTS = ("café", "thé", "eau")
 
 
-def test_the_order_of_the_server_s_list_decides(tmp_path: Path, tiny: DataSet) -> None:
-    as_folders(tmp_path, tiny.train, NAMES)
-    turned = load_own(place(tmp_path), settings(("bottom", "top", "middle")))
-    assert bag(turned) == bag(Images(tiny.train.pixels, torch.tensor([1, 2, 0])[tiny.train.labels]))
+@pytest.mark.parametrize(
+    ("inside", "written", "names"),
+    [
+        ("", NAMES, NAMES),
+        ("train", NAMES, NAMES),
+        ("", NAMES, ("bottom", "top", "middle")),
+        # An accent as a letter of its own, as some file systems write it.
+        ("", [unicodedata.normalize("NFD", name) for name in ACCENTS], ACCENTS),
+    ],
+)
+def test_class_folders_have_the_server_s_labels(
+    tmp_path: Path, tiny: DataSet, inside: str, written: Sequence[str], names: tuple[str, ...]
+) -> None:
+    as_folders(tmp_path / inside, tiny.train, written)
+    to_server = torch.tensor([names.index(unicodedata.normalize("NFC", name)) for name in written])
+    expected = Images(tiny.train.pixels, to_server[tiny.train.labels])
+    assert bag(load_own(place(tmp_path), settings(names))) == bag(expected)
 
 
 def test_plain_numbers_are_names_only_where_the_server_s_are_numerals(
@@ -73,9 +83,12 @@ def test_plain_numbers_are_names_only_where_the_server_s_are_numerals(
     assert "the labels here are numbers: store their names" in caplog.text
 
 
-def test_one_class_only(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
-    middle = tiny.train.subset((tiny.train.labels == 1).nonzero().flatten())
-    as_folders(tmp_path, middle, NAMES)
+def test_a_client_may_lack_classes(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a folder, or with one that is empty but for what a file browser leaves; a cache is no class."""
+    as_folders(tmp_path, tiny.train.subset((tiny.train.labels == 1).nonzero().flatten()), NAMES)
+    for file in ("top/.DS_Store", ".cache/index.db"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_bytes(b"x")
     with caplog.at_level(logging.INFO, "fedmitr"):
         look_at_own(place(tmp_path), settings())
     assert "own images: 20 of 1 classes: 'middle' 20" in caplog.text
@@ -85,7 +98,7 @@ def test_one_class_only(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCapture
 
 @LOOKS
 def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, look: Look
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, look: Look
 ) -> None:
     as_folders(tmp_path, tiny.train, ("Top", "middle", "ward 7"))
     with pytest.raises(DataError) as caught:
@@ -95,6 +108,10 @@ def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
     assert not any(word in told for word in ("Top", "ward", str(tmp_path)))
     assert "40 images of classes that the server does not know: 'Top' (like 'top'?), 'ward 7'" in caplog.text
     assert "its classes: 'top', 'middle', 'bottom'; rename them" in caplog.text
+    monkeypatch.setattr(own, "SHOWN", 1)
+    with pytest.raises(DataError, match="2 of this client's classes"):
+        look(place(tmp_path), settings())
+    assert "does not know: 'Top' (like 'top'?) and 1 more; its classes" in caplog.text
 
 
 def test_unknown_classes_may_be_left_out(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,22 +122,11 @@ def test_unknown_classes_may_be_left_out(tmp_path: Path, tiny: DataSet, caplog: 
     assert "they are left out" in caplog.text
 
 
-def test_an_accent_may_be_written_in_two_ways(tmp_path: Path, tiny: DataSet) -> None:
-    """As one letter (the server's list) and as two (what some file systems make of it)."""
-    names = ("café", "thé", "eau")
-    as_folders(tmp_path, tiny.train, [unicodedata.normalize("NFD", name) for name in names])
-    assert bag(load_own(place(tmp_path), settings(names))) == bag(tiny.train)
-
-
-def test_images_of_several_sizes_get_the_model_s(tmp_path: Path, tiny: DataSet) -> None:
-    as_folders(tmp_path, tiny.train, NAMES)
-    (tmp_path / "top" / "large.png").write_bytes(png(torch.full((1, 30, 20), 7, dtype=torch.uint8)))
-    assert load_own(place(tmp_path), settings()).pixels.shape == (61, 1, 8, 8)
-
-
-def test_a_test_split_beside_the_images_is_not_read(tmp_path: Path, tiny: DataSet) -> None:
-    as_parquet(tmp_path, tiny.train, NAMES, file="mine.parquet")
-    as_parquet(tmp_path, tiny.test, NAMES, file="test.parquet")
+def test_a_test_split_beside_the_images_is_not_read_and_a_folder_of_parquet_files_is_no_class(
+    tmp_path: Path, tiny: DataSet
+) -> None:
+    as_parquet(tmp_path / "data", tiny.train, NAMES, file="mine.parquet")
+    as_parquet(tmp_path / "data", tiny.test, NAMES, file="test.parquet")
     assert len(load_own(place(tmp_path), settings())) == len(tiny.train)
 
 
@@ -136,38 +142,23 @@ def test_columns_are_the_node_s_or_else_the_server_s(tmp_path: Path, tiny: DataS
     assert torch.equal(load_own(place(other, label_column="finding"), config).labels, tiny.train.labels)
 
 
-def missing(folder: Path, _: Images) -> Path:
-    return folder / "nowhere"
-
-
-def empty(folder: Path, _: Images) -> Path:
+def relabelled(folder: Path, images: Images, first: object, rest: object, name: str = "label") -> Path:
+    """A table whose first row has one label and all others another, beside a column of patients."""
+    table = pq.read_table(as_parquet(folder, images, NAMES, "text") / "train.parquet").drop_columns("label")
+    columns = {name: [first] + [rest] * (len(table) - 1), "patient": ["Ann"] * len(table)}
+    for each, values in columns.items():
+        table = table.append_column(each, pa.array(values))
+    pq.write_table(table, folder / "train.parquet")
     return folder
+
+
+def few(folder: Path, images: Images) -> Path:
+    return as_folders(folder, images.subset(torch.arange(4)), NAMES)
 
 
 def both(folder: Path, images: Images) -> Path:
     as_folders(folder, images, NAMES)
     return as_parquet(folder, images, NAMES)
-
-
-def negative(folder: Path, images: Images) -> Path:
-    table = pq.read_table(as_parquet(folder, images, "012", "number") / "train.parquet")
-    labels = pa.array([-1] + [0] * (len(table) - 1))
-    pq.write_table(table.set_column(1, "label", labels), folder / "train.parquet")
-    return folder
-
-
-def ambiguous(folder: Path, images: Images) -> Path:
-    table = pq.read_table(as_parquet(folder, images, NAMES, "text") / "train.parquet")
-    table = table.rename_columns(["image", "ward"]).append_column("patient", pa.array(["Ann"] * len(table)))
-    pq.write_table(table, folder / "train.parquet")
-    return folder
-
-
-def unlabelled(folder: Path, images: Images) -> Path:
-    table = pq.read_table(as_parquet(folder, images, NAMES, "text") / "train.parquet")
-    labels = pa.array([None] + ["top"] * (len(table) - 1))
-    pq.write_table(table.set_column(1, "label", labels), folder / "train.parquet")
-    return folder
 
 
 def dicoms(folder: Path, images: Images) -> Path:
@@ -182,12 +173,13 @@ def dicoms(folder: Path, images: Images) -> Path:
 @pytest.mark.parametrize(
     ("make", "told", "logged"),
     [
-        (missing, "this client's data-path is no folder", "there is no folder"),
-        (empty, "cannot be read", "neither \\*.parquet nor folders of images"),
+        (lambda folder, _: folder / "nowhere", "this client's data-path is no folder", "there is no folder"),
+        (lambda folder, _: folder, "cannot be read", r"neither \*.parquet nor folders of images"),
+        (few, r"has 4 images, and partition\.min-size = 10", ""),
         (both, "cannot be read", "Parquet files and folders of images; keep one"),
-        (negative, "cannot be read", "train.parquet row 0: label -1 has no name"),
-        (ambiguous, "cannot be read", "several columns with labels; set .*: ward \\(string\\), patient"),
-        (unlabelled, "cannot be read", "row 0 has no label"),
+        (lambda *of: relabelled(*of, -1, 0), "cannot be read", "train.parquet row 0: label -1 has no name"),
+        (lambda *of: relabelled(*of, "x", "y", "ward"), "cannot be read", r"several .*: ward \(string\), patient"),
+        (lambda *of: relabelled(*of, None, "top"), "cannot be read", "row 0 has no label"),
         (dicoms, "cannot be read", r"/middle has 20 files, and none is an image .*\.dcm 20\); convert them"),
     ],
 )
@@ -237,57 +229,25 @@ def test_a_folder_that_cannot_be_listed_is_no_absent_class(
     assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
 
 
-def test_empty_and_hidden_folders_are_no_mistake(tmp_path: Path, tiny: DataSet) -> None:
-    """The class that a client lacks, what a file browser leaves, and a cache."""
-    as_folders(tmp_path, tiny.train.subset((tiny.train.labels != 1).nonzero().flatten()), NAMES)
-    for file in ("middle/.DS_Store", ".cache/index.db"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes(b"x")
-    assert set(load_own(place(tmp_path), settings()).labels.tolist()) == {0, 2}
-
-
-def test_a_folder_of_parquet_files_is_no_class(tmp_path: Path, tiny: DataSet) -> None:
-    as_parquet(tmp_path / "data", tiny.train, NAMES)
-    assert len(load_own(place(tmp_path), settings())) == len(tiny.train)
-
-
-def numbered(folder: Path, images: Images, first: int) -> Place:
-    """A column of `first`, `first` + 1, `first` + 2."""
-    return place(as_parquet(folder, images, [str(first + number) for number in range(3)], "number"))
-
-
-def test_large_numbers_cost_nothing(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+@LOOKS
+def test_large_numbers_cost_nothing_and_too_many_are_no_classes(
+    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, look: Look
+) -> None:
     """Dates, say: named up to the largest they would be gigabytes."""
-    where = numbered(tmp_path, tiny.train, 20_240_101)
+    dates = ("20240101", "20240102", "20240103")
+    where = place(as_parquet(tmp_path, tiny.train, dates, "number"))
     tracemalloc.start()
     with pytest.raises(DataError, match="3 of this client's classes are unknown"):
-        look_at_own(where, settings())
+        look(where, settings())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6
     assert "does not know: '20240101', '20240102', '20240103'; its classes" in caplog.text
-
-
-@LOOKS
-def test_too_many_numbers_are_no_classes(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, look: Look
-) -> None:
-    where = numbered(tmp_path, tiny.train, 1)
     monkeypatch.setattr(own, "MOST_NUMBERS", 2)
-    look(where, settings(("1", "2", "3")))  # as many as there are classes
+    look(where, settings(dates))  # as many as there are classes
     with pytest.raises(DataError, match="cannot be read"):
-        look(where, settings(("1", "2")))
+        look(where, settings(dates[:2]))
     assert f"{tmp_path}: the label column has 3 different numbers, which are no classes; name another" in caplog.text
-
-
-def test_of_many_unknown_classes_some_are_named(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(own, "SHOWN", 2)
-    as_folders(tmp_path, tiny.train, ("x1", "x2", "x3"))
-    with pytest.raises(DataError, match="3 of this client's classes"):
-        look_at_own(place(tmp_path), settings())
-    assert "does not know: 'x1', 'x2' and 1 more; its classes" in caplog.text
 
 
 def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,13 +258,6 @@ def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog
         load_own(place(tmp_path), settings())
     assert "ann lee" not in str(caught.value)
     assert "ann lee.png: not a readable image" in caplog.text
-
-
-@LOOKS
-def test_too_few_images(tmp_path: Path, tiny: DataSet, look: Look) -> None:
-    as_folders(tmp_path, tiny.train.subset(torch.arange(4)), NAMES)
-    with pytest.raises(DataError, match=r"this client has 4 images, and partition\.min-size = 10"):
-        look(place(tmp_path), settings())
 
 
 # --- the server's side
@@ -358,6 +311,9 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     flat = SIZES | {"partition.scheme": "own", "data.source": "imagefolder", "data.path": str(tmp_path)}
     with pytest.raises(DataError, match=r"are of 3 classes, but model\.num-classes = 10"):
         named_classes(Config.from_flat(flat | {"model.num-classes": 10}))
+    as_folders(tmp_path / "bad" / "test", tiny.test, ("a|b", "c", "d"))
+    with pytest.raises(DataError, match=r"the class name 'a\|b' has a \| or a blank"):
+        named_classes(Config.from_flat(flat | {"model.num-classes": 3, "data.path": str(tmp_path / "bad")}))
     named = Config.from_flat(flat | {"model.num-classes": 2, "data.classes": "top | middle"})
     with pytest.raises(DataError) as caught:
         load_own_test(named.data, named.model)
@@ -373,13 +329,6 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     ):
         pipeline.created(Config.from_flat({"out-dir": str(tmp_path / "out")}, base=unknown), "run")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_name_that_no_setting_can_hold(tmp_path: Path, tiny: DataSet) -> None:
-    as_parquet(tmp_path, tiny.test, ("a|b", "c", "d"), file="test.parquet")
-    flat = {"partition.scheme": "own", "model.num-classes": 3, "data.source": "parquet", "data.path": str(tmp_path)}
-    with pytest.raises(DataError, match=r"the class name 'a\|b' has a \| or a blank"):
-        named_classes(Config.from_flat(flat))
 
 
 def test_an_image_is_decoded_once_per_process(tmp_path: Path, tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:

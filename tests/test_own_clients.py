@@ -115,7 +115,7 @@ def test_one_class_one_site_and_many_sizes(federate: Federate, shares: list[Imag
 def test_the_clients_evaluate_without_any_image_at_the_server(
     federate: Federate, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmitr_flwr.data.own.open_test", lambda *_: pytest.fail("the server read images"))
+    monkeypatch.setattr("fedmitr_flwr.data.own.open_split", lambda *_, **__: pytest.fail("the server read images"))
     changes = {"flower.clients": "|".join(NAMES), "evaluate.where": "clients", "evaluate.holdout": 0.2}
     run = federate(Sites(named(NAMES, folders)), **changes)
     result = run.read_result()

@@ -8,6 +8,7 @@ not as the file has it, or only a part of it, is counted in one line of the log.
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -95,19 +96,15 @@ def decode(split: Encoded, rows: Rows, in_chans: int, img_size: int) -> Tensor:
     pixels = _Pixels(len(rows), in_chans, img_size)
     notes: dict[str, list[int]] = {}
     largest: dict[str, int] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # lines about single files, without their names
-        for i, (row, encoded) in enumerate(zip(rows.tolist(), split.encoded(rows), strict=True)):
-            picture = _decode_one(encoded, in_chans, split.where(row), img_size)
+    for i, picture in enumerate(_pictures(split, rows, in_chans, img_size)):
+        pixels.put(i, picture)
+        for note in picture.notes:
+            notes.setdefault(note, []).append(i)
+            largest[note] = max(largest.get(note, 0), picture.largest)
+    if (bits := _bits(largest.get(_DEEP, 0))) < 16:
+        deep = notes[_DEEP]
+        for i, picture in zip(deep, _pictures(split, rows[deep], in_chans, img_size, bits), strict=True):
             pixels.put(i, picture)
-            for note in picture.notes:
-                notes.setdefault(note, []).append(i)
-                largest[note] = max(largest.get(note, 0), picture.largest)
-        bits = _bits(largest.get(_DEEP, 0))
-        if bits < 16:
-            again = rows[notes[_DEEP]]
-            for i, row, encoded in zip(notes[_DEEP], again.tolist(), split.encoded(again), strict=True):
-                pixels.put(i, _decode_one(encoded, in_chans, split.where(row), img_size, bits))
     for note, seen in notes.items():
         first = printable(split.where(int(rows[seen[0]])))
         _log(f"{len(seen)} of {len(rows)} images", note, f"(the first: {first})", largest[note])
@@ -171,14 +168,29 @@ def _log(images: str, note: str, first: str, largest: int) -> None:
         log.warning("%s %s but use %d or fewer; %s; save them with 8 bits %s", images, note, bits, left, first)
 
 
-def _decode_one(encoded: BinaryIO, in_chans: int, where: str, img_size: int, bits: int = 16) -> _Picture:
-    """Grey of 16 bits is taken as of `bits`."""
+@contextmanager
+def opened(encoded: BinaryIO, where: str) -> Iterator[Image.Image]:
+    """The image, of which no more than the header is read; in the block, whatever Pillow raises names the place.
+
+    Raises:
+        DataError: the image is unreadable.
+    """
     try:
-        with Image.open(encoded) as image:
-            return _picture(image, in_chans, img_size, bits)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # lines about single files, without their names
+            with Image.open(encoded) as image:
+                yield image
     except Exception as error:  # of any type: Pillow's plugins and codecs check little of what they read
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: not a readable image ({reason}); repair it or remove it") from error
+
+
+def _pictures(split: Encoded, rows: Rows, in_chans: int, img_size: int, bits: int = 16) -> Iterator[_Picture]:
+    """Grey of 16 bits is taken as of `bits`."""
+    for row, encoded in zip(rows.tolist(), split.encoded(rows), strict=True):
+        with opened(encoded, split.where(row)) as image:
+            picture = _picture(image, in_chans, img_size, bits)
+        yield picture
 
 
 def _picture(image: Image.Image, in_chans: int, img_size: int, bits: int) -> _Picture:

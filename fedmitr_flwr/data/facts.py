@@ -9,8 +9,8 @@ from PIL import Image
 from ..common.errors import DataError
 from ..config import Config, DataConfig
 from ..config.sections import OWN
-from .decode import Split
-from .sources import DigitsSplit, open_split, open_test
+from .decode import opened
+from .sources import open_split
 
 MOST_CLASSES = 100_000  # higher numbers are ids
 LOOKED_AT = 64  # images whose headers are read, spread evenly over the split
@@ -43,21 +43,18 @@ def facts(config: Config) -> Facts:
     Raises:
         DataError: the data cannot be read.
     """
-    data, names = config.data, len(config.data.class_names)
-    if config.partition.scheme != OWN:
-        return _facts(data, "train")
-    if config.evaluate.where == "server":
-        found = _facts(data, "own test")
-    elif data.source == "digits":
-        found = _facts(data, "train")
-    else:
+    data, names, own = config.data, len(config.data.class_names), config.partition.scheme == OWN
+    at_server = config.evaluate.where == "server"
+    if own and not at_server and data.source != "digits":
         return Facts(names, 0, 0, named=True)
-    return replace(found, classes=names, named=True) if names else found
+    found = _facts(data, alone=own and at_server)
+    return replace(found, classes=names, named=True) if own and names else found
 
 
 @functools.lru_cache(maxsize=4)
-def _facts(data: DataConfig, name: str) -> Facts:
-    split = open_test(data) if name == "own test" else open_split(data, name)
+def _facts(data: DataConfig, *, alone: bool) -> Facts:
+    """Of the train split; `alone`: of the test split, whatever train split is beside it."""
+    split = open_split(data, "test" if alone else "train", alone=alone)
     if not len(split.labels):
         raise DataError(f"{data.path or data.source}: no images; put some there or choose another data.path")
     classes = len(split.classes) if split.classes else int(split.labels.max()) + 1
@@ -66,29 +63,15 @@ def _facts(data: DataConfig, name: str) -> Facts:
         raise DataError(
             f"{split.where(row)}: label {classes - 1} numbers no class; number the classes from 0, or store their names"
         )
-    if isinstance(split, DigitsSplit):
-        return Facts(classes, 1, 8, named=True)
-    grey, sizes = _look(split)
-    sides = {side for size in sizes for side in size}
+    grey, sides = True, set[int]()
+    rows = np.unique(np.linspace(0, len(split.labels) - 1, min(len(split.labels), LOOKED_AT)).astype(np.int64))
+    for row, encoded in zip(rows.tolist(), split.encoded(rows), strict=True):
+        with opened(encoded, split.where(row)) as image:
+            sides.update(image.size)
+            grey = grey and _is_grey(image)
     side = sides.pop() if len(sides) == 1 else 0
     named = split.classes is not None
     return Facts(classes, 1 if grey else 3, side, named=named, least=0 if named else int(split.labels.min()))
-
-
-def _look(split: Split) -> tuple[bool, set[tuple[int, int]]]:
-    """Whether all images looked at are grey, and their sizes."""
-    total = len(split.labels)
-    rows = np.unique(np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(np.int64))
-    grey, sizes = True, set()
-    for row, encoded in zip(rows.tolist(), split.encoded(rows), strict=True):
-        try:
-            with Image.open(encoded) as image:
-                sizes.add(image.size)
-                grey = grey and _is_grey(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{split.where(row)}: not a readable image ({reason}); repair it or remove it") from error
-    return grey, sizes
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -31,7 +31,7 @@ from .layout import (
     same_name,
     subfolders,
 )
-from .sources import DigitsSplit, FolderSplit, kept, open_test
+from .sources import DigitsSplit, FolderSplit, kept, open_split
 from .tables import ParquetTable, own_split
 
 log = logging.getLogger("fedmitr")
@@ -190,11 +190,20 @@ def _renumbered(split: Split, data: DataConfig, place: str, *, at_server: bool =
     known = {same_name(name): number for number, name in enumerate(data.class_names)}
     to_server = np.array([known.get(same_name(name), -1) for name in names], dtype=np.int64)
     labels: Rows = to_server[which]
-    if strange := [name for name, number in zip(names, to_server, strict=True) if number < 0]:
+    if strange := [name for name in names if same_name(name) not in known]:
         whose = "data.classes" if at_server else "the server"
         problem = f"{place}: {int((labels < 0).sum())} images of classes that {whose} does not know: "
         problem += _strange(strange, bool(split.classes), data)
-        _report_strange(problem, len(strange), data, at_server=at_server)
+        if data.unknown_classes == "skip":
+            log.warning("%s", problem)
+        elif at_server:  # its own images: nothing to hide
+            raise DataError(f"{problem}, or set data.unknown-classes = 'skip'")
+        else:
+            log.error("%s", problem)
+            raise _ToldError(
+                f"{len(strange)} of this client's classes are unknown to the server (data.classes); the client's own "
+                "log names them; rename them there, or set data.unknown-classes = 'skip'"
+            )
     return labels
 
 
@@ -210,19 +219,6 @@ def _strange(strange: Sequence[str], named: bool, data: DataConfig) -> str:
         if strange == [str(len(data.class_names))]:
             fix += "; or do they begin at 1, and the server's at 0?"
     return f"{', '.join(hints)}{more}; its classes: {', '.join(map(repr, data.class_names))}; {fix}"
-
-
-def _report_strange(problem: str, classes: int, data: DataConfig, *, at_server: bool) -> None:
-    if data.unknown_classes == "skip":
-        log.warning("%s", problem)
-        return
-    if at_server:  # its own images: nothing to hide
-        raise DataError(f"{problem}, or set data.unknown-classes = 'skip'")
-    log.error("%s", problem)
-    raise _ToldError(
-        f"{classes} of this client's classes are unknown to the server (data.classes); the client's own log "
-        "names them; rename them there, or set data.unknown-classes = 'skip'"
-    )
 
 
 def _hint(name: str, data: DataConfig) -> str:
@@ -252,11 +248,9 @@ def named_classes(config: Config) -> Config:
 def _names_of_data(config: Config) -> tuple[str, ...]:
     numerals = tuple(map(str, range(config.model.num_classes)))
     if config.evaluate.where == "server":
-        return open_test(config.data).classes or numerals
-    if (
-        found_source(config.data).source == "digits" and numerals == DigitsSplit.classes
-    ):  # known without a look at an image
-        return numerals
+        return open_split(config.data, "test", alone=True).classes or numerals
+    if found_source(config.data).source == "digits" and numerals == DigitsSplit.classes:
+        return numerals  # known without a look at an image
     raise ConfigError(
         "data.classes is empty, but with evaluate.where = 'clients' the server has no images to take the names from; "
         "set it to the names of all classes, such as 'benign | malignant'"
@@ -270,7 +264,7 @@ def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
 
 @lru_cache(maxsize=1)
 def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
-    split = open_test(data)
+    split = open_split(data, "test", alone=True)
     place = f"{data.path or 'digits'}, test split"
     labels = _renumbered(split, data, place, at_server=True)
     rows = np.flatnonzero(labels >= 0)

@@ -2,10 +2,11 @@
 
 import functools
 import io
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -39,14 +40,6 @@ from .tables import HubTable, ParquetTable, Table, test_split, train_split
 log = logging.getLogger("fedmitr")
 
 
-class _Shape(NamedTuple):
-    """The part of ModelConfig that loading depends on; the cache is keyed by no more."""
-
-    in_chans: int
-    num_classes: int
-    img_size: int
-
-
 def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> DataSet:
     """Load the images, each decoded once per process; the channels are the model's, the size is the source's own.
 
@@ -61,7 +54,7 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     Raises:
         DataError: something is missing, corrupt, ambiguous or outside the classes. The thing is named.
     """
-    train, classes = _load_split(data, _shape(model), "train")
+    train, classes = _load_split(data, model, "train")
     test = load_test(data, model)[0] if with_test else train.subset(torch.empty(0, dtype=torch.int64))
     return DataSet(train, test, classes)
 
@@ -72,7 +65,7 @@ def load_test(data: DataConfig, model: ModelConfig) -> tuple[Images, tuple[str, 
     Raises:
         DataError: as in `load`.
     """
-    return _load_split(data, _shape(model), "validation" if data.validation else "test")
+    return _load_split(data, model, "validation" if data.validation else "test")
 
 
 def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
@@ -88,13 +81,13 @@ def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
 
 def load_proxy_share(data: DataConfig, model: ModelConfig) -> Tensor:
     """The pixels (n, C, H, W) of the share `data.proxy` of the training images, which no client gets."""
-    return _load_split(data, _shape(model), "proxy")[0].pixels
+    return _load_split(data, model, "proxy")[0].pixels
 
 
-def _shape(model: ModelConfig) -> _Shape:
+def _load_split(data: DataConfig, model: ModelConfig, name: str) -> tuple[Images, tuple[str, ...]]:
     if model.in_chans not in (1, 3):
         raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
-    return _Shape(model.in_chans, model.num_classes, model.img_size)
+    return _loaded(data, model.in_chans, model.num_classes, model.img_size, name)
 
 
 def _place(data: DataConfig, stored: str) -> str:
@@ -102,26 +95,28 @@ def _place(data: DataConfig, stored: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
-def _load_split(data: DataConfig, shape: _Shape, name: str) -> tuple[Images, tuple[str, ...]]:
+def _loaded(
+    data: DataConfig, in_chans: int, num_classes: int, img_size: int, name: str
+) -> tuple[Images, tuple[str, ...]]:
     stored = "test" if name == "test" else "train"
     split = open_split(data, stored)
-    _check_labels(split, shape.num_classes, data, stored)
+    _check_labels(split, num_classes, data, stored)
     place = _place(data, stored)
     rows = _rows(split.labels, data, name)
     if not len(rows):
-        share = getattr(data, "proxy" if name == "proxy" else "validation")
-        raise DataError(f"{place}: data.{name} = {share} sets no image of any class aside; raise it")
-    pixels = decode(split, rows, shape.in_chans, shape.img_size)
+        raise DataError(f"{place}: data.{name} = {getattr(data, name)} sets no image of any class aside; raise it")
+    pixels = decode(split, rows, in_chans, img_size)
     return_memory()  # of the largest image
     log.info("%s: %d of %d images for %s", place, len(rows), len(split.labels), name)
-    classes = split.classes or tuple(str(label) for label in range(shape.num_classes))
+    classes = split.classes or tuple(str(label) for label in range(num_classes))
     return Images(pixels, torch.from_numpy(split.labels[rows])), classes
 
 
-def open_split(data: DataConfig, name: str) -> Split:
+def open_split(data: DataConfig, name: str, *, alone: bool = False) -> Split:
     """The split `train` or `test`, not decoded yet; its classes are those of the data set.
 
-    The test split is read without the train split where that is not there, and then its classes are its own.
+    The test split is read without the train split where that is not there, or `alone` leaves it aside; then its classes
+    are its own.
 
     Raises:
         DataError: there is no such split, or its labels cannot be read.
@@ -131,28 +126,18 @@ def open_split(data: DataConfig, name: str) -> Split:
         return DigitsSplit(name)
     with listed():
         if data.source == "imagefolder":
-            return _folder_split(data_folder(data), name)
-        train = next(_tables(data, "train"), None)
+            return _folder_split(data_folder(data), name, alone=alone)
+        train = None if alone else next(_tables(data, "train"), None)
         tests = _tables(data, "test")
-        if name == "test":
-            return test_split(train, _at_least_one(tests, data), data)
-        if train is None:
+        first = train if name == "train" else next(tests, None)
+        if first is None:
             raise _absent(data, name)
-        return train_split(train, tests, data)
+        if name == "train":
+            return train_split(first, tests, data)
+        return test_split(train, itertools.chain([first], tests), data)
 
 
-def open_test(data: DataConfig) -> Split:
-    """The test split for itself, whatever train split is beside it."""
-    data = found_source(data)
-    if data.source == "digits":
-        return DigitsSplit("test")
-    with listed():
-        if data.source == "imagefolder":
-            return _folder_split(data_folder(data), "test", alone=True)
-        return test_split(None, _at_least_one(_tables(data, "test"), data), data)
-
-
-def _folder_split(folder: Path, name: str, *, alone: bool = False) -> "FolderSplit":
+def _folder_split(folder: Path, name: str, *, alone: bool) -> "FolderSplit":
     has_train = not alone and folders_called(folder, TRAIN_NAMES)
     known = tuple(path.name for path in class_folders(folder, "train")) if has_train else ()
     folders = class_folders(folder, name, known)
@@ -162,14 +147,6 @@ def _folder_split(folder: Path, name: str, *, alone: bool = False) -> "FolderSpl
     if beside.passed_over:
         say_once(f"{folders[0].parent}: {beside.passed_over}")
     return split
-
-
-def _at_least_one(tables: Iterator[Table], data: DataConfig) -> Iterator[Table]:
-    first = next(tables, None)
-    if first is None:
-        raise _absent(data, "test")
-    yield first
-    yield from tables
 
 
 def _tables(data: DataConfig, name: str) -> Iterator[Table]:

@@ -1,13 +1,14 @@
 """Tables of images: folders of Parquet files, and data sets of the Hugging Face Hub."""
 
 import bisect
+import contextlib
 import io
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import datasets
 import numpy as np
@@ -23,20 +24,11 @@ from .layout import check_shards
 
 _USUAL_LABELS = ("label", "labels", "class", "target", "fine_label")  # the first that is there; upper case, too
 _BATCH = 1000
-_SET = "set data.{}-column to one of: "
-_LABELS = "labels"
-_IMAGES = "encoded images"
+_WANTED = {"image": "encoded images", "label": "labels"}
 
 
 class NoLabelsError(DataError):
     """A table without any column that could hold labels."""
-
-
-class Columns(NamedTuple):
-    """The names of the two columns that are read."""
-
-    image: str
-    label: str
 
 
 class Table(Protocol):
@@ -86,8 +78,9 @@ class ParquetTable:
                 stop = start + parquet.metadata.row_group(group).num_rows
                 wanted = rows[(rows >= start) & (rows < stop)]
                 if len(wanted):
-                    column = _without_views(_read(parquet, file, name, group)).take(pa.array(wanted - start))
-                    yield from _cells(column, map(self.where, wanted.tolist()), file.parent, (self._folder,))
+                    column = _read(parquet, file, name, group)
+                    cells = (column[row - start] for row in wanted.tolist())
+                    yield from _contents(cells, map(self.where, wanted.tolist()), file.parent, (self._folder,))
                 start = stop
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -115,10 +108,9 @@ class HubTable:
 
     def images(self, name: str, rows: Rows) -> Iterator[bytes]:
         table = self._dataset.select(rows).select_columns([name]).with_format("arrow")
-        places = map(self.where, rows.tolist())
-        for batch in table.iter(batch_size=_BATCH):
-            column = _without_views(batch.column(name))
-            yield from _cells(column, itertools.islice(places, len(batch)), self._folder, self._roots)
+        for start, batch in zip(range(0, len(rows), _BATCH), table.iter(batch_size=_BATCH), strict=True):
+            places = map(self.where, rows[start : start + _BATCH].tolist())
+            yield from _contents(batch.column(name), places, self._folder, self._roots)
 
     def column(self, name: str) -> pa.ChunkedArray:
         return self._dataset.select_columns([name]).with_format("arrow")[:].column(name)
@@ -148,13 +140,12 @@ class TableSplit(TableImages):
 
 def train_split(train: Table, tests: Iterable[Table], data: DataConfig) -> TableSplit:
     """Classes that are text are those of train and test together, unless `data.validation` leaves the test unread."""
-    columns = find_columns(train, data)
-    labels = read_labels(train, columns.label)
+    image, label = find_columns(train, data)
+    labels = read_labels(train, label)
     if labels.is_text and not data.validation:
-        for _, theirs in _labelled(tests, data, columns):
-            labels, _ = _matched(labels, theirs, train, data)
-            break
-    return TableSplit(train, columns.image, labels)
+        with contextlib.suppress(NoLabelsError):
+            labels, _ = _matched(labels, _first_labelled(tests, data, label)[1], train, data)
+    return TableSplit(train, image, labels)
 
 
 def test_split(train: Table | None, tests: Iterable[Table], data: DataConfig) -> TableSplit:
@@ -163,31 +154,29 @@ def test_split(train: Table | None, tests: Iterable[Table], data: DataConfig) ->
     Raises:
         DataError: none has labels; or they are other classes than train's.
     """
-    columns = find_columns(train, data) if train is not None else None
-    why: list[str] = []
-    for table, labels in _labelled(tests, data, columns, why):
-        image = columns.image if columns else find_images(table, data.image_column)
-        if train is not None and columns:
-            labels = _matched(_declared_labels(train, columns.label), labels, train, data)[1]
-        return TableSplit(table, image, labels)
-    raise NoLabelsError(
-        f"{why[0]}; label them, or judge on a share of the training images, which data.validation = 0.2 sets aside"
-    )
+    if train is None:
+        table, labels = _first_labelled(tests, data)
+        return TableSplit(table, find_images(table, data.image_column), labels)
+    image, label = find_columns(train, data)
+    table, labels = _first_labelled(tests, data, label)
+    return TableSplit(table, image, _matched(_declared_labels(train, label), labels, train, data)[1])
 
 
 def own_split(table: Table, data: DataConfig) -> TableSplit:
     """A split for itself."""
-    columns = find_columns(table, data)
-    return TableSplit(table, columns.image, read_labels(table, columns.label))
+    image, label = find_columns(table, data)
+    return TableSplit(table, image, read_labels(table, label))
 
 
-def _labelled(
-    tests: Iterable[Table], data: DataConfig, columns: Columns | None, why: list[str] | None = None
-) -> Iterator[tuple[Table, Labels]]:
-    """The test splits that have labels; of those before them it is said, and added to `why`, that they have none."""
-    passed = [] if why is None else why
+def _first_labelled(tests: Iterable[Table], data: DataConfig, column: str = "") -> tuple[Table, Labels]:
+    """The first test split that has labels, in `column` or else where they are found; those before it are told.
+
+    Raises:
+        NoLabelsError: none has labels.
+    """
+    passed: list[str] = []
     for table in tests:
-        name = columns.label if columns else _found_label(table, data)
+        name = column or _found_label(table, data)
         if name not in table.schema.names:
             passed.append(f"{table.place} has no column {name or 'of labels'!r}")
         elif has_none(table.column(name)):
@@ -195,7 +184,11 @@ def _labelled(
         else:
             for line in passed:
                 say_once(f"{line}; it is passed over, and {table.place} is the test split")
-            yield table, read_labels(table, name)
+            return table, read_labels(table, name)
+    raise NoLabelsError(
+        f"{passed[0] if passed else 'there is no test split'}; label them, or judge on a share of the training images, "
+        "which data.validation = 0.2 sets aside"
+    )
 
 
 def _found_label(table: Table, data: DataConfig) -> str:
@@ -233,11 +226,12 @@ def _matched(train: Labels, test: Labels, where: Table, data: DataConfig) -> tup
 # --- columns
 
 
-def find_columns(table: Table, data: DataConfig) -> Columns:
-    return Columns(find_images(table, data.image_column), find_labels(table, data.label_column))
+def find_columns(table: Table, data: DataConfig) -> tuple[str, str]:
+    """The names of the columns of images and of labels."""
+    return find_images(table, data.image_column), find_labels(table, data.label_column)
 
 
-def find_images(table: Table, configured: str, fix: str = _SET) -> str:
+def find_images(table: Table, configured: str, fix: str = "") -> str:
     """The image column: as configured, else the only one that can be meant.
 
     Raises:
@@ -248,7 +242,7 @@ def find_images(table: Table, configured: str, fix: str = _SET) -> str:
     candidates = [configured] if configured in images else typed if len(typed) == 1 else images
     if len(candidates) == 1 and configured in ("", candidates[0]):
         return candidates[0]
-    raise _refusal(table, "image", _IMAGES, configured, images, fix, several=len(candidates) > 1)
+    raise _refusal(table, "image", configured, images, fix, several=len(candidates) > 1)
 
 
 def find_labels(table: Table, configured: str) -> str:
@@ -274,7 +268,7 @@ def find_labels(table: Table, configured: str) -> str:
         say_once(f"{table.place}: labels are read from the column {plausible[0]!r}; no other can be meant")
         return plausible[0]
     good = [name for name in plausible if not _problem(table, name)]
-    raise _refusal(table, "label", _LABELS, configured or usual, good, _SET, several=len(plausible) > 1)
+    raise _refusal(table, "label", configured or usual, good, several=len(plausible) > 1)
 
 
 def _usual(names: Sequence[str]) -> str:
@@ -293,9 +287,10 @@ def _problem(table: Table, name: str) -> str:
 
 
 def _refusal(
-    table: Table, kind: str, wanted: str, name: str, good: Sequence[str], fix: str, *, several: bool
+    table: Table, kind: str, name: str, good: Sequence[str] = (), fix: str = "", *, several: bool = False
 ) -> DataError:
-    """Only columns that would be taken are proposed."""
+    """Of the `image` or `label` column; only columns that would be taken are proposed."""
+    wanted, fix = _WANTED[kind], fix or f"set data.{kind}-column to one of: "
     there = {field.name: f"{field.name} ({_short(field.type)})" for field in table.schema}
     if name in there:
         problem = f"column {name!r} ({_short(table.schema.field(name).type)}) does not hold {wanted}"
@@ -304,15 +299,15 @@ def _refusal(
     else:
         problem = f"has {'several columns' if several else 'no column'} with {wanted}"
     if good:
-        return DataError(f"{table.place} {problem}; {fix.format(kind)}{', '.join(there[each] for each in good)}")
-    error = NoLabelsError if wanted == _LABELS and not name else DataError
+        return DataError(f"{table.place} {problem}; {fix}{', '.join(there[each] for each in good)}")
+    error = NoLabelsError if kind == "label" and not name else DataError
     return error(f"{table.place} {problem}; none of its columns would do: {', '.join(there.values())}")
 
 
 def read_labels(table: Table, name: str) -> Labels:
     """All labels of a column."""
     if not kind_of(table.schema.field(name).type):
-        raise _refusal(table, "label", _LABELS, name, (), _SET, several=False)
+        raise _refusal(table, "label", name)
     return read(table.column(name), _declared(table, name), table.where)
 
 
@@ -379,25 +374,9 @@ def _corrupt(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again")
 
 
-def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Arrow's newer types, of which not every operation is there yet, as the older ones."""
-    older = _older(column.type)
-    return column if older == column.type else column.cast(older)
-
-
-def _older(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _older(kind.value_type)
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_older(field.type)) for field in kind])
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    return pa.large_string() if pa.types.is_string_view(kind) else kind
-
-
-def _cells(column: pa.ChunkedArray, places: Iterable[str], base: Path, roots: Sequence[Path]) -> Iterator[bytes]:
+def _contents(cells: Iterable[pa.Scalar], places: Iterable[str], base: Path, roots: Sequence[Path]) -> Iterator[bytes]:
     """The bytes in each cell, or in the file that it names."""
-    for cell, place in zip(column, places, strict=True):
+    for cell, place in zip(cells, places, strict=True):
         value = cell.as_py()
         path = None
         if isinstance(value, dict):
