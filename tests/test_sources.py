@@ -1,9 +1,11 @@
 """Every source to the same bytes that its own library reads; every bad input refused by name."""
 
+import functools
 import importlib
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -23,10 +25,11 @@ from test_layout import FEATURES, folders
 
 from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import DataConfig, ModelConfig
+from fedmitr_flwr.config import Config, DataConfig, ModelConfig
 from fedmitr_flwr.data import decode, flower_datasets, sources
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.resolve import resolve
 
 UNREADABLE = "not a readable image"
 
@@ -53,8 +56,11 @@ def write(file: Path, columns: dict[str, Any], features: datasets.Features | Non
     pq.write_table(table, file, row_group_size=3)
 
 
-def parquet(folder: Path, **settings: Any) -> DataConfig:
-    return DataConfig(source="parquet", path=str(folder), **settings)
+def at(source: str, path: Path | str, **settings: Any) -> DataConfig:
+    return DataConfig(source=source, path=str(path), **settings)
+
+
+parquet, image_folder, hub = (functools.partial(at, source) for source in ("parquet", "imagefolder", "hub"))
 
 
 def write_both(folder: Path, columns: dict[str, Any], features: datasets.Features | None = FEATURES) -> DataConfig:
@@ -205,21 +211,18 @@ def test_a_bad_shard_and_a_bad_row_within_it_are_named(tmp_path: Path) -> None:
     assert f"{second} has other columns" in refusal(parquet(tmp_path))
 
 
+def test_a_header_that_pillow_cannot_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+    """Of this one it says so by a NotImplementedError."""
+    dds = b"DDS " + struct.pack("<I", 124) + bytes(120)
+    data = write_both(tmp_path, {"image": column([dds]), "label": [0]})
+    with pytest.raises(DataError, match=f"train.parquet row 0: {UNREADABLE}"):
+        resolve(Config(data=data))
+
+
 def test_a_copy_beside_the_split_is_not_read_twice(tmp_path: Path) -> None:
     data = write_both(tmp_path, {"image": column(pictures(4)), "label": [0, 1, 0, 1]})
     write(tmp_path / "train_small.parquet", {"image": column(pictures(2)), "label": [0, 1]})
     assert len(load(data, model()).train) == 4
-
-
-@pytest.mark.parametrize("plain", [True, False])
-def test_columns_without_hugging_face_metadata(tmp_path: Path, plain: bool) -> None:
-    images = pictures(3)
-    cells = [encode(image) for image in images] if plain else column(images)
-    written = {"picture": cells, "weight": [0.5, 0.5, 0.5], "kind": [2, 0, 1]}
-    data = load(write_both(tmp_path, written, features=None), model(3))
-    assert torch.equal(data.train.pixels, chw(images))
-    assert data.train.labels.tolist() == [2, 0, 1]
-    assert data.classes == ("0", "1", "2")
 
 
 def test_cells_that_name_a_file(tmp_path: Path) -> None:
@@ -316,10 +319,6 @@ def test_missing_and_corrupt_parquet_files_are_named(tmp_path: Path) -> None:
 # --- ImageFolder
 
 
-def image_folder(folder: Path) -> DataConfig:
-    return DataConfig(source="imagefolder", path=str(folder))
-
-
 def test_an_image_folder_sorts_its_classes_by_name_and_names_its_files(tmp_path: Path) -> None:
     data = load(image_folder(folders(tmp_path, number=3)), model(in_chans=1))
     assert data.classes == ("cat", "dog")
@@ -355,10 +354,6 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to write one to; the library's prepared copies stay in the test's own folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "data-set"
-
-
-def hub(path: Path | str, **settings: Any) -> DataConfig:
-    return DataConfig(source="hub", path=str(path), **settings)
 
 
 def test_the_hub_path_reads_a_local_folder_as_the_parquet_path_does(data_set: Path) -> None:

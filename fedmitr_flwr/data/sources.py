@@ -243,10 +243,8 @@ class DigitsSplit:
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-        )
-        self._name = name
+        self._name, rows = name, np.arange(len(digits.target))
+        train, test = train_test_split(rows, test_size=0.2, stratify=digits.target, random_state=0)
         rows = np.sort(train if name == "train" else test)
         self._pixels = np.rint(digits.images[rows] * 255 / 16).astype(np.uint8)
         self.labels: Rows = digits.target[rows].astype(np.int64)
@@ -266,7 +264,10 @@ class FolderSplit:
         _check_names(folders, classes)
         self.classes = classes
         self.contents = Contents()  # of all folders, with what is passed over
-        known = {same_name(name): label for label, name in enumerate(classes)}
+        known: dict[str, int] = {}
+        for label, name in enumerate(classes):
+            if known.setdefault(same_name(name), label) != label:
+                raise DataError(f"{folders[0].parent}: two class folders are called {name!r}; rename one of them")
         labels: list[int] = []
         for path in folders:
             if same_name(path.name) not in known:
@@ -286,12 +287,11 @@ class FolderSplit:
     def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
         """From the disk as they are decoded: a large file is never in memory as a whole."""
         for row in rows:
+            place = self._files[row]
             try:
-                file = self._files[row].open("rb")
+                file = place.open("rb")
             except OSError as error:
-                raise DataError(
-                    f"{self._files[row]} cannot be read ({error.strerror}); check its permissions"
-                ) from error
+                raise DataError(f"{place} cannot be read ({error.strerror}); check its permissions") from error
             with file:
                 yield file
 
@@ -300,13 +300,9 @@ def _check_names(folders: Sequence[Path], classes: tuple[str, ...]) -> None:
     """Names of classes stand in results, pages and messages, which are all Unicode text."""
     for name in (*classes, *(path.name for path in folders)):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            parent = folders[0].parent if folders else ""
-            raise DataError(f"{parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it")
-    seen: set[str] = set()
-    for name in classes:
-        if same_name(name) in seen:
-            raise DataError(f"{folders[0].parent}: two class folders are called {name!r}; rename one of them")
-        seen.add(same_name(name))
+            raise DataError(
+                f"{folders[0].parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it"
+            )
 
 
 def data_folder(data: DataConfig) -> Path:
