@@ -57,10 +57,12 @@ class ParquetTable:
         check_shards(files)
         self.files, self._folder = files, folder
         self.place = str(files[0])
-        self._parquet = [_open(file) for file in files]
-        self.schema = self._parquet[0].schema_arrow
-        for file, parquet in zip(files, self._parquet, strict=True):
-            if not parquet.schema_arrow.equals(self.schema, check_metadata=False):
+        self._parquet: list[pq.ParquetFile] = []
+        for file in files:
+            with _readable(file):
+                self._parquet.append(pq.ParquetFile(file))
+            self.schema = self._parquet[0].schema_arrow
+            if not self._parquet[-1].schema_arrow.equals(self.schema, check_metadata=False):
                 raise DataError(f"{file} has other columns than {files[0]}; shards of one split must agree")
         self._ends = np.cumsum([parquet.metadata.num_rows for parquet in self._parquet]).tolist()
 
@@ -78,14 +80,18 @@ class ParquetTable:
                 stop = start + parquet.metadata.row_group(group).num_rows
                 wanted = rows[(rows >= start) & (rows < stop)]
                 if len(wanted):
-                    column = _read(parquet, file, name, group)
+                    with _readable(file):
+                        column = parquet.read_row_group(group, columns=[name]).column(name)
                     cells = (column[row - start] for row in wanted.tolist())
                     yield from _contents(cells, map(self.where, wanted.tolist()), file.parent, (self._folder,))
                 start = stop
 
     def column(self, name: str) -> pa.ChunkedArray:
-        shards = [_read(parquet, file, name) for file, parquet in zip(self.files, self._parquet, strict=True)]
-        return pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], self.schema.field(name).type)
+        chunks: list[pa.Array] = []
+        for file, parquet in zip(self.files, self._parquet, strict=True):
+            with _readable(file):
+                chunks += parquet.read(columns=[name]).column(name).chunks
+        return pa.chunked_array(chunks, self.schema.field(name).type)
 
 
 class HubTable:
@@ -354,24 +360,13 @@ def _holds_images(kind: pa.DataType) -> bool:
 # --- cells
 
 
-def _open(file: Path) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        return pq.ParquetFile(file)
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise _corrupt(file, error) from error
-
-
-def _read(parquet: pq.ParquetFile, file: Path, column: str, group: int | None = None) -> pa.ChunkedArray:
-    try:
-        table = parquet.read(columns=[column]) if group is None else parquet.read_row_group(group, columns=[column])
-    except (pa.ArrowException, OSError) as error:
-        raise _corrupt(file, error) from error
-    return table.column(column)
-
-
-def _corrupt(file: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120]
-    return DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again")
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{file} is not a readable Parquet file ({reason}); fetch it again") from error
 
 
 def _contents(cells: Iterable[pa.Scalar], places: Iterable[str], base: Path, roots: Sequence[Path]) -> Iterator[bytes]:
