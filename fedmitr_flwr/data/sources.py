@@ -54,7 +54,7 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     Raises:
         DataError: something is missing, corrupt, ambiguous or outside the classes. The thing is named.
     """
-    train, classes = _load_split(data, model, "train")
+    train, classes = _split_of(data, model, "train")
     test = load_test(data, model)[0] if with_test else train.subset(torch.empty(0, dtype=torch.int64))
     return DataSet(train, test, classes)
 
@@ -65,7 +65,7 @@ def load_test(data: DataConfig, model: ModelConfig) -> tuple[Images, tuple[str, 
     Raises:
         DataError: as in `load`.
     """
-    return _load_split(data, model, "validation" if data.validation else "test")
+    return _split_of(data, model, "validation" if data.validation else "test")
 
 
 def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
@@ -81,13 +81,13 @@ def training_labels(data: DataConfig, model: ModelConfig) -> Tensor:
 
 def load_proxy_share(data: DataConfig, model: ModelConfig) -> Tensor:
     """The pixels (n, C, H, W) of the share `data.proxy` of the training images, which no client gets."""
-    return _load_split(data, model, "proxy")[0].pixels
+    return _split_of(data, model, "proxy")[0].pixels
 
 
-def _load_split(data: DataConfig, model: ModelConfig, name: str) -> tuple[Images, tuple[str, ...]]:
+def _split_of(data: DataConfig, model: ModelConfig, name: str) -> tuple[Images, tuple[str, ...]]:
     if model.in_chans not in (1, 3):
         raise DataError(f"model.in-chans = {model.in_chans}, but images have 1 or 3 channels here; use one of these")
-    return _loaded(data, model.in_chans, model.num_classes, model.img_size, name)
+    return _load_split(data, model.in_chans, model.num_classes, model.img_size, name)
 
 
 def _place(data: DataConfig, stored: str) -> str:
@@ -95,7 +95,7 @@ def _place(data: DataConfig, stored: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # train and test of two data sets: one Ray actor serves many clients of the same data
-def _loaded(
+def _load_split(
     data: DataConfig, in_chans: int, num_classes: int, img_size: int, name: str
 ) -> tuple[Images, tuple[str, ...]]:
     stored = "test" if name == "test" else "train"
