@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from markup import provenance, sections
+from markup import provenance, sections, seeds
 
 from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.report.words import data_set, measure, model, skew
@@ -31,12 +31,11 @@ def block(results: Path) -> str:
 def section(content: Mapping[str, Any]) -> list[str]:
     """One file: a table with a line above each part, and where it comes from."""
     rows, config = content["rows"], content["config"]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     return [
         f"### Ablation: {data_set(config)}, {skew(config)}, {config['partition.clients']} clients, {model(config)}",
         "",
-        f"Seeds {seeds}; {measure(config).lower()} in percent, last epoch. Student, and difference from the unchanged "
-        "student seed by seed: mean ± sample standard deviation (n). The other columns are means.",
+        f"Seeds {seeds(rows)}; {measure(config).lower()} in percent, last epoch. Student, and difference from the "
+        "unchanged student seed by seed: mean ± sample standard deviation (n). The other columns are means.",
         "",
         *table(HEAD, cells(rows)),
         "",
@@ -56,11 +55,10 @@ def cells(rows: Iterable[Row]) -> list[list[str]]:
         if name != UNCHANGED and same[0]["part"] != part:
             part = same[0]["part"]
             table_lines.append([f"*{part}*", *[""] * (len(HEAD) - 1)])
-        students = [row["accuracy"]["student"] for row in same]
         table_lines.append(
             [
                 f"`{name}`",
-                spread(students),
+                spread(row["accuracy"]["student"] for row in same),
                 spread(row["accuracy"]["student"] - default[row["seed"]] for row in same),
                 *(f"{mean(row['accuracy'][key] for row in same):.1f}" for key in ("ensemble", "fedavg")),
                 f"{mean(row['agreement'] for row in same):.1f}",

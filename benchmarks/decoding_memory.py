@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from speed.gauges import peak
 
 from fedmitr_flwr import cli
 from fedmitr_flwr.common.fingerprint import fingerprint
@@ -32,7 +34,6 @@ IMG_SIZE = 8
 LIMIT_MIB = 953  # 1 GB
 SETTINGS = ("model.img-size=8", "model.patch-size=2", "partition.scheme=iid", "partition.clients=2", "local.epochs=1")
 SETTINGS += ("inversion.steps=5", "distill.rounds=1", "distill.images-per-round=20", "distill.epochs-per-round=1")
-STATUS = Path("/proc/self/status")
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -76,8 +77,7 @@ def load_here(folder: str) -> dict[str, Any]:
 
 
 def peak_mib() -> int:
-    lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
-    return int(lines["VmHWM"].split()[0]) // 1024  # from kB
+    return int(peak(torch.device("cpu")))
 
 
 def run_here(folder: str) -> dict[str, Any]:

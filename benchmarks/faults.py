@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmitr_flwr.bench.markup import origin, table
+from markup import provenance
+
+from fedmitr_flwr.bench.markup import table
 from fedmitr_flwr.report.words import model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,25 +128,14 @@ def memory_lines(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     return table(head, cells)
 
 
-def provenance(content: Mapping[str, Any]) -> list[str]:
-    return ["", f"Command: `{content['command']}`", "", origin(content)]
-
-
 def document(results: Path = RESULTS) -> str:
     faults, soak = (json.loads((results / name).read_text(encoding="utf-8")) for name in ("one.json", "soak.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("memory_*.json"))]
     codes = ", ".join(sorted({row["code"] for row in faults}))
-    lines = [
-        INTRODUCTION.replace("@MISSING@", _missing(faults)),
-        *fault_lines(faults),
-        "",
-        f"Code {codes}.",
-        SOAK,
-        *soak_lines(soak["rows"]),
-    ]
-    lines += [*provenance(soak), MEMORY, *memory_lines(runs)]
+    lines = [INTRODUCTION.replace("@MISSING@", _missing(faults)), *fault_lines(faults), "", f"Code {codes}."]
+    lines += [SOAK, *soak_lines(soak["rows"]), "", *provenance(soak), MEMORY, *memory_lines(runs)]
     for run in runs:
-        lines += provenance(run)
+        lines += ["", *provenance(run)]
     return "\n".join(lines) + "\n"
 
 

@@ -190,11 +190,8 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
 
 def rows_of(runs: Path, only: Sequence[str], known: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """One row for each cell that is not `known`; one that cannot be, or whose data is missing, is named and skipped."""
-    for kind, cells in (
-        ("statistics", of_statistics()),
-        ("trained", trained()),
-        ("committed", committed()),
-    ):
+    kinds = {"statistics": of_statistics(), "trained": trained(), "committed": committed()}
+    for kind, cells in kinds.items():
         for name, flat in cells:
             if not f"{kind}-{name}".startswith(tuple(only)) or f"{kind}-{name}" in known:
                 continue

@@ -119,12 +119,7 @@ def folder_of(config: Config, uploads: Sequence[Upload], name: str) -> RunFolder
     return folder
 
 
-def one_seed(
-    seed: int,
-    changes: dict[str, Any] | None = None,
-    attacks: Sequence[str] = tuple(ATTACKS),
-    lies: Sequence[str] = tuple(LIES),
-) -> Any:
+def one_seed(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All cells of one seed; and what the runs say of code, machine and settings."""
     rows: list[dict[str, Any]] = []
 
@@ -137,13 +132,13 @@ def one_seed(
     memory: Memory = {}
     of_sums: Memory = {}
     with tempfile.TemporaryDirectory() as scratch:
-        flat = {"seed": seed, "method": "fedavg", "out-dir": scratch, **UPLOADS, **(changes or {})}
+        flat = {"seed": seed, "method": "fedavg", "out-dir": scratch, **UPLOADS}
         honest = pipeline.run(Config.from_flat(flat), f"seed-{seed}")
         config, uploads = honest.config, honest.load_uploads()
-        for attack, hostile in (("none", 0), *((lie, hostile) for lie in lies for hostile in HOSTILE)):
+        for attack, hostile in (("none", 0), *((lie, hostile) for lie in LIES for hostile in HOSTILE)):
             lying = [LIES[attack](each, config) if each.client < hostile else each for each in uploads]
             add(f"statistics {attack}", hostile, of_statistics(lying, config, of_sums))
-        for attack, hostile in (("none", 0), *((attack, hostile) for attack in attacks for hostile in HOSTILE)):
+        for attack, hostile in (("none", 0), *((attack, hostile) for attack in ATTACKS for hostile in HOSTILE)):
             bad = [ATTACKS[attack](each, config) if each.client < hostile else each for each in uploads]
             folder = folder_of(config, bad, f"{attack}-{hostile}") if hostile else honest
             add(attack, hostile, of_weights(folder, hostile, memory))

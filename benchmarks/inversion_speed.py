@@ -10,7 +10,7 @@ finite; the rows keep the mean, least and greatest of these losses. Not in the s
 short runs before, which also check that the steps taken are those that are counted.
 
 FLOPs and bounds (speed/flops.py) are of the optimisation steps only, with a last block that works for [CLS] alone: what
-importance costs shows in "Ratio / bound". MFU is of the FLOP/s of a large matrix product in float32, timed
+importance costs shows in "Of the bound". MFU is of the FLOP/s of a large matrix product in float32, timed
 here. Peak memory (speed/gauges.py) is the kernel's mark of the process's highest resident size, set back before each
 run, or CUDA's allocator's. Arms share one process, so it holds torch and the teachers too. The teachers are upload
 files in a temporary folder (speed/uploads.py).
@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 from speed.arms import Bench, arms_of, config_of
+from speed.document import section
 from speed.flops import Shape
 from speed.gauges import peak_flops
-from speed.rows import Arm, Row, Run, markdown
+from speed.rows import Arm, Row, Run
 from speed.uploads import DESCRIPTION, owned_classes, write_uploads
 
 from fedmitr_flwr.common.compute import resolve_device, threads
@@ -107,23 +108,14 @@ def told(when: str, arm: Arm, run: Run) -> None:
     print(f"{when}: {arm}: {run.cost.seconds:.2f} s, {len(run.losses)} images, {loss}", flush=True)
 
 
-def command(options: argparse.Namespace) -> str:
-    """What was called, without defaults; of whole paths only the last two parts, for folders are the machine's."""
-    words = ["python", "benchmarks/inversion_speed.py"]
-    defaults = vars(parser().parse_args(["--json", ""]))
-    for name, value in vars(options).items():
-        if value == defaults[name]:
-            continue
-        if name == "set":
-            words += [word for text in value for word in ("--set", text)]
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, list):
-            words.append(",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value))
-        elif value is not True:
-            path = Path(str(value))
-            words.append("/".join(path.parts[-2:]) if path.is_absolute() else str(value))
-    return shlex.join(words)
+def command(words: Sequence[str]) -> str:
+    """What was called; of whole paths only the last two parts, for folders are the machine's."""
+    shown = []
+    for word in words:
+        before, equals, value = word.rpartition("=")
+        path = Path(value)
+        shown.append(before + equals + "/".join(path.parts[-2:]) if path.is_absolute() else word)
+    return shlex.join(["python", "benchmarks/inversion_speed.py", *shown])
 
 
 def check(options: argparse.Namespace) -> None:
@@ -151,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"inversion_speed: error: {error}", file=sys.stderr)
         return 2
     content = {
-        "command": command(options),
+        "command": command(sys.argv[1:] if argv is None else argv),
         "machine": facts,
         "versions": versions(),
         "fingerprint": fingerprint(),
@@ -163,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     owners = [f"{count} teachers own {text}" for count, text in content["classes"].items()]
-    print("", DESCRIPTION, "Classes: " + ". ".join(owners) + ".", "", markdown(found["rows"]), sep="\n")
+    print("", DESCRIPTION, "Classes: " + ". ".join(owners) + ".", "", *section(content), sep="\n")
     return 0
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,6 +21,11 @@ def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], m
         except (LookupError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a file of benchmarks/{maker} ({error!r}); make it again") from error
     return "\n\n".join(texts) or "No measurements are committed yet."
+
+
+def seeds(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Those of the rows, such as "0, 1, 2"."""
+    return ", ".join(map(str, sorted({row["seed"] for row in rows})))
 
 
 def provenance(content: Mapping[str, Any]) -> list[str]:

@@ -107,11 +107,11 @@ class Soak:
         )
         self.wanted = {client: _bits(path) for client, path in self.straight.upload_paths().items()}
 
-    def flower(self, failing: Collection[int], **changes: object) -> dict[str, Any]:
+    def flower(self, failing: Collection[int], changes: Mapping[str, object]) -> dict[str, Any]:
         """Run through Flower while these clients fail; what came of it."""
         plan = self.scratch / "plan.json"
         plan.write_text(json.dumps({client: self.plan[client] for client in failing}))
-        words = [f"{key}={json.dumps(value)}" for key, value in (self.config.to_flat() | _dotted(changes)).items()]
+        words = [f"{key}={json.dumps(value)}" for key, value in {**self.config.to_flat(), **changes}.items()]
         command = [sys.executable, str(self.script), *words, f"--clients={CLIENTS}", f"--flwr-home={self.scratch}/home"]
         started = time.monotonic()
         done = subprocess.run(
@@ -127,9 +127,11 @@ class Soak:
         require("flower_run", len(paths) == 1, f"not one run folder\n{done.stdout[-3000:]}")
         return {"log": done.stdout, "folder": RunFolder.open(paths.pop()), "status": done.returncode, "start": started}
 
-    def step(self, name: str, failing: Collection[int], status: int, good: int, **changes: object) -> dict[str, Any]:
+    def step(
+        self, name: str, failing: Collection[int], status: int, good: int, changes: Mapping[str, object]
+    ) -> dict[str, Any]:
         """One run, which must end with this status and so many good uploads, all of them in the right bits."""
-        outcome = self.flower(failing, **changes)
+        outcome = self.flower(failing, changes)
         folder, log = outcome["folder"], outcome["log"]
         uploads = folder.upload_paths()
         missing = folder.missing(CLIENTS)
@@ -155,26 +157,24 @@ class Soak:
 
     def run(self) -> list[dict[str, Any]]:
         failing = sorted(self.plan)
-        steps = [self.step("quorum 0.9, ten fail", failing, 1, 40, flower__quorum=0.9)]
+        first_try = self.step("quorum 0.9, ten fail", failing, 1, 40, {"flower.quorum": 0.9})
         (first,) = self.out.iterdir()
         copy = self.scratch / "copy" / first.name
         shutil.copytree(first, copy)
-        again = {"resume_from": str(copy), "flower__quorum": 0.8}
-        steps.append(self.step("copy resumed, quorum 0.8, ten fail", failing, 0, 40, **again))
-        again = {"resume_from": str(first), "flower__quorum": 0.92}
-        steps.append(self.step("resumed, quorum 0.92, five fail", failing[:5], 1, 45, **again))
-        steps.append(self.step("resumed, quorum 1, nobody fails", [], 0, CLIENTS, resume_from=str(first)))
-        return steps
+        of_copy = {"resume-from": str(copy), "flower.quorum": 0.8}
+        of_first = {"resume-from": str(first)}
+        return [
+            first_try,
+            self.step("copy resumed, quorum 0.8, ten fail", failing, 0, 40, of_copy),
+            self.step("resumed, quorum 0.92, five fail", failing[:5], 1, 45, {**of_first, "flower.quorum": 0.92}),
+            self.step("resumed, quorum 1, nobody fails", [], 0, CLIENTS, of_first),
+        ]
 
 
 def require(step: str, condition: bool, what: str) -> None:
     """Stop a soak that did not hold."""
     if not condition:
         raise SystemExit(f"soak: {step}: {what}")
-
-
-def _dotted(changes: Mapping[str, object]) -> dict[str, object]:
-    return {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
 
 
 def _bits(path: Path) -> dict[str, bytes]:

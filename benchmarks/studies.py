@@ -6,12 +6,13 @@ A study is one setting on several seeds: each row is one seed, and one pair of i
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import benches
+from markup import seeds
 
 from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.bench.results import load
@@ -95,10 +96,10 @@ def block(results: Path) -> str:
     studies = read(results)
     if not studies:
         return NOTHING
-    seeds = ", ".join(map(str, sorted({row["seed"] for content in studies for row in content["rows"]})))
+    every = seeds(row for content in studies for row in content["rows"])
     kinds = " and ".join(dict.fromkeys(measure(content["config"]).lower() for content in studies))
     parts = [
-        f"Seeds {seeds}; {kinds} in percent, last epoch, mean ± sample standard deviation (n).",
+        f"Seeds {every}; {kinds} in percent, last epoch, mean ± sample standard deviation (n).",
         "\n".join(_overview(studies)),
         *_weights(studies),
         *_grids(studies),
@@ -121,8 +122,7 @@ def _student(rows: Sequence[Row]) -> list[str]:
     return [*_spreads(rows, ensemble, student, reached), spread(map(server_seconds, rows), 0)]
 
 
-def _spreads(rows: Iterable[Row], *values: Any) -> list[str]:
-    rows = list(rows)
+def _spreads(rows: Sequence[Row], *values: Callable[[Row], float]) -> list[str]:
     return [spread(map(value, rows)) for value in values]
 
 
@@ -144,30 +144,29 @@ def _grids(studies: Sequence[Study]) -> list[str]:
     """Every pair of inversion and relabelling, where a study has more than one."""
     parts = []
     for content in studies:
-        found: dict[tuple[str, str], list[Row]] = {}
+        found: dict[tuple[str, ...], list[Row]] = {}
         for row in content["rows"]:
-            found.setdefault((row[CELL[0]], row[CELL[1]]), []).append(row)
+            found.setdefault(tuple(row[key] for key in CELL), []).append(row)
         if len(found) > 1:
             default = tuple(content["config"][key] for key in CELL)
             lines = [
-                [pair[0], pair[1] + " (default)" * (pair == default), *_student(rows)] for pair, rows in found.items()
+                [inversion, relabelling + " (default)" * ((inversion, relabelling) == default), *_student(rows)]
+                for (inversion, relabelling), rows in found.items()
             ]
-            parts += [
-                f"Inversion and relabelling on {setting(content['config'])}, identical uploads:",
-                "\n".join(table(["Inversion", "Relabelling", *STUDENT], lines)),
-            ]
+            parts.append(f"Inversion and relabelling on {setting(content['config'])}, identical uploads:")
+            parts.append("\n".join(table(["Inversion", "Relabelling", *STUDENT], lines)))
     return parts
 
 
 def glance(results: Path) -> str:
     """README.md: each study, but for partitions that the bench has, and each place of the bench."""
     studies, bench = read(results), results / "bench" / benches.HEADLINE / "results.jsonl"
-    lines = [
-        [setting(content["config"]), *_spreads(rows, alone, fedavg), "-", *_spreads(rows, student, reached), "-"]
-        for content in studies
-        if content["config"]["partition.scheme"] != "iid"
-        for rows in [default_rows(content)]
-    ]
+    lines = []
+    for content in studies:
+        if content["config"]["partition.scheme"] != "iid":
+            rows = default_rows(content)
+            own = [*_spreads(rows, alone, fedavg), "-", *_spreads(rows, student, reached), "-"]
+            lines.append([setting(content["config"]), *own])
     if bench.is_file():
         lines += _places(load(bench).entries)
     if not lines:
@@ -178,26 +177,18 @@ def glance(results: Path) -> str:
 
 
 def _places(entries: Sequence[Row]) -> list[list[str]]:
-    first = entries[0]["bench"]["clients"]
+    """Those of the bench's first number of clients."""
+    clients = entries[0]["bench"]["clients"]
+    found: dict[str, dict[str, list[Row]]] = {}
+    for entry in entries:
+        place = entry["bench"]
+        if place["clients"] == clients:
+            found.setdefault(place["partition"], {}).setdefault(place["label"], []).append(entry)
     lines = []
-    for partition in dict.fromkeys(entry["bench"]["partition"] for entry in entries):
-        here = [entry for entry in entries if entry["bench"]["partition"] == partition]
-        of = {
-            label: [row for row in here if row["bench"]["label"] == label and row["bench"]["clients"] == first]
-            for label in ("fedmitr", "dense", "lda")
-        }
-        if of["fedmitr"]:
-            one = of["fedmitr"][0]  # paths are left out of a bench's settings
-            names = [
-                setting({**one["config"], "data.path": one["bench"]["data"]}),
-                *_spreads(of["fedmitr"], alone, fedavg),
-            ]
-            lines.append(
-                [
-                    *names,
-                    *_spreads(of["dense"], student),
-                    *_spreads(of["fedmitr"], student, reached),
-                    *_spreads(of["lda"], student),
-                ]
-            )
+    for here in found.values():
+        if ours := here.get("fedmitr"):
+            named = {**ours[0]["config"], "data.path": ours[0]["bench"]["data"]}  # a bench's settings have no paths
+            dense, lda = (_spreads(here.get(label, []), student) for label in ("dense", "lda"))
+            own = [*_spreads(ours, alone, fedavg), *dense, *_spreads(ours, student, reached), *lda]
+            lines.append([setting(named), *own])
     return lines

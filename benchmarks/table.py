@@ -26,17 +26,13 @@ def renewed(path: Path, blocks: Mapping[str, str]) -> tuple[str, str]:
     """A document's text as it is, and with each block between the two marks of its name."""
     old = new = path.read_text(encoding="utf-8")
     for name, inside in blocks.items():
-        new = _replaced(path, new, name, inside)
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = new.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{path} has no {begin} with an {end} behind it; put the two lines where tables belong")
+        new = f"{before}{begin}\n\n{inside}\n\n{end}{after}"
     return old, new
-
-
-def _replaced(path: Path, text: str, name: str, inside: str) -> str:
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"{path} has no {begin} with an {end} behind it; put the two lines where tables belong")
-    return f"{before}{begin}\n\n{inside}\n\n{end}{after}"
 
 
 def blocks(options: argparse.Namespace) -> dict[Path, dict[str, str]]:

@@ -1,8 +1,8 @@
-"""docs/faults.md: its lines say what the files say, it is up to date, and it names no folder of a machine."""
+"""docs/faults.md: its lines say what the files say, and it is up to date."""
 
 import json
-import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,8 @@ import pytest
 from deploy import demo
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "faults"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # no package: it is where the script runs
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # tests/faults.py has the name `faults`
-
-
-ABOUT = {
-    "fingerprint": "0123456789ab",
-    "versions": {"python": "3.11.9"},
-    "machine": {"device": "cpu", "cpu": "Example CPU", "cores": 2},
-}
 
 
 def fault(name: str, **other: Any) -> dict[str, Any]:
@@ -29,23 +22,19 @@ def fault(name: str, **other: Any) -> dict[str, Any]:
 
 def test_a_fault_becomes_a_line() -> None:
     disk = ["config.toml", "metrics.jsonl", "uploads/client_0.safetensors", "work/images-0-0.safetensors"]
+    flower_s = ["Exit Code: 201", "client 1 failed", "1 of 2 uploads are in RUN/uploads and 2 are needed"]
     rows = [
         fault("nothing"),
         fault("disk full", reads=["client 1:  no room | wait", "again"], disk=disk),
         fault("restart", disk=["config.toml", "result.json"], asked=[], trained=[]),
-        fault("killed", disk=["config.toml"], asked=["a", "b"], trained=["b", "a"]),
+        fault("killed", reads=flower_s, disk=["config.toml"], asked=["a", "b"], trained=["b", "a"]),
     ]
     assert SCRIPT["fault_lines"](rows)[2:] == [
         "| disk full | `client 1: no room \\| wait`<br>`again` | `uploads/client_0.safetensors`<br>"
         "`work/images-0-0.safetensors` | resume-from | b | a, b 2x |",
         "| restart | nothing | everything | resume-from | none | none |",
-        "| killed | nothing | no upload | resume-from | a, b | a, b |",
+        "| killed | `client 1 failed` | no upload | resume-from | a, b | a, b |",
     ]
-
-
-def test_flower_s_own_lines_are_left_out() -> None:
-    reads = ["Exit Code: 201", "client 1 failed", "1 of 2 uploads are in RUN/uploads and 2 are needed"]
-    assert "| killed | `client 1 failed` | no upload |" in SCRIPT["fault_lines"]([fault("killed", reads=reads)])[2]
 
 
 def test_a_soak_becomes_lines() -> None:
@@ -59,28 +48,26 @@ def test_a_soak_becomes_lines() -> None:
 
 def test_a_demonstration_tells_what_it_took_and_no_path() -> None:
     config = {"model.name": "vit_base", "model.img-size": 224, "method": "fedavg", "partition.clients": 4}
-    result = {**ABOUT, "bytes_up": [343_000_000, 343_400_000], "config": config, "accuracy": {"student": 10.0}}
-    result["config"] = config | {"out-dir": "/home/somebody", "resume-from": "/home/somebody/run"}
+    config |= {"out-dir": "/home/somebody", "resume-from": "/home/somebody/run"}
+    result = {"bytes_up": [343_000_000, 343_400_000], "config": config, "accuracy": {"student": 10.0}}
+    result |= {"fingerprint": "0123456789ab", "versions": {"python": "3.11.9"}, "machine": {"device": "cpu"}}
     peaks = {"flwr-serverapp": 1_234_000_000, "flower-superlink": 987_000_000, "flwr-clientapp": 2_500_000_000}
     said = demo.told(result, peaks, 123.21)
     assert "somebody" not in json.dumps(said)
     assert SCRIPT["memory_lines"]([said])[2:] == ["| vit_base, 224 px | fedavg | 4 | 343 | 1.23 | 0.99 | 2.50 | 123 |"]
 
 
-@pytest.mark.parametrize(("lines", "folder"), [([b"a\n", b"flower_run: run folder: /x y/z\n"], "/x y/z"), ([b"a"], "")])
 def test_a_demonstration_passes_the_log_on_and_finds_the_run_folder(
-    lines: list[bytes], folder: str, capfdbinary: pytest.CaptureFixture[bytes]
+    capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    assert demo.passed_on(lines) == folder
-    assert capfdbinary.readouterr().out == b"".join(lines)
+    assert demo.passed_on([b"a\n", b"flower_run: run folder: /x y/z\n"]) == "/x y/z"
+    assert demo.passed_on([b"a"]) == ""
+    assert capfdbinary.readouterr().out == b"a\nflower_run: run folder: /x y/z\na"
 
 
-def test_the_document_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "faults.md").read_text(encoding="utf-8") == SCRIPT["document"]()
-
-
-def test_every_fault_that_was_asked_for_was_tried() -> None:
-    tried = "\n".join(row["fault"] for row in json.loads((RESULTS / "one.json").read_text(encoding="utf-8")))
+def test_the_document_is_up_to_date_and_every_fault_was_tried() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert text == SCRIPT["document"]()
     for wanted in (
         "SuperNode killed",
         "ClientApp process killed",
@@ -93,12 +80,4 @@ def test_every_fault_that_was_asked_for_was_tried() -> None:
         "disk of the run folder full",
         "Ray actor killed",
     ):
-        assert wanted in tried
-
-
-def test_no_committed_file_names_a_folder_of_a_machine() -> None:
-    found = sorted(RESULTS.glob("*.json"))
-    assert found
-    for path in found:
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"(?:[\s='\"`(])/(?:tmp|home|root|work|data|mnt|var)/|[A-Za-z]:\\\\", text), path.name
+        assert wanted in text

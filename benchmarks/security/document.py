@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markup import provenance, sections
+from markup import provenance, sections, seeds
 
 from fedmitr_flwr.bench.markup import spread, table
 
@@ -43,7 +43,7 @@ def privacy(results: Path) -> str:
 def _hostile(content: Mapping[str, Any]) -> list[str]:
     rows: Sequence[Row] = content["rows"]
     lines = [
-        f"Seeds {_seeds(rows)}; test accuracy in percent, mean ± sample standard deviation (n). The last column "
+        f"Seeds {seeds(rows)}; test accuracy in percent, mean ± sample standard deviation (n). The last column "
         "counts, over all seeds, the hostile clients that screening left out, and the honest ones.",
         "",
     ]
@@ -81,14 +81,10 @@ def _privacy(content: Mapping[str, Any]) -> list[str]:
         name = f"{budget:g} (at most {spent:.2f} spent)" if budget else "no noise"
         lines.append([name, *(spread(row["accuracy"][each.lower()] for row in same) for each in BUDGETS)])
     return [
-        f"Seeds {_seeds(rows)}; test accuracy in percent, mean ± sample standard deviation (n); δ = "
+        f"Seeds {seeds(rows)}; test accuracy in percent, mean ± sample standard deviation (n); δ = "
         f"{content['config']['privacy.delta']:g}.",
         "",
         *table(["ε of each client", "Clients alone, mean", "One-round FedAvg", "Ensemble", "Student"], lines),
         "",
         *provenance(content),
     ]
-
-
-def _seeds(rows: Iterable[Row]) -> str:
-    return ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))

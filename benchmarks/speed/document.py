@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markup import sections
+from markup import provenance, sections
 
-from fedmitr_flwr.bench.markup import figure, origin, table
+from fedmitr_flwr.bench.markup import figure, table
 
-COLUMNS = ("K", "Mode", "Images", "Seconds (min, max)", "Images/s", "× dense", "Bound", "Of the bound", "MFU")
-COSTS = ("Peak MiB (before)", "Loss")
+COLUMNS = ["K", "Mode", "Images", "Seconds (min, max)", "Images/s", "× dense", "Bound", "Of the bound", "MFU"]
+COLUMNS += ["Peak MiB (before)", "Loss"]
 OPTIONS = {  # shown where a file's rows differ in them; the last three have one value in files of today
     "route": "Route",
     "teachers_each": "Teachers asked",
@@ -38,13 +38,9 @@ def section(content: Mapping[str, Any]) -> list[str]:
         "",
         f"{'One run' if repeats == 1 else f'Medians of {repeats} runs'}. A large product of matrices: {fastest}.",
         "",
-        *table(
-            [*COLUMNS, *COSTS, *shown.values()], [[*cells(row), *(option(row[key]) for key in shown)] for row in rows]
-        ),
+        *table([*COLUMNS, *shown.values()], [[*cells(row), *(option(row[key]) for key in shown)] for row in rows]),
         "",
-        f"Command: `{content['command']}`",
-        "",
-        origin(content),
+        *provenance(content),
     ]
 
 

@@ -82,9 +82,9 @@ class Shape:
         linear = self.linear_macs(alive, cls_only=cls_only)
         return 2 * (2 * linear + 3 * self.attention_macs(alive, cls_only=cls_only))
 
-    def run_flops(self, stages: Sequence[Stage], *, cls_only: bool = True) -> int:
+    def run_flops(self, stages: Sequence[Stage]) -> int:
         """All optimisation steps of one image and one teacher; the passes that measure importance are not counted."""
-        return sum(stage.steps * self.step_flops(stage.alive, cls_only=cls_only) for stage in stages)
+        return sum(stage.steps * self.step_flops(stage.alive) for stage in stages)
 
 
 def stages(config: Config) -> list[Stage]:

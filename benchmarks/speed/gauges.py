@@ -47,7 +47,7 @@ def measure(work: Callable[[], T], device: torch.device) -> tuple[T, Cost]:
     start = synchronised(device)
     result = work()
     seconds = synchronised(device) - start
-    return result, Cost(seconds, begin, None if begin is None else _peak(device))
+    return result, Cost(seconds, begin, None if begin is None else peak(device))
 
 
 def _set_back(device: torch.device) -> float | None:
@@ -62,10 +62,11 @@ def _set_back(device: torch.device) -> float | None:
         CLEAR.write_text("5", encoding="ascii")
     else:
         return None
-    return _peak(device)
+    return peak(device)
 
 
-def _peak(device: torch.device) -> float:
+def peak(device: torch.device) -> float:
+    """The most memory that was in use, in MiB; off CUDA the process's, on Linux only."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())

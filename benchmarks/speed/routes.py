@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from markup import provenance, sections
+from markup import provenance, sections, seeds
 
 from fedmitr_flwr.bench.markup import table
 
@@ -22,10 +22,9 @@ def block(results: Path) -> str:
 def section(content: Mapping[str, Any]) -> list[str]:
     """One file: its arms, and where they come from."""
     rows, config = content["rows"], content["config"]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     return [
         f"{config['data.source']}, Dirichlet {config['partition.alpha']}, {config['partition.clients']} clients, seeds "
-        f"{seeds}; mean ± sample standard deviation. All lines of a seed are of the same uploads.",
+        f"{seeds(rows)}; mean ± sample standard deviation. All lines of a seed are of the same uploads.",
         "",
         *arms(rows),
         "",
@@ -44,8 +43,7 @@ def arms(rows: Iterable[Row]) -> list[str]:
 def figures(rows: Sequence[Row]) -> list[str]:
     columns = (
         [100 * row["teachers_asked"] for row in rows],
-        [row["accuracy"]["student"] for row in rows],
-        [row["accuracy"]["ensemble"] for row in rows],
+        *([row["accuracy"][model] for row in rows] for model in ("student", "ensemble")),
         [row["seconds"]["inversion"] for row in rows],
     )
     return [f"{mean(each):.1f}" + (f" ± {stdev(each):.1f}" if len(each) > 1 else "") for each in columns]

@@ -1,32 +1,13 @@
-"""Rows of the speed benchmark, from what was measured and what was planned; and their Markdown table."""
+"""Rows of the speed benchmark, from what was measured and what was planned."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
-
-from fedmitr_flwr.bench.markup import figure, table
 
 from .gauges import Cost
 
 Row = dict[str, Any]
-
-COLUMNS = {
-    "Teachers": "teachers",
-    "Route": "route",
-    "Mode": "mode",
-    "Seconds": "seconds_median",
-    "min, max": "seconds_spread",
-    "s/step": "seconds_per_step",
-    "Images": "images",
-    "Images/s": "images_per_second",
-    "Ratio to dense": "ratio_to_dense",
-    "Bound": "ratio_bound",
-    "Ratio / bound": "bound_fraction",
-    "MFU": "mfu",
-    "Peak MiB": "peak_mib",
-    "Loss": "loss",
-}
 
 
 @dataclass(frozen=True)
@@ -83,12 +64,14 @@ def row(arm: Arm, runs: Sequence[Run], plan: Plan, peak_flops: float) -> Row:
         "images_per_second": images / middle,
         "flops": plan.flops,
         "mfu": plan.flops / middle / peak_flops,
-        "start_mib": max(begins) if begins else None,
-        "peak_mib": max(peaks) if peaks else None,
-        "loss": {"mean": sum(losses) / len(losses), "min": min(losses), "max": max(losses), "count": len(losses)}
-        if losses
-        else None,
+        "start_mib": max(begins, default=None),
+        "peak_mib": max(peaks, default=None),
+        "loss": _summary(losses) if losses else None,
     }
+
+
+def _summary(losses: Sequence[float]) -> dict[str, float]:
+    return {"mean": mean(losses), "min": min(losses), "max": max(losses), "count": len(losses)}
 
 
 def with_ratios(rows: Mapping[Arm, Row], bounds: Mapping[Arm, float]) -> list[Row]:
@@ -100,17 +83,3 @@ def with_ratios(rows: Mapping[Arm, Row], bounds: Mapping[Arm, float]) -> list[Ro
         ratios = {"ratio_to_dense": ratio, "ratio_bound": bounds[arm], "bound_fraction": ratio / bounds[arm]}
         compared.append(each | ratios)
     return compared
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    return "\n".join(table(list(COLUMNS), [[_cell(row[key]) for key in COLUMNS.values()] for row in rows]))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, Mapping):  # losses
-        return _cell(value["mean"])
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return figure(value) if isinstance(value, float) else str(value)
