@@ -20,6 +20,8 @@ def an_entry(
     """One finished cell: 4 clients of 1 and 3 MB up, two classes."""
     flower = label.startswith("flower:")
     scheme, value = PLACES[partition]
+    place = {"data": "digits", "partition": partition, "scheme": scheme, "value": value, "clients": 4, "seed": seed}
+    variant = {"label": label, "kind": "flower" if flower else "one-shot", "rounds": rounds}
     return {
         "method": label.removeprefix("flower:").partition("-")[0],
         "seed": seed,
@@ -38,19 +40,7 @@ def an_entry(
         "machine": {"device": "cpu", "gpu": None, "cpu": "Abacus", "cores": 2, "platform": "Linux"},
         "versions": {"python": "3.11.7", "flwr": None},
         "fingerprint": "0123456789ab",
-        "bench": {
-            "data": "digits",
-            "partition": partition,
-            "scheme": scheme,
-            "value": value,
-            "clients": 4,
-            "seed": seed,
-            "label": label,
-            "kind": "flower" if flower else "one-shot",
-            "rounds": rounds,
-            "tuning": False,
-            "tuned": None,
-        },
+        "bench": {**place, **variant, "tuning": False, "tuned": None},
         **changes,
     }
 

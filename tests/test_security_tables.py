@@ -50,7 +50,7 @@ def test_permuted_labels_are_the_only_difference(
         return train_local(vit, images, *rest)
 
     monkeypatch.setattr(attacks, "train_local", train)
-    turned = attacks.permuted(upload, config)
+    permuted = attacks.permuted(upload, config)
     ours, _ = pipeline.client_images(config, 1)
     assert torch.equal(seen[0].pixels, ours.pixels)
     names = {(int(a), int(b)) for a, b in zip(ours.labels, seen[0].labels, strict=True)}
@@ -62,7 +62,7 @@ def test_permuted_labels_are_the_only_difference(
     monkeypatch.setattr(attacks.torch, "randperm", names_as_they_are)
     same = attacks.permuted(upload, config)
     assert all(torch.equal(same.weights[name], tensor) for name, tensor in upload.weights.items())
-    assert not torch.equal(turned.weights["head.weight"], upload.weights["head.weight"])
+    assert not torch.equal(permuted.weights["head.weight"], upload.weights["head.weight"])
 
 
 FACTS = {
@@ -75,12 +75,11 @@ FACTS = {
 
 
 def test_the_hostile_table() -> None:
-    def row(seed: int, attack: str, hostile: int, value: float, excluded: list[int]) -> dict[str, Any]:
-        accuracy = dict.fromkeys(document.DEFENCES, value)
-        return {"seed": seed, "attack": attack, "hostile": hostile, "accuracy": accuracy, "excluded": excluded}
-
-    rows = [row(0, "none", 0, 80.0, []), row(1, "none", 0, 82.0, [7]), row(0, "scaled", 2, 10.0, [0, 1])]
-    rows.append(row(1, "scaled", 2, 12.0, [1, 4, 5]))
+    cells = [(0, "none", 0, 80.0, []), (1, "none", 0, 82.0, [7])]
+    cells += [(0, "scaled", 2, 10.0, [0, 1]), (1, "scaled", 2, 12.0, [1, 4, 5])]
+    keys = ("seed", "attack", "hostile", "accuracy", "excluded")
+    rows = [dict(zip(keys, cell, strict=True)) for cell in cells]
+    rows = [row | {"accuracy": dict.fromkeys(document.DEFENCES, row["accuracy"])} for row in rows]
     text = document._hostile({**FACTS, "rows": rows})
     columns = len(document.DEFENCES)
     assert f"| none {'| 81.0 ± 1.4 (2) ' * columns}| 0 of 0, 1 |" in text
@@ -90,13 +89,12 @@ def test_the_hostile_table() -> None:
 
 
 def test_the_privacy_table() -> None:
-    def row(seed: int, epsilon: float, spent: float, value: float) -> dict[str, Any]:
-        return {"seed": seed, "epsilon": epsilon, "spent": spent, "accuracy": dict.fromkeys(LINES, value)}
-
-    rows = [row(0, 0.0, 0.0, 80.0), row(0, 8.0, 7.98, 30.0), row(1, 0.0, 0.0, 80.0), row(1, 8.0, 7.99, 32.0)]
+    cells = [(0, 0.0, 0.0, 80.0), (0, 8.0, 7.98, 30.0), (1, 0.0, 0.0, 80.0), (1, 8.0, 7.99, 32.0)]
+    lines = ("local", "fedavg", "ensemble", "student")
+    rows = [
+        {"seed": seed, "epsilon": epsilon, "spent": spent, "accuracy": dict.fromkeys(lines, value)}
+        for seed, epsilon, spent, value in cells
+    ]
     text = document._privacy({**FACTS, "rows": rows})
-    assert "| no noise | 80.0 ± 0.0 (2) | 80.0 ± 0.0 (2) | 80.0 ± 0.0 (2) | 80.0 ± 0.0 (2) |" in text
-    assert "| 8 (at most 7.99 spent) " + "| 31.0 ± 1.4 (2) " * 4 + "|" in text
-
-
-LINES = ("local", "fedavg", "ensemble", "student")
+    assert f"| no noise {'| 80.0 ± 0.0 (2) ' * 4}|" in text
+    assert f"| 8 (at most 7.99 spent) {'| 31.0 ± 1.4 (2) ' * 4}|" in text

@@ -18,6 +18,44 @@ from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = {
+    "README.md": ["glance"],
+    "results.md": ["studies", "bench", "ablation"],
+    "performance.md": ["speed", "routing"],
+    "security.md": ["hostile", "privacy"],
+}
+
+
+class Folder:
+    """Documents with empty blocks, and the results that they are filled from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for name, blocks in DOCUMENTS.items():
+            text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
+            (path / name).write_text(text, encoding="utf-8")
+
+    def run(self, *words: str) -> int:
+        places = {"readme": self.path / "README.md", "docs": self.path, "results": self.path / "results"}
+        return results_table.main([*(f"--{name}={path}" for name, path in places.items()), *words])
+
+    def write(self, name: str, content: object) -> None:
+        path = self.path / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+    def read(self, name: str) -> str:
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def made(self, name: str) -> str:
+        """The document after all blocks were written."""
+        assert self.run() == 0
+        return self.read(name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
 
 
 def facts(**settings: object) -> dict[str, Any]:
@@ -39,30 +77,8 @@ def row(seed: int, student: float, relabel: str = "tokens", fedavg: float = 40.0
     }
 
 
-def a_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"command": "python benchmarks/digits.py --seeds 0,1,2", **facts(), "rows": rows}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    marks = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
-    marks |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
-    for name, blocks in marks.items():
-        text = "".join(f"before\n<!-- {mark} -->\nold\n<!-- /{mark} -->\nafter\n" for mark in blocks)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    for results in ("speed", "routing", "bench", "security", "privacy", "ablation"):
-        (tmp_path / "results" / results).mkdir(parents=True)
-    return tmp_path
-
-
-def run(folder: Path, *words: str) -> int:
-    return results_table.main(
-        [f"--readme={folder / 'README.md'}", f"--docs={folder}", f"--results={folder / 'results'}", *words]
-    )
-
-
-def write(folder: Path, name: str, content: object) -> None:
-    (folder / "results" / name).write_text(json.dumps(content), encoding="utf-8")
+def a_study(rows: list[dict[str, Any]], **settings: object) -> dict[str, Any]:
+    return {"command": "python benchmarks/digits.py --seeds 0,1,2", **facts(**settings), "rows": rows}
 
 
 def test_mean_and_sample_deviation() -> None:
@@ -72,11 +88,10 @@ def test_mean_and_sample_deviation() -> None:
     assert spread([None]) == "-"
 
 
-def test_a_study_becomes_a_line_and_its_grid_a_table(folder: Path) -> None:
-    rows = [row(0, 50.0), row(1, 54.0), row(2, 64.0), row(0, 44.0, "none"), row(1, 44.0, "none"), row(2, 44.0, "none")]
-    write(folder, "digits.json", a_study(rows))
-    assert run(folder) == 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
+def test_a_study_becomes_a_line_and_its_grid_a_table(folder: Folder) -> None:
+    rows = [row(seed, student) for seed, student in enumerate((50.0, 54.0, 64.0))]
+    folder.write("digits.json", a_study([*rows, *(row(seed, 44.0, "none") for seed in range(3))]))
+    text = folder.made("results.md")
     assert text.startswith("before\n<!-- studies -->\n\nSeeds 0, 1, 2; test accuracy in percent, last epoch, ")
     assert "<!-- /studies -->\nafter\n" in text
     assert "old" not in text
@@ -87,70 +102,45 @@ def test_a_study_becomes_a_line_and_its_grid_a_table(folder: Path) -> None:
     assert "| sparse | none | 80.0 ± 0.0 (3) | 44.0 ± 0.0 (3) | 55.0 ± 0.0 (3) | 16 ± 0 (3) |" in text
     assert "Commands: `python benchmarks/digits.py --seeds 0,1,2`." in text
     assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
-
-    readme = (folder / "README.md").read_text(encoding="utf-8")
     shown = "25.0 ± 0.0 (3) | 40.0 ± 0.0 (3) | - | 56.0 ± 7.2 (3) | 70.0 ± 9.0 (3) | - |"
-    assert f"| digits, Dirichlet 0.3 | {shown}" in readme
+    assert f"| digits, Dirichlet 0.3 | {shown}" in folder.read("README.md")
 
 
-def test_ensembles_by_other_weights_have_a_table(folder: Path) -> None:
+def test_a_study_on_validation_images_with_other_ensembles(folder: Folder) -> None:
     rows = [row(seed, 50.0) | {"ensembles": {"uniform": 60.0 + 2 * seed, "counts": 70.0}} for seed in (0, 1)]
-    write(folder, "digits.json", a_study(rows))
-    assert run(folder) == 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
+    folder.write("digits.json", a_study(rows, **{"data.validation": 0.2}))
+    text = folder.made("results.md")
+    assert "Seeds 0, 1; validation accuracy in percent" in text
+    assert "test accuracy" not in text
     assert "| Setting | uniform | counts |\n" in text
     assert "| digits, Dirichlet 0.3 | 61.0 ± 1.4 (2) | 70.0 ± 0.0 (2) |\n" in text
     assert "| Inversion |" not in text  # one pair of inversion and relabelling is no grid
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_a_table_says_whether_it_is_of_test_or_of_validation_images(folder: Path, share: float) -> None:
-    write(folder, "digits.json", a_study([row(0, 50.0)]) | facts(**{"data.validation": share}))
-    assert run(folder) == 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
-    counted = {word: text.count(f"{word} accuracy in percent") for word in ("test", "validation")}
-    assert counted == ({"test": 0, "validation": 1} if share else {"test": 1, "validation": 0})
+def test_check_sees_what_is_out_of_date_and_changes_nothing(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No measurements are committed yet." in folder.made("performance.md")
+    before = {name: folder.read(name) for name in DOCUMENTS}
+    assert "<!-- glance -->\n\nNo results are committed yet.\n\n<!-- /glance -->" in before["README.md"]
+    folder.write("speed/a.json", speeds(speed_row()))
+    assert folder.run("--check") == 1
+    told = capsys.readouterr().err
+    assert "performance.md is out of date; run: python benchmarks/table.py" in told
+    assert "README.md" not in told
+    assert before == {name: folder.read(name) for name in DOCUMENTS}
+    written = folder.made("performance.md")
+    assert folder.run("--check") == 0
+    assert folder.made("performance.md") == written
 
 
-def test_check_sees_what_is_out_of_date_and_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder, "digits.json", a_study([row(0, 50.0)]))
-    before = (folder / "results.md").read_bytes()
-    assert run(folder, "--check") == 1
-    assert "out of date; run: python benchmarks/table.py" in capsys.readouterr().err
-    assert (folder / "results.md").read_bytes() == before
-    assert run(folder) == 0
-    written = (folder / "results.md").read_bytes()
-    assert run(folder, "--check") == 0
-    assert run(folder) == 0
-    assert (folder / "results.md").read_bytes() == written
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("{", "bad.json: not JSON"),
-        ('{"rows": [{}]}', "bad.json: no 'config'"),
-        (json.dumps(a_study([row(0, 50.0), row(0, 50.0, "none", fedavg=41.0)])), "seed 0 are not of the same uploads"),
-    ],
-)
-def test_a_bad_file_is_named(folder: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "results" / "bad.json").write_text(text, encoding="utf-8")
-    assert run(folder) == 2
-    assert told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("document", "mark"),
-    [("README.md", "glance"), ("results.md", "bench"), ("performance.md", "speed"), ("performance.md", "routing")],
-)
-def test_a_document_without_the_marks_is_refused(
-    folder: Path, document: str, mark: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (folder / document).read_text(encoding="utf-8")
-    (folder / document).write_text(text.replace(f"<!-- /{mark} -->", ""), encoding="utf-8")
-    assert run(folder) == 2
-    assert f"{document} has no <!-- {mark} -->" in capsys.readouterr().err
-    assert "old" in "".join((folder / name).read_text(encoding="utf-8") for name in ("README.md", "performance.md"))
+def test_a_document_without_its_marks_is_refused(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    for document, marks in DOCUMENTS.items():
+        for mark in marks:
+            text = folder.read(document)
+            (folder.path / document).write_text(text.replace(f"<!-- /{mark} -->", ""), encoding="utf-8")
+            assert folder.run() == 2
+            assert f"{document} has no <!-- {mark} -->" in capsys.readouterr().err
+            (folder.path / document).write_text(text, encoding="utf-8")
+            assert all("old" in folder.read(name) for name in DOCUMENTS)
 
 
 def speed_row(mode: str = "dense", **other: Any) -> dict[str, Any]:
@@ -168,104 +158,73 @@ def speeds(*rows: dict[str, Any]) -> dict[str, Any]:
     return facts() | content | {"peak_flops": {"float32": 367.6e9}}
 
 
-def performance(folder: Path) -> str:
-    assert run(folder) == 0
-    return (folder / "performance.md").read_text(encoding="utf-8")
-
-
-def test_speeds_become_a_table(folder: Path) -> None:
+def test_speeds_become_a_table(folder: Folder) -> None:
     ratios = {"ratio_to_dense": 12.264, "ratio_bound": 13.062, "bound_fraction": 0.9389, "images_per_second": 4.9056}
     pri = {"seconds_median": 11.4155, "seconds_spread": [11.0, 1234.5], "images": 56, "mfu": 0.4694}
     unknown = {"loss": None, "peak_mib": None, "start_mib": None}
-    write(folder, "speed/b.json", speeds(speed_row(), speed_row("pri7", **ratios, **pri, **unknown)))
-    write(folder, "speed/a.json", speeds(speed_row(img_size=224, patches=196, seconds=[20.0])))
-    text = performance(folder)
-    assert text.startswith(
-        "before\n<!-- speed -->\n\n### deit, 224 px, 196 patches, 8 targets, T = 100, K = 2\n\nOne run."
-    )
-    assert "<!-- /speed -->\nafter\n" in text
+    folder.write("speed/b.json", speeds(speed_row(), speed_row("pri7", **ratios, **pri, **unknown)))
+    folder.write("speed/a.json", speeds(speed_row(img_size=224, patches=196, seconds=[20.0])))
+    text = folder.made("performance.md")
+    section = "### deit, 224 px, 196 patches, 8 targets, T = 100, K = 2\n\nOne run."
+    assert text.startswith(f"before\n<!-- speed -->\n\n{section}")
     assert "### deit, 96 px, 36 patches, 8 targets, T = 100, K = 2\n\nMedians of 3 runs." in text
-    assert (
-        "| K | Mode | Images | Seconds (min, max) | Images/s | × dense | Bound | Of the bound | MFU | Peak MiB" in text
-    )
+    assert "| K | Mode | Images | Seconds (min, max) | Images/s | × dense | Bound | Of the bound | MFU | Peak" in text
     assert "| 2 | dense | 8 | 20 (19, 21.1) | 0.4 | 1 | 1 | 100 % | 50 % | 1101 (800) | 0.168 |" in text
     assert "| 2 | pri7 | 56 | 11.4 (11, 1234) | 4.91 | 12.3 | 13.1 | 94 % | 47 % | - | - |" in text
     assert "A large product of matrices: 368 GFLOP/s (float32)." in text
-    assert "Command: `python benchmarks/inversion_speed.py --teachers 2`" in text
-    assert "Machine: Example CPU, 2 cores. python 3.11.9, torch 2.5.0. Code 0123456789ab." in text
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("before\n<!-- glance -->\n\nNo results are committed yet.\n\n<!-- /glance -->\nafter\n")
+    assert "Command: `python benchmarks/inversion_speed.py --teachers 2`\n\nMachine: Example CPU, 2 cores." in text
 
 
-def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Path) -> None:
-    one = speed_row(teachers=1, teachers_each=1.0)
-    write(folder, "speed/a.json", speeds(one, speed_row()))
-    text = performance(folder)
+def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Folder) -> None:
+    alike = [speed_row(teachers=1, teachers_each=1.0), speed_row()]
+    folder.write("speed/a.json", speeds(*alike))
+    text = folder.made("performance.md")
     assert ", K = 1, 2\n" in text
     assert "| Loss |\n" in text
-    write(folder, "speed/a.json", speeds(one, speed_row(), speed_row(route=0.5, teachers_each=1.25, compile=True)))
-    text = performance(folder)
+    folder.write("speed/a.json", speeds(*alike, speed_row(route=0.5, teachers_each=1.25, compile=True)))
+    text = folder.made("performance.md")
     assert "| Loss | Route | Teachers asked | Compiled |\n" in text
     assert "| 0.168 | 0 | 1 | False |\n" in text
     assert "| 0.168 | 0.5 | 1.25 | True |\n" in text
 
 
-def routed(seed: int, weights: str, threshold: float, asked: float, student: float) -> dict[str, Any]:
-    arm = {"seed": seed, "ensemble.weights": weights, "inversion.route": threshold, "teachers_asked": asked}
+def routed(seed: int, threshold: float, asked: float, student: float) -> dict[str, Any]:
+    arm = {"seed": seed, "ensemble.weights": "counts", "inversion.route": threshold, "teachers_asked": asked}
     return arm | {"accuracy": {"student": student, "ensemble": 60.0}, "seconds": {"inversion": 100 * asked}}
 
 
-def test_routes_become_a_table(folder: Path) -> None:
-    rows = [routed(seed, "counts", 0.1, 0.25, 40.0 + 2 * seed) for seed in (0, 1)] + [
-        routed(0, "counts", 0.0, 1.0, 41.0)
-    ]
-    content = {
-        "command": "python benchmarks/routing.py --seeds 0,1",
-        **facts(**{"partition.clients": 10}),
-        "rows": rows,
-    }
-    write(folder, "routing/a.json", content)
-    text = performance(folder)
+def test_routes_become_a_table(folder: Folder) -> None:
+    rows = [routed(0, 0.1, 0.25, 40.0), routed(1, 0.1, 0.25, 42.0), routed(0, 0.0, 1.0, 41.0)]
+    command = "python benchmarks/routing.py --seeds 0,1"
+    folder.write("routing/a.json", {"command": command, **facts(**{"partition.clients": 10}), "rows": rows})
+    text = folder.made("performance.md")
     assert "digits, Dirichlet 0.3, 10 clients, seeds 0, 1; mean ± sample standard deviation." in text
     assert "| counts | 0.1 | 25.0 ± 0.0 | 41.0 ± 1.4 | 60.0 ± 0.0 | 25.0 ± 0.0 |" in text
     assert "| counts | 0 | 100.0 | 41.0 | 60.0 | 100.0 |" in text
-    assert text.endswith("Code 0123456789ab.\n\n<!-- /routing -->\nafter\n")
 
 
-def test_a_bad_file_of_routes_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder, "routing/bad.json", {"rows": []})
-    assert run(folder) == 2
-    assert "bad.json: not a file of benchmarks/routing.py" in capsys.readouterr().err
+OTHER_UPLOADS = a_study([row(0, 50.0), row(0, 50.0, "none", fedavg=41.0)])
 
 
-@pytest.mark.parametrize("text", ["{", "{}", json.dumps(speeds()), json.dumps(speeds({}))])
-def test_a_bad_file_of_speeds_is_named(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "results" / "speed" / "bad.json").write_text(text, encoding="utf-8")
-    assert run(folder) == 2
-    assert "bad.json: not a file of benchmarks/inversion_speed.py" in capsys.readouterr().err
-
-
-def test_check_sees_either_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder) == 0
-    write(folder, "speed/a.json", speeds(speed_row()))
-    assert run(folder, "--check") == 1
-    told = capsys.readouterr().err
-    assert "performance.md is out of date; run: python benchmarks/table.py" in told
-    assert "README.md" not in told
-    assert "No measurements are committed yet." in (folder / "performance.md").read_text(encoding="utf-8")
-    assert run(folder) == run(folder, "--check") == 0
-
-
-def test_the_documents_are_up_to_date() -> None:
-    assert results_table.main(["--check"]) == 0
-
-
-def test_no_committed_command_names_a_folder_of_a_machine() -> None:
-    found = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
-    assert found
-    for path in found:
-        command = json.loads(path.read_text(encoding="utf-8"))["command"]
-        assert not re.search(r"(?:^|[\s='\"])[/~]|[A-Za-z]:\\", command), f"{path.name}: {command}"
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("bad.json", "{", "bad.json: not JSON"),
+        ("bad.json", {"rows": [{}]}, "bad.json: no 'config'"),
+        ("bad.json", OTHER_UPLOADS, "seed 0 are not of the same uploads"),
+        ("routing/bad.json", {"rows": []}, "bad.json: not a file of benchmarks/routing.py"),
+        ("speed/bad.json", "{", "bad.json: not a file of benchmarks/inversion_speed.py"),
+        ("speed/bad.json", speeds(), "bad.json: not a file of benchmarks/inversion_speed.py"),
+        ("speed/bad.json", speeds({}), "bad.json: not a file of benchmarks/inversion_speed.py"),
+        ("bench/bad/results.jsonl", "{}", "cannot read the bench folder or results.jsonl"),
+    ],
+)
+def test_a_bad_file_is_named(
+    folder: Folder, name: str, content: object, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.write(name, content)
+    assert folder.run() == 2
+    assert told in capsys.readouterr().err
 
 
 def ablated(seed: int, changes: dict[str, Any], student: float) -> dict[str, Any]:
@@ -274,43 +233,44 @@ def ablated(seed: int, changes: dict[str, Any], student: float) -> dict[str, Any
     return row | {"seconds": {"inversion": 12.5}}
 
 
-def test_an_ablation_becomes_a_table_of_paired_differences(folder: Path) -> None:
+def test_an_ablation_becomes_a_table_of_paired_differences(folder: Folder) -> None:
     """Seed by seed 2 and 6 points more than the defaults: 4.0 ± 2.8, although both spread more than that."""
-    rows = [ablated(seed, {}, 50.0 + 10 * seed) for seed in (0, 1)]
-    rows += [ablated(seed, {"distill.shift": True}, student) for seed, student in ((0, 52.0), (1, 66.0))]
-    write(folder, "ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
-    assert run(folder) == 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
+    shift = {"distill.shift": True}
+    rows = [ablated(0, {}, 50.0), ablated(1, {}, 60.0), ablated(0, shift, 52.0), ablated(1, shift, 66.0)]
+    folder.write("ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
+    text = folder.made("results.md")
     shared = "80.0 | 40.0 | 90.0 | 12 |"
     assert f"| `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}\n| *Images* |" in text
     assert f"| `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
 
 
-def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(folder: Path) -> None:
-    share = {"accuracy": {"student": 50.0, "fedavg": 40.0, "ensemble": 80.0, "local": [20.0, None, 30.0, 40.0]}}
-    told = {"worst_class": 40.0, "per_class": {"cat": 60.0, "dog": 40.0}}
+def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(folder: Folder) -> None:
     entry = bench_fakes.an_entry("fedmitr", 50.0)
-    entry["accuracy"] = share["accuracy"] | told
-    made = bench_fakes.results([entry, bench_fakes.an_entry("lda", 60.0)])
-    bench = folder / "results" / "bench" / "cpu"
-    (bench / "figures").mkdir(parents=True)
-    save(made, bench / "results.jsonl")
+    entry["accuracy"] |= {"fedavg": 40.0, "ensemble": 80.0}
+    bench = folder.path / "results" / "bench"
     for name in ("digits-K4-bytes", "digits-K4-recall-iid"):
-        (bench / "figures" / f"{name}.png").touch()
-    (folder / "results" / "bench" / "smoke").mkdir()  # a trial: every method once, and no numbers to compare
-    save(made, folder / "results" / "bench" / "smoke" / "results.jsonl")
-    assert run(folder) == 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
+        folder.write(f"bench/cpu/figures/{name}.png", "")
+    (bench / "smoke").mkdir()  # a trial: every method once, and no numbers to compare
+    for name in ("cpu", "smoke"):
+        save(bench_fakes.results([entry, bench_fakes.an_entry("lda", 60.0)]), bench / name / "results.jsonl")
+    text = folder.made("results.md")
     assert "<!-- bench -->\n\n### digits, 4 clients, small ViT, 8 px\n" in text
     assert text.count("| `lda` | **60.0 (1)** |") == 1
     assert "partitions and seeds: `fedmitr` 2 (2), `lda` 2 (2)." in text  # 2 seconds of the server; 1 and 3 MB up
     path = "../benchmarks/results/bench/cpu/figures/digits-K4"
     assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [f"{path}-bytes.png"]
     assert "Command: `fedmitr bench configs/bench/cpu.toml`\n\nMachine: Abacus, 2 cores." in text
+    line = "| digits, Dirichlet 0.3 | 30.0 (1) | 40.0 (1) | - | 50.0 (1) | 62.5 (1) | 60.0 (1) |"
+    assert line in folder.read("README.md")
 
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| digits, Dirichlet 0.3 | 30.0 (1) | 40.0 (1) | - | 50.0 (1) | 62.5 (1) | 60.0 (1) |" in readme
 
-    (folder / "results" / "bench" / "other").mkdir()
-    (folder / "results" / "bench" / "other" / "results.jsonl").write_text("{}")
-    assert run(folder) == 2
+def test_the_documents_are_up_to_date() -> None:
+    assert results_table.main(["--check"]) == 0
+
+
+def test_no_committed_result_names_a_folder_of_a_machine() -> None:
+    folder = re.compile(r"(?:[\s='\"`(])(?:/(?:tmp|home|root|work|data|mnt|var)/|~)|[A-Za-z]:\\\\")
+    found = sorted((ROOT / "benchmarks" / "results").rglob("*.json*"))
+    assert found
+    for path in found:
+        assert not folder.search(path.read_text(encoding="utf-8")), path
