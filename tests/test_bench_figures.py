@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bench_fakes import PLACES, an_entry, results
@@ -16,14 +15,15 @@ from fedmitr_flwr.bench.rows import Row, rows
 from fedmitr_flwr.bench.spec import STRATEGIES
 
 ONE_SHOT = ("fedavg", "adi", "dense", "coboosting", "fedmitr", "lda", "ridge", "fedpft", "ensemble", "feddf", "central")
+VARIANTS = ("fedmitr-dense", "fedmitr-pri", "fedmitr-none", "fedmitr-drop")
 
 
+@pytest.fixture(scope="module")
 def many() -> list[Row]:
     """A whole grid: all methods and strategies, four places, two seeds."""
-    variants = [f"fedmitr-{mode}" for mode in ("dense", "pri", "none", "drop")]
     made = []
     for place, (partition, _) in enumerate(PLACES.items()):
-        for number, label in enumerate((*ONE_SHOT, *variants)):
+        for number, label in enumerate((*ONE_SHOT, *VARIANTS)):
             spent = {"server_seconds": 0.1 * 10 ** (number % 4)}
             made += [an_entry(label, 20.0 + 15 * place + number + seed, seed, partition, **spent) for seed in (0, 1)]
         for number, name in enumerate(STRATEGIES):
@@ -32,78 +32,66 @@ def many() -> list[Row]:
     return rows(results(made))
 
 
+@pytest.fixture
+def two() -> list[Row]:
+    """Two methods at one place."""
+    return rows(results([an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]))
+
+
+def drawn(name: str, found: list[Row], title: str = "digits") -> Figure:
+    looks = styles(found, "fedmitr")
+    figure = {
+        "bytes": lambda: scatter(found, looks, "bytes_up", 1e6, "MB", title),
+        "seconds": lambda: scatter(found, looks, "server_seconds", 1.0, "s", title),
+        "skew": lambda: skew(found, looks, title),
+        "recall": lambda: recall(found, found[0].place),
+    }[name]()
+    assert figure is not None
+    return figure
+
+
 def test_points_by_hand() -> None:
     entries = [an_entry("fedmitr", 50.0, 0), an_entry("fedmitr", 54.0, 1), an_entry("fedavg", 40.0)]
     entries += [an_entry("flower:krum", 30.0, rounds=5), an_entry("flower:krum", 20.0, rounds=1)]
-    found = points(rows(results(entries)), lambda row: row.cost("bytes_up"))
-    deviation = pytest.approx(math.sqrt(8), abs=1e-9)  # (2² + 2²) / 1
-    assert found["fedmitr"] == [(2e6, 52.0, deviation)]
-    assert found["fedavg"] == [(2e6, 40.0, 0.0)]
-    assert found["flower:krum"] == [(2e6, 20.0, 0.0), (1e7, 30.0, 0.0)]
-    assert "clients alone, mean" not in found  # it has no bytes
+    assert points(rows(results(entries)), lambda row: row.cost("bytes_up")) == {  # not of clients alone: no bytes
+        "fedmitr": [(2e6, 52.0, pytest.approx(math.sqrt(8), abs=1e-9))],  # (2² + 2²) / 1
+        "fedavg": [(2e6, 40.0, 0.0)],
+        "flower:krum": [(2e6, 20.0, 0.0), (1e7, 30.0, 0.0)],
+    }
 
 
-def test_points_of_equal_cost_have_equal_places() -> None:
-    found = [row for row in many() if row.cost("bytes_up") == 2e6]
-    figure = scatter(found, styles(found, "fedmitr"), "bytes_up", 1e6, "MB", "digits")
-    assert figure is not None
+def test_points_of_equal_cost_have_equal_places(many: list[Row]) -> None:
+    figure = drawn("bytes", [row for row in many if row.cost("bytes_up") == 2e6])
     drawn_at = [line.get_xdata()[0] for line in figure.axes[0].get_lines() if line.get_marker() not in ("None", "")]
     assert len(drawn_at) > 10
     assert set(drawn_at) == {2.0}
 
 
-def test_every_method_looks_different() -> None:
-    looks = styles(many(), "fedmitr")
-    assert len(set(looks.values())) == len(looks) == len(ONE_SHOT) + 4 + len(STRATEGIES) + 2
-    assert looks["fedmitr"].colour == OURS
-    assert looks["fedmitr-dense"].hollow
-    assert {label for label, style in looks.items() if style.colour == OURS} == {
-        *("fedmitr", "fedmitr-dense", "fedmitr-pri", "fedmitr-none", "fedmitr-drop")
-    }
-
-
-def legend_and_axes(figure: Figure) -> tuple[Any, list[Any]]:
-    """Their boxes in pixels, once everything is laid out."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
-    return figure.legends[0].get_window_extent(renderer), [axis.get_tightbbox(renderer) for axis in figure.axes]
-
-
-def drawn() -> dict[str, Figure | None]:
-    found = many()
-    looks = styles(found, "fedmitr")
-    return {
-        "bytes": scatter(found, looks, "bytes_up", 1e6, "MB", "digits"),
-        "seconds": scatter(found, looks, "server_seconds", 1.0, "s", "digits"),
-        "skew": skew(found, looks, "digits"),
-    }
+def test_every_method_looks_different(many: list[Row]) -> None:
+    looks = styles(many, "fedmitr")
+    assert len(set(looks.values())) == len(looks) == len(ONE_SHOT) + len(VARIANTS) + len(STRATEGIES) + 2
+    assert {label for label, style in looks.items() if style.colour == OURS} == {"fedmitr", *VARIANTS}
+    assert {label for label, style in looks.items() if style.hollow} == set(VARIANTS)
 
 
 @pytest.mark.parametrize("name", ["bytes", "seconds", "skew"])
-def test_nothing_is_on_top_of_anything(name: str) -> None:
-    figure = drawn()[name]
-    assert figure is not None
-    legend, axes = legend_and_axes(figure)
-    assert not any(legend.overlaps(axis) for axis in axes)
+def test_nothing_is_on_top_of_anything(many: list[Row], name: str) -> None:
+    figure = drawn(name, many)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # lays everything out
+    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
+    legend = figure.legends[0].get_window_extent(renderer)
+    axes = [axis.get_tightbbox(renderer) for axis in figure.axes]
     for number, axis in enumerate(axes):
-        assert not any(axis.overlaps(other) for other in axes[:number])
+        assert not any(axis.overlaps(other) for other in (legend, *axes[:number]))
     assert legend.x0 >= 0
     assert legend.x1 <= figure.bbox.width
     assert legend.y0 >= -1  # of a pixel
 
 
 @pytest.mark.parametrize("name", ["bytes", "seconds", "recall"])
-def test_a_small_picture_holds_its_title(name: str) -> None:
-    found = rows(results([an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]))
-    looks = styles(found, "fedmitr")
-    title = "a data set with a long name, 10 clients"
-    figure = {
-        "bytes": scatter(found, looks, "bytes_up", 1e6, "MB", title),
-        "seconds": scatter(found, looks, "server_seconds", 1.0, "s", title),
-        "recall": recall(found, found[0].place),
-    }[name]
-    assert figure is not None
+def test_a_small_picture_holds_its_title(two: list[Row], name: str) -> None:
+    figure = drawn(name, two, "a data set with a long name, 10 clients")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure.get_suptitle() and figure._suptitle.get_window_extent(canvas.get_renderer())  # type: ignore[no-untyped-call]
@@ -111,9 +99,8 @@ def test_a_small_picture_holds_its_title(name: str) -> None:
     assert box.x1 <= figure.bbox.width
 
 
-def test_skew_is_in_order_and_has_the_rounds_with_most() -> None:
-    figure = drawn()["skew"]
-    assert figure is not None
+def test_skew_is_in_order_and_has_the_rounds_with_most(many: list[Row], two: list[Row]) -> None:
+    figure = drawn("skew", many)
     (axis,) = figure.axes
     assert [tick.get_text() for tick in axis.get_xticklabels()] == [
         "2 classes",
@@ -127,20 +114,14 @@ def test_skew_is_in_order_and_has_the_rounds_with_most() -> None:
     ours = [line for line in axis.get_lines() if to_hex(line.get_color()).upper() == OURS and line.get_marker() == "*"]
     heights = sorted(tuple(line.get_ydata()) for line in ours)
     assert heights == [(24.5, 39.5), (54.5,), (69.5,)]  # fedmitr is number 4: 20 + 15 place + 4, mean of + 0 and + 1
+    assert skew(two, styles(two, "fedmitr"), "digits") is None  # of one place
 
 
-def test_one_place_has_no_skew() -> None:
-    found = rows(results([an_entry("fedmitr", 50.0)]))
-    assert skew(found, styles(found, "fedmitr"), "digits") is None
-
-
-def test_the_heat_map_is_the_recall() -> None:
-    found = rows(results([an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]))
-    figure = recall(found, found[0].place)
-    assert figure is not None
-    assert figure.axes[0].images[0].get_array().tolist() == [[60.0, 40.0], [40.0, 20.0]]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["fedmitr", "fedavg"]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["60", "40", "40", "20"]
+def test_the_heat_map_is_the_recall(two: list[Row]) -> None:
+    (axis, _) = drawn("recall", two).axes
+    assert axis.images[0].get_array().tolist() == [[60.0, 40.0], [40.0, 20.0]]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["fedmitr", "fedavg"]
+    assert [text.get_text() for text in axis.texts] == ["60", "40", "40", "20"]
 
 
 def test_all_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,8 @@
 
 import base64
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import settings
@@ -79,6 +77,7 @@ def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -
 
 def test_what_it_says_is_the_run_s(run: RunFolder) -> None:
     page, result = Page(write_page(run.path)), run.read_result()
+    assert page.text == write_page(run.path).read_text(encoding="utf-8")  # equal runs have equal pages
     assert f"<b>{result['accuracy']['student']:.2f}</b>" in page.text
     assert page.words["recall"][3:23:2] == [f"{number}" for number in range(10)]
     recalls = ["-" if value is None else f"{value:.2f}" for value in result["accuracy"]["per_class"].values()]
@@ -92,12 +91,7 @@ def test_what_it_says_is_the_run_s(run: RunFolder) -> None:
     assert (run.path / "images.png").read_bytes() == base64.b64decode(page.pictures["images"]["src"].split(",")[1])
 
 
-def test_equal_runs_have_equal_pages(run: RunFolder) -> None:
-    first = write_page(run.path).read_bytes()
-    assert write_page(run.path).read_bytes() == first
-
-
-def test_a_run_without_images_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_does_not_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = a_run(tmp_path, method="fedavg")
     assert cli.main(["report", str(folder.path)]) == 0
     assert capsys.readouterr().out.strip() == str(folder.path / "report.html")
@@ -107,14 +101,15 @@ def test_a_run_without_images_has_a_page(tmp_path: Path, capsys: pytest.CaptureF
     assert page.words["steps"][1].startswith("This run told none")
     assert set(page.pictures) == {"accuracy", "partition", "confusion"}
 
-
-def test_a_run_that_the_clients_evaluated_has_a_page(tmp_path: Path) -> None:
-    page = Page(write_page(a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients"}).path))
+    page = Page(write_page(a_run(tmp_path / "other", method="fedavg", **{"evaluate.where": "clients"}).path))
     assert page.sections == SECTIONS
     assert "images that the clients held out." in " ".join(page.words["accuracy"])
     assert page.words["partition"][1] == "Not known: the clients told no class counts."
     assert page.words["confusion"][1].startswith("Not known")
     assert page.words["recall"][1] == "Not known."
+
+    with pytest.raises(RunError, match=r"has no result\.json"):
+        write_page(tmp_path)
 
 
 def test_an_older_result_and_a_torn_line_of_metrics_do_no_harm(tmp_path: Path) -> None:
@@ -139,17 +134,11 @@ def test_names_cannot_become_markup(run: RunFolder, tmp_path: Path) -> None:
     recall = result["accuracy"]["per_class"]
     result["accuracy"]["per_class"] = {evil if name == "0" else name: value for name, value in recall.items()}
     result["method"] = result["machine"]["cpu"] = evil
-    copy = RunFolder(tmp_path, run.config)
-    copy.write_result(result)
+    RunFolder(tmp_path, run.config).write_result(result)
     page = Page(write_page(tmp_path))
     assert "<script" not in page.text
     assert evil in page.words["recall"]
     assert (tmp_path / "partition.png").exists()  # drawn from the counts, since there was none
-
-
-def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"has no result\.json"):
-        write_page(tmp_path)
 
 
 def test_a_series_is_thinned_evenly_with_both_ends() -> None:
@@ -178,8 +167,9 @@ def test_the_curves_are_those_of_the_run(run: RunFolder) -> None:
 
 
 def test_a_batch_that_was_made_twice_is_drawn_once() -> None:
-    line: dict[str, Any] = {"stage": "inversion", "epoch": 0, "batch": 0, "curve": {"step": [0, 1], "loss": [2.0, 1.0]}}
-    figure = charts.curves([line, line | {"curve": {"step": [0, 1], "loss": [2.0, 0.5]}}])
+    first, second = ({"step": [0, 1], "loss": [2.0, last]} for last in (1.0, 0.5))
+    batch = {"stage": "inversion", "epoch": 0, "batch": 0}
+    figure = charts.curves([{**batch, "curve": first}, {**batch, "curve": second}])
     assert figure is not None
     assert [list(drawn.get_ydata()) for drawn in figure.axes[0].get_lines()] == [[2.0, 0.5]]
     assert charts.curves([{"stage": "upload", "client": 0}]) is None
@@ -195,8 +185,7 @@ def test_bars_by_hand() -> None:
     assert labels == ["adi: the global model", "one-round FedAvg", "north alone"]
     crowd = charts.accuracies(accuracy | {"local": [float(k) for k in range(40)]}, "adi")
     assert crowd is not None
-    labels = [text.get_text() for text in crowd.axes[0].get_yticklabels()]
-    assert re.search("clients alone, mean of 40", labels[3])
+    assert crowd.axes[0].get_yticklabels()[3].get_text() == "clients alone, mean of 40"
     assert [bar.get_width() for bar in crowd.axes[0].patches][2:] == [0.0, 19.5, 39.0]
 
 
