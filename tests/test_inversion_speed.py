@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.uploads.upload import load
-from fedmitr_flwr.vit.build import initial_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
 
@@ -179,14 +176,6 @@ def test_arms_are_compared_with_their_own_dense_and_a_run_may_finish_no_image() 
     assert [compared[-1][key] for key in ("images", "images_per_second", "loss", "peak_mib")] == [0, 0, None, None]
 
 
-def test_each_class_has_an_owner_and_each_teacher_its_classes() -> None:
-    for teachers, classes in [(1, 10), (3, 10), (10, 10), (32, 10), (5, 2), (7, 100)]:
-        counts = torch.tensor(uploads.class_counts(teachers, classes))
-        assert counts.shape == (teachers, classes)
-        assert (counts.sum(0) > 0).all()
-        assert ((counts > 0).sum(1) == min(classes, max(2, -(-classes // teachers)))).all()
-
-
 def test_owners_by_hand() -> None:
     assert uploads.owned_classes(3, 10) == "0 1 2 3; 3 4 5 6; 6 7 8 9"
     counts = uploads.class_counts(3, 10)
@@ -198,20 +187,6 @@ def test_targets_are_balanced_and_drawn_anew() -> None:
     first, second = (uploads.draw_targets(25, 10, stream(0, repeat)) for repeat in range(2))
     assert sorted(first.bincount(minlength=10).tolist()) == [2] * 5 + [3] * 5
     assert not torch.equal(first, second)
-
-
-def test_teachers_lie_on_disk_near_the_start_with_heads_of_their_own(tmp_path: Path) -> None:
-    model = big("dense").model
-    start = initial_weights(model, 0)
-    first, second = (load(path) for path in uploads.write_uploads(tmp_path, 2, model, 0))
-    assert (first.class_counts, first.num_examples) == ((100,) * 5 + (0,) * 5, 500)
-    for name in ("blocks.0.attn.qkv.weight", "pos_embed"):
-        moved = (first.weights[name] - start[name]).square().mean().sqrt() / start[name].square().mean().sqrt()
-        assert moved == pytest.approx(0.01, rel=0.1)
-        assert not torch.equal(first.weights[name], second.weights[name])
-    heads = torch.stack([first.weights["head.weight"], second.weights["head.weight"]])
-    assert heads.std() == pytest.approx(model.width**-0.5, rel=0.1)
-    assert torch.corrcoef(heads.flatten(1))[0, 1].abs() < 0.2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's mark is Linux's")
@@ -236,18 +211,14 @@ TINY = shlex.split(
 )
 
 
-def options(*more: str) -> Namespace:
-    return inversion_speed.parser().parse_args([*TINY, "--json", "out.json", *more])
-
-
 def test_a_short_run_shows_every_stage_of_the_long_one() -> None:
-    asked = options("--steps", "80", "--stops", "0.1,0.9,0.95")
-    arm = {mode: rows.Arm(mode, 1, 0.0) for mode in ("dense", "sparse", "pri4")}
-    assert arms.short_steps(arm["dense"], asked) == 1
-    assert arms.short_steps(arm["pri4"], options("--steps", "83")) == 4 + 3
-    steps = arms.short_steps(arm["sparse"], asked)
+    words = [*TINY, "--json", "out.json", "--steps", "83", "--stops", "0.1,0.9,0.95"]
+    asked = inversion_speed.parser().parse_args(words)
+    dense, sparse, pri = (rows.Arm(mode, 1, 0.0) for mode in ("dense", "sparse", "pri4"))
+    assert (arms.short_steps(dense, asked), arms.short_steps(pri, asked)) == (1, 4 + 3)
+    steps = arms.short_steps(sparse, asked)
     assert steps < 20
-    long, short = (flops.stages(arms.config_of(arm["sparse"], asked, length)) for length in (80, steps))
+    long, short = (flops.stages(arms.config_of(sparse, asked, length)) for length in (83, steps))
     assert [stage.alive for stage in short] == [stage.alive for stage in long]
 
 
@@ -276,24 +247,19 @@ def test_steps_that_are_not_counted_are_noticed(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
+def test_what_is_not_possible_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, told in (
         (["--modes", "sparse"], "--modes has no dense"),
         (["--modes", "dense,pri7"], "inversion.mode = 'pri7' is not possible; use dense | sparse | pri4"),
         (["--steps", "3", "--modes", "dense,pri4"], "inversion.mode = 'pri4' needs 4 patches and steps"),
         (["--img-size", "15"], "model.img-size = 15 is not possible"),
         (["--route", "2"], "inversion.route = 2.0 is not possible"),
         (["--set", "inversion.tw=1"], "unknown config key 'inversion.tw'"),
-    ],
-)
-def test_what_is_not_possible_is_told_in_a_line(
-    more: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert inversion_speed.main([*TINY, *more, "--json", str(tmp_path / "out.json")]) == 2
-    printed = capsys.readouterr()
-    assert told in printed.err
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    ):
+        assert inversion_speed.main([*TINY, *more, "--json", str(tmp_path / "out.json")]) == 2
+        printed = capsys.readouterr()
+        assert told in printed.err
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 def test_the_command_names_no_folder_of_the_machine() -> None:
