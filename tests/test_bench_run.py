@@ -7,23 +7,25 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedmitr_flwr import cli, pipeline
-from fedmitr_flwr.bench import figures
+from fedmitr_flwr.bench import command
 from fedmitr_flwr.bench import run as running
 from fedmitr_flwr.bench import store as storing
 from fedmitr_flwr.bench.command import write
-from fedmitr_flwr.bench.grid import Cell, cells
+from fedmitr_flwr.bench.grid import Cell, cells, tune_cells
+from fedmitr_flwr.bench.known import adopt, chosen_in
 from fedmitr_flwr.bench.results import load
-from fedmitr_flwr.bench.spec import read
+from fedmitr_flwr.bench.spec import Bench, read
 from fedmitr_flwr.bench.store import Store
 from fedmitr_flwr.common.errors import ConfigError, RunError
 from fedmitr_flwr.common.files import load_tensors
@@ -40,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than all else."""
     monkeypatch.setattr(pipeline, "save_images", lambda *given: given[-1].write_bytes(b"picture"))
-    monkeypatch.setattr(figures, "draw", lambda *_: 0)
+    monkeypatch.setattr(command, "draw", lambda *_: 0)
 
 
 SMALL = """
@@ -73,10 +75,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def a_bench(folder: Path, grid: str) -> Path:
+def a_bench(folder: Path, grid: str, top: str = "") -> Path:
     path = folder / "tiny.toml"
-    path.write_text(SMALL + grid)
+    path.write_text(top + SMALL + grid)
     return path
+
+
+def tiny(folder: Path, grid: str) -> tuple[Bench, Store]:
+    return read(a_bench(folder, grid)), Store(folder / "out")
 
 
 def no_flower(config: Config, scratch: Path) -> Path:
@@ -90,25 +96,25 @@ def told(log: pytest.LogCaptureFixture) -> list[str]:
 class Made:
     """Counts what is really made."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.uploads, self.fused = 0, list[str]()
-        train, fuse = pipeline.train_client, pipeline.fuse
-
-        def spy_train(*args: Any, **kwargs: Any) -> Any:
-            self.uploads += 1
-            return train(*args, **kwargs)
-
-        def spy_fuse(run: RunFolder, method: str, *rest: Any) -> Any:
-            self.fused.append(method)
-            return fuse(run, method, *rest)
-
-        monkeypatch.setattr(pipeline, "train_client", spy_train)
-        monkeypatch.setattr(pipeline, "fuse", spy_fuse)
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    return Made(monkeypatch)
+    counts, train, fuse = Made(), pipeline.train_client, pipeline.fuse
+
+    def spy_train(*args: Any, **kwargs: Any) -> Any:
+        counts.uploads += 1
+        return train(*args, **kwargs)
+
+    def spy_fuse(run: RunFolder, method: str, *rest: Any) -> Any:
+        counts.fused.append(method)
+        return fuse(run, method, *rest)
+
+    monkeypatch.setattr(pipeline, "train_client", spy_train)
+    monkeypatch.setattr(pipeline, "fuse", spy_fuse)
+    return counts
 
 
 GRID = '[grid]\npartition = ["dirichlet", "iid"]\nclients = [3]\nmethods = ["fedavg", "lda", "fedmitr"]\nseed = [0, 1]'
@@ -118,16 +124,15 @@ def test_uploads_are_made_once_and_finished_cells_are_skipped(
     tmp_path: Path, made: Made, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fedmitr.bench")
-    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    spec, store = tiny(tmp_path, GRID)
     tally = running.run(spec, store, no_flower)
     assert (tally.total, tally.done, tally.failed) == (12, 12, 0)
     assert made.uploads == 2 * 2 * 3  # seeds, partitions, clients
     assert len(made.fused) == 12
     results = [store.result(cell) for cell in cells(spec)]
     assert len({result["partition_sha256"] for result in results if result}) == 4
-    assert re.search(
-        r"\[12/12\] digits, IID, K 3, seed 1, fedmitr: \d+\.\d\d % in 0:\d\d; the last one", told(caplog)[-1]
-    )
+    last = r"\[12/12\] digits, IID, K 3, seed 1, fedmitr: \d+\.\d\d % in 0:\d\d; the last one"
+    assert re.search(last, told(caplog)[-1])
     assert re.search(r"\[1/12\] .*; about \d+:\d\d left", told(caplog)[0])
 
     caplog.clear()
@@ -157,7 +162,7 @@ def test_a_grid_of_which_a_part_was_started_meanwhile_has_a_table_of_all_of_it(
 
 def test_a_cell_is_what_one_run_alone_would_be(tmp_path: Path) -> None:
     """More is uploaded than this method asks for, and neither weights nor counted bytes show it."""
-    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    spec, store = tiny(tmp_path, GRID)
     running.run(replace(spec, seeds=(0,)), store, no_flower)
     place = {cell.label: store.place(cell) for cell in cells(spec) if cell.skew.scheme == "iid" and cell.seed == 0}
     config = Config.from_file(place["fedmitr"] / "config.toml")
@@ -177,9 +182,8 @@ BAD = GRID.replace('"lda"', '"bad"') + '\n[methods.bad]\nmethod = "fedmitr"\n'
 BAD += "distill.lr = 1e30"  # whose student diverges
 
 
-def test_a_failed_cell_is_noted_and_the_grid_goes_on(
-    tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("capsys")
+def test_a_failed_cell_is_noted_and_the_grid_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ["bench", str(a_bench(tmp_path, BAD)), "--out", str(out), "grid.seed=[0]"]
     assert cli.main(words) == 1
@@ -194,34 +198,21 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(
     assert "Traceback" not in text  # bad input is one line
     assert "Cells without a result: 2 (`bad` 2)." in (out / "table.md").read_text()
 
-    fuse, fused = pipeline.fuse, list(made.fused)
-
-    def mended(run: RunFolder, method: str, own: dict[str, object], *rest: Any) -> Any:
-        # As if it did not diverge now: the cell's own settings decide its place, so only its work is replaced.
-        folder = fuse(run, method, own | {"distill.lr": 3e-3}, *rest)
-        result = folder.read_result()
-        folder.write_result({**result, "config": result["config"] | {"distill.lr": 1e30}})
-        return folder
-
-    monkeypatch.setattr(pipeline, "fuse", mended)
+    slow = Slow()
+    monkeypatch.setattr(running, "make", slow)  # as if it did not diverge now
     assert cli.main(words) == 0
-    assert made.fused[len(fused) :] == ["fedmitr", "fedmitr"]  # only what had failed
+    assert len(slow.made) == 2  # only what had failed
     assert list((out / "failed").iterdir()) == []
     assert len(load(out).entries) == 6
-    capsys.readouterr()
 
 
 def test_a_bug_is_noted_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError("by hand")
-
-    monkeypatch.setattr(pipeline, "train_client", broken)
-    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    monkeypatch.setattr(pipeline, "train_client", Mock(side_effect=ZeroDivisionError("by hand")))
+    spec, store = tiny(tmp_path, GRID)
     assert running.run(replace(spec, seeds=(0,)), store, no_flower).failed == 6
     text = next((tmp_path / "out" / "failed").iterdir()).read_text()
     assert "ZeroDivisionError: by hand" in text.splitlines()[1]
     assert "Traceback" in text
-    assert "in broken" in text
 
 
 def table_of(out: Path) -> list[list[str]]:
@@ -255,8 +246,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_table(
     store = Store(tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         running.run(spec, store, no_flower)
-    finished = [cell for cell in cells(spec) if store.result(cell)]
-    assert len(finished) < 6
+    assert not all(store.result(cell) for cell in cells(spec))
     assert running.run(spec, store, no_flower).failed == 0
     assert table_of(tmp_path / "stopped") == table_of(tmp_path / "whole")
 
@@ -281,33 +271,31 @@ class Slow:
         return result
 
 
-def test_two_at_once_make_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow()
-    monkeypatch.setattr(running, "make", slow)
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    made = Slow()
+    monkeypatch.setattr(running, "make", made)
+    return made
+
+
+def test_three_at_once_make_each_cell_once(tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
-    spec = read(a_bench(tmp_path, GRID))
-    tallies: list[running.Tally] = []
-    threads = [
-        threading.Thread(target=lambda: tallies.append(running.run(spec, Store(tmp_path / "out"), no_flower)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    spec, store = tiny(tmp_path, GRID)
+    with ThreadPoolExecutor(3) as pool:
+        tallies = list(pool.map(lambda _: running.run(spec, store, no_flower), range(3)))
     assert len(slow.made) == len(set(slow.made)) == 12
     assert [(tally.done, tally.failed) for tally in tallies] == [(12, 0)] * 3
 
 
-def test_who_waits_sees_what_the_other_could_not_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_sees_what_the_other_could_not_make(
+    tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cell that failed in another process since we began is not tried again by us."""
-    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
-    first = cells(spec)[0]
-    slow = Slow()
+    spec, store = tiny(tmp_path, GRID)
+    first, later, *_ = cells(spec)
 
     def other_fails(cell: Cell, *rest: Any, **more: Any) -> dict[str, Any]:
-        later = cells(spec)[1]
-        if cell.folder == first.folder and cell.group == first.group:
+        if cell.key == first.key:
             store.note_failure(later, "elsewhere")
             os.utime(store.error_path(later), (time.time() + 5, time.time() + 5))
         return slow(cell, *rest, **more)
@@ -318,7 +306,7 @@ def test_who_waits_sees_what_the_other_could_not_make(tmp_path: Path, monkeypatc
 
 
 def test_the_time_that_is_left_by_hand(tmp_path: Path) -> None:
-    spec, store = read(a_bench(tmp_path, GRID)), Store(tmp_path / "out")
+    spec, store = tiny(tmp_path, GRID)
     loop = running._Loop(spec, store, no_flower, running.Tally(12))
     loop.spent = {"fedavg": [1.0, 3.0], "fedmitr": [14.0]}
     after = [cell for cell in cells(spec) if cell.seed == 0]
@@ -332,23 +320,17 @@ def test_the_time_that_is_left_by_hand(tmp_path: Path) -> None:
     assert loop._left() == "the last one"
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_grid_looks_up_each_result_a_few_times_however_long_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[Path] = []
-    monkeypatch.setattr(running, "make", Slow())
-    real = storing.read_result
-
-    def spy(path: Path) -> dict[str, Any] | None:
-        looked.append(path)
-        return real(path)
-
-    monkeypatch.setattr(storing, "read_result", spy)
+    looked = Mock(side_effect=storing.read_result)
+    monkeypatch.setattr(storing, "read_result", looked)
     for seeds in (2, 4):
-        looked.clear()
+        looked.reset_mock()
         words = {"grid.seed": list(range(seeds))}
         running.run(read(a_bench(tmp_path, GRID), words), Store(tmp_path / str(seeds)), no_flower)
-        assert len(looked) == 3 * 6 * seeds  # for the estimate, before the lock and behind it
+        assert looked.call_count == 3 * 6 * seeds  # for the estimate, before the lock and behind it
 
 
 def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
@@ -359,9 +341,8 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
         assert mine
         with store.claim("cell") as again:
             assert not again
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / ".locks" / "cell.lock")], stdout=subprocess.PIPE
-    ) as holder:
+    command = [sys.executable, "-c", hold, str(tmp_path / ".locks" / "cell.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with store.claim("cell") as mine:
@@ -372,28 +353,24 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
         assert mine
 
 
-@pytest.mark.parametrize(("any_code", "again"), [(False, 12), (True, 0)])
 def test_other_code_makes_other_cells_unless_it_is_said_to_be_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, any_code: bool, again: int
+    tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow()
-    monkeypatch.setattr(running, "make", slow)
-    spec = read(a_bench(tmp_path, GRID))
-    running.run(spec, Store(tmp_path / "out"), no_flower)
+    spec, store = tiny(tmp_path, GRID)
+    running.run(spec, store, no_flower)
     monkeypatch.setattr(storing, "core", lambda: "0123456789ab")
-    running.run(spec, Store(tmp_path / "out", any_code), no_flower)
-    assert len(slow.made) == 12 + again
-    assert len(set(slow.made)) == 12 + again
+    running.run(spec, replace(store, any_code=True), no_flower)
+    assert len(slow.made) == 12
+    running.run(spec, store, no_flower)
+    assert len(slow.made) == len(set(slow.made)) == 24
 
 
 def test_only_results_are_kept_where_the_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="settings: unknown config key 'keep'"):  # it belongs to the table above it
         read(a_bench(tmp_path, f'keep = "results"\n{GRID}'))
-    store = Store(tmp_path / "out")
-    path = a_bench(tmp_path, GRID)
-    path.write_text('keep = "results"\n' + path.read_text())
-    running.run(replace(read(path), seeds=(0,)), store, no_flower)
-    place = store.place(cells(read(path))[2])
+    spec, store = read(a_bench(tmp_path, GRID, 'keep = "results"\n')), Store(tmp_path / "out")
+    running.run(replace(spec, seeds=(0,)), store, no_flower)
+    place = store.place(cells(spec)[2])
     assert (place / "result.json").exists()
     assert (place / "images.png").exists()
     assert not list(place.glob("*.safetensors"))
@@ -424,30 +401,24 @@ class Federation:
         return folder.path
 
 
-def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path) -> None:
-    spec, store, flower = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out"), Federation({None: 40.0})
-    assert running.run(spec, store, flower).failed == 0
-    assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
+def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (spec, store), flower = tiny(tmp_path, FLOWER), Federation({None: 40.0})
+    for _ in range(2):  # the second time it is there
+        assert running.run(spec, store, flower).failed == 0
+        assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
     for cell in cells(spec):
         assert (store.place(cell) / "flower.log").read_text() == "said\n"
     assert not list(tmp_path.glob("out/flower/*/.*"))
-    assert running.run(spec, store, flower).failed == 0
-    assert len(flower.ran) == 2
 
-
-def test_what_flower_ran_with_code_that_changed_meanwhile_is_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(running, "changed", lambda: True)
-    spec, store = read(a_bench(tmp_path, FLOWER)), Store(tmp_path / "out")
-    assert running.run(spec, store, Federation({None: 40.0})).failed == 2
-    assert all(store.result(cell) is None for cell in cells(spec))
-    assert "the code has changed since this bench began; start it again" in store.error_path(cells(spec)[0]).read_text()
+    monkeypatch.setattr(running, "changed", lambda: True)  # what ran with other code is no result
+    other = Store(tmp_path / "other")
+    assert running.run(spec, other, flower).failed == 2
+    assert all(other.result(cell) is None for cell in cells(spec))
+    assert "the code has changed since this bench began; start it again" in other.error_path(cells(spec)[0]).read_text()
 
 
 def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told(tmp_path: Path) -> None:
-    spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
-    flower = Federation({0.01: 40.0, 0.1: 60.0})
+    (spec, store), flower = tiny(tmp_path, TUNED), Federation({0.01: 40.0, 0.1: 60.0})
     tally = running.run(spec, store, flower)
     assert (tally.total, tally.failed) == (2 * 3 + 2, 2)  # 1.0 diverges at both numbers of rounds
     tuning, final = flower.ran[:6], flower.ran[6:]
@@ -460,6 +431,10 @@ def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told
     assert one["bench"]["tuned"]["chosen"] == other["bench"]["tuned"]["chosen"] == {"flower.options": "eta=0.1"}
     text = (store.path / "table.md").read_text()
     assert "flower.options = eta=0.01 (40.0), flower.options = eta=0.1 (60.0), flower.options = eta=1.0 (fai" in text
+
+    equals = Federation(dict.fromkeys((0.01, 0.1, 1.0), 50.0))
+    running.run(spec, Store(tmp_path / "equals"), equals)
+    assert {each.flower.options for each in equals.ran[6:]} == {"eta=0.01"}  # the first
 
 
 def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp_path: Path, made: Made) -> None:
@@ -498,48 +473,16 @@ def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp
     assert [each.flower.options for each in flower.ran[6:]] == ["eta=0.01"] * 2
 
 
-def test_results_of_an_older_version_are_known_by_today_s_names(tmp_path: Path, made: Made) -> None:
-    """A committed results.jsonl keeps the keys of its day, and the table that it was committed with."""
-    path, flower = a_bench(tmp_path, TUNED.replace('methods = ["', 'methods = ["lda", "')), Federation({0.1: 60.0})
-    before = Store(tmp_path / "before")
-    running.run(read(path), before, flower)
-    write(before.path, before.path)
-    known = load(before.path / "results.jsonl")
-    old = replace(known, entries=tuple(aged(entry) for entry in known.entries))
-
-    ran, fused = len(flower.ran), len(made.fused)
-    assert (ran, fused) == (6 + 2, 1)
-    after = Store(tmp_path / "after")
-    assert running.run(read(path), after, flower, old).failed == 0
-    assert (len(flower.ran), len(made.fused)) == (ran, fused)
-
-
-def aged(entry: dict[str, Any]) -> dict[str, Any]:
-    """A result as the version wrote it that had `strategy.*` and a key for each extra."""
-    tuned = entry["bench"]["tuned"]
-    if tuned:
-        tuned = tuned | {
-            "chosen": aged_settings(tuned["chosen"]),
-            "tried": [aged_settings(one) for one in tuned["tried"]],
-        }
-    return entry | {"config": aged_settings(entry["config"]), "bench": entry["bench"] | {"tuned": tuned}}
-
-
-def aged_settings(flat: dict[str, Any]) -> dict[str, Any]:
-    old = {key: value for key, value in flat.items() if key not in ("flower.options", "upload.extras")}
-    if "flower.options" in flat:
-        old["strategy.eta"] = float(flat["flower.options"].removeprefix("eta=") or -1)
-    if "upload.extras" in flat:
-        old |= {"upload.class-counts": False, "upload.statistics": flat["upload.extras"] == "statistics"}
-        old |= {"upload.variances": False, "upload.directions": 0}
-    return old
-
-
-def test_of_equals_the_first_is_chosen(tmp_path: Path) -> None:
-    spec, store = read(a_bench(tmp_path, TUNED)), Store(tmp_path / "out")
-    flower = Federation({0.01: 50.0, 0.1: 50.0, 1.0: 50.0})
-    running.run(spec, store, flower)
-    assert {each.flower.options for each in flower.ran[6:]} == {"eta=0.01"}
+def test_results_of_an_older_version_are_known_by_today_s_names(tmp_path: Path) -> None:
+    """The committed trial has the keys of its day: `strategy.*`, and one for each extra of an upload."""
+    known = load(ROOT / "benchmarks" / "results" / "bench" / "smoke" / "results.jsonl")
+    assert {"strategy.eta", "upload.statistics"} <= known.entries[0]["config"].keys()
+    spec, store = read(ROOT / "configs" / "bench" / "smoke.toml"), Store(tmp_path)
+    choices = chosen_in(known, tune_cells(spec))
+    assert choices["digits", "flower:fedadam", 1]["chosen"] == {"flower.options": "eta=0.1"}
+    grid = cells(spec, choices)
+    adopt(known, grid, store)
+    assert {"fedavg", "lda", "flower:fedadam"} <= {cell.label for cell in grid if store.result(cell)}
 
 
 def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,13 @@ from pathlib import Path
 from ..common.errors import ConfigError
 from ..common.files import absolute, write_text
 from ..runs.folder import HOME
+from .figures import draw
+from .flower import runner
+from .results import load, save
+from .run import run
+from .spec import read
+from .store import Store
+from .table import as_csv, markdown
 
 log = logging.getLogger("fedmitr.bench")
 
@@ -46,16 +53,6 @@ def bench(
         signal.signal(number, signal.default_int_handler)  # Flower's processes are stopped in good order
     logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
     log.setLevel(logging.INFO)
-    return _run(file, words, out, known, any_code=any_code)
-
-
-def _run(file: Path, words: Mapping[str, object], out: Path | None, known: Path | None, *, any_code: bool) -> int:
-    from .flower import runner
-    from .results import load
-    from .run import run
-    from .spec import read
-    from .store import Store
-
     spec = read(file, words)
     folder = absolute(out or HOME / f"bench-{spec.name}", "--out")
     log.info("bench folder: %s", folder)
@@ -69,10 +66,6 @@ def _run(file: Path, words: Mapping[str, object], out: Path | None, known: Path 
 
 def write(results: Path, out: Path) -> None:
     """The tables, the figures and one file of all results, from a bench's folder or such a file."""
-    from .figures import draw
-    from .results import load, save
-    from .table import as_csv, markdown
-
     found = load(results)
     out = absolute(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +74,5 @@ def write(results: Path, out: Path) -> None:
     write_text(out / "table.csv", as_csv(found))
     written = draw(found, out / "figures")
     write_text(out / "table.md", markdown(found))
-    log.info(
-        "%d cells, %d missing: %s and %d figures", len(found.entries), len(found.missing), out / "table.md", written
-    )
+    counts = len(found.entries), len(found.missing)
+    log.info("%d cells, %d missing: %s and %d figures", *counts, out / "table.md", written)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from ..report.figures import save
+from ..report.figures import save, write_cells
 from .results import Results
 from .rows import Place, Row, places, rows
 
@@ -44,19 +45,11 @@ def draw(results: Results, folder: Path) -> int:
         own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
         looks = styles(own, results.reference)
         title = f"{data}, {clients} clients"
+        with_bytes = [row for row in own if not looks[row.label].hollow]  # variants of the reference have its bytes
+        up, seconds = "MB uploaded by each client, all rounds", "seconds of the server, without evaluation"
         made: dict[str, Figure | None] = {
-            # Variants of the reference have its bytes.
-            "bytes": scatter(
-                [row for row in own if not looks[row.label].hollow],
-                looks,
-                "bytes_up",
-                1e6,
-                "MB uploaded by each client, all rounds",
-                title,
-            ),
-            "seconds": scatter(
-                _longest(own), looks, "server_seconds", 1.0, "seconds of the server, without evaluation", title
-            ),
+            "bytes": scatter(with_bytes, looks, "bytes_up", 1e6, up, title),
+            "seconds": scatter(_longest(own), looks, "server_seconds", 1.0, seconds, title),
             "skew": skew(own, looks, title),
         }
         made |= {f"recall-{_slug(place.partition)}": recall(own, place) for place in places(own)}
@@ -123,11 +116,7 @@ def scatter(
             _plot(axis, where, looks[label], label)
         axis.set_title(place.partition, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
-    _finish(
-        figure,
-        axes,
-        f"{title}: accuracy, mean ± standard deviation over seeds",
-    )
+    _finish(figure, axes, f"{title}: accuracy, mean ± standard deviation over seeds")
     return figure
 
 
@@ -172,16 +161,15 @@ def recall(found: Sequence[Row], place: Place) -> Figure | None:
     figure = Figure(figsize=(2.6 + (0.42 if numbers else 0.16) * len(classes), 1.2 + 0.27 * len(shown)))
     figure.set_layout_engine("constrained")
     axis = figure.subplots()
-    grid = [[row.recall.get(name, math.nan) for name in classes] for row in shown]
+    grid = np.array([[row.recall.get(name, math.nan) for name in classes] for row in shown])
     shades = axis.imshow(grid, cmap="cividis", aspect="auto", vmin=0, vmax=100)
     figure.colorbar(shades, ax=axis, label="recall, %", shrink=min(1.0, 4 / len(shown)), aspect=12)
     upright = max(map(len, classes)) > 4 or not numbers
     axis.set_xticks(range(len(classes)), classes, rotation=90 if upright else 0, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=8, parse_math=False)
-    for y, values in enumerate(grid if numbers else []):
-        for x, value in enumerate(values):
-            text = "-" if math.isnan(value) else f"{value:.0f}"
-            axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value < 55 else "black")
+    if numbers:
+        texts = [["-" if math.isnan(value) else f"{value:.0f}" for value in line] for line in grid]
+        write_cells(axis, texts, grid < 55)
     title = f"{place.data}, {place.clients} clients, {place.partition}: recall by class"
     figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
     return figure

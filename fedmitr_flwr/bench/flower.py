@@ -21,12 +21,12 @@ def runner(client_gpus: float = 0.0) -> Runner:
     """Run a config through Flower, with this share of a GPU for each client."""
 
     def run(config: Config, scratch: Path) -> Path:
-        return _run(config, scratch, ["--client-gpus", str(client_gpus)])
+        return _run(config, scratch, client_gpus)
 
     return run
 
 
-def _run(config: Config, scratch: Path, options: list[str]) -> Path:
+def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
     """Run; give the run folder, which lies in `scratch`.
 
     Raises:
@@ -38,7 +38,8 @@ def _run(config: Config, scratch: Path, options: list[str]) -> Path:
         )
     settings = replace(config, out_dir=str(scratch)).to_flat()
     words = [f"{key}={toml_value(value)}" for key, value in settings.items()]
-    command = [sys.executable, str(SCRIPT), *words, "--clients", str(config.partition.clients), *options]
+    command = [sys.executable, str(SCRIPT), *words]
+    command += ["--clients", str(config.partition.clients), "--client-gpus", str(client_gpus)]
     log = scratch / "flower.log"
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:

@@ -16,19 +16,13 @@ from ..config.sections import EXTRAS
 from ..config.text import PATHS, PLACES
 from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
-from .spec import Bench, Flat, Skew, Tune, Variant
+from .spec import Bench, Flat, Skew, Variant
 
 # What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
-TOLD: tuple[dict[str, object], ...] = (
-    {},
-    {"upload.extras": "counts"},
-    {"upload.extras": "statistics"},
-    {"upload.extras": "variances"},
-    {"upload.extras": "moments"},
-)
-ALL_TOLD: dict[str, object] = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
+TOLD: list[Flat] = [{}, *({"upload.extras": one} for one in ("counts", "statistics", "variances", "moments"))]
+ALL_TOLD: Flat = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
-DEFAULTS: dict[str, object] = {"screen.mode": "off"}
+DEFAULTS: Flat = {"screen.mode": "off"}
 _KNOWN = recipe.settled(Config()).to_flat()
 
 
@@ -44,9 +38,8 @@ class Cell:
     rounds: int
     config: Config = field(repr=False)
     tuned: Mapping[str, object] | None = field(default=None, hash=False, repr=False)  # what was tried, and the choice
-    tried: Flat | None = field(
-        default=None, hash=False, repr=False
-    )  # of a run on validation images, to choose settings
+    # Of a run on validation images, to choose settings:
+    tried: Flat | None = field(default=None, hash=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -63,9 +56,10 @@ class Cell:
     @cached_property
     def group(self) -> str:
         """The folder of its uploads: equal for all cells whose clients train alike."""
-        decisive = {key: value for key, value in self._decides.items() if key.startswith(UPLOAD_SETTINGS)}
-        decisive = {key: value for key, value in decisive.items() if key not in NARROWABLE} | {
-            "device": self.config.device
+        decisive = {
+            key: value
+            for key, value in self._decides.items()
+            if key == "device" or (key.startswith(UPLOAD_SETTINGS) and key not in NARROWABLE)
         }
         return f"{_slug(self.data)}-{_slug(self.skew.name)}-K{self.clients}-s{self.seed}.{_hash(decisive)}"
 
@@ -75,9 +69,9 @@ class Cell:
         return f"{_slug(self.label)}{rounds}.{_hash(self._decides)}"
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Equal for cells that are the same run."""
-        return self.group, self.folder
+    def key(self) -> str:
+        """Equal for cells that are the same run; good as the name of a file."""
+        return f"{self.group}--{self.folder}"
 
     def is_of(self, settings: Mapping[str, object], but: tuple[str, ...] = ()) -> bool:
         """Whether a run with these settings is this cell; paths may be written otherwise, and are in `folder`.
@@ -95,7 +89,7 @@ class Cell:
         return (methods.in_force(self.config) if self.variant.is_method else self.config).to_flat()
 
     @cached_property
-    def _decides(self) -> dict[str, object]:
+    def _decides(self) -> Flat:
         return {key: value for key, value in self.config.to_flat().items() if key not in PLACES}
 
     @property
@@ -150,20 +144,14 @@ def tune_cells(bench: Bench) -> dict[tuple[str, str, int], list[tuple[Flat, Cell
     tune = bench.tune
     if tune is None:
         return {}
-    return {
-        (data, variant.label, rounds): [
-            (tried, _tune_cell(bench, tune, data, variant, rounds, tried)) for tried in tune.tried[variant.label]
-        ]
-        for data, variant in product(bench.data, bench.variants)
-        if variant.label in tune.tried
-        for rounds in variant.rounds
-    }
-
-
-def _tune_cell(bench: Bench, tune: Tune, data: str, variant: Variant, rounds: int, tried: Flat) -> Cell:
-    judged = {**tried, "data.validation": tune.validation}
-    config = _config(bench, data, tune.skew, tune.clients, tune.seed, variant, rounds, judged)
-    return Cell(data, tune.skew, tune.clients, tune.seed, variant, rounds, config, tried=tried)
+    made: dict[tuple[str, str, int], list[tuple[Flat, Cell]]] = {}
+    for data, variant in product(bench.data, bench.variants):
+        for rounds, tried in product(variant.rounds, tune.tried.get(variant.label, ())):
+            judged = {**tried, "data.validation": tune.validation}
+            config = _config(bench, data, tune.skew, tune.clients, tune.seed, variant, rounds, judged)
+            cell = Cell(data, tune.skew, tune.clients, tune.seed, variant, rounds, config, tried=tried)
+            made.setdefault((data, variant.label, rounds), []).append((tried, cell))
+    return made
 
 
 def _config(
@@ -171,10 +159,8 @@ def _config(
 ) -> Config:
     shared = {**DEFAULTS, **bench.data[data], **bench.last}
     place = {"seed": seed, "partition.clients": clients, **skew.settings}
-    if variant.flower:
-        own = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}
-    else:
-        own = {"method": variant.method}
+    flower = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}
+    own = flower if variant.flower else {"method": variant.method}
     flat = {**shared, **variant.settings, **bench.last, **more, **place, **own}
     try:
         if not variant.flower and not variant.own_uploads:

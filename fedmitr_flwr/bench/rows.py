@@ -42,10 +42,8 @@ class Row:
 
     @cached_property
     def worst(self) -> Spread | None:
-        return self._spread("worst_class") if self._all_have("worst_class") else None
-
-    def _all_have(self, key: str) -> bool:
-        return all(entry["accuracy"].get(key) is not None for entry in self.entries)
+        known = all(entry["accuracy"].get("worst_class") is not None for entry in self.entries)
+        return self._spread("worst_class") if known else None
 
     def _spread(self, key: str) -> Spread:
         return Spread({entry["bench"]["seed"]: float(entry["accuracy"][key]) for entry in self.entries})
@@ -67,9 +65,7 @@ class Row:
 def _cost(entry: Entry, key: str) -> float | None:
     if key == "bytes_up" and entry["method"] in WITHOUT_WEIGHTS and "bytes_statistics" in entry:
         key = "bytes_statistics"
-    value: Any = entry["peak_memory"] if key in ("ram", "gpu") else entry.get(key)
-    if key in ("ram", "gpu"):
-        value = (value or {}).get(key)
+    value = (entry["peak_memory"] or {}).get(key) if key in ("ram", "gpu") else entry.get(key)
     if isinstance(value, list):
         known = [each for each in value if each is not None]
         return mean(known) if known else None
@@ -95,20 +91,13 @@ def _place(entry: Entry) -> Place:
 
 
 def _name(entry: Entry) -> str:
-    place = entry["bench"]
-    return (
-        f"{place['label']}, {place['rounds']} round{'s' * (place['rounds'] > 1)}"
-        if _by_flower(entry)
-        else place["label"]
-    )
-
-
-def _by_flower(entry: Entry) -> bool:
-    return bool(entry["bench"]["kind"] == "flower")
+    label, rounds = entry["bench"]["label"], entry["bench"]["rounds"]
+    return f"{label}, {rounds} round{'s' * (rounds > 1)}" if entry["bench"]["kind"] == "flower" else label
 
 
 def _kind(entry: Entry) -> str:
-    return "reference" if entry["method"] in REFERENCES and not _by_flower(entry) else str(entry["bench"]["kind"])
+    kind: str = entry["bench"]["kind"]
+    return "reference" if entry["method"] in REFERENCES and kind != "flower" else kind
 
 
 def _alone(entries: Iterable[Entry]) -> list[Row]:

@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -86,7 +87,7 @@ class _Loop:
     def __init__(self, bench: Bench, store: Store, flower: Runner, tally: Tally) -> None:
         self.bench, self.store, self.flower, self.tally = bench, store, flower, tally
         self.spent: dict[str, list[float]] = {}  # seconds of finished cells by label
-        self.unknown: dict[tuple[str, str], str] = {}  # labels of cells without a result, for the estimate
+        self.unknown: dict[str, str] = {}  # labels of cells without a result, for the estimate
         self.started = time.time()
 
     def run(self, wanted: Sequence[Cell], later: Sequence[Cell] = ()) -> None:
@@ -103,7 +104,7 @@ class _Loop:
         """Make a cell, unless it is there; False: somebody else is at it."""
         if self._known(cell):
             return True
-        with self.store.claim_cell(cell) as mine:
+        with self.store.claim(cell.key) as mine:
             if not mine:
                 return False
             if self._known(cell):  # meanwhile
@@ -141,7 +142,9 @@ class _Loop:
     def _fail(self, cell: Cell, error: Exception) -> None:
         said = printable(" ".join(str(error).split())) or type(error).__name__
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        self.store.note_failure(cell, f"{cell.name}\n{type(error).__name__}: {said}\n\n{trace}{_settings(cell)}")
+        self.store.note_failure(
+            cell, f"{cell.name}\n{type(error).__name__}: {said}\n\n{trace}\nIts settings:\n{cell.config.to_toml()}"
+        )
         self.tally.failed += 1
         self._tell(cell, f"FAILED: {said[:300]} ({self.store.error_path(cell)})")
         gc.collect()  # its traceback may have held a device's memory
@@ -158,10 +161,6 @@ class _Loop:
         return f"about {clock(seconds)} left" if self.unknown else "the last one"
 
 
-def _settings(cell: Cell) -> str:
-    return f"\nIts settings:\n{cell.config.to_toml()}"
-
-
 def make(cell: Cell, store: Store, flower: Runner, keep: str = "all") -> dict[str, Any]:
     """Make one cell; its lock is held. Returns its result.
 
@@ -176,7 +175,7 @@ def make(cell: Cell, store: Store, flower: Runner, keep: str = "all") -> dict[st
 
 
 def _fuse(cell: Cell, store: Store) -> RunFolder:
-    with store.claim_uploads(cell) as mine:
+    with store.claim(cell.group) as mine:
         if not mine:
             raise Busy
         uploads = _uploads(cell, store)
@@ -189,7 +188,7 @@ def _fuse(cell: Cell, store: Store) -> RunFolder:
 
 def _uploads(cell: Cell, store: Store) -> RunFolder:
     """The run folder of a cell's uploads; those that are missing are made. Clients tell all that a method may ask."""
-    folder = _group(store.uploads(cell), cell)
+    folder = _group(store.uploads(cell), cell.config)
     missing = folder.missing(cell.clients)
     initial = pipeline.start_of(cell.config) if missing else {}
     for client in missing:
@@ -198,29 +197,22 @@ def _uploads(cell: Cell, store: Store) -> RunFolder:
 
 
 def _lines(uploads: RunFolder) -> Lines:
-    """What the uploads are alone and on average, evaluated once for all methods."""
+    """What the uploads are alone and on average, evaluated once for all methods; a damaged file is made anew."""
     path = uploads.path / "lines.json"
-    if (known := _read_lines(path)) is not None:
-        return known
+    with suppress(OSError, ValueError):
+        known: Lines = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and {"fedavg", "local"} <= known.keys():
+            return known
     with threads(uploads.config.threads):
         found = lines_of(uploads.load_uploads(), uploads.config)
     write_text(path, json.dumps(found) + "\n")
     return found
 
 
-def _read_lines(path: Path) -> Lines | None:
-    """None where there are none, or the file is damaged: they are evaluated again."""
-    try:
-        known: Lines = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return known if isinstance(known, dict) and {"fedavg", "local"} <= known.keys() else None
-
-
-def _group(path: Path, cell: Cell) -> RunFolder:
+def _group(path: Path, config: Config) -> RunFolder:
     if (path / "config.toml").is_file():
         return RunFolder.open(path)
-    asked = Config.from_flat({**ALL_TOLD, "method": "fedavg"}, base=cell.config)
+    asked = Config.from_flat({**ALL_TOLD, "method": "fedavg"}, base=config)
     folder = RunFolder(path, replace(asked, out_dir=str(path.parent)))
     folder.refused_path.mkdir(parents=True, exist_ok=True)
     folder.continue_with(folder.config)

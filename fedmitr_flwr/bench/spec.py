@@ -5,6 +5,7 @@ The file's form is described in docs/benchmark.md. Settings are those of any run
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, r
 Flat = Mapping[str, object]
 
 FLOWER = "flower:"  # before the name of a strategy that Flower ships
-STRATEGIES = (
-    *("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"),
-    *("fedmedian", "fedtrimmedavg", "krum", "qfedavg"),
-)
+STRATEGIES = ["fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"]
+STRATEGIES += ["fedmedian", "fedtrimmedavg", "krum", "qfedavg"]
 CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _NUMBERS = {"alpha": "dirichlet", "classes": "classes-per-client"}  # the axis of a scheme
@@ -49,17 +48,15 @@ class Skew:
 
     @property
     def name(self) -> str:
-        names = {"dirichlet": f"Dirichlet {self.value:g}" if self.value else "", "iid": "IID"}
-        return names.get(self.scheme) or f"{self.value:g} classes"
+        if self.scheme == "iid":
+            return "IID"
+        return f"Dirichlet {self.value:g}" if self.scheme == "dirichlet" else f"{self.value:g} classes"
 
     @property
     def settings(self) -> dict[str, object]:
-        values: dict[str, dict[str, object]] = {
-            "dirichlet": {"partition.alpha": self.value},
-            "classes-per-client": {"partition.classes-per-client": self.value},
-            "iid": {},
-        }
-        return {"partition.scheme": self.scheme} | values[self.scheme]
+        own = {"dirichlet": "partition.alpha", "classes-per-client": "partition.classes-per-client"}
+        number = {own[self.scheme]: self.value} if self.scheme in own else {}
+        return {"partition.scheme": self.scheme, **number}
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,8 @@ def read(path: Path, words: Flat | None = None) -> Bench:
     try:
         if "reference" in document:
             labels = as_texts(as_table(document.get("grid", {}), "grid").get("methods", []), "grid.methods")
-            require_one_of(
-                as_text(document["reference"], "reference"), labels, "reference", "; it must be in grid.methods"
-            )
+            reference = as_text(document["reference"], "reference")
+            require_one_of(reference, labels, "reference", "; it must be in grid.methods")
         words = words or {}
         last = dict(words)
         for name in _TABLES:
@@ -270,16 +266,15 @@ def _tune(
     if seed in seeds:
         raise ConfigError(f"tune.seed = {seed} is in grid.seed as well; choose on a seed that is not reported")
     validation = as_numbers([table.get("validation", 0.2)], "tune.validation", float, 0, open_end=True)[0]
-    single = {key: table[key] if key == "partition" else [table[key]] for key in _AXES[1:4] if key in table}
-    if "partition" in single:
-        single["partition"] = [single["partition"]]
+    single: dict[str, Any] = {key: [table[key]] for key in ("partition", "alpha", "classes") if key in table}
     skew = _skews(single, "tune")[0] if single else skews[0]
     tried = {}
     for label, axes in as_table(table.get("methods", {}), "tune.methods").items():
         where = f"tune.methods.{quoted(label)}"
         require_one_of(label, [variant.label for variant in variants], where, "; it must be in grid.methods")
         flat = {key: as_list(values, f"{where}.{key}") for key, values in flatten(as_table(axes, where)).items()}
-        tried[label] = tuple(_settings(one, where, folder) for one in _product(flat))
+        combinations = [dict(zip(flat, values, strict=True)) for values in product(*flat.values())]
+        tried[label] = tuple(_settings(one, where, folder) for one in combinations)
     wanted = as_numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
     return Tune(seed, validation, skew, wanted, tried)
 
@@ -292,13 +287,6 @@ def _not_tried(tune: Tune, last: Flat) -> None:
                 f"{twice[0]} is set on the command line, and [tune.methods.{quoted(label)}] tries values of it; "
                 "remove one of the two"
             )
-
-
-def _product(axes: Mapping[str, Sequence[object]]) -> tuple[Flat, ...]:
-    combinations: list[dict[str, object]] = [{}]
-    for key, values in axes.items():
-        combinations = [one | {key: value} for one in combinations for value in values]
-    return tuple(combinations)
 
 
 def _of_file(value: object, key: str, path: Path) -> Flat:

@@ -15,12 +15,12 @@ with the process that holds them, however it ends.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ..common.errors import RunError
 from ..common.files import read_text, write_text
@@ -45,17 +45,13 @@ class Store:
 
     def uploads(self, cell: Cell) -> Path:
         """The run folder with the uploads of a one-shot cell."""
-        return self._group("uploads", cell)
+        return self._of_code(self.path / "uploads" / cell.group, core())
 
     def place(self, cell: Cell) -> Path:
         """The folder of the cell itself."""
         if cell.variant.flower:
-            return self._group("flower", cell) / cell.folder
+            return self._of_code(self.path / "flower" / cell.group, of_flower()) / cell.folder
         return self._of_code(self.uploads(cell) / "fused" / cell.folder, of_method(cell.config.method))
-
-    def _group(self, kind: str, cell: Cell) -> Path:
-        code = of_flower() if kind == "flower" else core()
-        return self._of_code(self.path / kind / cell.group, code)
 
     def _of_code(self, path: Path, code: str) -> Path:
         """The folder that `code` makes; with `any_code` the newest that any has made, if this one has not."""
@@ -73,7 +69,7 @@ class Store:
         return found if cell.is_of(found["config"]) else None
 
     def error_path(self, cell: Cell) -> Path:
-        return self.path / "failed" / f"{_key(cell)}.txt"
+        return self.path / "failed" / f"{cell.key}.txt"
 
     def note_failure(self, cell: Cell, text: str) -> None:
         self.error_path(cell).parent.mkdir(parents=True, exist_ok=True)
@@ -85,40 +81,24 @@ class Store:
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Hold the lock of a cell or group while the block lasts; gives False if somebody else holds it."""
-        locks = self.path / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{name}.lock")
-        try:
+        lock = self._lock(name)
+        with suppress(Timeout):
             lock.acquire(blocking=False)
-        except Timeout:
-            yield False
-            return
         try:
-            yield True
+            yield lock.is_locked
         finally:
             lock.release()
 
-    @contextmanager
-    def claim_cell(self, cell: Cell) -> Iterator[bool]:
-        with self.claim(_key(cell)) as mine:
-            yield mine
-
-    @contextmanager
-    def claim_uploads(self, cell: Cell) -> Iterator[bool]:
-        with self.claim(cell.group) as mine:
-            yield mine
+    def _lock(self, name: str) -> BaseFileLock:
+        locks = self.path / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{name}.lock")
 
     def write_manifest(self, about: Mapping[str, object], cells: Iterable[Cell]) -> None:
         """Note what the grid consists of, for the tables."""
         listed = [{**cell.facts, "folder": self.place(cell).relative_to(self.path).as_posix()} for cell in cells]
-        locks = self.path / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{MANIFEST}.lock"):
+        with self._lock(MANIFEST):
             write_text(self.path / MANIFEST, json.dumps({**about, "cells": listed}, indent=1) + "\n")
-
-
-def _key(cell: Cell) -> str:
-    return f"{cell.group}--{cell.folder}"
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -2,14 +2,15 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..report.words import measure, model
-from .markup import figure, origin, table
+from .markup import figure, origin, spread, table
 from .results import Results
 from .rows import Place, Row, p_value, places, reference_of, rows
-from .stats import Spread, difference, holm
+from .stats import difference, holm
 
 LEVEL = 0.05
 KINDS = {"one-shot": "One-shot", "flower": "Flower's own", "reference": "For reference"}
@@ -21,11 +22,9 @@ COSTS = {
     "Peak RAM, GB": ("ram", 1e9),
     "Peak GPU, GB": ("gpu", 1e9),
 }
-COLUMNS = (
-    *("data", "clients", "partition", "method", "rounds", "kind", "n", "seeds"),
-    *("accuracy_mean", "accuracy_std", "p_against_reference", "worst_class_mean", "worst_class_std"),
-    *("bytes_up", "bytes_down", "client_seconds", "server_seconds", "peak_ram", "peak_gpu"),
-)
+COLUMNS = ["data", "clients", "partition", "method", "rounds", "kind", "n", "seeds"]
+COLUMNS += ["accuracy_mean", "accuracy_std", "p_against_reference", "worst_class_mean", "worst_class_std"]
+COLUMNS += ["bytes_up", "bytes_down", "client_seconds", "server_seconds", "peak_ram", "peak_gpu"]
 
 
 def markdown(results: Results) -> str:
@@ -34,16 +33,8 @@ def markdown(results: Results) -> str:
     lines = [f"## {results.name}", ""]
     for data, clients in dict.fromkeys((place.data, place.clients) for place in places(found)):
         own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
-        lines += [
-            f"### {title(own[0])}",
-            "",
-            *accuracy(own, results.reference),
-            "",
-            *_worst(own),
-            "",
-            *_costs(own),
-            "",
-        ]
+        lines += [f"### {title(own[0])}", "", *accuracy(own, results.reference), ""]
+        lines += [*_worst(own), "", *_costs(own), ""]
     lines += [*_tuned(results), *_missing(results), *_origins(results)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -62,7 +53,7 @@ def accuracy(found: Sequence[Row], reference: str) -> list[str]:
     corrected = {id(row): p for (row, _), p in zip(tests, holm([p for _, p in tests]), strict=True)}
 
     def cell(row: Row) -> str:
-        text = _spread(row.accuracy) + _mark(row, against[row.place], corrected.get(id(row)))
+        text = spread(row.accuracy.by_seed.values()) + _mark(row, against[row.place], corrected.get(id(row)))
         return f"**{text}**" if row is best[row.place] else text
 
     marks = (
@@ -82,7 +73,7 @@ def _worst(found: Sequence[Row]) -> list[str]:
     return [
         "Recall of the worst class, in percent: mean ± sample standard deviation (seeds).",
         "",
-        *_by_place(known, places(found), lambda row: _spread(row.worst) if row.worst else "-"),
+        *_by_place(known, places(found), lambda row: spread(row.worst.by_seed.values() if row.worst else ())),
     ]
 
 
@@ -104,11 +95,6 @@ def _in_race(found: Sequence[Row], place: Place) -> list[Row]:
     racing = [row for row in found if row.place == place and row.kind != "reference"]
     most = max((row.accuracy.n for row in racing), default=0)
     return [row for row in racing if row.accuracy.n == most]
-
-
-def _spread(found: Spread) -> str:
-    deviation = "" if found.std is None else f" ± {found.std:.1f}"
-    return f"{found.mean:.1f}{deviation} ({found.n})"
 
 
 def _mark(row: Row, reference: Row | None, p: float | None) -> str:
@@ -144,10 +130,8 @@ def _tuned(results: Results) -> list[str]:
             tried = ", ".join(_trial(trial) for trial in place["tuned"]["tried"])
             chosen = _settings(place["tuned"]["chosen"]) or "all failed"
             where = f"{place['tuned']['on']}, seed {place['tuned']['seed']}"
-            lines[place["data"], place["label"], place["rounds"]] = [
-                *(place["data"], f"`{place['label']}`", str(place["rounds"])),
-                *(chosen, tried, where),
-            ]
+            method = [place["data"], f"`{place['label']}`", str(place["rounds"])]
+            lines[place["data"], place["label"], place["rounds"]] = [*method, chosen, tried, where]
     if not lines:
         return []
     head = ["Data", "Method", "Rounds", "Chosen", "Tried (validation accuracy, %)", "On"]
@@ -166,9 +150,7 @@ def _settings(flat: Mapping[str, Any]) -> str:
 def _missing(results: Results) -> list[str]:
     if not results.missing:
         return []
-    by_label: dict[str, int] = {}
-    for place in results.missing:
-        by_label[place["label"]] = by_label.get(place["label"], 0) + 1
+    by_label = Counter(place["label"] for place in results.missing)
     by_method = ", ".join(f"`{label}` {count}" for label, count in by_label.items())
     return [f"Cells without a result: {len(results.missing)} ({by_method}).", ""]
 

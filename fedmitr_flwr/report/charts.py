@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ..common.errors import printable
-from .figures import glyphs_in_one_line
+from .figures import glyphs_in_one_line, write_cells
 
 Curve = Mapping[str, Sequence[float]]
 
@@ -35,12 +36,12 @@ def as_svg(figure: Figure) -> str:
 
 def accuracies(accuracy: Mapping[str, Any], method: str, names: Sequence[str] = ()) -> Figure | None:
     """Bars: each client alone, their weighted mean, the ensemble and the result; what is not known is left out."""
-    bars = [*_alone(accuracy["local"], names)]
-    bars += [
+    bars = [
+        *_alone(accuracy["local"], names),
         ("one-round FedAvg", accuracy["fedavg"], OTHERS),
         ("ensemble of all clients", accuracy["ensemble"], OTHERS),
+        (f"{method}: the global model", accuracy["student"], STUDENT),
     ]
-    bars.append((f"{method}: the global model", accuracy["student"], STUDENT))
     known = [(name, value, colour) for name, value, colour in bars if value is not None]
     if not known:
         return None
@@ -58,10 +59,8 @@ def accuracies(accuracy: Mapping[str, Any], method: str, names: Sequence[str] = 
 
 def _alone(local: Sequence[float | None], names: Sequence[str]) -> list[tuple[str, float | None, str]]:
     if len(local) <= _MOST_CLIENTS:
-        called = [
-            printable(names[client]) if client < len(names) else f"client {client}" for client in range(len(local))
-        ]
-        return [(f"{name} alone", value, ALONE) for name, value in zip(called, local, strict=True)]
+        called = [*map(printable, names), *(f"client {client}" for client in range(len(names), len(local)))]
+        return [(f"{name} alone", value, ALONE) for name, value in zip(called, local, strict=False)]
     known = [value for value in local if value is not None]
     every = {"best": max(known), "mean": sum(known) / len(known), "worst": min(known)} if known else {}
     return [(f"clients alone, {name} of {len(known)}", value, ALONE) for name, value in every.items()]
@@ -75,7 +74,7 @@ def confusion(counts_YY: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
     side = 0.46 if numbers else 0.14
     figure = Figure(figsize=(side * size + 2.6, side * size + 1.4), layout="constrained")
     axis = figure.subplots()
-    shares = [[100 * count / sum(row) if sum(row) else math.nan for count in row] for row in counts_YY]
+    shares = np.array([[100 * count / sum(row) if sum(row) else math.nan for count in row] for row in counts_YY])
     shades = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(shades, ax=axis, label="% of the true class", shrink=0.8)
     upright = max(map(len, classes)) > 4 or not numbers
@@ -84,10 +83,8 @@ def confusion(counts_YY: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
     axis.set_yticks(range(size), classes, fontsize=small, parse_math=False)
     axis.set_xlabel("answer", fontsize=9)
     axis.set_ylabel("true class", fontsize=9)
-    for y, row in enumerate(counts_YY if numbers else []):
-        for x, count in enumerate(row):
-            colour = "white" if shares[y][x] > 55 else "black"
-            axis.text(x, y, str(count), ha="center", va="center", fontsize=7, color=colour)
+    if numbers:
+        write_cells(axis, counts_YY, shares > 55)
     return figure
 
 
@@ -97,7 +94,8 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
         (line["stage"], line["epoch"], line["batch"]): line for line in lines if "curve" in line and "batch" in line
     }
     epochs = {line["epoch"]: line["curve"] for line in lines if "curve" in line and "batch" not in line}
-    panels = _names(batches)
+    every = {(line["stage"], name): None for line in batches.values() for name in line["curve"] if name != "step"}
+    panels = list(every)  # (stage, value)
     count = len(panels) + bool(epochs)
     if not count:
         return None
@@ -108,12 +106,6 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     if epochs:
         _epochs(axes[-1], [epochs[epoch] for epoch in sorted(epochs)])
     return figure
-
-
-def _names(batches: Mapping[Any, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(stage, value) of each panel."""
-    found = {(line["stage"], name): None for line in batches.values() for name in line["curve"] if name != "step"}
-    return list(found)
 
 
 def _batches(axis: Any, lines: Sequence[Mapping[str, Any]], stage: str, name: str) -> None:

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -52,7 +54,8 @@ def save_images(
     rows = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(max(1.15 * columns + 0.2, 5.2), 1.3 * rows + 0.5), layout="constrained")
     alive = alive_BN.float().mean().item()
-    figure.suptitle(_caption(len(chosen), len(order), alive), fontsize=9)
+    shown = f"{len(chosen)} of {len(order)} synthetic images; {100 * alive:.0f} % of all patches alive"
+    figure.suptitle(f"{shown}, halted ones faded to blue", fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -60,10 +63,6 @@ def save_images(
         axis.imshow(picture.permute(1, 2, 0).numpy())
         axis.set_title(_short(classes[target]), fontsize=8, pad=2, parse_math=False)
     save(figure, path)
-
-
-def _caption(shown: int, total: int, alive: float) -> str:
-    return f"{shown} of {total} synthetic images; {100 * alive:.0f} % of all patches alive, halted ones faded to blue"
 
 
 def _fade(pixels_BCHW: Tensor, alive_BN: Tensor) -> Tensor:
@@ -92,23 +91,27 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
     names = [_short(name) for name in classes]
     upright = width > 25 or max(map(len, names)) > 4
     axis.set_xticks(range(width), names, rotation=90 if upright else 0, fontsize=8 if numbers else 7, parse_math=False)
-    axis.set_yticks(
-        range(clients), [f"{client}  (n = {int(row.sum())})" for client, row in enumerate(counts)], fontsize=8
-    )
+    totals = [f"{client}  (n = {int(row.sum())})" for client, row in enumerate(counts)]
+    axis.set_yticks(range(clients), totals, fontsize=8)
     axis.set_xlabel("class")
     axis.set_ylabel("client")
     axis.set_title(f"training images of {clients} clients by class", fontsize=10)
     if numbers:
-        _write_numbers(axis, counts)
+        write_cells(axis, counts.tolist(), counts > counts.max() / 2)
     save(figure, path)
 
 
-def _write_numbers(axis: object, counts: Tensor) -> None:
-    dark = counts.max().item() / 2
-    for client, row in enumerate(counts.tolist()):
-        for label, count in enumerate(row):
-            colour = "white" if count > dark else "black"
-            axis.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)  # type: ignore[attr-defined]
+def write_cells(axis: Any, texts: Sequence[Sequence[object]], dark: Any) -> None:
+    """A text in each cell of a heat map, white where it is dark.
+
+    Args:
+        axis: of the heat map.
+        texts: by row and column.
+        dark: an array or a tensor of truth values of the same shape.
+    """
+    for (y, x), is_dark in np.ndenumerate(np.asarray(dark)):
+        colour = "white" if is_dark else "black"
+        axis.text(x, y, str(texts[y][x]), ha="center", va="center", fontsize=7, color=colour)
 
 
 def _short(name: str) -> str:

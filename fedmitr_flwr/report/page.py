@@ -128,8 +128,9 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         ("clients alone, mean, %", _percent(sum(known) / len(known) if known else None)),
         ("ensemble, %", _percent(accuracy["ensemble"])),
         ("synthetic images", str(result["synthetic_images"])),
-        *([("rounds", str(rounds))] if rounds > 1 else []),
     ]
+    if rounds > 1:
+        numbers.append(("rounds", str(rounds)))
     return {
         "title": printable(f"{result['method']} on {data_set(config)}"),
         "about": f"{result['clients']} clients, {skew(config)}, seed {result['seed']}, {model(config)}",
@@ -169,11 +170,12 @@ def _client_costs(result: Mapping[str, Any]) -> Rows:
 
 def _server_costs(result: Mapping[str, Any]) -> Rows:
     memory = result.get("peak_memory") or {}
-    rows: Rows = [(f"{stage}, s", _scaled(spent, 1, 2)) for stage, spent in result["seconds"].items()]
-    rows.append(("all without evaluation, s", _scaled(result.get("server_seconds"), 1, 2)))
-    rows.append(("peak memory of the process, GB", _scaled(memory.get("ram"), 1e9, 2)))
-    rows.append(("peak memory on the GPU, GB", _scaled(memory.get("gpu"), 1e9, 2)))
-    return rows
+    return [
+        *((f"{stage}, s", _scaled(spent, 1, 2)) for stage, spent in result["seconds"].items()),
+        ("all without evaluation, s", _scaled(result.get("server_seconds"), 1, 2)),
+        ("peak memory of the process, GB", _scaled(memory.get("ram"), 1e9, 2)),
+        ("peak memory on the GPU, GB", _scaled(memory.get("gpu"), 1e9, 2)),
+    ]
 
 
 def _scaled(value: float | None, unit: float, digits: int) -> str:
