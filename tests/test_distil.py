@@ -1,7 +1,5 @@
 """Distillation: what each batch asks of the student, and that it comes to agree with its teachers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,18 +11,17 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation import distil as module
 from fedmitr_flwr.distillation import losses
-from fedmitr_flwr.distillation.distil import Plain, count_batches, distil, student_stepper
-from fedmitr_flwr.distillation.losses import Labels, Parts
-from fedmitr_flwr.distillation.pool import Pool, join
+from fedmitr_flwr.distillation.distil import Lesson, Plain, count_batches, distil, lessons, student_stepper
+from fedmitr_flwr.distillation.losses import Parts
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.ensemble import ensemble as ensemble_module
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.inversion.result import Inverted
+from fedmitr_flwr.inversion.pool import Pool, join
 from fedmitr_flwr.vit.optim import Stepper
-from fedmitr_flwr.vit.tokens import TokenLogits, forward_tokens, patchify, take
+from fedmitr_flwr.vit.tokens import TokenLogits, forward_tokens, patchify
 
-MODES = ("none", "drop", "tokens", "complement")
+MODES = ("none", "drop", "tokens")
 
 
 @pytest.fixture(autouse=True)
@@ -40,21 +37,20 @@ def alone(config: Config, seed: int = 0, teach: str = "logits") -> Ensemble:
 def inverted_pool(config: Config, ensemble: Ensemble, count: int = 10, first: int = 0) -> Pool:
     targets = torch.arange(first, first + count) % config.model.num_classes
     images = invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(first))
-    return Pool.of(images, relabel(images, config.relabel))
+    return relabel(images, config.relabel.mode)
 
 
 def noise_pool(config: Config, count: int) -> Pool:
-    """Images of noise, of which the first seven patches are of high density."""
+    """Images of noise, of which the first seven patches are dense."""
     every = torch.arange(16).expand(count, -1)
-    high = every < 7
-    images = some_images(config, count).clamp(-1, 1)
+    dense = every < 7
+    patches = patchify(some_images(config, count).clamp(-1, 1), 2)
     targets = torch.arange(count) % config.model.num_classes
-    made = Inverted(images, every, high, high, targets, torch.zeros(count))
-    return Pool.of(made, relabel(made, config.relabel))
+    return relabel(Pool(patches, every, dense, dense, targets, torch.zeros(count), 2), config.relabel.mode)
 
 
 def a_stepper(student: VisionTransformer, config: Config, pool: Pool) -> Stepper:
-    return student_stepper(student, config, count_batches(pool.views, config))
+    return student_stepper(student, config, count_batches(len(pool), config))
 
 
 def trained(
@@ -70,14 +66,13 @@ def trained(
     student = a_vit(config, seed)
     stepper = a_stepper(student, config, pool)
     if lr:
-        stepper = Sgd(student, lr, count_batches(pool.views, config))
+        stepper = Sgd(student, lr, count_batches(len(pool), config))
     distil(student, ensemble, pool, config, stepper, stream(rng_seed), plain=plain)
     return student
 
 
-@pytest.mark.parametrize("mode", ["tokens", "complement"])
-def test_teachers_that_are_asked_ahead_give_the_same_bits(mode: str) -> None:
-    config = settings(**{"relabel.mode": mode})
+def test_teachers_that_are_asked_ahead_give_the_same_bits() -> None:
+    config = settings()
     ensemble = alone(config)
     pool = inverted_pool(config, ensemble)
     in_turn = trained(config, ensemble, pool).state_dict()
@@ -97,41 +92,20 @@ def test_batches_are_counted_as_they_run(mode: str, inversion: str) -> None:
     student, seen = a_vit(config, 7), []
     stepper = a_stepper(student, config, pool)
     distil(student, ensemble, pool, config, stepper, stream(0), lambda images, parts: seen.append((images, parts)))
-    assert len(seen) == count_batches(pool.views, config)
-    assert sum(images for images, _ in seen) == 3 * sum(len(view) for view in pool.views)
+    assert len(seen) == count_batches(len(pool), config)
+    assert sum(images for images, _ in seen) == 3 * len(pool)
     assert stepper.schedules[0].get_last_lr() == [0.0]  # the cosine ends with the last batch
     assert all(isinstance(parts, Parts) for _, parts in seen)
     assert not student.training
 
 
 def test_batches_over_growing_pools() -> None:
-    """Two views of 10 and 5 images per epoch, batches of 4: 3 + 2, then 5 + 3, then 8 + 4, twice each."""
-
-    class View:
-        def __init__(self, size: int) -> None:
-            self.size = size
-
-        def __len__(self) -> int:
-            return self.size
-
+    """10 more images in each round, batches of 4: 3, then 5, then 8, twice each."""
     config = settings(**{"distill.rounds": 3, "distill.epochs-per-round": 2})
-    assert count_batches([View(10), View(5)], config) == 2 * (5 + 8 + 12)
+    assert count_batches(10, config) == 2 * (3 + 5 + 8)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pool_comes_back_from_its_tensors(mode: str, tmp_path: Path) -> None:
-    config = settings(**{"relabel.mode": mode})
-    pool = inverted_pool(config, alone(config))
-    again = Pool.of_tensors(pool.tensors(), pool.soft)
-    assert again.tensors().keys() == pool.tensors().keys()
-    pool.save(tmp_path / "a")
-    again.save(tmp_path / "b")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert again.soft == [view.soft for view in pool.views]
-    assert len(again) == 10
-
-
-def test_every_image_is_seen_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_seen_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(**{"distill.epochs-per-round": 2})
     ensemble = alone(config)
     pool = inverted_pool(config, ensemble)
@@ -205,86 +179,95 @@ def test_only_the_generator_decides(mode: str) -> None:
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
-class Batch:
-    """What one batch showed to the student and asked of it."""
-
-    def __init__(self, patches: Tensor, positions: Tensor) -> None:
-        self.patches, self.positions = patches, positions
-        self.labels: list[Labels] = []
+def made_lessons(config: Config, ensemble: Ensemble, pool: Pool, plain: Plain | None = None) -> list[Lesson]:
+    return list(lessons(ensemble, pool, config, stream(0), plain))
 
 
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    seen: list[Batch] = []
-    loss = module.distillation_loss
-
-    def see(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> TokenLogits:
-        seen.append(Batch(patches, positions))
-        return forward_tokens(vit, patches, positions)
-
-    def asked(student: TokenLogits, labels: list[Labels], *rest: object) -> Parts:
-        seen[-1].labels = labels
-        return loss(student, labels, *rest)
-
-    monkeypatch.setattr(module, "forward_tokens", see)
-    monkeypatch.setattr(module, "distillation_loss", asked)
-    return seen
+def rows_of(pool: Pool, patches: Tensor, positions: Tensor) -> list[int]:
+    """The image that each token (J, E) of one row is of."""
+    found = []
+    for patch, position in zip(patches, positions.tolist(), strict=True):
+        (image,) = [i for i in range(len(pool)) if torch.equal(pool.patches[i, position], patch)]
+        found.append(image)
+    return found
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.3])
+@pytest.mark.parametrize("keep", [1.0, 0.6])
 @pytest.mark.parametrize("mode", MODES)
-def test_each_token_has_a_whole_label(
-    batches: list[Batch], mode: str, keep: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over both images of a mixture the weights of a token's labels sum to 1, and so do those of [CLS]."""
+def test_a_mixtures_labels_belong_to_its_tokens(mode: str, keep: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is one image's, with its place, pseudo-label and density there; shares are those of the tokens."""
     monkeypatch.setattr(module, "KEEP", keep)
     config = settings(**{"relabel.mode": mode})
     ensemble = alone(config)
-    trained(config, ensemble, inverted_pool(config, ensemble))
-    assert batches
-    for batch in batches:
-        assert len(batch.labels) == 2
-        tokens = sum(each.high + each.low for each in batch.labels)
-        shape = batch.positions.shape
-        rest = not batch.labels[0].hard.any()  # the complement: no token has a label
-        assert tokens.shape == shape
-        assert torch.allclose(tokens, torch.zeros(shape) if rest else torch.ones(shape))
-        assert torch.allclose(sum(each.share for each in batch.labels), torch.ones(shape[:1]))
-        assert torch.allclose(sum(each.hard for each in batch.labels), torch.full(shape[:1], float(not rest)))
-        assert mode == "complement" or not rest
-        for each in batch.labels:
-            assert each.token_scores.shape[:2] == shape
-        assert shape[1] <= max(1, round(keep * 16))
+    pool = inverted_pool(config, ensemble)
+    made = made_lessons(config, ensemble, pool)
+    assert sorted(row for lesson in made for row in lesson.labels[0].targets.tolist()) == list(range(10))
+    for lesson in made:
+        one, other = lesson.labels
+        shown = min(pool.positions.shape[1], round(keep * 16))
+        assert lesson.positions.shape == (len(lesson.patches), shown)
+        assert torch.equal(one.own + other.own, torch.ones(lesson.positions.shape))
+        torch.testing.assert_close(one.share + other.share, torch.ones(len(lesson.patches)))
+        assert one.hard.all()
+        for row, (patches, positions) in enumerate(zip(lesson.patches, lesson.positions, strict=True)):
+            assert one.share[row].item() == pytest.approx(one.own[row].mean().item())
+            for token, image in enumerate(rows_of(pool, patches, positions)):
+                asked = one if one.own[row, token] else other
+                assert asked.targets[row] == pool.targets[image]
+                seen_at = pool.positions[image].tolist().index(positions[token])
+                assert asked.dense[row, token] == pool.dense[image, seen_at]
+
+
+def test_images_without_a_dense_patch_have_no_pseudo_label() -> None:
+    config = settings(**{"inversion.mode": "pri4"})
+    ensemble = alone(config)
+    pool = inverted_pool(config, ensemble)
+    made = made_lessons(config, ensemble, pool)
+    hard = sum(int(lesson.labels[0].hard.sum()) for lesson in made)
+    assert 2 * hard == len(pool) == sum(len(lesson.patches) for lesson in made)
+
+
+def test_a_share_is_uniform_and_each_image_has_its_own_choice_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 2000)
+    config = settings(**{"model.patch-size": 1})  # 64 patches
+    every = torch.arange(64).expand(2000, -1)
+    dense = torch.ones(2000, 64, dtype=torch.bool)
+    pool = Pool(torch.zeros(2000, 64, 1), every, dense, dense, torch.zeros(2000).long(), torch.zeros(2000), 1)
+    (lesson,) = made_lessons(config, alone(config), pool)
+    share = lesson.labels[0].share
+    assert share.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert share.var().item() == pytest.approx(1 / 12 + 1 / 6 / 32, abs=0.01)  # of λ, and of 32 draws with it
+    assert lesson.positions.shape == (2000, 32)
+    assert len({tuple(sorted(row)) for row in lesson.positions.tolist()}) == 2000
 
 
 @torch.no_grad()
-def test_teachers_see_what_the_student_sees(batches: list[Batch]) -> None:
+def test_teachers_see_what_the_student_sees() -> None:
     config = settings(**{"data.flip": True})
     ensemble = alone(config)
     with torch.enable_grad():
-        trained(config, ensemble, inverted_pool(config, ensemble))
-    for batch in batches:
-        assert batch.positions.shape[1] == 8  # half of the patches
-        wanted = ensemble.scores(batch.patches, batch.positions)
-        for each in batch.labels:
-            torch.testing.assert_close(each.scores, wanted.cls)
-            torch.testing.assert_close(each.token_scores, wanted.patches)
+        pool = inverted_pool(config, ensemble)
+    for plain in (None, Plain(4.0), Plain(4.0, lambda _ensemble, patches, _positions, _rng: 0.5 * patches)):
+        for lesson in made_lessons(config, ensemble, pool, plain):
+            assert lesson.positions.shape[1] == (16 if plain else 8)
+            wanted = ensemble.scores(lesson.patches, lesson.positions)
+            torch.testing.assert_close(tuple(lesson.soft), tuple(wanted))
 
 
-@pytest.mark.parametrize(("inversion", "mode"), [("sparse", "none"), ("pri4", "none")])
-def test_plain_lessons_show_images_as_they_were_made(batches: list[Batch], inversion: str, mode: str) -> None:
+@pytest.mark.parametrize("inversion", ["sparse", "pri4"])
+def test_plain_lessons_show_images_as_they_were_made(inversion: str) -> None:
     """Neither mixed nor thinned, also in a pool of two."""
-    config = settings(**{"inversion.mode": inversion, "relabel.mode": mode})
+    config = settings(**{"inversion.mode": inversion, "relabel.mode": "none"})
     ensemble = alone(config)
     pool = join([inverted_pool(config, ensemble, 5), inverted_pool(config, ensemble, 5, first=3)])
-    trained(config, ensemble, pool, plain=Plain(4.0))
-    (view,) = pool.views
-    whole = take(patchify(pool.images, 2)[view.rows], view.given)
-    for batch in batches:
-        for row in range(len(batch.patches)):
-            (look,) = [i for i in range(len(view)) if torch.equal(whole[i], batch.patches[row])]
-            assert torch.equal(batch.positions[row], view.given[look])
-    assert sum(len(batch.patches) for batch in batches) == len(view)
+    made = made_lessons(config, ensemble, pool, Plain(4.0))
+    for lesson in made:
+        for patches, positions in zip(lesson.patches, lesson.positions, strict=True):
+            assert sum(
+                torch.equal(positions, own) and torch.equal(patches, whole[own])
+                for own, whole in zip(pool.positions, pool.patches, strict=True)
+            )
+    assert sum(len(lesson.patches) for lesson in made) == len(pool)
 
 
 @torch.no_grad()
@@ -305,50 +288,3 @@ def test_a_plain_loss_is_that_of_the_class_token_on_what_is_seen() -> None:
     torch.testing.assert_close(parts.kd, 16 * (p * (p / q).log()).sum(1).mean())
     assert (parts.high, parts.low) == (0, 0)
     assert parts.total() == parts.kd
-
-
-def test_a_mixtures_labels_belong_to_its_tokens(batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each token shown, the label that weighs comes from the image that the token comes from."""
-    monkeypatch.setattr(module, "KEEP", 0.6)
-    config = settings()
-    ensemble = alone(config)
-    pool = inverted_pool(config, ensemble)
-    trained(config, ensemble, pool)
-    (view,) = pool.views
-    whole = patchify(pool.images, 2)
-    checked = 0
-    for batch in batches:
-        one, other = batch.labels
-        for row in range(len(batch.patches)):
-            for token, position in enumerate(batch.positions[row].tolist()):
-                (image,) = [i for i in range(10) if torch.equal(whole[i, position], batch.patches[row, token])]
-                asked = one if one.high[row, token] + one.low[row, token] else other
-                assert asked.targets[row] == pool.targets[image]
-                assert asked.high[row, token] == view.high[image, position]
-                checked += 1
-    assert checked == 10 * 10
-
-
-def test_the_complement_teaches_the_class_token_by_the_low_weight(
-    batches: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """R2: an image of low-density patches has the ensemble's answer as its label, at the weight of `low`."""
-    monkeypatch.setattr(module, "BATCH", 10)
-    monkeypatch.setattr(module, "KEEP", 1.0)
-    config = settings(**{"relabel.mode": "complement"})
-    ensemble = alone(config)
-    pool = inverted_pool(config, ensemble)
-    student, parts = a_vit(config, 7), []
-    distil(student, ensemble, pool, config, a_stepper(student, config, pool), stream(0), lambda _, p: parts.append(p))
-    assert len(parts) == len(batches) == 2
-    for batch, part in zip(batches, parts, strict=True):
-        if batch.labels[0].hard.any():
-            assert batch.positions.shape[1] == 7
-            assert part.high > 0
-            assert part.low == 0
-            assert part.kd > 0
-        else:
-            assert batch.positions.shape[1] == 9
-            assert part.high == 0
-            assert part.low > 0
-            assert part.kd == 0

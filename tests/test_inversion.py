@@ -20,7 +20,7 @@ from fedmitr_flwr.inversion import invert as module
 from fedmitr_flwr.inversion import trajectory
 from fedmitr_flwr.inversion.invert import Pixels, alive_counts, halting_steps, invert
 from fedmitr_flwr.inversion.objective import TINY, AliveVariation, cross_entropy
-from fedmitr_flwr.inversion.result import Inverted
+from fedmitr_flwr.inversion.pool import Pool
 from fedmitr_flwr.inversion.starts import noise
 from fedmitr_flwr.inversion.trajectory import OnStep, Trajectory
 from fedmitr_flwr.vit.tokens import all_positions, patchify, put, take, unpatchify
@@ -55,7 +55,7 @@ def inverted(
     ensemble: Ensemble | None = None,
     on_step: OnStep | None = None,
     lr: float = 0.25,
-) -> Inverted:
+) -> Pool:
     """From noise, whose numbers are drawn image by image."""
     return invert(
         ensemble or an_ensemble(config),
@@ -190,8 +190,8 @@ def test_each_stop_keeps_the_most_important_alive_patches(halts: list[Halt]) -> 
     assert torch.equal(halts[1].before, halts[0].after)
     assert torch.equal(positions_of(result.alive), halts[1].after.sort(1).values)
     assert result.alive.sum(1).tolist() == [7, 7, 7]
-    assert torch.equal(result.high, result.alive)
-    assert torch.equal(result.given, torch.arange(16).expand(3, -1))
+    assert torch.equal(result.dense, result.alive)
+    assert torch.equal(result.positions, torch.arange(16).expand(3, -1))
 
 
 def test_halted_pixels_never_move_again(halts: list[Halt]) -> None:
@@ -232,7 +232,7 @@ def test_only_the_settings_and_the_seed_decide(mode: str) -> None:
     first = inverted(config, flip=True, rng=stream(5))
     torch.manual_seed(2)
     again, other = (inverted(config, flip=True, rng=stream(seed)) for seed in (5, 6))
-    for name in ("images", "given", "high", "alive", "targets", "loss"):
+    for name in ("patches", "positions", "dense", "alive", "targets", "loss"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
     assert not torch.equal(first.images, other.images)
 
@@ -241,7 +241,7 @@ def test_sparse_without_stops_is_dense() -> None:
     dense = inverted(settings(**{"inversion.mode": "dense", "inversion.stops": ""}))
     for stops in ("", "0.999"):  # a stop that rounds to the end is none
         sparse = inverted(settings(**{"inversion.mode": "sparse", "inversion.stops": stops}))
-        for name in ("images", "given", "high", "alive", "targets", "loss"):
+        for name in ("patches", "positions", "dense", "alive", "targets", "loss"):
             assert torch.equal(getattr(dense, name), getattr(sparse, name)), name
     assert dense.alive.all()
 
@@ -251,10 +251,10 @@ def test_dense_calls_as_many_patches_high_as_sparse_keeps() -> None:
     ensemble = an_ensemble(config)
     result = inverted(config, ensemble=ensemble)
     assert result.alive.all()
-    assert result.high.sum(1).tolist() == [7, 7, 7]
+    assert result.dense.sum(1).tolist() == [7, 7, 7]
     patches = patchify(result.images, 2)
     importance = ensemble.importance(patches, all_positions(patches), TARGETS)
-    for values, high in zip(importance, result.high, strict=True):
+    for values, high in zip(importance, result.dense, strict=True):
         assert values[high].min() >= values[~high].max()
 
 
@@ -378,16 +378,16 @@ def test_rebirths_share_the_patches_of_their_trajectory(
     result = inverted(still(mode="pri4", steps=16))
     assert len(result) == 3 * rebirths
     assert result.targets.tolist() == TARGETS.tolist() * rebirths
-    assert result.given.shape == result.high.shape == (3 * rebirths, share)
+    assert result.positions.shape == result.dense.shape == (3 * rebirths, share)
     assert torch.isfinite(result.loss).all()
     for image in range(3):
-        parts = result.given[image::3]  # the rebirths of one trajectory
+        parts = result.positions[image::3]  # the rebirths of one trajectory
         assert len(set(parts.flatten().tolist())) == rebirths * share
         for part, alive in zip(parts, result.alive[image::3], strict=True):
             assert set(alive.nonzero().flatten().tolist()) == set(part.tolist())
     wanted = [True] * (3 * ((rebirths + 1) // 2)) + [False] * (3 * (rebirths // 2))  # the earlier half is high
-    assert result.high.all(1).tolist() == wanted
-    assert result.high.any(1).tolist() == wanted
+    assert result.dense.all(1).tolist() == wanted
+    assert result.dense.any(1).tolist() == wanted
 
 
 def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(
@@ -402,7 +402,7 @@ def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(
         for image in range(3):
             row = 3 * rebirth + image
             best = halt.importance[image].argsort(descending=True)[:5]
-            assert result.given[row].tolist() == halt.before[image][best].tolist()
+            assert result.positions[row].tolist() == halt.before[image][best].tolist()
             assert torch.equal(patches[row, halt.before[image][best]], halt.patches[image, best])
 
 
@@ -443,7 +443,7 @@ def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {(0, 1, 2, 3)}
     result = inverted(still(mode="dense"), flip=True)
     assert seen == {(0, 1, 2, 3), (3, 2, 1, 0)}
-    assert torch.equal(result.given, torch.arange(16).expand(3, -1))  # the image's own patches stay where they are
+    assert torch.equal(result.positions, torch.arange(16).expand(3, -1))  # the image's own patches stay where they are
 
 
 def test_the_start_is_noise_within_the_limits() -> None:

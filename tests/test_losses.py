@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.distillation import losses
 from fedmitr_flwr.distillation.losses import Labels, Parts, distillation_loss, logit_distance, soft_divergence
-from fedmitr_flwr.distillation.mix import mix, thin
-from fedmitr_flwr.vit.tokens import TokenLogits, all_positions
+from fedmitr_flwr.vit.tokens import TokenLogits
 
 B, J, Y = 4, 6, 3
 
@@ -33,18 +32,19 @@ def student(seed: int = 0) -> TokenLogits:
     return TokenLogits(normal(B, Y, seed=seed).requires_grad_(), normal(B, J, Y, seed=seed + 100).requires_grad_())
 
 
-def labels(high: Tensor | None = None, share: Tensor | None = None, seed: int = 10, **changes: Tensor) -> Labels:
-    """Of whole images: `high` patches keep the class, the others have the teacher's label, and so has [CLS]."""
+def teacher(seed: int = 10) -> TokenLogits:
+    return TokenLogits(normal(B, Y, seed=seed), normal(B, J, Y, seed=seed + 1))
+
+
+def labels(dense: Tensor | None = None, share: Tensor | None = None, **changes: Tensor) -> Labels:
+    """Of whole images: `dense` patches keep the class, the others are relabelled."""
     share = torch.ones(B) if share is None else share
-    high = torch.ones(B, J) if high is None else high
     made = Labels(
         targets=torch.tensor([0, 2, 1, 1]),
-        hard=share,
-        high=share[:, None] * high,
-        low=share[:, None] * (1 - high),
+        hard=torch.ones(B),
         share=share,
-        scores=normal(B, Y, seed=seed),
-        token_scores=normal(B, J, Y, seed=seed + 1),
+        own=share[:, None].expand(B, J),
+        dense=torch.ones(B, J) if dense is None else dense,
     )
     return made._replace(**changes)
 
@@ -108,17 +108,17 @@ def test_logit_distance_is_the_limit_of_the_divergence() -> None:
 
 @pytest.mark.parametrize("teach", ["logits", "probs"])
 def test_soft_labels_are_followed_as_they_were_combined(teach: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logarithms of small probabilities, unlike logits, are all tail: they are followed by KL."""
+    """Logarithms of small probabilities, unlike logits, are all tail: they are followed by KL, each at its τ."""
     monkeypatch.setattr(losses, "TEMPERATURE", 3.0)
     monkeypatch.setattr(losses, "LOW_TEMPERATURE", 2.0)
-    ours, asked = student(), labels(half())
-    parts = distillation_loss(ours, [asked], teach)
+    ours, theirs = student(), teacher()
+    parts = distillation_loss(ours, theirs, [labels(half())], teach)
     low = 1 - half()
     if teach == "logits":
-        kd, tokens = logit_distance(asked.scores, ours.cls), logit_distance(asked.token_scores, ours.patches)
+        kd, tokens = logit_distance(theirs.cls, ours.cls), logit_distance(theirs.patches, ours.patches)
     else:
-        kd = soft_divergence(asked.scores, ours.cls, 3.0)
-        tokens = soft_divergence(asked.token_scores, ours.patches, 2.0)
+        kd = soft_divergence(theirs.cls, ours.cls, 3.0)
+        tokens = soft_divergence(theirs.patches, ours.patches, 2.0)
     torch.testing.assert_close(parts.kd, kd.mean())
     torch.testing.assert_close(parts.low, (low * tokens).sum() / low.sum())
 
@@ -127,39 +127,17 @@ def test_each_part_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """One image, two patches, two classes, label 0; the first patch is dense.
 
     The student: [CLS] (3/4, 1/4), patches (1/2, 1/2) and (1/5, 4/5). The ensemble: [CLS] (1/2, 1/2), second patch
-    (1/2, 1/2). T = τ = 1.
+    (1/2, 1/2). τ = 1.
     """
     ours = TokenLogits(torch.tensor([[math.log(3), 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, math.log(4)]]]))
-    asked = Labels(
-        targets=torch.tensor([0]),
-        hard=torch.ones(1),
-        high=torch.tensor([[1.0, 0.0]]),
-        low=torch.tensor([[0.0, 1.0]]),
-        share=torch.ones(1),
-        scores=torch.zeros(1, 2),
-        token_scores=torch.tensor([[[9.0, -9.0], [0.0, 0.0]]]),
-    )
+    theirs = TokenLogits(torch.zeros(1, 2), torch.tensor([[[9.0, -9.0], [0.0, 0.0]]]))
+    one = torch.ones(1)
+    asked = Labels(torch.tensor([0]), hard=one, share=one, own=torch.ones(1, 2), dense=torch.tensor([[1.0, 0.0]]))
     monkeypatch.setattr(losses, "TOKEN", 0.5)
-    parts = distillation_loss(ours, [asked], "probs")
+    parts = distillation_loss(ours, theirs, [asked], "probs")
     assert parts.high.item() == pytest.approx(math.log(4 / 3) + 0.5 * math.log(2))
     assert parts.low.item() == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))
     assert parts.kd.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
-
-
-def test_each_part_has_its_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, asked = student(), labels(half())
-
-    def parts(temperature: float, low: float) -> Parts:
-        monkeypatch.setattr(losses, "TEMPERATURE", temperature)
-        monkeypatch.setattr(losses, "LOW_TEMPERATURE", low)
-        return distillation_loss(ours, [asked], "probs")
-
-    cold, kd, low = parts(1.0, 1.0), parts(3.0, 1.0), parts(1.0, 3.0)
-    assert (kd.high, kd.low) == (cold.high, cold.low)
-    assert (low.high, low.kd) == (cold.high, cold.kd)
-    assert kd.kd != cold.kd
-    assert low.low != cold.low
-    torch.testing.assert_close(kd.kd, soft_divergence(asked.scores, ours.cls, 3.0).mean())
 
 
 def test_parts_are_weighted_and_added() -> None:
@@ -170,10 +148,9 @@ def test_parts_are_weighted_and_added() -> None:
 
 def test_sure_soft_labels_are_pseudo_labels() -> None:
     """`tokens` with one-hot soft labels is `none`, patch by patch, in value and gradient (τ = 1)."""
-    high, ours = half(), student()
-    asked = labels(high)
-    asked = asked._replace(token_scores=certain(asked.targets, (B, J, Y)), scores=certain(asked.targets, (B, Y)))
-    softened, plain = (distillation_loss(ours, [each], "probs") for each in (asked, labels()))
+    high, ours, asked = half(), student(), labels(half())
+    theirs = TokenLogits(certain(asked.targets, (B, Y)), certain(asked.targets, (B, J, Y)))
+    softened, plain = (distillation_loss(ours, theirs, [each], "probs") for each in (asked, labels()))
     hard = F.cross_entropy(ours.cls, asked.targets)
     dense, rest = high.sum(), (1 - high).sum()
     mixture = (dense * (softened.high - hard) + rest * softened.low) / (dense + rest)
@@ -183,110 +160,66 @@ def test_sure_soft_labels_are_pseudo_labels() -> None:
     torch.testing.assert_close(softened.kd, hard)
 
 
-@pytest.mark.parametrize("part", ["hard", "high", "low", "share"])
-def test_what_has_no_weight_is_exactly_zero(part: str) -> None:
-    ours = student()
-    nothing = labels(half())._replace(**{part: torch.zeros(B, J) if part in ("high", "low") else torch.zeros(B)})
-    if part == "hard":
-        nothing = nothing._replace(high=torch.zeros(B, J))
-    parts = distillation_loss(ours, [nothing], "probs")
-    if part == "high":
-        assert torch.equal(parts.high, F.cross_entropy(ours.cls, nothing.targets))
-    else:
-        assert getattr(parts, {"hard": "high", "low": "low", "share": "kd"}[part]) == 0
-    parts.total().backward()
-    for gradient in (ours.cls.grad, ours.patches.grad):
-        assert torch.isfinite(gradient).all()
-        assert gradient.abs().sum() > 0
-    if part == "high":
-        assert (ours.patches.grad[half() == 1] == 0).all()
-    if part == "low":
-        assert (ours.patches.grad[half() == 0] == 0).all()
-
-
-def test_nothing_at_all_has_weight() -> None:
-    ours = student()
-    zero, zeros = torch.zeros(B), torch.zeros(B, J)
-    nothing = labels()._replace(hard=zero, high=zeros, low=zeros, share=zero)
-    total = distillation_loss(ours, [nothing, nothing], "probs").total()
-    total.backward()
+def test_what_has_no_weight_is_exactly_zero() -> None:
+    ours, zero, zeros = student(), torch.zeros(B), torch.zeros(B, J)
+    cases = {
+        "high": labels(zeros, hard=zero),  # nothing is dense
+        "low": labels(torch.ones(B, J)),  # everything is
+        "kd": labels(half(), share=zero, own=torch.ones(B, J)),
+    }
+    for part, asked in cases.items():
+        parts = distillation_loss(ours, teacher(), [asked], "probs")
+        assert getattr(parts, part) == 0, part
+        gradients = torch.autograd.grad(parts.total(), [ours.cls, ours.patches], allow_unused=True)
+        for gradient in gradients:
+            assert gradient is not None, part
+            assert torch.isfinite(gradient).all(), part
+    nothing = labels(share=zero)
+    total = distillation_loss(ours, teacher(), [nothing, nothing], "probs").total()
     assert total == 0
-    assert (ours.cls.grad == 0).all()
-    assert (ours.patches.grad == 0).all()
+    for gradient in torch.autograd.grad(total, [ours.cls, ours.patches]):
+        assert (gradient == 0).all()
+
+
+def test_a_token_follows_its_pseudo_label_or_the_ensemble() -> None:
+    """Where patches are dense, other answers of the ensemble change no gradient of the tokens, and the reverse."""
+    ours, dense = student(), half()
+
+    def gradient(theirs: TokenLogits, targets: Tensor) -> Tensor:
+        total = distillation_loss(ours, theirs, [labels(dense, targets=targets)], "logits").total()
+        (found,) = torch.autograd.grad(total, ours.patches)
+        return found
+
+    plain = gradient(teacher(), torch.tensor([0, 2, 1, 1]))
+    by_others = gradient(teacher(20), torch.tensor([0, 2, 1, 1]))
+    by_targets = gradient(teacher(), torch.tensor([1, 0, 2, 0]))
+    assert torch.equal(plain[dense == 1], by_others[dense == 1])
+    assert torch.equal(plain[dense == 0], by_targets[dense == 0])
+    assert not torch.isclose(plain, by_others)[dense == 0].all(-1).any()
+    assert not torch.isclose(plain, by_targets)[dense == 1].all(-1).any()
 
 
 def test_a_partner_without_a_share_changes_nothing() -> None:
     ours, asked = student(), labels(half())
-    alone = distillation_loss(ours, [asked], "probs")
-    partner = labels(1 - half(), torch.zeros(B), seed=20, targets=torch.tensor([1, 1, 0, 2]))
-    mixed = distillation_loss(ours, [asked, partner], "probs")
+    alone = distillation_loss(ours, teacher(), [asked], "probs")
+    partner = labels(1 - half(), torch.zeros(B), targets=torch.tensor([1, 1, 0, 2]))
+    mixed = distillation_loss(ours, teacher(), [asked, partner], "probs")
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
 def test_mixed_images_have_the_mean_of_both_labels_losses() -> None:
     """λ of the one's and 1 - λ of the other's loss, image by image."""
-    ours, share = student(), torch.tensor([0.0, 0.25, 0.5, 1.0])
-    one, other = labels(share=share), labels(share=1 - share, seed=20, targets=torch.tensor([1, 1, 0, 2]))
-    found = distillation_loss(ours, [one, other], "probs")
-    high = kd = 0.0
+    ours, theirs, share = student(), teacher(), torch.tensor([0.0, 0.25, 0.5, 1.0])
+    one, other = labels(share=share), labels(share=1 - share, targets=torch.tensor([1, 1, 0, 2]))
+    found = distillation_loss(ours, theirs, [one, other], "probs")
+    high = 0.0
     for asked, weight in ((one, share), (other, 1 - share)):
         for image in range(B):
             cls, patches, target = ours.cls[image], ours.patches[image], asked.targets[image]
             pseudo = -cls.log_softmax(0)[target] - patches.log_softmax(1)[:, target].mean()
             high += (weight[image] * pseudo).item() / B
-            kd += (weight[image] * soft_divergence(asked.scores[image], cls, 1.0)).item() / B
     assert found.high.item() == pytest.approx(high, rel=1e-4)
-    assert found.kd.item() == pytest.approx(kd, rel=1e-4)
-
-
-def test_mixed_tokens_keep_their_content_position_and_share() -> None:
-    positions = torch.rand(30, 16, generator=stream(0)).argsort(1)[:, :J]
-    patches = normal(30, J, 4, seed=1)
-    mixed = mix(patches, positions, stream(2))
-    own = (mixed.patches == patches).all(-1)
-    for image, partner in enumerate(mixed.partner.tolist()):
-        for token in range(J):
-            source = image if own[image, token] else partner
-            assert torch.equal(mixed.patches[image, token], patches[source, token])
-            assert mixed.positions[image, token] == positions[source, token]
-        if partner != image:
-            assert torch.equal(mixed.token_share[image], own[image].float())
-            assert mixed.share[image].item() == pytest.approx(own[image].float().mean().item())
-    assert set(mixed.token_share.unique().tolist()) == {0, 1}
-    assert len(set(mixed.share.tolist())) > 3  # λ is drawn for each image
-
-
-def test_a_share_is_uniform() -> None:
-    patches = torch.arange(2000.0)[:, None, None].expand(-1, 400, 1)
-    share = mix(patches, all_positions(patches), stream(0)).share
-    assert share.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert share.var().item() == pytest.approx(1 / 12, abs=0.01)
-
-
-def test_thinning_keeps_whole_tokens() -> None:
-    patches = normal(20, J, 4, seed=1)
-    positions = torch.rand(20, 16, generator=stream(0)).argsort(1)[:, :J]
-    mixed = mix(patches, positions, stream(2))
-    thinned = thin(mixed, 4, stream(3))
-    for image in range(20):
-        kept = thinned.kept[image]
-        assert len(set(kept.tolist())) == 4
-        assert torch.equal(thinned.patches[image], mixed.patches[image, kept])
-        assert torch.equal(thinned.positions[image], mixed.positions[image, kept])
-        assert torch.equal(thinned.token_share[image], mixed.token_share[image, kept])
-        assert thinned.share[image] == mixed.token_share[image, kept].mean()
-    assert torch.equal(thinned.partner, mixed.partner)
-    assert len({tuple(sorted(row)) for row in thinned.kept.tolist()}) > 5  # each image has its own choice
-
-
-@pytest.mark.parametrize("most", [J, J + 3])
-def test_nothing_to_thin(most: int) -> None:
-    patches = normal(3, J, 4, seed=1)
-    rng = stream(0)
-    before = rng.get_state()
-    mixed = mix(patches, all_positions(patches), stream(2))
-    assert thin(mixed, most, rng) is mixed
-    assert torch.equal(rng.get_state(), before)
+    torch.testing.assert_close(found.kd, soft_divergence(theirs.cls, ours.cls, 1.0).mean())
 
 
 def test_relabelling_takes_exactly_the_labels_noise_out_of_the_gradient() -> None:
@@ -307,16 +240,10 @@ def test_relabelling_takes_exactly_the_labels_noise_out_of_the_gradient() -> Non
         rows = []
         for t, y in cells:
             ours = TokenLogits(torch.zeros(1, Y), torch.tensor(logits[t])[None, None].requires_grad_())
-            asked = Labels(
-                targets=torch.tensor([y]),
-                hard=torch.zeros(1),
-                high=torch.full((1, 1), float(not soft)),
-                low=torch.full((1, 1), float(soft)),
-                share=torch.zeros(1),
-                scores=torch.zeros(1, Y),
-                token_scores=torch.tensor(q[t]).log()[None, None],
-            )
-            parts = distillation_loss(ours, [asked], "probs")
+            theirs = TokenLogits(torch.zeros(1, Y), torch.tensor(q[t]).log()[None, None])
+            dense = torch.full((1, 1), float(not soft))
+            asked = Labels(torch.tensor([y]), torch.zeros(1), torch.zeros(1), torch.ones(1, 1), dense)
+            parts = distillation_loss(ours, theirs, [asked], "probs")
             (gradient,) = torch.autograd.grad(parts.low if soft else parts.high, ours.patches)
             rows.append(gradient.flatten().numpy())
         return np.stack(rows)

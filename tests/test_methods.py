@@ -110,7 +110,7 @@ def test_ensemble_keeps_every_model() -> None:
 MODES = [(inversion, relabel) for inversion in ("dense", "sparse", "pri4") for relabel in ("none", "drop", "tokens")]
 
 
-@pytest.mark.parametrize(("inversion", "relabel"), [*MODES, ("sparse", "complement"), ("pri4", "complement")])
+@pytest.mark.parametrize(("inversion", "relabel"), MODES)
 def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> None:
     changes = {"inversion.mode": inversion, "relabel.mode": relabel, "distill.rounds": 2}
     config = settings(**changes, **{"inversion.batch-size": 6, "distill.images-per-round": 12})
@@ -126,7 +126,7 @@ def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> N
         start.load_state_dict(average([an_upload(config, client, 10 + 20 * client) for client in range(2)]))
         assert not torch.equal(student(images), start(images))
     assert all(torch.isfinite(tensor).all() for tensor in made.weights.values())
-    assert len(made.pool) == 24
+    assert len(made.pool) == (12 if (inversion, relabel) == ("pri4", "drop") else 24)
     assert torch.isfinite(made.pool.images).all()
     # By pri4, three targets make twelve images: one batch. Otherwise two of six.
     inversions = [line for line in metrics if line["stage"] == "inversion"]
@@ -196,7 +196,7 @@ def test_when_one_batch_fails_the_others_stop(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("inversion", ["sparse", "pri4"])
 def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over growing pools and views of different sizes: the steps are counted ahead exactly."""
+    """Over growing pools: the steps are counted ahead exactly."""
     rates: list[float] = []
     step = Stepper.step
 
@@ -207,7 +207,6 @@ def test_the_learning_rate_ends_at_zero_with_the_last_batch(inversion: str, monk
     monkeypatch.setattr(Stepper, "step", spy)
     changes = {
         "inversion.mode": inversion,
-        "relabel.mode": "complement",
         "distill.rounds": 3,
         "distill.epochs-per-round": 2,
     }

@@ -30,7 +30,7 @@ SHAPE = {
 }
 KINDS: dict[str, dict[str, object]] = {
     "sparse": {},
-    "pri4": {"inversion.mode": "pri4", "distill.images-per-round": 48, "relabel.mode": "complement"},
+    "pri4": {"inversion.mode": "pri4", "distill.images-per-round": 48},
     "chosen": {"distill.extrapolate": 0.0},  # a start chosen on the first images
 }
 OUTPUTS = ("model.safetensors", "pool.safetensors")

@@ -15,11 +15,11 @@ from torch import Tensor
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.distillation.pool import Pool
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.distillation.start import FACTORS, answers, choose_start, likeness, start_student
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
+from fedmitr_flwr.inversion.pool import Pool
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.uploads.upload import Upload
@@ -39,7 +39,7 @@ def placed(factor: float) -> Weights:
 def a_pool(config: Config, teachers: list[Upload], count: int = 20) -> Pool:
     ensemble = Ensemble.of(teachers, config.model, config.ensemble)
     images = invert(ensemble, torch.arange(count) % 10, config.inversion, config.model, flip=False, rng=stream(0))
-    return Pool.of(images, relabel(images, config.relabel))
+    return relabel(images, config.relabel.mode)
 
 
 def said(config: Config, teachers: list[Upload], pool: Pool) -> Tensor:
@@ -98,9 +98,7 @@ def test_another_start_is_not_moved(factor: float) -> None:
     assert not config.distill.chooses_start
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"relabel.mode": "complement"}, {"inversion.mode": "pri4", "relabel.mode": "drop"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"inversion.mode": "pri4", "relabel.mode": "drop"}])
 @pytest.mark.parametrize("factor", FACTORS)
 def test_the_factor_at_which_the_teacher_stands_is_chosen(
     factor: float, changes: dict[str, object], caplog: pytest.LogCaptureFixture

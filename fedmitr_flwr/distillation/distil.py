@@ -1,6 +1,9 @@
-"""Train the student on the pool."""
+"""Train the student on the pool.
 
-from collections.abc import Callable, Iterator, Sequence
+Shapes: B images in a batch, J patches of each that are seen, E numbers in a patch, N patches in an image, Y classes.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +14,10 @@ from torch import Tensor
 from ..common.compute import ahead, side_by_side
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
+from ..inversion.pool import Pool
 from ..vit.optim import Stepper
-from ..vit.tokens import TokenLogits, forward_tokens, patchify, random_flip, take
+from ..vit.tokens import TokenLogits, forward_tokens, random_flip, take
 from .losses import Labels, Parts, distillation_loss, plain_loss
-from .mix import Mixed, mix, thin
-from .pool import Pool
-from .relabel import View
 
 BATCH = 64  # images that a step of the student sees
 KEEP = 0.5  # a batch shows at most this share of an image's patches, drawn anew each time
@@ -39,18 +40,23 @@ class Plain:
     perturb: Perturb | None = None
 
 
+class Lesson(NamedTuple):
+    """A batch as teachers and student see it, and what the student is to answer."""
+
+    patches: Tensor  # (B, J, E)
+    positions: Tensor  # (B, J)
+    soft: TokenLogits  # the ensemble's answers on exactly these patches
+    labels: tuple[Labels, ...] = ()  # of the two images in each row; none of an image that is not mixed
+
+
 def student_stepper(student: VisionTransformer, config: Config, total_steps: int) -> Stepper:
     return Stepper(student.parameters(), "muon", config.distill.lr, total_steps)
 
 
-def count_batches(views: Sequence[View], config: Config) -> int:
-    """Batches of the whole distillation, if every epoch adds images like these `views`."""
-    distill = config.distill
-    return sum(
-        distill.epochs_per_round * -(-epoch * len(view) // BATCH)
-        for epoch in range(1, distill.rounds + 1)
-        for view in views
-    )
+def count_batches(images: int, config: Config) -> int:
+    """Batches of the whole distillation, if every round adds so many images."""
+    rounds = range(1, config.distill.rounds + 1)
+    return config.distill.epochs_per_round * sum(-(-r * images // BATCH) for r in rounds)
 
 
 def distil(
@@ -63,111 +69,90 @@ def distil(
     on_batch: OnBatch | None = None,
     plain: Plain | None = None,
 ) -> None:
-    """Pass over the pool `config.distill.epochs_per_round` times, training `student` in place through `stepper`.
+    """Train `student` in place through `stepper`, for `config.distill.epochs_per_round` epochs over the pool.
 
-    Teachers are asked on each batch as the student sees it; with `plain`, that is all there is. On two CPU threads or
-    more, half of them ask the teachers about the next batch while the others train the student on this one.
+    On two CPU threads or more, half of them ask the teachers about the next batch while the others train the student.
     """
     student.train()
-    by_cpu = pool.images.device.type == "cpu"
+    by_cpu = pool.patches.device.type == "cpu"
     with side_by_side(2 if by_cpu else 1) as at_once:
-        lessons = _lessons(ensemble, pool, config, rng, plain)
-        for lesson in ahead(lessons) if at_once == 2 else lessons:
+        made = lessons(ensemble, pool, config, rng, plain)
+        for lesson in ahead(made) if at_once == 2 else made:
             answers = forward_tokens(student, lesson.patches, lesson.positions)
             if plain:
-                loss = plain_loss(answers, lesson.scores.cls, plain.temperature)
+                loss = plain_loss(answers, lesson.soft, plain.temperature)
             else:
-                loss = distillation_loss(answers, lesson.labels, ensemble.teach)
-            if lesson.soft == "cls":  # R2: the class token carries the soft labels of low density
-                loss = loss._replace(low=loss.kd, kd=torch.zeros_like(loss.kd))
+                loss = distillation_loss(answers, lesson.soft, lesson.labels, ensemble.teach)
             stepper.step(loss.total())
             if on_batch:
                 on_batch(len(lesson.patches), loss)
     student.eval()
 
 
-class _Lesson(NamedTuple):
-    """A batch as the student sees it, and what it is to answer."""
-
-    patches: Tensor  # (B, J, E)
-    positions: Tensor  # (B, J)
-    scores: TokenLogits  # the ensemble's answers
-    labels: list[Labels]  # of each of the mixed images; plain ones have none
-    soft: str  # who carries the soft labels, `View.soft`
-
-
-def _lessons(
-    ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None
-) -> Iterator[_Lesson]:
-    """All of one distillation. None depends on the student, so they may be made ahead of it."""
+def lessons(
+    ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None = None
+) -> Iterator[Lesson]:
+    """Every image once per epoch, in random batches. None depends on the student: they may be made ahead of it."""
     for _ in range(config.distill.epochs_per_round):
-        for view, chosen in _batches(pool, rng):
-            yield _lesson(ensemble, pool, view, chosen.to(pool.images.device), config, rng, plain)
+        batches = torch.randperm(len(pool), generator=rng).split(BATCH)
+        for b in torch.randperm(len(batches), generator=rng).tolist():
+            chosen = batches[b].to(pool.patches.device)
+            if plain:
+                yield whole_lesson(ensemble, pool, chosen, config, rng, plain.perturb)
+            else:
+                yield mixed_lesson(ensemble, pool, chosen, config, rng)
 
 
-def _batches(pool: Pool, rng: torch.Generator) -> list[tuple[View, Tensor]]:
-    """One pass: every image of every view once, batches of all views in random order."""
-    batches = [
-        (view, chosen) for view in pool.views for chosen in torch.randperm(len(view), generator=rng).split(BATCH)
-    ]
-    return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
+def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config, rng: torch.Generator) -> Lesson:
+    """Mix each image with another one of the batch, flip, leave out patches, ask the ensemble.
 
-
-def _lesson(
-    ensemble: Ensemble,
-    pool: Pool,
-    view: View,
-    chosen: Tensor,
-    config: Config,
-    rng: torch.Generator,
-    plain: Plain | None,
-) -> _Lesson:
-    """The chosen images: mixed, flipped and thinned, or, if `plain`, flipped and perhaps perturbed."""
-    model = config.model
-    given = view.given[chosen]
-    patches = take(patchify(pool.images[view.rows[chosen]], model.patch_size), given)
-    mixed = None if plain else mix(patches, given, rng)
-    if mixed:
-        patches, given = mixed.patches, mixed.positions
+    Each token is of the one or the other image, with its position, in a share λ ~ U(0, 1) (MixToken, Jiang et al.
+    2021 [C]). Of the N patches `KEEP` are seen at most: the same tokens in ever new company are a cheap source of
+    diversity [M].
+    """
+    model, device = config.model, first_B.device
+    second_B = first_B[torch.randperm(len(first_B), generator=rng).to(device)]
+    share_B1 = torch.rand(len(first_B), 1, generator=rng).to(device)
+    own_BJ = torch.rand(pool.positions[first_B].shape, generator=rng).to(device) < share_B1
+    patches = torch.where(own_BJ[..., None], seen(pool, first_B), seen(pool, second_B))
+    positions = torch.where(own_BJ, pool.positions[first_B], pool.positions[second_B])
+    dense = [pool.dense[images].float() for images in (first_B, second_B)]
+    own = own_BJ.float()
     if config.data.flip:
-        patches, given = random_flip(patches, given, model.grid, model.patch_size, rng)
-    if mixed:
-        most = max(1, round(KEEP * model.num_patches))
-        mixed = thin(mixed._replace(patches=patches, positions=given), most, rng)
-        patches, given = mixed.patches, mixed.positions
-    if plain and plain.perturb:
-        patches = plain.perturb(ensemble, patches, given, rng)
-    with torch.no_grad():
-        scores = ensemble.scores(patches, given)
-    return _Lesson(patches, given, scores, _labels(pool, view, chosen, mixed, scores) if mixed else [], view.soft)
-
-
-def _labels(pool: Pool, view: View, chosen: Tensor, mixed: Mixed, scores: TokenLogits) -> list[Labels]:
-    """Labels of the chosen images and of their partners."""
-    partners = chosen[mixed.partner]
-    return [
-        _labels_of(pool, view, chosen, mixed.kept, mixed.share, mixed.token_share, scores),
-        _labels_of(pool, view, partners, mixed.kept, 1 - mixed.share, 1 - mixed.token_share, scores),
-    ]
-
-
-def _labels_of(
-    pool: Pool,
-    view: View,
-    chosen: Tensor,
-    kept_BJ: Tensor,
-    share_B: Tensor,
-    share_BJ: Tensor,
-    scores: TokenLogits,
-) -> Labels:
-    high = take(view.high[chosen], kept_BJ).float()
-    low = 1 - high if view.soft == "tokens" else torch.zeros_like(high)
-    return Labels(
-        targets=pool.targets[view.rows[chosen]],
-        hard=share_B * view.hard[chosen],
-        high=share_BJ * high,
-        low=share_BJ * low,
-        share=share_B,
-        scores=scores.cls,
-        token_scores=scores.patches,
+        patches, positions = random_flip(patches, positions, model.grid, model.patch_size, rng)
+    most = max(1, round(KEEP * model.num_patches))
+    if most < positions.shape[1]:
+        ids_keep = torch.rand(positions.shape, generator=rng).topk(most).indices.to(device)
+        patches, positions, own, *dense = (take(each, ids_keep) for each in (patches, positions, own, *dense))
+    share = own.mean(1)
+    return Lesson(
+        patches,
+        positions,
+        asked(ensemble, patches, positions),
+        (
+            Labels(pool.targets[first_B], pool.dense[first_B].any(1), share, own, dense[0]),
+            Labels(pool.targets[second_B], pool.dense[second_B].any(1), 1 - share, 1 - own, dense[1]),
+        ),
     )
+
+
+def whole_lesson(
+    ensemble: Ensemble, pool: Pool, chosen_B: Tensor, config: Config, rng: torch.Generator, perturb: Perturb | None
+) -> Lesson:
+    """The images as they are, flipped and perhaps perturbed."""
+    patches, positions = seen(pool, chosen_B), pool.positions[chosen_B]
+    if config.data.flip:
+        patches, positions = random_flip(patches, positions, config.model.grid, config.model.patch_size, rng)
+    if perturb:
+        patches = perturb(ensemble, patches, positions, rng)
+    return Lesson(patches, positions, asked(ensemble, patches, positions))
+
+
+def seen(pool: Pool, chosen_B: Tensor) -> Tensor:
+    """The patches (B, J, E) at the chosen images' `positions`."""
+    return take(pool.patches[chosen_B], pool.positions[chosen_B])
+
+
+@torch.no_grad()
+def asked(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> TokenLogits:
+    return ensemble.scores(patches, positions)

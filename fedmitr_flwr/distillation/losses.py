@@ -1,9 +1,10 @@
 """The distillation loss in named parts: high, low and kd.
 
-Shapes: B images, J given patches, Y classes. Weights say how much a label counts for a token; where two images are
-mixed, each token has the labels of both, with weights that sum to 1.
+Shapes: B rows of two mixed images each, J tokens, Y classes. Each token is of one of the two images; the class token is
+of both, in the share of their tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,22 +14,20 @@ from torch.nn import functional as F
 from ..vit.tokens import TokenLogits
 
 HIGH = 0.1  # weight of the pseudo-labels in the whole loss
-TOKEN = 0.5  # weight of the high-density patch tokens among them
-# Where the ensemble teaches probabilities: T of the class token, τ of low-density tokens.
+TOKEN = 0.5  # weight of the dense patch tokens among them
+# Where the ensemble teaches probabilities: τ of the class token, and of relabelled tokens.
 TEMPERATURE = 2.0
 LOW_TEMPERATURE = 1.0
 
 
 class Labels(NamedTuple):
-    """What one of the mixed images asks of the student."""
+    """What one of two mixed images asks of the student. Weights are 0 or 1 but for `share`."""
 
     targets: Tensor  # (B,) the pseudo-labels
-    hard: Tensor  # (B,) weight of the pseudo-label for the class token
-    high: Tensor  # (B, J) weight of the pseudo-label for each patch token
-    low: Tensor  # (B, J) weight of the soft label for each patch token
-    share: Tensor  # (B,) weight of the ensemble's answer for the class token
-    scores: Tensor  # (B, Y) that answer
-    token_scores: Tensor  # (B, J, Y) its answers for the patch tokens
+    hard: Tensor  # (B,) True = the image has dense patches, so the class token learns its pseudo-label
+    share: Tensor  # (B,) of the tokens that are the image's; the rest is the other's
+    own: Tensor  # (B, J) 1 = the token is the image's
+    dense: Tensor  # (B, J) 1 = the image's patch there is dense: its token keeps the pseudo-label; 0 = it is relabelled
 
 
 class Parts(NamedTuple):
@@ -41,11 +40,11 @@ class Parts(NamedTuple):
         return HIGH * self.high + self.low + self.kd
 
 
-def distillation_loss(student: TokenLogits, labels: list[Labels], teach: str) -> Parts:
-    """Of the student's answers on one batch, against the labels of each of the mixed images.
+def distillation_loss(student: TokenLogits, ensemble: TokenLogits, labels: Sequence[Labels], teach: str) -> Parts:
+    """Of the student's answers on one batch, against the ensemble's and the labels of each of the mixed images.
 
-    L_high = CE(g_cls, y) + 0.5 · mean over high-density tokens of CE(g_i, y)
-    L_low  = mean over low-density tokens of |A_i - g_i|² / Y, of centred logits
+    L_high = CE(g_cls, y) + 0.5 · mean over dense tokens of CE(g_i, y)
+    L_low  = mean over the other tokens of |A_i - g_i|² / Y, of centred logits
     L_kd   = |A - g_cls|² / Y, likewise
 
     Where the ensemble teaches (`teach`) probabilities and no logits, τ² KL(softmax(A / τ) ‖ softmax(g / τ)) stands in
@@ -54,28 +53,31 @@ def distillation_loss(student: TokenLogits, labels: list[Labels], teach: str) ->
     Decoupled into a sparsity mask and a relabelling term as in the paper [S]; the forms are ours [M].
     """
     tokens_BYJ = student.patches.transpose(1, 2)
-    hard = _mean([(each.hard, F.cross_entropy(student.cls, each.targets, reduction="none")) for each in labels])
-    high = _mean(
-        [
-            (each.high, F.cross_entropy(tokens_BYJ, _spread(each.targets, each.high), reduction="none"))
-            for each in labels
-        ]
-    )
 
     def soft(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
         if teach == "logits":
             return logit_distance(teacher_Y, student_Y)
         return soft_divergence(teacher_Y, student_Y, temperature)
 
-    low = _mean([(each.low, soft(each.token_scores, student.patches, LOW_TEMPERATURE)) for each in labels])
-    kd = _mean([(each.share, soft(each.scores, student.cls, TEMPERATURE)) for each in labels])
-    return Parts(hard + TOKEN * high, low, kd)
+    def class_entropy(targets_B: Tensor) -> Tensor:
+        return F.cross_entropy(student.cls, targets_B, reduction="none")
+
+    def token_entropy(targets_B: Tensor) -> Tensor:
+        targets_BJ = targets_B[:, None].expand(-1, tokens_BYJ.shape[2])
+        return F.cross_entropy(tokens_BYJ, targets_BJ, reduction="none")
+
+    hard = _mean([(image.share * image.hard, class_entropy(image.targets)) for image in labels])
+    dense = _mean([(image.own * image.dense, token_entropy(image.targets)) for image in labels])
+    relabelled_BJ = soft(ensemble.patches, student.patches, LOW_TEMPERATURE)
+    low = _mean([(image.own * (1 - image.dense), relabelled_BJ) for image in labels])
+    kd = _mean([(image.share, soft(ensemble.cls, student.cls, TEMPERATURE)) for image in labels])
+    return Parts(hard + TOKEN * dense, low, kd)
 
 
-def plain_loss(student: TokenLogits, scores_BY: Tensor, temperature: float) -> Parts:
+def plain_loss(student: TokenLogits, ensemble: TokenLogits, temperature: float) -> Parts:
     """Of whole images, T² KL(softmax(A / T) ‖ softmax(g_cls / T)) alone: the distillation of the rivals."""
-    nothing = torch.zeros((), device=scores_BY.device)
-    return Parts(nothing, nothing, soft_divergence(scores_BY, student.cls, temperature).mean())
+    nothing = torch.zeros((), device=student.cls.device)
+    return Parts(nothing, nothing, soft_divergence(ensemble.cls, student.cls, temperature).mean())
 
 
 def soft_divergence(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
@@ -96,10 +98,6 @@ def logit_distance(teacher_Y: Tensor, student_Y: Tensor) -> Tensor:
 def centred(answers_Y: Tensor) -> Tensor:
     """Logits (..., Y) less their mean over the classes, which says nothing of any."""
     return answers_Y - answers_Y.mean(-1, keepdim=True)
-
-
-def _spread(targets_B: Tensor, like_BJ: Tensor) -> Tensor:
-    return targets_B[:, None].expand(-1, like_BJ.shape[1])
 
 
 def _mean(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

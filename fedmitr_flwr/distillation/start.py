@@ -10,13 +10,14 @@ from torch.nn.functional import cosine_similarity
 
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
+from ..inversion.pool import Pool
 from ..merging.average import average
 from ..merging.classwise import merge_heads
 from ..uploads.upload import Upload
 from ..vit.build import Weights, build_vit, initial_weights
-from ..vit.tokens import forward_tokens, patchify, take
+from ..vit.tokens import forward_tokens
+from .distil import seen
 from .losses import centred
-from .pool import Pool
 
 log = logging.getLogger("fedmitr")
 
@@ -76,7 +77,7 @@ def choose_start(student: VisionTransformer, said_MY: Tensor, pool: Pool, config
 
 
 def likeness(student: VisionTransformer, said_MY: Tensor, pool: Pool) -> float:
-    """The mean cosine of centred answers of student and ensemble, which `said_MY`, over the pool's first view.
+    """The mean cosine of centred answers of student and ensemble, which `said_MY`, over the pool.
 
     A longer way makes answers longer, and a divergence would weigh that against what they say (docs/LOG.md).
     """
@@ -89,16 +90,15 @@ def likeness(student: VisionTransformer, said_MY: Tensor, pool: Pool) -> float:
 
 
 def answers(ensemble: Ensemble, pool: Pool) -> Tensor:
-    """What the ensemble teaches of the images of the pool's first view: (M, Y)."""
+    """What the ensemble teaches of the pool's images: (M, Y)."""
     return _asked(lambda patches, positions: ensemble.scores(patches, positions).cls, pool)
 
 
 @torch.no_grad()
 def _asked(ask: Callable[[Tensor, Tensor], Tensor], pool: Pool) -> Tensor:
-    """`ask(patches, positions)` of all images of the pool's first view: (M, Y)."""
-    view = pool.views[0]
-    chunks = zip(view.rows.split(BATCH), view.given.split(BATCH), strict=True)
-    return torch.cat([ask(take(patchify(pool.images[rows], pool.patch), given), given) for rows, given in chunks])
+    """`ask(patches, positions)` of all images of the pool: (M, Y)."""
+    chunks = torch.arange(len(pool), device=pool.patches.device).split(BATCH)
+    return torch.cat([ask(seen(pool, chunk), pool.positions[chunk]) for chunk in chunks])
 
 
 def _place(student: VisionTransformer, start: Weights, mean: Weights, factor: float) -> None:

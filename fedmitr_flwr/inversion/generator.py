@@ -19,7 +19,7 @@ from ..ensemble.routing import route
 from ..vit.names import normalisation
 from ..vit.tokens import all_positions, forward_cls, patchify, unpatchify
 from .invert import in_halves
-from .result import Inverted
+from .pool import Pool
 from .trajectory import OnStep
 
 # (the ensemble's scores (B, Y), the student's logits (B, Y), targets (B,)) -> loss of each image (B,)
@@ -82,7 +82,7 @@ def generate(
     on_step: OnStep | None = None,
     *,
     loss: Loss,
-) -> Inverted:
+) -> Pool:
     """Make images with a fresh generator, trained `STEPS` steps for just these targets.
 
     Each image has latent numbers z ~ N(0, 1) of its own, the same at every step; the generator's weights are optimised
@@ -92,7 +92,7 @@ def generate(
     """
     device = ensemble.weights.device
 
-    def attempt(latents: Tensor, targets: Tensor) -> Inverted:
+    def attempt(latents: Tensor, targets: Tensor) -> Pool:
         with seeded_init(rng.initial_seed(), "generator"):
             generator = Generator(config.model).to(device)
         return _train(generator, ensemble, student, latents.to(device), targets.to(device), config, loss, on_step)
@@ -110,10 +110,10 @@ def _train(
     config: Config,
     loss: Loss,
     on_step: OnStep | None,
-) -> Inverted:
+) -> Pool:
     routing = route(ensemble.weights, targets_B, config.inversion.route)
     adam = torch.optim.Adam(generator.parameters(), lr=LR, betas=(0.5, 0.999))
-    best, images, losses_B = math.inf, torch.empty(0), torch.empty(0)
+    best, kept_BNE, losses_B = math.inf, torch.empty(0), torch.empty(0)
     for _ in range(STEPS):
         made = generator(latents_BZ)
         patches = patchify(made.detach(), ensemble.patch)
@@ -124,12 +124,12 @@ def _train(
 
         loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing)
         mean = loss_B.mean().item()
-        if mean < best or not len(images):
-            best, images, losses_B = mean, made.detach(), loss_B
+        if mean < best or not len(kept_BNE):
+            best, kept_BNE, losses_B = mean, patches, loss_B
         adam.zero_grad()
         made.backward(unpatchify(gradient_BNE, ensemble.patch) / len(targets_B))
         adam.step()
         if on_step:
             on_step(mean, 1.0)
-    every = torch.ones(patches.shape[:2], dtype=torch.bool, device=images.device)
-    return Inverted(images, positions, every, every, targets_B, losses_B)
+    every = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+    return Pool(kept_BNE, positions, every, every, targets_B, losses_B, ensemble.patch)

@@ -14,7 +14,7 @@ from ..data.images import value_range
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import route
 from ..vit.tokens import take
-from .result import Inverted, joined
+from .pool import Pool, join
 from .starts import Start, leaves
 from .trajectory import OnStep, Trajectory
 
@@ -44,7 +44,7 @@ def invert(
     flip: bool,
     rng: torch.Generator,
     on_step: OnStep | None = None,
-) -> Inverted:
+) -> Pool:
     """Make images that the ensemble gives to the classes `targets_B`.
 
     Minimises CE(A(T(x)), y) + tv · TV₂(x) over the pixels of alive patches, from the images of `pixels.start`, with T
@@ -57,9 +57,9 @@ def invert(
     device = ensemble.weights.device
     starts = pixels.start(len(targets_B), model, rng)
     low, high = value_range(model)
-    modes: dict[str, Callable[..., Inverted]] = {"dense": _dense, "sparse": _sparse, "pri4": _rebirths}
+    modes: dict[str, Callable[..., Pool]] = {"dense": _dense, "sparse": _sparse, "pri4": _rebirths}
 
-    def attempt(starts: Tensor, targets: Tensor) -> Inverted:
+    def attempt(starts: Tensor, targets: Tensor) -> Pool:
         ends = low.to(device), high.to(device)
         routing = route(ensemble.weights, targets, config.route)
         run = Trajectory(ensemble, starts.to(device), targets, routing, ends, flip, rng, pixels.lr, config.prior)
@@ -69,9 +69,7 @@ def invert(
         return in_halves(attempt, starts, targets_B.to(device), rng)
 
 
-def in_halves(
-    attempt: Callable[[Tensor, Tensor], Inverted], starts: Tensor, targets: Tensor, rng: torch.Generator
-) -> Inverted:
+def in_halves(attempt: Callable[[Tensor, Tensor], Pool], starts: Tensor, targets: Tensor, rng: torch.Generator) -> Pool:
     """`attempt(starts, targets)` on the whole batch, or, where that is too much for the memory, on each half of it."""
     state = rng.get_state()
     try:
@@ -87,7 +85,7 @@ def in_halves(
     rng.set_state(state)
     half = len(targets) // 2
     parts = [(starts[:half], targets[:half]), (starts[half:], targets[half:])]
-    return joined([in_halves(attempt, *part, rng) for part in parts])
+    return join([in_halves(attempt, *part, rng) for part in parts])
 
 
 def halting_steps(config: InversionConfig) -> list[int]:
@@ -108,16 +106,16 @@ def alive_counts(num_patches: int, config: InversionConfig) -> list[int]:
     return counts
 
 
-def _dense(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+def _dense(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
     """Every patch to the end (F-ADI). Its dense patches are chosen afterwards, as many as `sparse` would keep."""
     loss_B = _run_best(run, config.steps, on_step)
     everything = run.positions_BK
     top = run.importance().topk(alive_counts(everything.shape[1], config)[-1]).indices
-    high = torch.zeros_like(everything, dtype=torch.bool).scatter(1, top, True)
-    return Inverted(run.images(), everything, high, run.alive_mask(), run.targets_B, loss_B)
+    dense = torch.zeros_like(everything, dtype=torch.bool).scatter(1, top, True)
+    return run.pool(everything, dense, loss_B)
 
 
-def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
     """SMI: at each stop the least important alive patches are halted and dropped."""
     everything = run.positions_BK
     stops = halting_steps(config)
@@ -128,26 +126,25 @@ def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) ->
         run.keep(run.importance().topk(count).indices)
         done = stop
     loss_B = _run_best(run, config.steps - done, on_step)
-    alive = run.alive_mask()
-    return Inverted(run.images(), everything, alive, alive, run.targets_B, loss_B)
+    return run.pool(everything, run.alive_mask(), loss_B)
 
 
-def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Inverted:
+def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
     """Patch rebirth (Heo & Choi 2025 [C]): v times, T/v steps, then the N/v best patches leave as a finished image.
 
-    Detachment order grades the information density: patches of the earlier half of the images are `high` [M]. Patches
+    Detachment order grades the information density: patches of the earlier half of the images are `dense` [M]. Patches
     beyond v · ⌊N/v⌋ are in no image.
     """
     v, num_patches = REBIRTHS, run.positions_BK.shape[1]
     share = num_patches // v
-    given, alive, losses = [], [], []
+    positions, alive, losses = [], [], []
     done = 0
     for rebirth in range(1, v + 1):
         loss_B = _run(run, rebirth * config.steps // v - done, on_step)
         done = rebirth * config.steps // v
         order = run.importance().argsort(1, descending=True)
         finished = take(run.positions_BK, order[:, :share])
-        given.append(finished)
+        positions.append(finished)
         alive.append(torch.zeros_like(run.alive_mask()).scatter(1, finished, True))
         losses.append(loss_B)
         if order.shape[1] > share:
@@ -155,10 +152,14 @@ def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) 
         else:
             run.write(run.alive_BKE.detach())
     early = torch.arange(v, device=run.targets_B.device) < (v + 1) // 2
-    high = early.repeat_interleave(len(run.targets_B))[:, None].expand(-1, share)
-    images = run.images().repeat(v, 1, 1, 1)
-    return Inverted(
-        images, torch.cat(given), high.contiguous(), torch.cat(alive), run.targets_B.repeat(v), torch.cat(losses)
+    return Pool(
+        patches=run.canvas_BNE.repeat(v, 1, 1),
+        positions=torch.cat(positions),
+        dense=early.repeat_interleave(len(run.targets_B))[:, None].expand(-1, share).contiguous(),
+        alive=torch.cat(alive),
+        targets=run.targets_B.repeat(v),
+        loss=torch.cat(losses),
+        patch=run.patch,
     )
 
 

@@ -15,6 +15,7 @@ from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import Routing
 from ..vit.tokens import all_positions, patchify, put, random_flip, take, unpatchify
 from .objective import AliveVariation, cross_entropy
+from .pool import Pool
 
 TV = 1e-4  # weight of the total variation prior, as SMI [C]
 
@@ -138,10 +139,11 @@ class Trajectory:
         self.write(patches_BKE)
         self.alive_BKE = patches_BKE
 
-    def images(self) -> Tensor:
-        return unpatchify(self.canvas_BNE, self.patch)
-
     def alive_mask(self) -> Tensor:
         """(B, N), True = alive."""
         halted = torch.zeros(self.canvas_BNE.shape[:2], dtype=torch.bool, device=self.canvas_BNE.device)
         return halted.scatter(1, self.positions_BK, True)
+
+    def pool(self, positions_BJ: Tensor, dense_BJ: Tensor, loss_B: Tensor) -> Pool:
+        """The canvases as finished images, one of each."""
+        return Pool(self.canvas_BNE, positions_BJ, dense_BJ, self.alive_mask(), self.targets_B, loss_B, self.patch)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..distillation.pool import Pool
 from ..ensemble.ensemble import Ensemble
+from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
 

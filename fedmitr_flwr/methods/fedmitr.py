@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..distillation.pool import Pool
 from ..distillation.relabel import relabel
 from ..ensemble.ensemble import Ensemble
 from ..inversion.invert import PIXELS, Pixels, invert
+from ..inversion.pool import Pool
 from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
 from .contract import Fused, Job
@@ -43,4 +43,4 @@ def synthesise(
     """One batch of images by `inversion.mode`; dense patches keep the class, others get the ensemble's soft labels."""
     flip = config.data.flip
     images = invert(ensemble, targets, config.inversion, config.model, pixels, flip=flip, rng=rng, on_step=on_step)
-    return Pool.of(images.require_finite(), relabel(images, config.relabel))
+    return relabel(images.require_finite(), config.relabel.mode)

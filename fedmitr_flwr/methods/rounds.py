@@ -19,13 +19,13 @@ from ..common.rng import stream
 from ..config import Config
 from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
-from ..distillation.pool import Pool, join
 from ..distillation.relabel import relabel
 from ..distillation.start import settle, start_student
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import route
 from ..inversion.generator import Loss, generate
 from ..inversion.invert import PIXELS, Pixels
+from ..inversion.pool import Pool, join
 from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
 from ..uploads.gate import require_finite
@@ -61,7 +61,7 @@ def generated(
 ) -> Pool:
     """One batch of a generator's images, of which every patch keeps the class."""
     images = generate(ensemble, student, targets, config, rng, on_step, loss=loss)
-    return Pool.of(images.require_finite(), relabel(images, config.relabel))
+    return relabel(images.require_finite(), config.relabel.mode)
 
 
 class Rounds:
@@ -125,8 +125,8 @@ class Rounds:
     def weigh(self, r: int, teachers: Weigher) -> None:
         """Weigh the teachers anew by all images so far, where their weights come from images."""
         assert self.pool is not None, "images come first"
-        images_each = self._job.config.inversion.images_each
-        teachers.refine(*(self.pool.canvases() if images_each > 1 else (self.pool.images, self.pool.targets)), r)
+        pool = self.pool.canvases() if self._job.config.inversion.images_each > 1 else self.pool
+        teachers.refine(pool.images, pool.targets, r)
         if teachers.how == "learned":
             self._job.log(stage="weights", epoch=r, weights=teachers.ensemble.weights[:, 0])
 
@@ -135,7 +135,7 @@ class Rounds:
         job, student, pool = self._job, self.student, self.pool
         assert pool is not None, "images come first"
         if self._stepper is None:
-            self._stepper = student_stepper(student, job.config, count_batches(pool.views, job.config))
+            self._stepper = student_stepper(student, job.config, count_batches(len(pool), job.config))
             self._done = self._restore(self._stepper)
             if job.config.distill.start_needs_images and not self._done:
                 with job.stopwatch.stage("distillation"):
@@ -155,7 +155,7 @@ class Rounds:
     def _train(self, r: int, ensemble: Ensemble, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
         job, config = self._job, self._job.config
         label = f"distillation {r + 1}/{config.distill.rounds}"
-        images = config.distill.epochs_per_round * sum(len(view) for view in pool.views)
+        images = config.distill.epochs_per_round * len(pool)
         series, alive = Series(), pool.alive.float().mean().item()
         with Progress(label, total=images, unit="img") as progress:
 
@@ -176,8 +176,7 @@ class Rounds:
         means = {"loss": batch.loss.mean().item(), "alive": batch.alive.float().mean().item()}
         means["teachers_asked"] = route(ensemble.weights, batch.targets, job.config.inversion.route).share
         job.log(stage=self._stage, epoch=r, batch=number, **means, curve=series.thin())
-        facts = {"soft": batch.soft, "seconds": seconds}
-        job.checkpoints.save(_name(r, number), self._image_settings, batch.tensors(), **facts)
+        job.checkpoints.save(_name(r, number), self._image_settings, batch.tensors(), seconds=seconds)
 
     def _kept_batch(self, r: int, number: int) -> Pool | None:
         job = self._job
@@ -188,7 +187,8 @@ class Rounds:
         job.stopwatch.add(facts["seconds"])
         label = f"{self._stage} {r + 1}/{job.config.distill.rounds}"
         log.info("%s: batch %d is of an earlier start", label, number + 1)
-        return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, facts["soft"])
+        patch = job.config.model.patch_size
+        return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, patch)
 
     def _keep(self, stepper: Stepper, rounds: int) -> None:
         job = self._job
