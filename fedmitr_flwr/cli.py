@@ -13,6 +13,7 @@ from .common.errors import ConfigError, UserError, printable
 from .common.process import NO_HOME, begin, homeless
 from .config import Config
 from .config.text import located, option_hint, parse_assignment, read_settings
+from .config.unread import unread_line
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
     from .runs.folder import RunFolder
@@ -117,12 +118,16 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _fuse(arguments: argparse.Namespace) -> None:
-    from . import pipeline
+    from . import methods, pipeline
     from .runs.folder import RunFolder
 
     run = RunFolder.open(arguments.run)
     method = str(located({"method": arguments.method}, Path.cwd())["method"])
-    _report(pipeline.fuse(run, method, _overrides(arguments, run.config)))
+    overrides = _overrides(arguments, run.config)
+    config = Config.from_flat({**overrides, "method": method}, run.config)
+    if without_effect := unread_line(config, methods.unread(config), overrides):
+        logging.getLogger("fedmitr").warning("%s", without_effect)
+    _report(pipeline.fuse(run, method, overrides))
 
 
 def _central(arguments: argparse.Namespace) -> None:

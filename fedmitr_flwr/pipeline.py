@@ -25,7 +25,8 @@ from .common.fingerprint import core
 from .common.outside import short
 from .common.rng import secret, stream
 from .config import Config, recipe
-from .config.sections import OWN
+from .config.sections import ONE_SHOT, OWN
+from .config.unread import unread_line
 from .data.images import Images
 from .data.own import Place
 from .data.partition import table
@@ -66,6 +67,11 @@ MOVABLE = ("data.path", "data.test-limit", "model.weights")
 # And those that only add to the weights: a fusion may use less than was uploaded.
 NARROWABLE = ("upload.extras",)
 
+# What `fedmitr run` does not read, with the reason.
+WITHOUT_FLOWER = dict.fromkeys(
+    ("flower.rounds", "flower.options", "flower.node-wait", "flower.upload-timeout", "flower.clients"), "of Flower"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -77,6 +83,13 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     """The whole line in one process; `config.partition.clients` clients, one after the other."""
     if chosen := recipe.chosen_line(config):
         log.info("%s", chosen)
+    if config.flower.strategy != ONE_SHOT:
+        raise ConfigError(
+            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: python scripts/flower_run.py; "
+            f"or set method to one of: {', '.join(methods.available())}"
+        )
+    if without_effect := unread_line(config, methods.unread(config) | WITHOUT_FLOWER):
+        log.warning("%s", without_effect)
     config = resolve(config)
     methods.check(config, config.partition.clients)
     if config.partition.scheme == OWN:

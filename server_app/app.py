@@ -12,12 +12,13 @@ from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, print
 from fedmitr_flwr.common.outside import short
 from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.sections import ONE_SHOT
 from fedmitr_flwr.config.text import located
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import accuracy_table
 
 from . import builtin
-from .checks import ONE_SHOT, prepared
+from .checks import prepared
 from .clients import Clients, meet, with_number_of
 from .records import order
 from .strategy import OneShot

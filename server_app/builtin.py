@@ -17,7 +17,7 @@ from fedmitr_flwr.common.compute import forget_peak, peak_memory, resolve_device
 from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.limits import nearest
-from fedmitr_flwr.config.sections import OWN
+from fedmitr_flwr.config.sections import ONE_SHOT, OWN
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.runs import result as report
@@ -64,7 +64,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for what Flower's strategies cannot do."""
     name = config.flower.strategy
     if name not in STRATEGIES:
-        known = ("oneshot", *STRATEGIES)
+        known = (ONE_SHOT, *STRATEGIES)
         raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
     _check_options(config)
     if config.resume_from:

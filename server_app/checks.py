@@ -6,7 +6,8 @@ from fedmitr_flwr import methods
 from fedmitr_flwr.common.compute import resolve_device
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config, recipe
-from fedmitr_flwr.config.sections import OWN
+from fedmitr_flwr.config.sections import ONE_SHOT, OWN
+from fedmitr_flwr.config.unread import unread_line
 from fedmitr_flwr.data.own import named_classes
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.resolve import resolve
@@ -16,8 +17,6 @@ from fedmitr_flwr.vit.build import initial_weights
 from . import builtin
 
 log = getLogger("flwr")
-
-ONE_SHOT = "oneshot"
 
 
 def require_possible(config: Config) -> None:
@@ -47,6 +46,8 @@ def prepared(config: Config) -> Config:
     """
     if chosen := recipe.chosen_line(config):
         log.info("%s", chosen)
+    if without_effect := unread_line(config, methods.unread(config)):
+        log.warning("%s", without_effect)
     config = resolve(config)
     if config.partition.scheme == OWN:
         config = named_classes(config)

@@ -8,6 +8,7 @@ from ..common.errors import ConfigError
 from .limits import Section, check, nearest
 
 REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
+ONE_SHOT = "oneshot"  # the strategy that is none of Flower's
 OWN = "own"  # the scheme without a partition: every client has its own images
 AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training starts from (recipe.py)
 HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
@@ -354,7 +355,7 @@ class FlowerConfig(Section):
     """Settings that only the Flower path reads."""
 
     section = "flower"
-    strategy: str = "oneshot"  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
+    strategy: str = ONE_SHOT  # oneshot, or a strategy that Flower ships: fedavg, fedadam, ...
     rounds: int = 1  # of a strategy that Flower ships
     options: str = ""  # of that strategy, by Flower's own names, as "eta=0.1, tau=0.01"; "": its defaults
     node_wait: float = 120.0  # seconds to wait for the nodes

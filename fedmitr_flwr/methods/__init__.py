@@ -6,7 +6,8 @@ of the group `fedmitr_flwr.methods`.
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
-One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
+One that does not read some settings names them, or how they begin, in `UNREAD`: who gives one is told. One that
+replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
 that returns.
 """
 
@@ -48,6 +49,13 @@ def check(config: Config, clients: int | None = None) -> None:
         module.check(config)
     if clients is not None and hasattr(module, "check_clients"):
         module.check_clients(config, clients)
+
+
+def unread(config: Config) -> dict[str, str]:
+    """Keys, or beginnings of keys, that the method does not read or replaces; each with the reason."""
+    replaced = in_force(config).to_flat()
+    keys = [key for key, value in config.to_flat().items() if value != replaced[key]]
+    return dict.fromkeys([*keys, *getattr(load(config.method), "UNREAD", ())], f"method = {config.method!r}")
 
 
 def in_force(config: Config) -> Config:

@@ -28,6 +28,7 @@ TEMPERATURE = 4.0  # T
 PIXELS = Pixels(lr=0.25, start=noise)
 
 settings = rival_settings
+UNREAD = ("inversion.stops",)
 
 
 def fuse(job: Job) -> Fused:

@@ -45,6 +45,7 @@ ADVERSARIAL_TEMPERATURE = 3.0  # τ
 PERTURB = 8.0  # ε, of 255 grey levels
 
 settings = rival_settings
+UNREAD = ("inversion.steps", "inversion.stops", "inversion.prior")
 
 
 def check(config: Config) -> None:

@@ -16,6 +16,8 @@ from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
 
+# Settings that a method without synthetic images does not read. The others of `inversion.*` are also the ensemble's.
+OF_IMAGES = ("inversion.mode", "inversion.steps", "inversion.stops", "inversion.route", "relabel.", "distill.")
 DIVERGED = "lower distill.lr"  # what to do about a student that diverged
 
 

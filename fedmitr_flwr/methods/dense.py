@@ -28,6 +28,7 @@ from .rounds import Rounds, generated, rival_settings
 TEMPERATURE = 4.0  # T
 
 settings = rival_settings
+UNREAD = ("inversion.steps", "inversion.stops", "inversion.prior")
 
 
 def fuse(job: Job) -> Fused:

@@ -3,7 +3,9 @@
 from ..common.errors import ConfigError
 from ..config import Config
 from ..inversion.scout import scouted_ensemble
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
 
 
 def check(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from ..merging.average import average
 from ..vit.build import vit_of
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
 
 
 def fuse(job: Job) -> Fused:

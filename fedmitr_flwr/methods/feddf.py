@@ -30,7 +30,10 @@ from ..distillation.start import start_student
 from ..ensemble.ensemble import Ensemble
 from ..inversion.scout import scouted_ensemble
 from ..uploads.gate import require_finite
-from .contract import DIVERGED, Fused, Job
+from .contract import DIVERGED, OF_IMAGES, Fused, Job
+
+UNREAD = tuple(key for key in OF_IMAGES if key != "distill.")
+UNREAD += ("distill.rounds", "distill.images-per-round", "distill.epochs-per-round")
 
 PASSES = 20  # over the images; more is a matter of minutes, and was not tried
 

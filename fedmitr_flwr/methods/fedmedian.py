@@ -5,7 +5,9 @@ from torch import Tensor
 
 from ..uploads.updates import stacked
 from ..vit.build import vit_of
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
 
 
 def fuse(job: Job) -> Fused:

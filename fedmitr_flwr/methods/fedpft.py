@@ -20,11 +20,13 @@ from ..config import Config
 from ..merging.closed_form import frozen_model, require_statistics, statistics_of
 from ..statistics.heads import Head
 from ..statistics.moments import Statistics
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
 
 PENALTY = 1.0  # on half the squared weights, beside the sum of cross-entropies: scikit-learn's C = 1
 STEPS = 500  # of L-BFGS at most
 MOST = 2000  # features drawn of one client and class
+
+UNREAD = OF_IMAGES
 
 
 def check(config: Config) -> None:

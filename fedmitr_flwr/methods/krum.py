@@ -10,9 +10,11 @@ from ..config import Config
 from ..uploads.updates import gram, squared_distances
 from ..uploads.upload import Upload
 from ..vit.build import vit_of
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
 
 log = logging.getLogger("fedmitr")
+
+UNREAD = OF_IMAGES
 
 
 def check_clients(config: Config, clients: int) -> None:

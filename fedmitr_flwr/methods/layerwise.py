@@ -4,22 +4,18 @@ What is to be had of the uploads in seconds: few images of few steps, and no dis
 The closed form and its sources are in merging/layerwise.py.
 """
 
-from ..common.errors import ConfigError
 from ..config import Config
 from ..distillation.start import start_student
 from ..inversion.scout import Weigher, first_images
 from ..merging.layerwise import fit_layers
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
 
 
-def check(config: Config) -> None:
-    """It starts from the average, by a given `distill.extrapolate`."""
-    if config.distill.init != "average":
-        raise ConfigError(
-            f"distill.init = {config.distill.init!r}, but method = 'layerwise' fits the average; set it to 'average'"
-        )
-    if config.distill.chooses_start:
-        raise ConfigError("distill.extrapolate = 0 is not for method = 'layerwise'; set it to 1")
+def settings(config: Config) -> Config:
+    """What is fitted is the average, and nothing else."""
+    return Config.from_flat({"distill.init": "average", "distill.extrapolate": 1.0}, base=config)
 
 
 def fuse(job: Job) -> Fused:

@@ -8,9 +8,11 @@ covariance is shrunk towards its mean variance, by Chen et al.'s formula (OAS).
 """
 
 from ..merging.closed_form import closed_form_model, require_statistics
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
 
 check = require_statistics
+
+UNREAD = OF_IMAGES
 
 
 def fuse(job: Job) -> Fused:

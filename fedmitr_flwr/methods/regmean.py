@@ -7,7 +7,9 @@ from ..common.errors import ConfigError
 from ..config import Config
 from ..merging.regmean import regmean
 from ..vit.build import vit_of
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
 
 
 def check(config: Config) -> None:

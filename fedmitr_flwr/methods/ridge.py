@@ -8,9 +8,11 @@ answer does not depend on how the images are spread. The scores are no log-proba
 """
 
 from ..merging.closed_form import closed_form_model, require_statistics
-from .contract import Fused, Job
+from .contract import OF_IMAGES, Fused, Job
 
 check = require_statistics
+
+UNREAD = OF_IMAGES
 
 
 def fuse(job: Job) -> Fused:
