@@ -13,7 +13,7 @@ from .config import Config
 from .data.images import Images
 from .data.shares import server_images
 from .ensemble.ensemble import Ensemble, combine_answers, teacher_weights
-from .inversion.scout import FROM_IMAGES, scouted_ensemble
+from .inversion.scout import scouted_ensemble
 from .merging.average import average
 from .merging.closed_form import teachers_of
 from .methods.contract import Fused
@@ -58,7 +58,7 @@ def compare(
 
 def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Evaluation:
     """The ensemble that no method has asked; without weights that need images, one teacher at a time is in memory."""
-    if config.ensemble.weights in FROM_IMAGES:
+    if config.ensemble.weights == "estimated":
         return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
     teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
     weights_KY = teacher_weights(teachers, classes, settings.weights)

@@ -227,3 +227,13 @@ def test_importance_is_finite_where_no_teacher_has_confidence() -> None:
     patches = patchify(some_images(config, 2), 2)
     found = ensemble.importance(patches, all_positions(patches), torch.tensor([4, 4]))
     assert torch.isfinite(found).all()
+
+
+@torch.no_grad()
+def test_answers_are_the_teachers_own_logits() -> None:
+    config = settings()
+    images = some_images(config, 5)
+    ensemble = Ensemble.of([an_upload(config, client) for client in range(2)], config.model, config.ensemble)
+    wanted = torch.stack([a_vit(config, client)(images) for client in range(2)])
+    torch.testing.assert_close(ensemble.answers(images, batch_size=2), wanted)
+    assert torch.equal(ensemble.probabilities(images), ensemble.answers(images).softmax(-1))

@@ -130,12 +130,12 @@ def test_fedmitr_gives_a_student_and_its_pool(inversion: str, relabel: str) -> N
     assert torch.isfinite(made.pool.images).all()
     # By pri4, three targets make twelve images: one batch. Otherwise two of six.
     inversions = [line for line in metrics if line["stage"] == "inversion"]
-    assert [(line["epoch"], line["batch"]) for line in inversions] == (
+    assert [(line["round"], line["batch"]) for line in inversions] == (
         [(0, 0), (1, 0)] if inversion == "pri4" else [(0, 0), (0, 1), (1, 0), (1, 1)]
     )
-    assert [line["epoch"] for line in metrics if line["stage"] == "distillation"] == [0, 1]
+    assert [line["round"] for line in metrics if line["stage"] == "distillation"] == [0, 1]
     assert all(math.isfinite(line["loss"]) for line in inversions)
-    assert set(metrics[-1]) == {"stage", "epoch", "high", "low", "kd", "curve"}
+    assert set(metrics[-1]) == {"stage", "round", "high", "low", "kd", "curve"}
     json.dumps(metrics, allow_nan=False)
     assert set(stopwatch.seconds) == {"inversion", "distillation"}
     assert all(seconds > 0 for seconds in stopwatch.seconds.values())
@@ -154,7 +154,7 @@ def test_batches_that_are_made_side_by_side_are_those_made_in_turn(method: str) 
     assert torch.equal(in_turn.pool.images, beside.pool.images)
     assert all(torch.equal(tensor, beside.weights[name]) for name, tensor in in_turn.weights.items())
     stage = "inversion" if method == "fedmitr" else "generation"
-    batches = [(each["epoch"], each["batch"]) for each in told if each["stage"] == stage]
+    batches = [(each["round"], each["batch"]) for each in told if each["stage"] == stage]
     assert sorted(batches) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -164,9 +164,9 @@ def test_teachers_are_weighed_by_each_canvas_once(mode: str, canvases: int, monk
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     refine = Weigher.refine
 
-    def spy(weigher: Weigher, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> None:
+    def spy(weigher: Weigher, images: torch.Tensor, targets: torch.Tensor) -> None:
         seen.append((images, targets))
-        refine(weigher, images, targets, epoch)
+        refine(weigher, images, targets)
 
     monkeypatch.setattr(Weigher, "refine", spy)
     made = fused(settings(**MANY | {"inversion.mode": mode, "inversion.batch-size": 2}))

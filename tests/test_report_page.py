@@ -168,7 +168,7 @@ def test_the_curves_are_those_of_the_run(run: RunFolder) -> None:
 
 def test_a_batch_that_was_made_twice_is_drawn_once() -> None:
     first, second = ({"step": [0, 1], "loss": [2.0, last]} for last in (1.0, 0.5))
-    batch = {"stage": "inversion", "epoch": 0, "batch": 0}
+    batch = {"stage": "inversion", "round": 0, "batch": 0}
     figure = charts.curves([{**batch, "curve": first}, {**batch, "curve": second}])
     assert figure is not None
     assert [list(drawn.get_ydata()) for drawn in figure.axes[0].get_lines()] == [[2.0, 0.5]]

@@ -309,7 +309,7 @@ def test_the_pool_grows_and_the_metrics_tell(rival: str) -> None:
     assert made.pool is not None
     assert len(made.pool) == 20
     stage = "inversion" if rival == "adi" else "generation"
-    assert [(line["epoch"], line["batch"]) for line in log if line["stage"] == stage] == [
+    assert [(line["round"], line["batch"]) for line in log if line["stage"] == stage] == [
         (0, 0),
         (0, 1),
         (1, 0),

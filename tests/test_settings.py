@@ -70,7 +70,7 @@ def test_a_section_is_no_key() -> None:
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"method": "fedavg", "ensemble.weights": "sise"}, "estimated | learned; did you mean size?"),
+        ({"method": "fedavg", "ensemble.weights": "sise"}, "counts | estimated; did you mean size?"),
         ({"data.source": "parkett"}, "did you mean parquet?"),
         ({"inversion.batch-size": 99999999999999999999}, "use a whole number of at most 64 bits"),
         ({"seed": 10**5000}, "seed = an integer of more than 40 digits is not possible"),

@@ -240,11 +240,11 @@ class EnsembleConfig(Section):
 
     section = "ensemble"
     combine: str = "probs"  # to decide what an image shows, the mean of the teachers' logits | probs | a Python file
-    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated | learned
+    weights: str = "estimated"  # uniform | size (images per client) | counts (per class too) | estimated
 
     def __post_init__(self) -> None:
         self._one_of_or_outside("combine", "rules", "logits", "probs")
-        self._one_of("weights", "uniform", "size", "counts", "estimated", "learned")
+        self._one_of("weights", "uniform", "size", "counts", "estimated")
 
 
 @dataclass(frozen=True, kw_only=True)

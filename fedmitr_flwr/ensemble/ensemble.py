@@ -248,12 +248,12 @@ def teacher_weights(uploads: Sequence[Upload], num_classes: int, weights: str) -
     """The weight (K, Y) of each teacher for each class; each column sums to 1.
 
     `uniform`; `size`: by number of images; `counts`: by number of images of the class (a class without images is
-    weighted by size); `estimated` and `learned`: by size, until there are images (`scout.Weigher`).
+    weighted by size); `estimated`: by size, until there are images (`scout.Weigher`).
     """
     sizes_K1 = torch.tensor([float(upload.num_examples) for upload in uploads])[:, None]
     if weights == "uniform":
         raw = torch.ones(len(uploads), num_classes)
-    elif weights in ("size", "estimated", "learned"):
+    elif weights in ("size", "estimated"):
         raw = sizes_K1.expand(-1, num_classes)
     else:
         counts = torch.tensor([upload.class_counts for upload in uploads], dtype=torch.float32)

@@ -39,6 +39,6 @@ def fuse(job: Job) -> Fused:
     rounds.scout(teachers, PIXELS)
     for r in rounds:
         rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, config, pixels=PIXELS))
-        rounds.weigh(r, teachers)
+        rounds.weigh(teachers)
         rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
     return rounds.fused(teachers.ensemble)

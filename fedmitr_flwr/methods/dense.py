@@ -40,7 +40,7 @@ def fuse(job: Job) -> Fused:
     for r in rounds:
         make = partial(generated, teachers.ensemble, rounds.student, config, loss=boundary_loss)
         rounds.images(r, teachers.ensemble, make)
-        rounds.weigh(r, teachers)
+        rounds.weigh(teachers)
         rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
     return rounds.fused(teachers.ensemble)
 

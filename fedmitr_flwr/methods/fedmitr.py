@@ -27,7 +27,7 @@ def fuse(job: Job) -> Fused:
     rounds.scout(teachers)
     for r in rounds:
         rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, job.config))
-        rounds.weigh(r, teachers)
+        rounds.weigh(teachers)
         rounds.distil(r, teachers.ensemble)
     return rounds.fused(teachers.ensemble)
 

@@ -24,7 +24,7 @@ def fuse(job: Job) -> Fused:
     weigher = Weigher(job.uploads, config, job.device)
     with job.stopwatch.stage("inversion"):
         images, targets = first_images(weigher.ensemble, config)
-        weigher.refine(images, targets, r=0)
+        weigher.refine(images, targets)
     student = start_student(job.uploads, config).to(job.device)
     with job.stopwatch.stage("fitting"):
         fit_layers(student, weigher.ensemble, images, targets)

@@ -94,12 +94,16 @@ class Rounds:
 
     def scout(self, teachers: Weigher, pixels: Pixels = PIXELS) -> None:
         """Weigh the teachers by a few quick images, where their weights are estimated."""
-        if teachers.how == "estimated":
+        if teachers.estimates:
             with self._job.stopwatch.stage("inversion"):
                 teachers.scout(pixels)
 
-    def images(self, r: int, ensemble: Ensemble, make: Make) -> None:
-        """Add one round's images to the pool, batches side by side; those of an earlier start are taken back."""
+    def images(self, r: int, ensemble: Ensemble, make: Make) -> Pool:
+        """Add one round's images to the pool, batches side by side; those of an earlier start are taken back.
+
+        Returns:
+            All images so far.
+        """
         config = self._job.config
         chunks = dict(enumerate(_targets(r, config)))
         pools = {number: pool for number in chunks if (pool := self._kept_batch(r, number)) is not None}
@@ -121,14 +125,13 @@ class Rounds:
                             number, (pools[number], series) = next(batches)
                         self._keep_batch(r, number, pools[number], series, ensemble, watch.seconds)
         self.pool = join([*([self.pool] if self.pool else []), *(pools[number] for number in chunks)])
+        return self.pool
 
-    def weigh(self, r: int, teachers: Weigher) -> None:
-        """Weigh the teachers anew by all images so far, where their weights come from images."""
+    def weigh(self, teachers: Weigher) -> None:
+        """Weigh the teachers anew by all images so far, where their weights are estimated."""
         assert self.pool is not None, "images come first"
         pool = self.pool.canvases() if self._job.config.inversion.images_each > 1 else self.pool
-        teachers.refine(pool.images, pool.targets, r)
-        if teachers.how == "learned":
-            self._job.log(stage="weights", epoch=r, weights=teachers.ensemble.weights[:, 0])
+        teachers.refine(pool.images, pool.targets)
 
     def distil(self, r: int, ensemble: Ensemble, plain: Plain | None = None) -> None:
         """Train the student on all images so far, unless an earlier start has; `plain` is the rivals' distillation."""
@@ -166,7 +169,7 @@ class Rounds:
 
             rng = stream(config.seed, "distillation", r)
             distil(self.student, ensemble, pool, config, stepper, rng, on_batch, plain)
-        job.log(stage="distillation", epoch=r, **series.means(), curve=series.thin())
+        job.log(stage="distillation", round=r, **series.means(), curve=series.thin())
 
     def _keep_batch(
         self, r: int, number: int, batch: Pool, series: Series, ensemble: Ensemble, seconds: dict[str, float]
@@ -175,7 +178,7 @@ class Rounds:
         job.stopwatch.add(seconds)
         means = {"loss": batch.loss.mean().item(), "alive": batch.alive.float().mean().item()}
         means["teachers_asked"] = route(ensemble.weights, batch.targets, job.config.inversion.route).share
-        job.log(stage=self._stage, epoch=r, batch=number, **means, curve=series.thin())
+        job.log(stage=self._stage, round=r, batch=number, **means, curve=series.thin())
         job.checkpoints.save(_name(r, number), self._image_settings, batch.tensors(), seconds=seconds)
 
     def _kept_batch(self, r: int, number: int) -> Pool | None:

@@ -90,34 +90,35 @@ def confusion(counts_YY: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Losses and alive share over the steps, a panel for each, from the lines of metrics.jsonl that have a curve."""
+    lines = [{"round": line["epoch"], **line} if "epoch" in line else line for line in lines]  # 0.1.0's word
     batches = {
-        (line["stage"], line["epoch"], line["batch"]): line for line in lines if "curve" in line and "batch" in line
+        (line["stage"], line["round"], line["batch"]): line for line in lines if "curve" in line and "batch" in line
     }
-    epochs = {line["epoch"]: line["curve"] for line in lines if "curve" in line and "batch" not in line}
+    rounds = {line["round"]: line["curve"] for line in lines if "curve" in line and "batch" not in line}
     every = {(line["stage"], name): None for line in batches.values() for name in line["curve"] if name != "step"}
     panels = list(every)  # (stage, value)
-    count = len(panels) + bool(epochs)
+    count = len(panels) + bool(rounds)
     if not count:
         return None
     figure = Figure(figsize=(3.7 * count, 3.0), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, (stage, name) in zip(axes, panels, strict=False):
         _batches(axis, [line for line in batches.values() if line["stage"] == stage], stage, name)
-    if epochs:
-        _epochs(axes[-1], [epochs[epoch] for epoch in sorted(epochs)])
+    if rounds:
+        _rounds(axes[-1], [rounds[r] for r in sorted(rounds)])
     return figure
 
 
 def _batches(axis: Any, lines: Sequence[Mapping[str, Any]], stage: str, name: str) -> None:
-    """One line for each batch, coloured by its epoch."""
+    """One line for each batch, coloured by its round."""
     shown = lines[:: max(1, math.ceil(len(lines) / _MOST_LINES))]
     labelled: set[int] = set()
     for line in shown:
-        epoch = line["epoch"]
-        label = None if epoch in labelled else f"epoch {epoch + 1}"
-        labelled.add(epoch)
+        r = line["round"]
+        label = None if r in labelled else f"round {r + 1}"
+        labelled.add(r)
         values = [100 * value if name == "alive" else value for value in line["curve"][name]]
-        axis.plot(line["curve"]["step"], values, color=LINES[epoch % len(LINES)], linewidth=1.1, label=label)
+        axis.plot(line["curve"]["step"], values, color=LINES[r % len(LINES)], linewidth=1.1, label=label)
     axis.set_title(f"{stage}: {'alive patches, %' if name == 'alive' else name}", fontsize=10)
     axis.set_xlabel("step", fontsize=9)
     if name == "alive":
@@ -127,19 +128,19 @@ def _batches(axis: Any, lines: Sequence[Mapping[str, Any]], stage: str, name: st
     _plain(axis)
 
 
-def _epochs(axis: Any, epochs: Sequence[Curve]) -> None:
-    """The parts of the distillation's loss, epoch behind epoch; parts that are 0 throughout are left out."""
-    names = [name for name in epochs[0] if name != "step" and any(any(curve[name]) for curve in epochs)]
+def _rounds(axis: Any, rounds: Sequence[Curve]) -> None:
+    """The parts of the distillation's loss, round behind round; parts that are 0 throughout are left out."""
+    names = [name for name in rounds[0] if name != "step" and any(any(curve[name]) for curve in rounds)]
     for name, colour in zip(names, LINES, strict=False):
         steps: list[float] = []
         values: list[float] = []
-        for curve in epochs:
+        for curve in rounds:
             start = steps[-1] + 1 if steps else 0
             steps += [start + step for step in curve["step"]]
             values += curve[name]
         axis.plot(steps, values, color=colour, linewidth=1.1, label=name)
     axis.set_title("distillation: parts of the loss", fontsize=10)
-    axis.set_xlabel("step, all epochs", fontsize=9)
+    axis.set_xlabel("step, all rounds", fontsize=9)
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=7.5, frameon=False)
     _plain(axis)

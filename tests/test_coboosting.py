@@ -1,20 +1,19 @@
-"""Learned weights: Co-Boosting's signed steps, by hand, at their limits, and inside the methods."""
+"""Co-Boosting's learned weights: signed steps by hand, at their limits, and inside the method."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings, some_images
+from tiny import an_upload, settings
 from torch.nn import functional as F
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble import ensemble as ensemble_module
-from fedmitr_flwr.ensemble import learned as module
-from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
-from fedmitr_flwr.ensemble.learned import learn, moved, slope
-from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
+from fedmitr_flwr.ensemble.ensemble import combine_answers
+from fedmitr_flwr.methods import coboosting as module
+from fedmitr_flwr.methods.coboosting import learn, moved, slope
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.uploads.upload import Upload
 
@@ -100,9 +99,9 @@ def _batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
 
 
-def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs", epoch: int = 0) -> torch.Tensor:
+def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs", r: int = 0) -> torch.Tensor:
     weights = torch.full((len(answers),), 1 / len(answers))
-    return learn(answers, targets, weights, combine, epoch, stream(0))
+    return learn(answers, targets, weights, combine, r, stream(0))
 
 
 def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,9 +122,9 @@ def test_steps_add_up_to_the_one_who_is_right(combine: str) -> None:
 
 
 @pytest.mark.usefixtures("_batches_of_four")
-def test_steps_get_shorter_with_the_epochs() -> None:
+def test_steps_get_shorter_with_the_rounds() -> None:
     """Five of 0.01 · 0.99¹⁰⁰."""
-    assert learned(*experts(), epoch=100)[0].item() == pytest.approx(1 / 3 + 0.05 * 0.99**100)
+    assert learned(*experts(), r=100)[0].item() == pytest.approx(1 / 3 + 0.05 * 0.99**100)
 
 
 def test_equal_teachers_keep_equal_weights() -> None:
@@ -145,68 +144,35 @@ def uploads_of(config: Config) -> list[Upload]:
     return [an_upload(config, client, 10 + 20 * client) for client in range(2)]
 
 
-def test_a_weigher_learns_on_from_sizes_and_lets_the_step_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEP", 0.1)
-    monkeypatch.setattr(module, "DECAY", 0.5)
-    config = settings(**{"ensemble.weights": "learned"})
-    images, targets = some_images(config, 30), torch.arange(30) % 10
-    weigher = Weigher(uploads_of(config), config, torch.device("cpu"))
-    ensemble = weigher.ensemble
-    torch.testing.assert_close(ensemble.weights, torch.tensor([[0.25], [0.75]]).expand(2, 10))
-    answers = ensemble.answers(images)
-    wanted = torch.tensor([0.25, 0.75]).double()
-    for epoch in range(3):  # one batch each: one step of 0.1, 0.05, 0.025
-        wanted = moved(wanted, slope(answers.double(), targets, wanted, "logits"), 0.1 * 0.5**epoch)
-        weigher.refine(images, targets, epoch)
-        torch.testing.assert_close(weigher.learned_K, wanted)
-        shares = (wanted / wanted.sum()).float()
-        torch.testing.assert_close(ensemble.weights, shares[:, None].expand(2, 10))
-    assert (wanted - torch.tensor([0.25, 0.75])).abs().min() > 0.02
-
-
-@torch.no_grad()
-def test_answers_are_the_teachers_own_logits() -> None:
-    config = settings()
-    images = some_images(config, 5)
-    ensemble = Ensemble.of(uploads_of(config), config.model, config.ensemble)
-    wanted = torch.stack([a_vit(config, client)(images) for client in range(2)])
-    torch.testing.assert_close(ensemble.answers(images, batch_size=2), wanted)
-    assert torch.equal(ensemble.probabilities(images), ensemble.answers(images).softmax(-1))
-
-
-def fused(method: str, log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
-    config = settings(**{"method": method, "ensemble.weights": "learned", "distill.rounds": 2} | changes)
+def fused(log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
+    config = settings(**{"method": "coboosting", "distill.rounds": 3} | changes)
     lines: list[dict[str, Any]] = [] if log is None else log
     return methods.fuse(Job(uploads_of(config), config, CPU, lambda **values: lines.append(values)))
 
 
-def test_any_method_learns_on_its_pool_and_says_so() -> None:
+def test_weights_are_learned_on_from_sizes_by_a_step_that_decays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch in each round: steps of 0.1, 0.05 and 0.025 against the slope on all images so far."""
+    monkeypatch.setattr(module, "STEP", 0.1)
+    monkeypatch.setattr(module, "DECAY", 0.5)
     log: list[dict[str, Any]] = []
-    made = fused("fedmitr", log)
+    made = fused(log)
+    assert made.pool is not None
     assert made.ensemble is not None
+    answers, wanted = made.ensemble.answers(made.pool.images).double(), torch.tensor([0.25, 0.75]).double()
     lines = [line for line in log if line["stage"] == "weights"]
-    assert [line["epoch"] for line in lines] == [0, 1]
-    assert torch.equal(lines[1]["weights"], made.ensemble.weights[:, 0])
-    assert not torch.equal(lines[0]["weights"], lines[1]["weights"])
-    torch.testing.assert_close(made.ensemble.weights.sum(0), torch.ones(10))
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    for r, line in enumerate(lines):
+        seen = slice(0, 10 * (r + 1))
+        towards = slope(answers[:, seen], made.pool.targets[seen], wanted, "logits")
+        wanted = moved(wanted, towards, 0.1 * 0.5**r)
+        torch.testing.assert_close(line["weights"], (wanted / wanted.sum()).float())
+    torch.testing.assert_close(made.ensemble.weights, lines[-1]["weights"][:, None].expand(2, 10))
+    assert (wanted - torch.tensor([0.25, 0.75])).abs().min() > 0.02
 
 
-def test_without_a_step_learned_is_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "STEP", 0.0)
-        still = fused("fedmitr")
-    by_size = fused("fedmitr", **{"ensemble.weights": "size"})
-    assert still.pool is not None
-    assert by_size.pool is not None
-    torch.testing.assert_close(still.pool.images, by_size.pool.images, rtol=0, atol=1e-4)
-    moved_on = fused("fedmitr")
-    assert moved_on.pool is not None
-    assert not torch.allclose(moved_on.pool.images[10:], by_size.pool.images[10:], atol=1e-2)
-    assert torch.equal(moved_on.pool.images[:10], still.pool.images[:10])  # the first epoch's are made by size
-
-
-def test_a_method_without_images_scouts_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEP", 0.05)
-    config = settings(**{"ensemble.weights": "learned"})
-    ensemble = scouted_ensemble(uploads_of(config), config, CPU)
-    assert not torch.allclose(ensemble.weights[:, 0], torch.tensor([0.25, 0.75]), atol=0.01)  # one step of 0.05
+def test_without_a_step_the_weights_are_those_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP", 0.0)
+    for start, wanted in (("size", [0.25, 0.75]), ("estimated", [0.25, 0.75]), ("uniform", [0.5, 0.5])):
+        made = fused(**{"ensemble.weights": start, "distill.rounds": 1})
+        assert made.ensemble is not None
+        assert made.ensemble.weights[:, 0].tolist() == pytest.approx(wanted)
