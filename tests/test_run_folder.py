@@ -122,7 +122,7 @@ def test_settings_of_another_version(
 
 
 def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What has another name now is taken; of what is gone, key and value are named, and who can read it."""
+    """What has another name now is taken; what is gone is named, with today's default in its place, or refused."""
     text = Config().to_toml().replace('inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4')
     found = RunFolder.open(sealed_file(tmp_path, text)).config
     assert found == Config.from_flat({"inversion.mode": "pri4"})
@@ -131,8 +131,11 @@ def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCapt
     with pytest.raises(ConfigError, match=rf"config\.toml: inversion\.mode = 'pri' is not possible; use .*{older}"):
         RunFolder.open(sealed_file(tmp_path, text.replace("rebirths = 4", "rebirths = 7")))
     joint = text.replace('ensemble.combine = "probs"', 'ensemble.combine = "joint"')
-    with pytest.raises(ConfigError, match=rf"config\.toml: ensemble\.combine = 'joint' is not possible; .*{older}"):
-        RunFolder.open(sealed_file(tmp_path, joint))
+    joint = joint.replace('relabel.mode = "tokens"', 'relabel.mode = "complement"')
+    caplog.clear()
+    assert RunFolder.open(sealed_file(tmp_path, joint)).config == recipe.settled(found)
+    said = "choices of an older version, in whose place are today's defaults: ensemble.combine = 'joint', relabel.mode"
+    assert said in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(("heads", "opens"), [(4, True), (2, False)])

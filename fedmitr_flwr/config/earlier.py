@@ -91,6 +91,14 @@ RENAMED: Mapping[str, str] = _ONE_TO_ONE | {
     "strategy.lr": "flower.options = 'client_learning_rate=...'",
 }
 
+# Choices that there are no longer; a run that was made with one is opened with today's default in its place.
+_GONE: Mapping[str, tuple[str, ...]] = {
+    "ensemble.combine": ("logp", "joint"),
+    "ensemble.weights": ("learned",),
+    "relabel.mode": ("complement",),
+    "distill.init": ("layerwise", "regmean", "statistics", "pretrained"),
+}
+
 _EXTRAS = {"upload.class-counts": "counts", "upload.statistics": "statistics", "upload.variances": "variances"}
 _FLOWERS_NAMES = {
     "strategy.eta": "eta",
@@ -108,6 +116,11 @@ def refuse_earlier(key: str) -> None:
         raise ConfigError(f"config key {key!r} was renamed; write {RENAMED[key]}")
     if key in RETIRED:
         raise ConfigError(f"config key {key!r} was retired: {RETIRED[key]}; remove it")
+
+
+def gone(flat: Mapping[str, object]) -> list[str]:
+    """The keys of a run's settings whose value is a choice that there is no longer."""
+    return [key for key, values in _GONE.items() if flat.get(key) in values]
 
 
 def upgraded(flat: Mapping[str, object]) -> dict[str, object]:

@@ -289,10 +289,10 @@ class InversionConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RelabelConfig(Section):
     section = "relabel"
-    mode: str = "tokens"  # none | drop | tokens (R1) | complement (R2)
+    mode: str = "tokens"  # none | drop | tokens
 
     def __post_init__(self) -> None:
-        self._one_of("mode", "none", "drop", "tokens", "complement")
+        self._one_of("mode", "none", "drop", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

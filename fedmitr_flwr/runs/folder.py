@@ -20,7 +20,7 @@ from torch import Tensor
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
 from ..config import Config, recipe
-from ..config.earlier import RETIRED, UNSET, upgraded
+from ..config.earlier import RETIRED, UNSET, gone, upgraded
 from ..config.limits import needed
 from ..config.sections import HEAD_WIDTH, REBIRTHS
 from ..config.text import read_flat
@@ -393,15 +393,18 @@ def _read_config(path: Path) -> Config:
     known = Config().to_flat()
     if retired := [key for key in flat if key in RETIRED and key not in known]:
         log.warning("%s: settings of an older version, ignored: %s", path, ", ".join(retired))
+    if choices := gone(flat):
+        listed = ", ".join(f"{key} = {flat.pop(key)!r}" for key in choices)
+        log.warning("%s: choices of an older version, in whose place are today's defaults: %s", path, listed)
     if unknown := [key for key in flat if key not in known and key not in RETIRED]:
         raise ConfigError(f"{path}: unknown config key {unknown[0]!r}; a newer version made this run, so use that one")
     if flat.get("inversion.mode") == "pri" and flat.get("inversion.rebirths") == REBIRTHS:
         flat["inversion.mode"] = "pri4"
-    if absent := [key for key in known if key not in flat]:
+    if absent := [key for key in known if key not in flat and key not in choices]:
         log.warning("%s: settings that it was made without have their defaults: %s", path, ", ".join(absent))
     try:
         config = Config.from_flat({key: value for key, value in flat.items() if key in known})
-        return recipe.settled(config) if absent else config
+        return recipe.settled(config) if absent or choices else config
     except ConfigError as error:
         fix = "; an older version made this run, so use that one" if retired else ""
         raise ConfigError(f"{path}: {error}{fix}") from error
