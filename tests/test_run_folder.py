@@ -121,6 +121,12 @@ def test_settings_of_another_version(
     assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
 
 
+def test_moments_that_this_version_cannot_use_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = Config().to_toml().replace('upload.extras = ""', "upload.directions = 8")
+    assert RunFolder.open(sealed_file(tmp_path, text)).config.upload.extras == ""
+    assert caplog.messages[0].endswith("moments in 8 directions are left aside, for this version uses 32")
+
+
 def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What has another name now is taken; what is gone is named, with today's default in its place, or refused."""
     text = Config().to_toml().replace('inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4')

@@ -22,7 +22,7 @@ from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_tex
 from ..config import Config, recipe
 from ..config.earlier import RETIRED, UNSET, gone, upgraded
 from ..config.limits import needed
-from ..config.sections import HEAD_WIDTH, REBIRTHS
+from ..config.sections import DIRECTIONS, HEAD_WIDTH, REBIRTHS
 from ..config.text import read_flat
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
@@ -389,6 +389,13 @@ def _read_config(path: Path) -> Config:
             flat["data.path"] = ""
     if problem := _impossible(flat):
         raise ConfigError(f"{path}: {problem}; use the version that made this run")
+    if flat.get("upload.directions", 0) not in (0, DIRECTIONS):
+        log.warning(
+            "%s: moments in %s directions are left aside, for this version uses %d",
+            path,
+            flat["upload.directions"],
+            DIRECTIONS,
+        )
     flat = upgraded(flat)
     known = Config().to_flat()
     if retired := [key for key in flat if key in RETIRED and key not in known]:
