@@ -1,3 +1,3 @@
 """FedMITR: one-shot federated learning with vision transformers, from one upload to one global model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
