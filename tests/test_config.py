@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
-from fedmitr_flwr.config.text import flatten, parse_assignment, toml_value
+from fedmitr_flwr.config.text import THREE_WAY, flatten, parse_assignment, toml_value
 from server_app import builtin
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,10 @@ DEFAULTS = Config().to_flat()
 
 # Any text that can be in a file: no lone surrogates.
 text = st.text(st.characters(codec="utf-8"))
-key_of = {kind: st.sampled_from([key for key, value in DEFAULTS.items() if type(value) is kind]) for kind in (int, str)}
+key_of = {
+    kind: st.sampled_from([key for key, value in DEFAULTS.items() if type(value) is kind and key not in THREE_WAY])
+    for kind in (int, str)
+}
 
 # Values inside every limit, for the settings without a fixed list of choices.
 free_values = st.fixed_dictionaries(
@@ -35,7 +38,8 @@ free_values = st.fixed_dictionaries(
         "data.path": text,
         "data.image-column": text,
         "data.train-limit": st.integers(0, 2**63 - 1),
-        "data.flip": st.booleans(),
+        "data.flip": st.sampled_from(["auto", "false", "true"]),
+        "local.augment": st.booleans(),
         "local.lr": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
         "local.outliers": st.floats(min_value=0, allow_infinity=False),
         "local.epochs": st.integers(1, 2**63 - 1),

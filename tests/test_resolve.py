@@ -42,7 +42,7 @@ def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, eac
     return {"data.source": "imagefolder", "data.path": str(path)}
 
 
-RECIPE = ("local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
+RECIPE = ("data.flip", "local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
 RECIPE += ("distill.init", "distill.epochs-per-round", "distill.lr")
 
 
@@ -190,8 +190,8 @@ def recipe_of(**flat: object) -> tuple[object, ...]:
 
 def test_how_a_model_is_trained_follows_from_its_weights(tmp_path: Path) -> None:
     """From ImageNet weights: ADR 0022, 0030 to 0032. A file of weights is not looked at for it."""
-    scratch = (50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3)
-    given = (3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
+    scratch = ("false", 50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3)
+    given = ("true", 3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
     sized = {"model.img-size": 32, "model.num-classes": 10}
     assert recipe_of() == scratch
     assert recipe_of(**{"model.name": TIMM} | sized) == scratch
@@ -201,7 +201,8 @@ def test_how_a_model_is_trained_follows_from_its_weights(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("weights", ["none", "timm"])
 def test_each_setting_of_a_recipe_can_be_given_by_itself(weights: str) -> None:
-    own = dict(zip(RECIPE, (7, "sgd", 0.5, 0.25, "", "initial", 8, 0.125), strict=True))
+    flip = "true" if weights == "none" else "false"
+    own = dict(zip(RECIPE, (flip, 7, "sgd", 0.5, 0.25, "", "initial", 8, 0.125), strict=True))
     start = {"model.name": TIMM, "model.img-size": 32, "model.num-classes": 10, "model.weights": weights}
     chosen = dict(zip(RECIPE, recipe_of(**start), strict=True))
     for key, value in own.items():
@@ -216,12 +217,12 @@ def test_each_setting_of_a_recipe_can_be_given_by_itself(weights: str) -> None:
 def test_what_is_chosen_is_said_in_one_line() -> None:
     given = {"model.weights": "timm", "local.lr": 1e-3, "distill.init": "average", "inversion.stops": "0.5"}
     assert recipe.chosen_line(Config.from_flat(given)) == (
-        "model.weights is given: local.epochs = 3, local.optimizer = adamw, local.head-lr = 0.01, "
+        "model.weights is given: data.flip = true, local.epochs = 3, local.optimizer = adamw, local.head-lr = 0.01, "
         "distill.epochs-per-round = 5, distill.lr = 0.0001"
     )
     scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.epochs-per-round": 2}
     assert recipe.chosen_line(Config.from_flat(scratch)) == (
-        "training from scratch: local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
+        "training from scratch: data.flip = false, local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
     )
 
 
@@ -238,6 +239,7 @@ def test_the_file_of_deit_has_the_settings_that_its_results_have() -> None:
 def test_the_files_of_small_models_train_from_scratch(name: str) -> None:
     own = {"digits": {"distill.epochs-per-round": 50}, "fashion_mnist": {"local.epochs": 20}}[name]
     written = {"local.epochs": 50, "local.optimizer": "muon", "local.lr": 3e-3, "local.head-lr": 3e-3}
+    written |= {"data.flip": "true" if name == "fashion_mnist" else "false"}
     written |= {
         "inversion.stops": "0.1,0.3",
         "distill.init": "average",

@@ -14,7 +14,8 @@ KNOWN = Config().to_flat()
 @pytest.mark.parametrize(
     ("word", "key", "value"),
     [
-        ("data.flip=True", "data.flip", True),
+        ("data.flip=True", "data.flip", "true"),
+        ("local.augment=True", "local.augment", True),
         ("local.augment=False", "local.augment", False),
         ("local.epochs=1e3", "local.epochs", 1000),
         ("local.epochs=7.", "local.epochs", 7),

@@ -22,6 +22,7 @@ _TINY: dict[str, object] = {
     "data.source": "digits",
     "data.train-limit": 60,
     "data.test-limit": 30,
+    "data.flip": "false",
     "partition.scheme": "iid",
     "partition.min-size": 5,
     "partition.clients": 2,
@@ -71,6 +72,7 @@ def settings(**changes: object) -> Config:
 
 # What training from scratch needs, where nothing resolves it.
 RECIPE: dict[str, object] = {
+    "data.flip": "false",
     "local.epochs": 1,
     "local.optimizer": "muon",
     "local.lr": 3e-3,

@@ -97,7 +97,7 @@ class Bench:
         config, targets = config_of(arm, self.options, steps), self.targets(repeat)
         rng = stream(self.options.seed, "inversion", repeat)
         return lambda: (
-            invert(self.ensemble, targets, config.inversion, config.model, flip=config.data.flip, rng=rng, **more).loss
+            invert(self.ensemble, targets, config.inversion, config.model, flip=config.data.flips, rng=rng, **more).loss
         )
 
     def targets(self, repeat: int) -> Tensor:

@@ -175,7 +175,7 @@ def _gradients(
     local, network, device = config.local, _Tokens(vit), next(iter(weights.values())).device
     pixels = prepare(images.pixels.to(device), config.model)
     if local.augment:
-        pixels = _augmented(pixels, seeds_B, flip=config.data.flip)
+        pixels = _augmented(pixels, seeds_B, flip=config.data.flips)
 
     def loss(weights: dict[str, Tensor], patches_NE: Tensor, label: Tensor) -> Tensor:
         named = {f"vit.{name}": weight for name, weight in weights.items()}

@@ -44,7 +44,7 @@ def train_local(
             pixels = prepare(images.pixels[batch].to(device), config.model)
             labels = images.labels[batch].to(device)
             if local.augment:
-                pixels = shift_and_flip(pixels, flip=config.data.flip, rng=rng)
+                pixels = shift_and_flip(pixels, flip=config.data.flips, rng=rng)
             patches = patchify(pixels, config.model.patch_size)
             logits = forward_tokens(vit, patches, all_positions(patches))
             loss = label_loss(logits, labels, shift)

@@ -131,6 +131,8 @@ def upgraded(flat: Mapping[str, object]) -> dict[str, object]:
     found = {
         _ONE_TO_ONE.get(key, key): value for key, value in flat.items() if _ONE_TO_ONE.get(key, key) not in RENAMED
     }
+    if isinstance(flat.get("data.flip"), bool):  # which was no choice of three
+        found["data.flip"] = str(flat["data.flip"]).lower()
     if flat.get("local.head-lr") == 0 and "local.lr" in flat:  # which was: as the rest
         found["local.head-lr"] = flat["local.lr"]
     if flat.keys() & {*_EXTRAS, "upload.directions"}:

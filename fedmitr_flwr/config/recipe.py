@@ -8,6 +8,7 @@ from .config import Config
 from .sections import AUTO
 
 FROM_SCRATCH: dict[str, object] = {
+    "data.flip": "false",
     "local.epochs": 50,
     "local.optimizer": "muon",
     "local.lr": 3e-3,
@@ -17,6 +18,7 @@ FROM_SCRATCH: dict[str, object] = {
     "distill.lr": 3e-3,
 }
 WITH_WEIGHTS: dict[str, object] = {
+    "data.flip": "true",  # as timm trains by default
     "local.epochs": 3,
     "local.optimizer": "adamw",
     "local.lr": 1e-4,

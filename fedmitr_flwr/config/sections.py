@@ -28,12 +28,14 @@ class DataConfig(Section):
     test_limit: int = 0
     validation: float = 0.0  # choose settings on this share of the training images instead of on the test images
     proxy: float = 0.0  # this share of the training images goes to no client but, without labels, to method feddf
-    flip: bool = False  # does a mirrored image keep its label? (photographs: true; digits: false)
+    flip: str = AUTO  # does a mirrored image keep its label? true | false | auto: true with model.weights
     classes: str = ""  # partition.scheme = own: names of the classes, in order, as "cat | dog"; "": the server's data's
     unknown_classes: str = "refuse"  # partition.scheme = own: a client's images of other classes: refuse | skip
 
     def __post_init__(self) -> None:
         self._one_of("source", "auto", "digits", "parquet", "imagefolder", "hub")
+        object.__setattr__(self, "flip", self.flip.lower())  # on a command line, as Python writes it: True
+        self._one_of("flip", "true", "false", AUTO)
         self._one_of("unknown_classes", "refuse", "skip")
         self._names("classes")
         self._at_least(0, "train_limit", "test_limit")
@@ -51,6 +53,12 @@ class DataConfig(Section):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._names("classes")
+
+    @property
+    def flips(self) -> bool:
+        """Whether images are mirrored at random, wherever something is trained on them."""
+        assert self.flip != AUTO, "data.flip = 'auto' is to be resolved first"
+        return self.flip == "true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,7 @@ class LocalConfig(Section):
     optimizer: str = AUTO  # muon (matrices; AdamW for the rest) | adamw | sgd | auto: muon, or adamw with model.weights
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
     head_lr: float = 0.0  # of the head; 0: as lr, or 0.01 with model.weights, where it alone is new
-    augment: bool = True  # shift by up to an eighth of the side, and flip where data.flip
+    augment: bool = True  # shift by up to an eighth of the side, and mirror where data.flip
     prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
     average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last

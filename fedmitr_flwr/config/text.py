@@ -30,6 +30,9 @@ PLACES = ("out-dir", "resume-from")
 # Settings that may name a Python file in place of one of their choices; then they are paths, too.
 OUTSIDE = ("method", "ensemble.combine", "inversion.prior")
 
+# Text settings that are true, false, or left to be chosen.
+THREE_WAY = ("data.flip",)
+
 # What other libraries call a setting. One with a dot is a whole key.
 _ALSO_CALLED = {
     "arch": "model.name",
@@ -232,6 +235,7 @@ def typed(key: str, value: object, known: Mapping[str, object]) -> object:
         raise ConfigError(f"unknown config key {key!r}; {key_hint(key, known, value)}")
     wanted = type(known[key])
     value = value if key in PATHS and isinstance(value, list) else _converted(value, wanted)
+    value = str(value).lower() if key in THREE_WAY and isinstance(value, bool) else value
     if type(value) is not wanted:
         given = _GIVEN.get(type(value), f"a {type(value).__name__}")
         raise ConfigError(f"{key} = {_short(value)} is {given}; it must be {_WANTED[wanted]}")

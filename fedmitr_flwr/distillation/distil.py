@@ -118,7 +118,7 @@ def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config
     positions = torch.where(own_BJ, pool.positions[first_B], pool.positions[second_B])
     dense = [pool.dense[images].float() for images in (first_B, second_B)]
     own = own_BJ.float()
-    if config.data.flip:
+    if config.data.flips:
         patches, positions = random_flip(patches, positions, model.grid, model.patch_size, rng)
     most = max(1, round(KEEP * model.num_patches))
     if most < positions.shape[1]:
@@ -141,7 +141,7 @@ def whole_lesson(
 ) -> Lesson:
     """The images as they are, flipped and perhaps perturbed."""
     patches, positions = seen(pool, chosen_B), pool.positions[chosen_B]
-    if config.data.flip:
+    if config.data.flips:
         patches, positions = random_flip(patches, positions, config.model.grid, config.model.patch_size, rng)
     if perturb:
         patches = perturb(ensemble, patches, positions, rng)

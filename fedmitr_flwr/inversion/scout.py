@@ -60,7 +60,7 @@ def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) ->
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     rng = stream(config.seed, "scouting")
     images = [
-        invert(ensemble, chunk, settings, config.model, pixels, flip=config.data.flip, rng=rng).require_finite().images
+        invert(ensemble, chunk, settings, config.model, pixels, flip=config.data.flips, rng=rng).require_finite().images
         for chunk in targets.split(config.inversion.batch_size)
     ]
     return torch.cat(images), targets.to(ensemble.weights.device)

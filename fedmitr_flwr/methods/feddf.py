@@ -84,7 +84,7 @@ def follow(
             for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(BATCH):
                 images = prepare(pixels_NCHW[batch].to(device), config.model)
                 if config.local.augment:
-                    images = shift_and_flip(images, flip=config.data.flip, rng=rng)
+                    images = shift_and_flip(images, flip=config.data.flips, rng=rng)
                 with torch.no_grad():
                     scores = ensemble(images)
                 loss = soft_divergence(scores, student(images), 1.0).mean()

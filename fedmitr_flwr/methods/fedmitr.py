@@ -41,6 +41,6 @@ def synthesise(
     pixels: Pixels = PIXELS,
 ) -> Pool:
     """One batch of images by `inversion.mode`; dense patches keep the class, others get the ensemble's soft labels."""
-    flip = config.data.flip
+    flip = config.data.flips
     images = invert(ensemble, targets, config.inversion, config.model, pixels, flip=flip, rng=rng, on_step=on_step)
     return relabel(images.require_finite(), config.relabel.mode)

@@ -177,7 +177,7 @@ def _made_by(
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     ensemble = _ensemble(makers, config).to(device)
     images = [
-        invert(ensemble, chunk, settings, config.model, flip=config.data.flip, rng=rng).images
+        invert(ensemble, chunk, settings, config.model, flip=config.data.flips, rng=rng).images
         for chunk in targets.split(config.inversion.batch_size)
     ]
     return torch.cat(images), targets.to(device)
