@@ -222,7 +222,8 @@ def test_what_is_chosen_is_said_in_one_line() -> None:
     )
     scratch = {"local.lr": 1e-3, "distill.init": "initial", "inversion.stops": "", "distill.epochs-per-round": 2}
     assert recipe.chosen_line(Config.from_flat(scratch)) == (
-        "training from scratch: data.flip = false, local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, local.head-lr = 0.001"
+        "training from scratch: data.flip = false, local.epochs = 50, local.optimizer = muon, distill.lr = 0.003, "
+        "local.head-lr = 0.001"
     )
 
 
