@@ -3,8 +3,10 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Read by the libraries when they are imported, so this stands before all other imports.
 os.environ.update(
@@ -58,6 +60,15 @@ def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     core = logging.getLogger("fedmitr")
     monkeypatch.setattr(core, "propagate", True)
     monkeypatch.setattr(core, "handlers", [])
+
+
+@pytest.fixture
+def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`local_grid.federate` into a folder of the test's own."""
+    from local_grid import federate  # Flower is imported by those only who use it
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    return partial(federate, tmp_path / "out")
 
 
 @pytest.fixture(scope="session")

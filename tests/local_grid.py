@@ -1,35 +1,43 @@
 """A Flower grid in one process: it calls the ClientApp at once, so a whole federation runs without Ray in a moment."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from tiny import RECIPE
 
+from client_app.app import app as client_app
+from fedmitr_flwr.common.errors import UserError
+from fedmitr_flwr.runs.folder import RunFolder
+from server_app.app import app as server_app
+
 Tamper = Callable[[Message, int], Iterable[Message]]
+Federate = Callable[..., RunFolder]
+
+# What Flower sets in each of its processes, and messages cannot be made without.
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 def server_context(run_config: dict[str, Any], run_id: int = 1) -> Context:
     return Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
 
 
-@contextmanager
-def task_identity() -> Iterator[None]:
-    """What Flower sets in each of its processes, and messages cannot be made without."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
+def federate(out: Path, grid: "LocalGrid", fails: str = "", **changes: Any) -> RunFolder | None:
+    """Run the whole federation with changed settings; gives the newest run folder, also after a failure."""
+    context = server_context(TINY | {"out-dir": str(out)} | changes, run_id=1 + len(list(out.glob("*"))))
+    with pytest.raises(UserError, match=fails) if fails else nullcontext():
+        server_app(grid, context)
+    found = sorted(out.glob("*"), key=lambda path: path.stat().st_mtime)
+    return RunFolder.open(found[-1]) if found else None
 
 
 def complaint(reply: Message) -> str:
@@ -46,7 +54,7 @@ class LocalGrid(Grid):
         count: int,
         *,
         tamper: Tamper | None = None,
-        shuffle: Callable[[list[Any]], None] = lambda _: None,
+        rng: random.Random | None = None,
     ) -> None:
         """Make the nodes.
 
@@ -54,12 +62,16 @@ class LocalGrid(Grid):
             client_app: run for every message.
             count: nodes; node 1000 + 7 * i is client i, so that the two cannot be mistaken for each other.
             tamper: (reply, client) -> the replies that arrive in its place: none, one or several.
-            shuffle: puts a list of replies into the order of arrival.
+            rng: decides how late each reply is, and so in which order they arrive.
         """
-        self.client_app, self.tamper, self.shuffle = client_app, tamper, shuffle
-        self.contexts = {self.node(i): self._context(i, count) for i in range(count)}
+        self.client_app, self.tamper, self.rng = client_app, tamper, rng
+        self.contexts = {
+            node: Context(1, node, {"partition-id": i, "num-partitions": count}, RecordDict(), {})
+            for i, node in enumerate(map(self.node, range(count)))
+        }
         self.asked: list[tuple[str, int]] = []  # (message type, client), in the order of asking
         self._arrived: dict[str, list[Message]] = {}
+        self._late: Counter[str] = Counter()  # message id -> how many looks for the reply are in vain
         self._run: Any = None
 
     @staticmethod
@@ -69,10 +81,6 @@ class LocalGrid(Grid):
     @staticmethod
     def client(node: int) -> int:
         return (node - 1000) // 7
-
-    def _context(self, client: int, count: int) -> Context:
-        config: UserConfig = {"partition-id": client, "num-partitions": count}
-        return Context(1, self.node(client), config, RecordDict(), {})
 
     def clients_asked(self, message_type: str) -> list[int]:
         return sorted(client for kind, client in self.asked if kind == message_type)
@@ -102,18 +110,37 @@ class LocalGrid(Grid):
             reply = self.client_app(message, self.contexts[told.dst_node_id])
         except Exception as error:  # as Flower does
             reply = Message(Error(code=2, reason=repr(error)), reply_to=message)
-        replies = self.tamper(reply, client) if self.tamper and told.message_type != "query.describe" else [reply]
-        self._arrived[sent] = list(replies)
+        describes = told.message_type == "query.describe"
+        self._arrived[sent] = list(self.tamper(reply, client) if self.tamper and not describes else [reply])
+        self._late[sent] = self.rng.randrange(3) if self.rng and not describes else 0
         return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        replies = [reply for sent in list(message_ids) for reply in self._arrived.pop(sent, [])]
-        self.shuffle(replies)
+        replies = []
+        for sent in list(message_ids):
+            if self._late[sent]:
+                self._late[sent] -= 1
+            else:
+                replies += self._arrived.pop(sent, [])
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         del timeout
         return self.pull_messages(self.push_messages(messages))
+
+
+class Sites(LocalGrid):
+    """Nodes with images of their own, that were started with these --node-configs."""
+
+    def __init__(self, nodes: list[dict[str, Any]]) -> None:
+        super().__init__(client_app, len(nodes))
+        for client, told in enumerate(nodes):
+            self.contexts[self.node(client)].node_config = told
+
+
+def named(names: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Their --node-configs, as deploy/supernode.sh writes them."""
+    return [{"client-name": name, "data-path": str(path)} for name, path in zip(names, folders, strict=True)]
 
 
 TINY: dict[str, Any] = {

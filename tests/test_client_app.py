@@ -1,7 +1,6 @@
-"""What a client replies: the shape that every strategy of Flower takes, and no more than it must tell."""
+"""What a client is sent, and what it replies: to every strategy of Flower the same, and no more than it must tell."""
 
 import re
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import TINY, LocalGrid, task_identity
+from local_grid import TINY, LocalGrid, complaint
 
 from client_app.app import KEYS, discreet
 from client_app.app import app as client_app
@@ -20,18 +19,15 @@ from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.vit.build import initial_weights
-from server_app.records import order, read_upload, room
+from server_app.records import addressed, order, read_upload
 
 
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
-
-
-def ask(kind: str, config: Config, arrays: ArrayRecord | None = None, client: int = 0, **told: Any) -> Message:
-    """Ask one client of two."""
+def ask(
+    kind: str, config: Config, arrays: ArrayRecord | None = None, client: int = 0, node: Any = (), **told: Any
+) -> Message:
+    """Ask one client of two, which perhaps was started with more in its --node-config."""
     grid = LocalGrid(client_app, 2)
+    grid.contexts[grid.node(client)].node_config |= node
     record = ConfigRecord({**order(config), **{key.replace("_", "-"): value for key, value in told.items()}})
     content = RecordDict({"arrays": arrays or ArrayRecord(), "config": record})
     (reply,) = grid.send_and_receive([Message(content, grid.node(client), kind)])
@@ -44,10 +40,8 @@ def settings(**changes: Any) -> Config:
 
 def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
     reply = ask("train", settings())
-    assert {name: type(record) for name, record in reply.content.items()} == {
-        "arrays": ArrayRecord,
-        "metrics": MetricRecord,
-    }
+    kinds = {name: type(record) for name, record in reply.content.items()}
+    assert kinds == {"arrays": ArrayRecord, "metrics": MetricRecord}
     metrics = reply.content["metrics"]
     assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint", "seconds"}
     assert metrics["num-examples"] == 75  # half of 150
@@ -55,17 +49,11 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
     assert metrics["fingerprint"] == int(core(), 16)
 
 
-def test_class_counts_only_by_choice() -> None:
-    counts = ask("train", settings(**{"upload.extras": "counts"})).content["metrics"]["class-counts"]
-    assert len(counts) == 10
-    assert sum(counts) == 75
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
     config = settings(**{"upload.dtype": dtype, "upload.extras": "counts"})
     made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
-    read = read_upload(ask("train", config, client=1), 1, with_counts=True, limit=room(made.weights))
+    read = read_upload(ask("train", config, client=1), 1, config)
     assert all(tensor.dtype == getattr(torch, dtype) for tensor in read.weights.values())
     assert list(read.weights) == list(made.weights)
     assert all(torch.equal(read.weights[key], made.weights[key]) for key in made.weights)
@@ -75,7 +63,7 @@ def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
 
 def test_counts_that_were_not_asked_for_are_not_read() -> None:
     reply = ask("train", settings(**{"upload.extras": "counts"}))
-    assert read_upload(reply, 0, with_counts=False, limit=10**6).class_counts is None
+    assert read_upload(reply, 0, settings()).class_counts is None
 
 
 def test_without_arrays_the_seed_gives_the_start() -> None:
@@ -98,20 +86,14 @@ def weights(reply: Message) -> bytes:
 
 def test_describe_names_the_client() -> None:
     told = ask("query.describe", settings(), client=1).content
-    assert dict(told["card"]) == {
-        "partition-id": 1,
-        "num-partitions": 2,
-        "fingerprint": int(core(), 16),
-        "own-data": 0,
-    }
+    assert dict(told["card"]) == {"partition-id": 1, "num-partitions": 2, "fingerprint": int(core(), 16), "own-data": 0}
     assert dict(told["name"]) == {"name": "", "flwr": version("flwr")}
 
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> None:
-    config = settings(
-        **{"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.extras": "counts" if counts else ""}
-    )
+    changes = {"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.extras": "counts" * counts}
+    config = settings(**changes)
     reply = ask("evaluate", config)
     assert ("recall" in reply.content["metrics"]) == counts
     expected = pipeline.evaluate_client(config, 0, initial_weights(config.model, config.seed))
@@ -163,8 +145,7 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
         del message, context
         raise DataError(form.format(path))
 
-    with task_identity():
-        told = fail(Message(RecordDict(), 1, "train"), None).error.reason
+    told = fail(Message(RecordDict(), 1, "train"), None).error.reason
     assert "s3cret" not in told
     assert "<path>" in told
 
@@ -172,10 +153,7 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
 @pytest.mark.parametrize(
     ("node", "told"),
     [
-        (
-            {"max-epsilon": 0},
-            "this node's max-epsilon = 0 is not possible; use a number above 0, or leave it out for no",
-        ),
+        ({"max-epsilon": 0}, "this node's max-epsilon = 0 is not possible; use a number above 0, or leave it out for "),
         ({"max-epsilon": -1.0}, "this node's max-epsilon = -1.0 is not possible"),
         ({"max-epsilon": float("nan")}, "this node's max-epsilon = nan is not possible"),
         ({"max-epsilon": "8"}, "this node's max-epsilon = '8' is not possible"),
@@ -184,19 +162,13 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
         ({"max-delta": 1e-5}, "this node's max-delta limits nothing by itself; give a max-epsilon with it"),
         (
             {"max_epsilon": 8},
-            "this node's --node-config has 'max_epsilon', which nothing reads; use client-name, .*max-ep",
+            "this node's --node-config has 'max_epsilon', which nothing reads; use client-name, .*max",
         ),
     ],
 )
 def test_a_node_whose_limit_would_not_hold_takes_no_part(node: dict[str, Any], told: str) -> None:
-    grid = LocalGrid(client_app, 2)
-    grid.contexts[grid.node(0)].node_config |= node
-    content = RecordDict({"arrays": ArrayRecord(), "config": order(settings())})
-    described, trained = (
-        grid.send_and_receive([Message(content.copy(), grid.node(0), kind)])[0] for kind in ("query.describe", "train")
-    )
-    assert re.match(told, str(described.content["name"]["trouble"]))
-    assert re.match(told, trained.error.reason)
+    for kind in ("query.describe", "train"):
+        assert re.match(told, complaint(ask(kind, settings(), node=node)))
 
 
 def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
@@ -211,3 +183,46 @@ def test_a_message_of_another_server_fails_cleanly() -> None:
     content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"lr": 0.1})})
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), "train")])
     assert reply.error.reason.startswith("the server runs other code (which it does not tell) than this client")
+
+
+SERVER: dict[str, Any] = {
+    "out-dir": "/srv/secret-out",
+    "resume-from": "/srv/secret-run",
+    "model.weights": "/srv/secret-models/start.safetensors",
+    "data.source": "parquet",
+    "data.path": "/srv/secret-data",
+    "flower.clients": "hospital-a | factory",
+    "feddf.path": "/srv/secret-proxy",
+    "local.lr": 0.5,
+    "upload.dtype": "float16",
+    "seed": 7,
+}
+
+
+@pytest.mark.parametrize("scheme", ["own", "iid"])
+def test_an_order_has_no_other_clients_name_and_no_server_path(scheme: str) -> None:
+    sent = order(Config.from_flat(SERVER | {"partition.scheme": scheme}))
+    text = sent["toml"].decode()
+    for secret in [
+        "hospital",
+        "factory",
+        "secret-out",
+        "secret-run",
+        "secret-models",
+        "secret-proxy",
+        "screen",
+        "krum",
+    ]:
+        assert secret not in text, secret
+    assert ("/srv/secret-data" in text) is (scheme != "own")  # shares of one data set are dealt out at the clients
+    read = Config.from_toml(text)
+    assert (read.local.lr, read.upload.dtype, read.seed, read.partition.scheme) == (0.5, "float16", 7, scheme)
+    assert read.model.weights == "start.safetensors"
+
+
+def test_each_client_is_told_its_own_number() -> None:
+    content = RecordDict({"config": ConfigRecord({"toml": b"", "server-round": 1})})  # one record for all messages
+    messages = [addressed(Message(content, node, "train"), client) for client, node in enumerate((11, 12))]
+    numbers = [message.content["config"] for message in messages]
+    assert [dict(each) for each in numbers] == [{"toml": b"", "server-round": 1, "client": client} for client in (0, 1)]
+    assert "client" not in content["config"]

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,22 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults import (
-    DEADLINE,
-    DIGITS,
-    NAMES,
-    PATIENCE,
-    SETTINGS,
-    Row,
-    Stage,
-    files_in,
-    fill,
-    messages,
-    slowed,
-    small_disk,
-)
-from local_grid import TINY, server_context, task_identity
-from sites import Sites, named
+from faults import DEADLINE, DIGITS, NAMES, PATIENCE, SETTINGS, Row, Stage, files_in, fill, messages, slowed, small_disk
+from local_grid import TINY, Sites, federate, named
 from test_flwr_run import Run as SimulatedRun
 from tiny import small, timeless
 
@@ -45,7 +30,6 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config, DataConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.runs.folder import RunFolder
-from server_app.app import app as server_app
 
 pytestmark = pytest.mark.deploy
 
@@ -84,12 +68,9 @@ def federation(sites: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def undisturbed(sites: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The same experiment in this process, where nothing happens to it."""
     out = tmp_path_factory.mktemp("undisturbed")
-    grid = Sites(named(NAMES, list(sites.values())))
-    with task_identity(), pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FLWR_HOME", str(out / "home"))
-        server_app(grid, server_context(SETTINGS | {"out-dir": str(out / "runs")}))
-    (path,) = (out / "runs").iterdir()
-    return RunFolder.open(path)
+        return federate(out / "runs", Sites(named(NAMES, list(sites.values()))), **SETTINGS)
 
 
 Set = Callable[[str], Stage]
@@ -142,24 +123,30 @@ def test_a_client_raises(stage: Set, sites: dict[str, Path]) -> None:
     case.completed(case.resume(), "resume-from", ["b"], ["a", "b"])
 
 
-def test_a_supernode_is_killed_in_training(stage: Set, federation: Federation) -> None:
-    case = stage("SuperNode killed (its machine loses power) while its client trains")
+@pytest.mark.parametrize(
+    ("fault", "program", "goes_on"),
+    [
+        (
+            "SuperNode killed (its machine loses power) while its client trains",
+            "",
+            "SuperNode started again, resume-from",
+        ),
+        ("ClientApp process killed (out of memory) while it trains", "flwr-clientapp", "resume-from"),
+    ],
+)
+def test_a_client_is_killed_in_training(
+    stage: Set, federation: Federation, fault: str, program: str, goes_on: str
+) -> None:
+    case = stage(fault)
     run = case.start()
     case.wait_for(lambda: "b" in case.trained(), "b trains")
-    federation.send(signal.SIGKILL, who="b")
-    federation.nodes["b"].wait()
+    federation.send(signal.SIGKILL, program, "b")
+    if not program:
+        federation.nodes["b"].wait()
     case.disturbed(run)
-    federation.start_node("b")
-    case.completed(case.resume(), "SuperNode started again, resume-from", ["b"], ["a", "b", "b"])
-
-
-def test_a_clientapp_is_killed_in_training(stage: Set, federation: Federation) -> None:
-    case = stage("ClientApp process killed (out of memory) while it trains")
-    run = case.start()
-    case.wait_for(lambda: "b" in case.trained(), "b trains")
-    federation.send(signal.SIGKILL, "flwr-clientapp", "b")
-    case.disturbed(run)
-    case.completed(case.resume(), "resume-from", ["b"], ["a", "b", "b"])
+    if not program:
+        federation.start_node("b")
+    case.completed(case.resume(), goes_on, ["b"], ["a", "b", "b"])
 
 
 def test_a_client_is_slower_than_the_deadline(stage: Set, federation: Federation) -> None:
@@ -248,21 +235,18 @@ def test_a_ray_actor_is_killed_in_simulation(table: list[Row], tmp_path: Path) -
     slow = {"local.epochs": 600}
     run = SimulatedRun(out, tmp_path / "home", clients, slow)
     run.wait_for(run.folder, PATIENCE)
-    actors = run.wait_for(lambda: run.processes("ray::ClientAppActor.run"), PATIENCE)
-    time.sleep(1)
-    os.kill(actors[0], signal.SIGKILL)
+    run.kill("ray::ClientAppActor.run", PATIENCE)
     row.status = run.end(PATIENCE)
     folder = run.folder()
-    assert (row.status, folder is not None) == (1, True)
-    assert folder is not None
+    assert row.status == 1
     row.reads, row.disk = messages(run.log, out), files_in(folder.path)
     (missing,) = folder.missing(clients)
     again = SimulatedRun(out, tmp_path / "home", clients, slow | {"resume-from": str(folder.path)})
     assert again.end(PATIENCE) == 0, again.log
     row.goes_on, row.asked = "resume-from", [str(missing)]
-    trained = re.findall(r"client (\d+): training on", run.log), re.findall(r"client (\d+): training on", again.log)
-    assert trained[1] == row.asked
-    row.trained = sorted([*trained[0], *trained[1]])
+    before, after = (re.findall(r"client (\d+): training on", each.log) for each in (run, again))
+    assert after == row.asked
+    row.trained = sorted([*before, *after])
     config = Config.from_flat(TINY | slow | {"partition.clients": clients, "out-dir": str(tmp_path / "line")})
     straight = pipeline.run(config, "line")
     assert timeless(folder.model_path) == timeless(straight.model_path)

@@ -1,13 +1,12 @@
 """What this project uses of Flower's and Ray's internals: each test is named after what breaks when they change."""
 
 import logging
-from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
-from local_grid import LocalGrid, task_identity
+from local_grid import LocalGrid
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
@@ -16,12 +15,6 @@ import server_app.app
 from client_app.app import app as client_app
 from fedmitr_flwr.common.process import begin, forward
 from server_app.grid import _DEAD_ACTOR, ObservedGrid
-
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
 
 
 def test_the_ids_of_a_message_can_be_set_in_its_metadata() -> None:

@@ -1,28 +1,23 @@
 """The observed grid and the meeting with the clients: bounded waits, names, and what a dead Ray actor does."""
 
+import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
 import pytest
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from local_grid import LocalGrid, task_identity
+from local_grid import LocalGrid
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.config.limits import needed
-from server_app.builtin import _CountingGrid
+from server_app import clients as meeting
 from server_app.clients import meet
 from server_app.grid import ObservedGrid
-
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
 
 
 def quick(**changes: Any) -> Config:
@@ -31,6 +26,11 @@ def quick(**changes: Any) -> Config:
 
 def questions(grid: LocalGrid) -> list[Message]:
     return [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+
+
+def observed(inner: LocalGrid, on_reply: Any = None, **more: Any) -> ObservedGrid:
+    clients = {node: client for client, node in enumerate(inner.get_node_ids())}
+    return ObservedGrid(inner, on_reply, **{"clients": clients, "poll": 0.01, **more})
 
 
 def echo() -> ClientApp:
@@ -104,35 +104,26 @@ class RayPool(LocalGrid):
         return reply
 
 
-@pytest.mark.parametrize("killed", [0, 2, 5])
-def test_a_dead_ray_actor_costs_one_client_and_not_the_queue_behind_it(killed: int) -> None:
-    pool = RayPool(echo(), 6, actors=2, killed=killed)
-    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(6)}, poll=0)
-    replies = grid.send_and_receive(questions(pool), timeout=10)
-    good = {pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_content()}
-    assert good == set(range(6)) - {killed}
+@pytest.mark.parametrize(("killed", "late"), [(0, None), (2, None), (5, None), (0, 0)])
+def test_a_dead_ray_actor_costs_one_client_and_not_the_queue_behind_it(killed: int, late: int | None) -> None:
+    """Who killed the actor is known, though another's failure may be fetched first."""
+    pool = RayPool(echo(), 6, actors=2, killed=killed, late=late)
+    replies = observed(pool, poll=0).send_and_receive(questions(pool), timeout=10)
+    assert [pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_error()] == [killed]
     assert len(replies) == 6
-
-
-def test_who_killed_an_actor_is_known_though_another_s_failure_is_fetched_first() -> None:
-    pool = RayPool(echo(), 6, actors=2, killed=0, late=0)
-    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(6)}, poll=0)
-    replies = grid.send_and_receive(questions(pool), timeout=10)
-    assert [pool.client(reply.metadata.src_node_id) for reply in replies if reply.has_error()] == [0]
-    assert [client for _, client in pool.asked].count(0) == 1
+    assert pool.clients_asked("train").count(killed) == 1
 
 
 def test_without_a_living_actor_the_asking_ends() -> None:
     pool = RayPool(echo(), 5, actors=1, killed=0)
-    grid = ObservedGrid(pool, clients={pool.node(i): i for i in range(5)}, poll=0)
-    replies = grid.send_and_receive(questions(pool), timeout=10)
+    replies = observed(pool, poll=0).send_and_receive(questions(pool), timeout=10)
     assert [reply.has_error() for reply in replies] == [True] * 5
     assert len(pool.asked) == 1 + 4 * 3
 
 
 def test_replies_come_back_in_the_clients_order() -> None:
-    local = LocalGrid(echo(), 5, shuffle=lambda replies: replies.reverse())
-    grid = ObservedGrid(local, clients={local.node(i): 4 - i for i in range(5)})
+    local = LocalGrid(echo(), 5, rng=random.Random(0))
+    grid = observed(local, clients={local.node(i): 4 - i for i in range(5)})
     replies = grid.send_and_receive(questions(local))
     assert [grid.clients[reply.metadata.src_node_id] for reply in replies] == [0, 1, 2, 3, 4]
 
@@ -148,15 +139,14 @@ def test_one_reply_is_in_memory_at_a_time() -> None:
             return replies
 
     local = Counting(echo(), 4)
-    grid = ObservedGrid(local, lambda *_: fetched.append(-1), poll=0)
+    grid = observed(local, lambda *_: fetched.append(-1))
     assert len(grid.send_and_receive(questions(local), timeout=10)) == 4
     assert [sum(fetched[: end + 1]) for end in range(len(fetched))] == [1, 0] * 4
 
 
 def test_the_time_in_the_hook_does_not_count() -> None:
     local = LocalGrid(echo(), 3)
-    grid = ObservedGrid(local, lambda *_: time.sleep(0.3), poll=0)
-    assert len(grid.send_and_receive(questions(local), timeout=0.2)) == 3
+    assert len(observed(local, lambda *_: time.sleep(0.3)).send_and_receive(questions(local), timeout=0.2)) == 3
 
 
 def test_a_rejected_message_is_named_and_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,34 +155,21 @@ def test_a_rejected_message_is_named_and_not_waited_for(caplog: pytest.LogCaptur
             return [sent for sent in super().push_messages(messages) if self.asked[-1][1] != 1]
 
     local = Picky(echo(), 3)
-    grid = ObservedGrid(local, clients={local.node(i): i for i in range(3)})
-    assert len(grid.send_and_receive(questions(local), timeout=5)) == 2
+    assert len(observed(local).send_and_receive(questions(local), timeout=5)) == 2
     assert "client 1 cannot be asked" in caplog.text
 
 
-def test_late_replies_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    local = LocalGrid(echo(), 2, tamper=lambda reply, client: [reply] if client else [])
-    grid = ObservedGrid(local, clients={local.node(i): i for i in range(2)}, poll=0.01)
-    assert len(grid.send_and_receive(questions(local), timeout=0.1)) == 1
-    assert "client 0 did not reply in time" in caplog.text
-
-
-def test_the_quorum_of_one_question() -> None:
+def test_late_replies_are_named_and_do_not_count_for_the_quorum(caplog: pytest.LogCaptureFixture) -> None:
     local = LocalGrid(echo(), 4, tamper=lambda reply, client: [reply] if client else [])
-    assert len(ObservedGrid(local, poll=0.01, quorum=0.75).send_and_receive(questions(local), timeout=0.1)) == 3
+    assert len(observed(local, quorum=0.75).send_and_receive(questions(local), timeout=0.1)) == 3
+    assert "client 0 did not reply in time" in caplog.text
     with pytest.raises(RunError, match=r"3 of 4 clients .* flower.quorum = 0.8"):
-        ObservedGrid(local, poll=0.01, quorum=0.8).send_and_receive(questions(local), timeout=0.1)
+        observed(local, quorum=0.8).send_and_receive(questions(local), timeout=0.1)
 
 
 def test_a_quorum_is_not_raised_by_floating_point() -> None:
     """0.56 * 25 is 14.000000000000002 in binary."""
     assert [needed(0.56, 25), needed(0.28, 50), needed(0.5, 5), needed(0.01, 3), needed(1.0, 7)] == [14, 14, 3, 1, 7]
-
-
-def test_a_strategy_of_flower_s_sees_the_clients_only() -> None:
-    local = LocalGrid(echo(), 3)
-    grid = _CountingGrid(lambda _: None, local, None, {local.node(0): 0, local.node(2): 1})
-    assert set(grid.get_node_ids()) == {local.node(0), local.node(2)}
 
 
 def test_meeting_maps_random_nodes_to_clients() -> None:
@@ -204,29 +181,21 @@ def test_meeting_maps_random_nodes_to_clients() -> None:
     assert list(clients.nodes) == [0, 1, 2]
 
 
-def identity(grid: LocalGrid, client: int, **changes: int | None) -> None:
-    config = grid.contexts[grid.node(client)].node_config
-    for key, value in changes.items():
-        name = key.replace("_", "-")
-        config.pop(name)
-        if value is not None:
-            config[name] = value
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"partition_id": 0}, "client 0 is there twice"),
-        ({"partition_id": 3}, "partition-id = 3; use one from 0 to 2"),
-        ({"partition_id": -1}, "partition-id = -1"),
-        ({"num_partitions": 4}, "one of 4 clients, others or the run folder say 3"),
-        ({"partition_id": None}, "the node has no partition-id; start the SuperNode with --node-config"),
-        ({"num_partitions": None}, "the node has no num-partitions"),
+        ({"partition-id": 0}, "client 0 is there twice"),
+        ({"partition-id": 3}, "partition-id = 3; use one from 0 to 2"),
+        ({"partition-id": -1}, "partition-id = -1"),
+        ({"num-partitions": 4}, "one of 4 clients, others or the run folder say 3"),
+        ({"partition-id": None}, "the node has no partition-id; start the SuperNode with --node-config"),
+        ({"num-partitions": None}, "the node has no num-partitions"),
     ],
 )
 def test_nodes_that_contradict_each_other_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     grid = LocalGrid(client_app, 3)
-    identity(grid, 2, **changes)
+    node = grid.contexts[grid.node(2)].node_config | changes
+    grid.contexts[grid.node(2)].node_config = {key: value for key, value in node.items() if value is not None}
     with pytest.raises(RunError, match=message):
         meet(grid, quick())
 
@@ -245,14 +214,13 @@ def absent(grid: LocalGrid, *clients: int) -> LocalGrid:
 
 def test_waiting_for_nodes_has_an_end_and_names_the_missing() -> None:
     started = time.monotonic()
-    with pytest.raises(RunError, match=r"3 of 5 nodes after .* missing: clients 1, 3; .*num-supernodes=5"):
-        meet(absent(LocalGrid(client_app, 5), 1, 3), quick())
+    for grid, told in (
+        (absent(LocalGrid(client_app, 5), 1, 3), r"3 of 5 nodes after .* missing: clients 1, 3; .*num-supernodes=5"),
+        (absent(LocalGrid(client_app, 2), 0, 1), "0 of 2 nodes"),
+    ):
+        with pytest.raises(RunError, match=told):
+            meet(grid, quick())
     assert time.monotonic() - started < 5
-
-
-def test_no_node_at_all() -> None:
-    with pytest.raises(RunError, match="0 of 2 nodes"):
-        meet(absent(LocalGrid(client_app, 2), 0, 1), quick())
 
 
 def test_a_node_that_is_silent_is_told_from_one_that_is_absent() -> None:
@@ -282,15 +250,55 @@ def test_one_client_is_no_federation() -> None:
         meet(LocalGrid(client_app, 1), quick(node_wait=600.0))
 
 
-def test_a_node_that_comes_late_is_waited_for() -> None:
-    class Late(LocalGrid):
-        looks = 0
+class LostOnce(LocalGrid):
+    """Node 1 is being started again when it is asked who it is; without a code, nobody misses it meanwhile."""
 
-        def get_node_ids(self) -> list[int]:
-            self.looks += 1
-            return super().get_node_ids()[: self.looks]
+    def __init__(self, code: int | None) -> None:
+        super().__init__(client_app, 2)
+        self.code = code
 
-    assert meet(Late(client_app, 3), quick(node_wait=60.0)).number == 3
+    def _answer(self, message: Message) -> str:
+        sent = super()._answer(message)
+        if self.asked[-1] == ("query.describe", 1) and self.asked.count(self.asked[-1]) == 1:
+            self._arrived[sent] = [] if self.code is None else [Message(Error(self.code, "lost"), reply_to=message)]
+        return sent
+
+
+@pytest.mark.parametrize("code", [None, 0, 5, 8])  # silent; Ray's, node unavailable, ClientApp crashed
+def test_a_node_that_was_lost_or_stays_silent_is_asked_again(monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    for name, seconds in (("LOST", 0.1), ("SILENT", 0.2), ("LOOK", 0.05)):
+        monkeypatch.setattr(meeting, name, seconds)
+    grid = LostOnce(code)
+    assert meet(grid, quick(node_wait=60.0)).number == 2
+    assert grid.clients_asked("query.describe") == [0, 1, 1]
+
+
+class Slow(LocalGrid):
+    """Node 0 says who it is only after node 2 has, which comes later than the others."""
+
+    looks = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        return super().get_node_ids()[: 2 if self.looks < 3 else 3]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = [self._arrived[sent][0] for sent in message_ids if sent in self._arrived]
+        ready = self.clients_asked("query.describe") == [0, 1, 2]
+        return super().pull_messages(
+            reply.metadata.reply_to_message_id
+            for reply in replies
+            if ready or reply.metadata.src_node_id != self.node(0)
+        )
+
+
+def test_newcomers_are_asked_while_a_slow_node_is_waited_for_and_its_answer_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meeting, "LOOK", 0.05)
+    grid = Slow(client_app, 3)
+    assert meet(grid, quick(node_wait=60.0)).number == 3
+    assert grid.clients_asked("query.describe") == [0, 1, 2]
 
 
 def test_a_quorum_goes_on_without_the_missing_node(caplog: pytest.LogCaptureFixture) -> None:
@@ -307,9 +315,8 @@ def test_a_client_that_has_uploaded_need_not_come() -> None:
 def test_a_hook_sees_who_sent_what() -> None:
     seen: list[tuple[int, int]] = []
     local = LocalGrid(echo(), 2)
-    ObservedGrid(local, lambda reply, node: seen.append((reply.metadata.src_node_id, node))).send_and_receive(
-        questions(local)
-    )
+    grid = observed(local, lambda reply, node: seen.append((reply.metadata.src_node_id, node)))
+    grid.send_and_receive(questions(local))
     assert seen == [(local.node(i), local.node(i)) for i in range(2)]
 
 
@@ -343,7 +350,7 @@ class Stumbling(LocalGrid):
 
 def test_a_superlink_that_stumbles_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     inner = Stumbling(3, 500, "pull-messages", times=5)
-    replies = ObservedGrid(inner, poll=0.0).send_and_receive(questions(inner))
+    replies = observed(inner).send_and_receive(questions(inner))
     assert [inner.client(reply.metadata.src_node_id) for reply in replies] == [0, 1, 2]
     assert caplog.text.count("it is asked again (no)") == 5
 
@@ -352,12 +359,12 @@ def test_a_superlink_that_stumbles_is_asked_again(caplog: pytest.LogCaptureFixtu
 def test_other_errors_end_the_run(status: int, path: str) -> None:
     inner = Stumbling(1, status, path, times=1)
     with pytest.raises(httpx.HTTPStatusError):
-        ObservedGrid(inner, poll=0.0).send_and_receive(questions(inner))
+        observed(inner).send_and_receive(questions(inner))
 
 
 def test_a_superlink_that_does_nothing_but_stumble_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server_app.grid.STUMBLE", 0.3)
     inner = Stumbling(1, 503, "pull-messages", times=10**9)
     with pytest.raises(httpx.HTTPStatusError):
-        ObservedGrid(inner, poll=0.01).send_and_receive(questions(inner))
+        observed(inner).send_and_receive(questions(inner))
     assert inner.left < 10**9 - 2

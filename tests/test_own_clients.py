@@ -1,13 +1,13 @@
 """Clients with folders of their own, through the Flower apps: the bits of the shares that lie in the folders."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message, RecordDict
-from local_grid import TINY, LocalGrid, complaint, server_context, task_identity
-from sites import Sites, named
+from local_grid import TINY, Federate, Sites, complaint, named
 from tiny import timeless
 
 from deploy.demo_data import as_folders, as_parquet
@@ -18,16 +18,13 @@ from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.runs.folder import RunFolder
 from server_app import clients as meeting
-from server_app.app import app as server_app
 from server_app.records import order
 
 CLIENTS = 3
 NAMES = ("hospital-a", "factory", "university")
 DIGITS = tuple("0123456789")
 SHARED = TINY | {"data.train-limit": 0, "partition.scheme": "dirichlet", "partition.clients": CLIENTS, "seed": 2}
-OWN = SHARED | {"partition.scheme": "own"}
-
-Federate = Callable[..., RunFolder]
+OWN = SHARED | {"partition.scheme": "own", "flower.clients": "|".join(NAMES)}
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +39,9 @@ def folders(shares: list[Images], tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Federate]:
-    """Run the federation; gives the newest run folder, also after a failure."""
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    runs = iter(range(1, 100))
-
-    def run(grid: LocalGrid, fails: str = "", **changes: Any) -> RunFolder | None:
-        context = server_context(OWN | {"out-dir": str(tmp_path / "out")} | changes, next(runs))
-        if fails:
-            with pytest.raises(UserError, match=fails):
-                server_app(grid, context)
-        else:
-            server_app(grid, context)
-        found = sorted((tmp_path / "out").glob("*"), key=lambda path: path.stat().st_mtime)
-        return RunFolder.open(found[-1]) if found else None
-
-    with task_identity():
-        yield run
+def federate(federate: Federate) -> Federate:
+    """With these clients."""
+    return partial(federate, **OWN)
 
 
 def contents(folder: RunFolder) -> list[bytes]:
@@ -83,8 +66,7 @@ def test_own_folders_give_the_bits_of_the_shares_in_them(
             {"partition-id": client, "num-partitions": CLIENTS, "data-path": str(path)}
             for client, path in enumerate(folders)
         ]
-    names = "" if numbered else " | ".join(NAMES)
-    run = federate(Sites(nodes[::-1]), **{"flower.clients": names})
+    run = federate(Sites(nodes[::-1]), **{"flower.clients": "" if numbered else " | ".join(NAMES)})
     assert contents(run) == contents(dealt)
     result, simulated = run.read_result(), dealt.read_result()
     for key in ("accuracy", "evaluated_on", "clients", "bytes_up"):
@@ -96,8 +78,7 @@ def test_own_folders_give_the_bits_of_the_shares_in_them(
 
 
 def test_class_counts_are_told_by_choice(federate: Federate, folders: list[Path], dealt: RunFolder) -> None:
-    changes = {"flower.clients": "|".join(NAMES), "upload.extras": "counts"}
-    run = federate(Sites(named(NAMES, folders)), **changes)
+    run = federate(Sites(named(NAMES, folders)), **{"upload.extras": "counts"})
     assert run.read_result()["counts"] == dealt.read_result()["counts"]
     assert run.partition_path.exists()
 
@@ -107,7 +88,7 @@ def test_one_class_one_site_and_many_sizes(federate: Federate, shares: list[Imag
     ones = shares[0].subset((shares[0].labels == 1).nonzero().flatten())
     sites = [ones, *shares[1:]]
     folders = [as_folders(tmp_path / str(number), images, DIGITS) for number, images in enumerate(sites)]
-    run = federate(Sites(named(NAMES, folders)), **{"flower.clients": "|".join(NAMES), "partition.min-size": 1})
+    run = federate(Sites(named(NAMES, folders)), **{"partition.min-size": 1})
     assert [upload.num_examples for upload in run.load_uploads()] == [len(images) for images in sites]
     assert len(ones) < min(len(shares[1]), len(shares[2]))
 
@@ -116,8 +97,7 @@ def test_the_clients_evaluate_without_any_image_at_the_server(
     federate: Federate, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedmitr_flwr.data.own.open_split", lambda *_, **__: pytest.fail("the server read images"))
-    changes = {"flower.clients": "|".join(NAMES), "evaluate.where": "clients", "evaluate.holdout": 0.2}
-    run = federate(Sites(named(NAMES, folders)), **changes)
+    run = federate(Sites(named(NAMES, folders)), **{"evaluate.where": "clients", "evaluate.holdout": 0.2})
     result = run.read_result()
     held = sum(round(0.2 * (upload.num_examples / 0.8)) for upload in run.load_uploads())
     assert result["evaluated_on"]["where"] == "clients"
@@ -132,7 +112,7 @@ def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
     trained: list[int] = []
     train = pipeline.train_local
     monkeypatch.setattr(pipeline, "train_local", lambda *given: (trained.append(1), train(*given))[1])
-    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
+    changes = {"flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
     nodes = named(NAMES, folders)
     nodes[1]["data-path"] = str(folders[1] / "train.parquet")
     federate(Sites(nodes), fails="client factory: this client's data-path is no folder", **changes)
@@ -148,7 +128,9 @@ def test_a_named_client_keeps_its_number_when_the_run_is_resumed(
 
 
 def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, folders: list[Path]) -> None:
-    run = federate(Sites(named(NAMES, folders)), **{"flower.clients": "|".join(NAMES), "flower.strategy": "fedavg"})
+    grid = Sites([*named(NAMES, folders), {"client-name": "stranger"}])
+    run = federate(grid, **{"flower.strategy": "fedavg"})
+    assert grid.clients_asked("train") == [0, 1, 2]
     assert 0 <= run.read_result()["accuracy"]["student"] <= 100
     assert run.config.data.class_names == DIGITS
 
@@ -162,11 +144,7 @@ def test_a_strategy_of_flower_s_own_works_on_own_folders(federate: Federate, fol
         ({"data-path": None}, {}, "client 'hospital-a' .* has no data-path, but partition.scheme = 'own'"),
         ({}, {"partition.scheme": "iid"}, "client .* has images of its own .* set partition.scheme = 'own'"),
         ({"data-path": "/nowhere/secret"}, {}, "cannot take part: client hospital-a: .* is no folder"),
-        (
-            {},
-            {"flower.clients": NAMES[0]},
-            "there is 1 client in all, and .* at least 2; add the names of the others",
-        ),
+        ({}, {"flower.clients": NAMES[0]}, "there is 1 client in all, and .* at least 2; add the names of the others"),
         ({"client-name": "stranger"}, {}, r"2 of 3 nodes .* missing: client 0 \(hospital-a\); start their SuperNodes"),
     ],
 )
@@ -176,19 +154,9 @@ def test_contradictions_are_told_before_anybody_trains(
     nodes = named(NAMES, folders)
     nodes[0] = {key: value for key, value in {**nodes[0], **change}.items() if value is not None}
     grid = Sites(nodes)
-    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, **settings}
+    changes = {"flower.node-wait": 0.2, **settings}
     federate(grid, fails=fails, **changes)
     assert grid.clients_asked("train") == []
-
-
-def test_nodes_of_other_federations_are_left_alone(
-    federate: Federate, folders: list[Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    nodes = [*named(NAMES, folders), {"client-name": "stranger", "data-path": str(folders[0])}]
-    grid = Sites(nodes)
-    federate(grid, **{"flower.clients": "|".join(NAMES)})
-    assert grid.clients_asked("train") == [0, 1, 2]
-    assert "client 'stranger', which flower.clients does not name: it is not asked" in caplog.text
 
 
 def test_names_are_said_with_the_nodes_that_claim_them(
@@ -198,19 +166,25 @@ def test_names_are_said_with_the_nodes_that_claim_them(
     for nodes in (named(NAMES, folders), named([NAMES[1], NAMES[0], NAMES[2]], folders)):
         grid = Sites(nodes)
         caplog.clear()
-        federate(grid, **{"flower.clients": "|".join(NAMES)})
+        federate(grid)
         by_name = {str(node["client-name"]): number for node, number in zip(nodes, grid.get_node_ids(), strict=True)}
         taken = ", ".join(f"{name} by node {by_name[name]}" for name in NAMES)
         assert f"names are as the nodes claim them: {taken}; compare with the node IDs" in caplog.text
 
 
-@pytest.mark.parametrize("trouble", ["no folder", "other classes", "privacy", "does not load", "another app"])
+@pytest.mark.parametrize("trouble", ["none", "no folder", "other classes", "privacy", "does not load", "another app"])
 def test_nodes_of_other_federations_may_be_in_any_state(
-    federate: Federate, folders: list[Path], shares: list[Images], tmp_path: Path, trouble: str
+    federate: Federate,
+    folders: list[Path],
+    shares: list[Images],
+    tmp_path: Path,
+    trouble: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A museum's node is at the same SuperLink, and cannot take part, for which nobody has asked it."""
     other = as_parquet(tmp_path / "museum", shares[0], tuple("abcdefghij"))
     told: dict[str, dict[str, Any]] = {
+        "none": {"data-path": str(folders[0])},
         "no folder": {"data-path": "/nowhere"},
         "other classes": {"data-path": str(other)},
         "privacy": {"data-path": str(folders[0]), "max-epsilon": 8},
@@ -229,21 +203,22 @@ def test_nodes_of_other_federations_may_be_in_any_state(
                 return error
             return reply
 
-    names = {"flower.clients": "|".join(NAMES)}
     nodes = [*named(NAMES, folders), {"client-name": "museum", **told.get(trouble, {})}]
     if trouble not in told:  # it has not said who it is: it may be the one that is missing
         grid = Museum(nodes)
         del grid.contexts[grid.node(2)]
         fails = r"missing: client 2 \(university\); start their SuperNodes; node 1021 (does not say|cannot take part)"
-        federate(grid, fails=fails, **names, **{"flower.node-wait": 0.2})
+        federate(grid, fails=fails, **{"flower.node-wait": 0.2})
     grid = Museum(nodes)
-    run = federate(grid, **names)
+    run = federate(grid)
     assert run.finished
     assert grid.clients_asked("train") == [0, 1, 2]
+    if trouble in told:
+        assert "client 'museum', which flower.clients does not name: it is not asked" in caplog.text
 
 
 def test_a_client_that_has_uploaded_may_be_in_any_state(federate: Federate, folders: list[Path]) -> None:
-    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
+    changes = {"flower.node-wait": 0.2, "flower.upload-timeout": 1.0}
     grid = Sites(named(NAMES, folders))
     grid.tamper = lambda reply, client: [] if client == 1 else [reply]
     run = federate(grid, fails=r"missing: client 1 \(factory\)", **changes)
@@ -260,7 +235,7 @@ def test_a_node_with_another_name_is_told_of_once(
 ) -> None:
     monkeypatch.setattr(meeting, "LOOK", 0.02)
     nodes = [*named(NAMES[:2], folders[:2]), {"client-name": "stranger"}]
-    changes = {"flower.clients": "|".join(NAMES), "flower.node-wait": 0.5}
+    changes = {"flower.node-wait": 0.5}
     federate(Sites(nodes), fails=r"missing: client 2 \(university\)", **changes)
     assert caplog.text.count("client 'stranger', which flower.clients does not name") == 1
 
@@ -273,10 +248,8 @@ def test_a_node_with_another_name_is_told_of_once(
     ],
 )
 def test_a_card_tells_of_trouble_what_an_error_would(
-    federate: Federate, folders: list[Path], error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+    folders: list[Path], error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del federate  # it has a task's identity
-
     def fail(*_: Any) -> None:
         raise error
 

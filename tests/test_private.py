@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import stat
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
-from local_grid import TINY, LocalGrid, server_context, task_identity
+from local_grid import TINY, LocalGrid, server_context
 from timm.models.vision_transformer import VisionTransformer
 from tiny import a_vit, settings, small
 
@@ -310,12 +309,6 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_opacus(Config.from_flat({"privacy.epsilon": 3.0} | ALONE))
 
 
-@pytest.fixture
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
-
-
 def replies(node: dict[str, Any], **asked: Any) -> list[Message]:
     """Of a node that was started with these keys, to all that the server may ask."""
     grid = LocalGrid(client_app, 2)
@@ -331,7 +324,6 @@ EPSILON = "this node wants privacy.epsilon of at most 2, and the server's is "
 DELTA = "this node wants privacy.delta of at most {}, and the server's is {}; lower it there, or raise the node's max-d"
 
 
-@pytest.mark.usefixtures("_identity")
 @pytest.mark.parametrize(
     ("node", "epsilon", "delta", "refused"),
     [
@@ -357,7 +349,6 @@ def test_a_node_may_want_more_privacy_than_the_server(
     assert (tmp_path / "fedmitr/privacy.jsonl").exists() == (bool(epsilon) and not refused)
 
 
-@pytest.mark.usefixtures("_identity")
 @needs_opacus
 def test_a_node_s_limit_bounds_all_runs_together(tmp_path: Path) -> None:
     node = {"max-epsilon": 7, "work-path": str(tmp_path / "work")}
@@ -373,7 +364,6 @@ def test_a_node_s_limit_bounds_all_runs_together(tmp_path: Path) -> None:
 
 
 @needs_opacus
-@pytest.mark.usefixtures("_identity")
 def test_what_was_spent_is_in_the_run(tmp_path: Any) -> None:
     flat = TINY | ALONE | {"out-dir": str(tmp_path), "privacy.epsilon": 8.0}
     server_app(LocalGrid(client_app, 3), server_context(flat))

@@ -2,51 +2,78 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from local_grid import TINY, LocalGrid, server_context, task_identity
+from local_grid import Federate, LocalGrid
 
 from client_app.app import app as client_app
-from fedmitr_flwr.common.errors import ConfigError, ModelError
-from server_app.app import app as server_app
 
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    before = os.umask(0o022)
-    with task_identity():
-        yield
-    os.umask(before)
+ETA = "flower.options"
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"),
+    ("settings", "told"),
     [
-        ({"method": "fedmagic"}, ConfigError),
-        ({"flower.rounds": 2}, ConfigError),
-        ({"device": "gpu"}, ConfigError),
-        ({"model.weights": "none.safetensors"}, ModelError),
+        ({"local.epochz": 2}, "local.epochz"),
+        ({"local.epochs": "nine"}, "local.epochs = 'nine'"),
+        ({"method": "fedmagic"}, "fedmagic"),
+        ({"method": "ensemble", "evaluate.where": "clients"}, "no single model"),
+        ({"device": "gpu"}, "device = 'gpu'"),
+        ({"model.name": "vit_nothing"}, "vit_nothing"),
+        ({"resume-from": "nowhere"}, "is not a run folder"),
+        ({"model.weights": "none.safetensors"}, "none.safetensors"),
+        ({"data.source": "parquet", "data.path": "/absent"}, "data.path"),
+        ({"data.source": "parquet", "data.path": "/absent", "flower.strategy": "fedavg"}, "data.path"),
+        ({"flower.rounds": 2}, "flower.rounds = 2"),
+        ({"flower.strategy": "fedavgg"}, "flower.strategy = 'fedavgg' is unknown; use oneshot | fedavg"),
+        ({"flower.strategy": "fedavg", "upload.dtype": "float16"}, "half precision"),
+        ({"flower.strategy": "fedavg", "resume-from": "x"}, "resume-from needs"),
+        ({ETA: "eta=0.1"}, "is of a strategy that Flower ships; leave it empty"),
+        (
+            {"flower.strategy": "fedmedian", ETA: "eta=0.1"},
+            "eta is no option of flower.strategy = 'fedmedian'; it has none; leave it empty",
+        ),
+        (
+            {"flower.strategy": "fedadam", ETA: "eat=0.1"},
+            "eat is no option of flower.strategy = 'fedadam'; it has eta and tau; did you mean",
+        ),
+        (
+            {"flower.strategy": "fedavgm", ETA: "server_momentum=1"},
+            "server_momentum = 1 is not possible; use 0 to 0.999",
+        ),
+        (
+            {"flower.strategy": "qfedavg", ETA: "client_learning_rate=0"},
+            "client_learning_rate = 0 is not possible; use 1e-12 to inf",
+        ),
+        ({"flower.strategy": "fedprox", ETA: "proximal_mu=-1"}, "proximal_mu = -1 is not possible; use 0 to inf"),
     ],
 )
 def test_bad_input_is_named_before_any_node_is_asked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, object], error: type[Exception]
+    federate: Federate, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], told: str
 ) -> None:
     grid = LocalGrid(client_app, 2)
-    with pytest.raises(error):
-        server_app(grid, server_context(TINY | {"out-dir": str(tmp_path)} | settings))
+    assert federate(grid, fails=re.escape(told), **settings) is None  # no folder is made
     assert grid.asked == []
-    assert not list(tmp_path.iterdir())
     assert sum(record.message.startswith("bad input: ") for record in caplog.records) == 1
 
 
+def test_a_method_is_checked_with_the_clients_that_there_are(federate: Federate) -> None:
+    grid = LocalGrid(client_app, 3)  # the default of partition.clients is 5
+    federate(grid, fails=r"krum.hostile = 1 needs 4 uploads, not 3", method="krum")
+    assert not grid.clients_asked("train")
+
+
 def test_a_run_by_two_nodes_of_six_clients_and_a_relative_path(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    federate: Federate, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "flwr")
     monkeypatch.chdir(tmp_path)
-    server_app(LocalGrid(client_app, 2), server_context(TINY | {"out-dir": "runs", "partition.clients": 6}))
+    before = os.umask(0o022)
+    federate(LocalGrid(client_app, 2), **{"out-dir": "runs", "partition.clients": 6})
+    os.umask(before)
     assert "partition.clients = 6 has no effect here: there are 2 clients, one for each node" in caplog.text
     (folder,) = (tmp_path / "runs").iterdir()
     assert f'out-dir = "{tmp_path / "runs"}"' in (folder / "config.toml").read_text()

@@ -1,6 +1,6 @@
 """Statistics on their way: from a client's images through file, check, digest and Flower's messages to the server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from local_grid import TINY, LocalGrid, server_context, task_identity
+from local_grid import TINY, LocalGrid, server_context
 from torch import Tensor
 
 from client_app.app import app as client_app
@@ -24,7 +24,7 @@ from fedmitr_flwr.statistics.moments import frozen_features, measure, names
 from fedmitr_flwr.uploads.upload import Upload, digest, load, save, size, validate
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 from server_app.app import app as server_app
-from server_app.records import order, read_upload, room
+from server_app.records import order, read_upload
 
 CODE = "0123456789ab"
 LABELS = torch.tensor([0] * 3 + [2] * 9)
@@ -109,12 +109,6 @@ def test_statistics_that_were_not_asked_for_are_refused() -> None:
         check(an_upload(), extras="")
 
 
-@pytest.fixture
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
-
-
 def settings(**changes: Any) -> Config:
     return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
 
@@ -150,7 +144,6 @@ def test_statistics_change_nothing_else_in_an_upload() -> None:
     assert all(torch.equal(with_them.weights[name], tensor) for name, tensor in without.weights.items())
 
 
-@pytest.mark.usefixtures("_identity")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -166,7 +159,7 @@ def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
     made = pipeline.train_client(config, 1, initial)
     reply = ask(config, client=1)
     assert set(reply.content) == {"arrays", "metrics", "statistics"}
-    read = read_upload(reply, 1, config.upload.counts, room(initial), with_statistics=True)
+    read = read_upload(reply, 1, config)
     assert read.statistics.keys() == made.statistics.keys()
     assert all(torch.equal(read.statistics[name], tensor) for name, tensor in made.statistics.items())
     assert read.class_counts == made.class_counts
@@ -174,7 +167,6 @@ def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
     validate(read, initial, 10, made.fingerprint, 2, 1000, asked=config.upload)
 
 
-@pytest.mark.usefixtures("_identity")
 def test_nothing_of_the_kind_is_sent_by_default() -> None:
     reply = ask(settings(**{"upload.extras": ""}))
     assert set(reply.content) == {"arrays", "metrics"}
@@ -183,8 +175,7 @@ def test_nothing_of_the_kind_is_sent_by_default() -> None:
 
 def federate(out: Path, tamper: Any = None, **changes: Any) -> RunFolder:
     settings = TINY | {"method": "lda", "upload.extras": "statistics", "out-dir": str(out)} | changes
-    with task_identity():
-        server_app(LocalGrid(client_app, 3, tamper=tamper), server_context(settings))
+    server_app(LocalGrid(client_app, 3, tamper=tamper), server_context(settings))
     return RunFolder.open(next(out.iterdir()))
 
 
@@ -260,7 +251,7 @@ def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
 def test_what_a_method_lacks_is_told_before_any_client_is_asked(changes: dict[str, Any], told: str) -> None:
     grid = LocalGrid(client_app, 2)
     context = server_context(TINY | {"method": "lda", "upload.extras": "statistics"} | changes)
-    with task_identity(), pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told):
         server_app(grid, context)
     assert not grid.asked
 

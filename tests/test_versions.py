@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from local_grid import TINY, LocalGrid, complaint, task_identity
+from local_grid import TINY, LocalGrid, complaint
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import RunError
@@ -19,12 +19,6 @@ from server_app.clients import meet
 from server_app.records import order
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
 
 
 @pytest.mark.parametrize(
