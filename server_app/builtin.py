@@ -89,9 +89,10 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     folder = pipeline.created(config, f"{config.flower.strategy}-{run_id}")
     log.info("run folder: %s", folder.path)
     with folder.at_work():
-        session = _Session(folder, clients)
+        checked_grid = _CheckedGrid(grid, clients, config)
+        session = _Session(folder, checked_grid)
         result = session.timed(_strategy(config)).start(
-            grid=session.grid(grid),
+            grid=checked_grid,
             initial_arrays=initial,
             num_rounds=config.flower.rounds,
             timeout=config.flower.upload_timeout,
@@ -152,12 +153,17 @@ def _trained(upload: Upload, start: Weights) -> RecordDict:
     return RecordDict({"arrays": arrays, "metrics": numbers})
 
 
-class _CountingGrid(ObservedGrid):
-    """With a hook on every message that is sent, too; a strategy sees no node that is none of the clients."""
+class _CheckedGrid(ObservedGrid):
+    """Shows a strategy the clients only, checks and counts what they send, and counts what they get."""
 
-    def __init__(self, on_message: Callable[[Message], None], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.on_message = on_message
+    def __init__(self, inner: Grid, clients: Clients, config: Config) -> None:
+        nodes = {node: client for client, node in clients.nodes.items()}
+        super().__init__(inner, self.take, nodes, quorum=config.flower.quorum)
+        self.config, self.shapes = config, shapes(config.model)
+        self.bytes_up, self.bytes_down = dict.fromkeys(clients.nodes, 0), dict.fromkeys(clients.nodes, 0)
+        self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
+        self.held: dict[int, int] = {}  # images that each client evaluated on
+        self.asked_for: dict[int, str] = {}  # node -> message type; what a reply calls itself does not matter
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node in super().get_node_ids() if node in self.clients]
@@ -165,67 +171,49 @@ class _CountingGrid(ObservedGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         kept = list(messages)
         for message in kept:
-            self.on_message(message)
+            sent = message.metadata
+            self.asked_for[sent.dst_node_id] = sent.message_type
+            if sent.message_type == MessageType.TRAIN:
+                self.bytes_down[self.clients[sent.dst_node_id]] += _size(message)
         return super().push_messages(kept)
 
-
-class _Session:
-    """What is counted and evaluated while a strategy runs."""
-
-    def __init__(self, folder: RunFolder, clients: Clients) -> None:
-        self.folder, self.config, self.clients = folder, folder.config, clients
-        self.shapes = shapes(folder.config.model)
-        self.device = resolve_device(self.config.device)
-        self.bytes_up, self.bytes_down = dict.fromkeys(clients.nodes, 0), dict.fromkeys(clients.nodes, 0)
-        self.client_seconds = dict.fromkeys(clients.nodes, 0.0)
-        self.stopwatch, self.started = Stopwatch(), time.monotonic()
-        self.last: Evaluation | None = None
-        self.held: dict[int, int] = {}  # images that each client evaluated on
-        forget_peak(self.device)
-
-    def grid(self, inner: Grid) -> ObservedGrid:
-        nodes = {node: client for client, node in self.clients.nodes.items()}
-        asked: dict[int, str] = {}  # node -> what for; what a reply calls itself does not matter
-
-        def sent(message: Message) -> None:
-            sent = message.metadata
-            asked[sent.dst_node_id] = sent.message_type
-            if sent.message_type == MessageType.TRAIN:
-                self.bytes_down[nodes[sent.dst_node_id]] += _size(message)
-
-        def received(reply: Message, node: int) -> None:
-            client = nodes[node]
-            try:
-                if asked[node] == MessageType.TRAIN:
-                    self.take_training(reply, client, node)
-                else:
-                    self.take_evaluation(reply, client)
-            except UploadError:
-                raise
-            except Exception as error:  # an unforeseen error must not let a reply through
-                problem = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
-                raise UploadError(problem) from error
-
-        return _CountingGrid(sent, inner, received, nodes, quorum=self.config.flower.quorum)
+    def take(self, reply: Message, node: int) -> None:
+        """Leave in a reply what the strategy needs, or raise UploadError."""
+        client = self.clients[node]
+        try:
+            if self.asked_for[node] == MessageType.TRAIN:
+                self.take_training(reply, client, node)
+            else:
+                self.take_evaluation(reply, client)
+        except UploadError:
+            raise
+        except Exception as error:  # an unforeseen error must not let a reply through
+            problem = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
+            raise UploadError(problem) from error
 
     def take_training(self, reply: Message, client: int, node: int) -> None:
-        """Check a reply as an upload is checked, count it, and leave in it what the strategy needs."""
+        """Check it as an upload is checked."""
         upload = checked(reply, client, node, self.config)
         reply.content = _trained(upload, self.shapes)
         self.bytes_up[client] += upload.num_bytes
         self.client_seconds[client] += upload.seconds or 0.0
 
     def take_evaluation(self, reply: Message, client: int) -> None:
-        """The same for an evaluation."""
-        config = self.config
-        found = read_evaluation(reply, client, config.model.num_classes, config.screen.max_images)
-        numbers: dict[str, Any] = {
-            "num-examples": found.num_examples,
-            "accuracy": found.accuracy,
-            "eval_loss": found.loss,
-        }
-        reply.content = RecordDict({"metrics": MetricRecord(numbers)})
+        found = read_evaluation(reply, client, self.config)
+        numbers: dict[str, Any] = {"num-examples": found.num_examples, "accuracy": found.accuracy}
+        reply.content = RecordDict({"metrics": MetricRecord(numbers | {"eval_loss": found.loss})})
         self.held[client] = found.num_examples
+
+
+class _Session:
+    """What is timed and evaluated while a strategy runs, and what is told of it at the end."""
+
+    def __init__(self, folder: RunFolder, grid: _CheckedGrid) -> None:
+        self.folder, self.config, self.grid = folder, folder.config, grid
+        self.device = resolve_device(self.config.device)
+        self.stopwatch, self.started = Stopwatch(), time.monotonic()
+        self.last: Evaluation | None = None
+        forget_peak(self.device)
 
     def timed(self, strategy: Strategy) -> Strategy:
         """The strategy itself, whose aggregation is timed from now on."""
@@ -260,17 +248,18 @@ class _Session:
         if self.last is not None:
             require_loss(self.last.loss, _FIX)
         self.folder.save_model(weights, timm_arguments(self.config.model))
+        dealt_here = self.config.evaluate.where == "server" and self.config.partition.scheme != OWN
         result = report.build(
             config=self.config,
             device=str(self.device),
-            bytes_up=self._by_client(self.bytes_up),
-            bytes_down=self._by_client(self.bytes_down),
-            client_seconds=self._by_client(self.client_seconds),
+            bytes_up=self._by_client(self.grid.bytes_up),
+            bytes_down=self._by_client(self.grid.bytes_down),
+            client_seconds=self._by_client(self.grid.client_seconds),
             server_seconds=self.stopwatch.seconds.get("aggregation", 0.0),
             peak_memory=peak_memory(self.device),
             seconds={"rounds": time.monotonic() - self.started, **self.stopwatch.seconds},
             **self._scores(flower_result),
-            **self._data_facts(),
+            **(pipeline.dealt(self.config) if dealt_here else {}),
         )
         result["method"] = self.config.flower.strategy
         self.folder.write_result(result)
@@ -278,7 +267,7 @@ class _Session:
 
     def _by_client(self, counted: Mapping[int, Any]) -> list[Any]:
         """None for a client that was not there."""
-        return [counted.get(client) for client in range(self.clients.number)]
+        return [counted.get(client) for client in range(self.config.partition.clients)]
 
     def _scores(self, flower_result: Result) -> dict[str, Any]:
         if self.last is not None:
@@ -293,10 +282,4 @@ class _Session:
         for server_round, metrics in sorted(rounds.items()):
             self.folder.log_metrics(round=server_round, accuracy=metrics["accuracy"], loss=metrics["eval_loss"])
         accuracy: Any = rounds[max(rounds)]["accuracy"] if rounds else None
-        return {"student": accuracy, "evaluated_on": {"where": "clients", "images": sum(self.held.values())}}
-
-    def _data_facts(self) -> dict[str, Any]:
-        """Who holds what, where the server has dealt it out."""
-        if self.config.evaluate.where != "server" or self.config.partition.scheme == OWN:
-            return {}
-        return pipeline.dealt(self.config)
+        return {"student": accuracy, "evaluated_on": {"where": "clients", "images": sum(self.grid.held.values())}}

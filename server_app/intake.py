@@ -15,7 +15,6 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.gate import admit, shapes
 from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import Weights
 
 from .records import keep, read_upload, room
 
@@ -37,14 +36,10 @@ def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
     """
-    asked = config.upload
     try:
         if (source := reply.metadata.src_node_id) != node:
             raise UploadError(f"client {client}: node {source} answered for node {node}; give every node its own id")
-        upload = read_upload(
-            reply, client, asked.counts, room(shapes(config.model)), with_statistics=asked.sends_statistics
-        )
-        return admit(upload, config, fingerprint=core())
+        return admit(read_upload(reply, client, config), config, fingerprint=core())
     except UserError:
         raise
     except Exception as error:  # an unforeseen error must not let a reply through, nor cost the others
@@ -54,56 +49,41 @@ def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
         ) from error
 
 
-class Intake:
-    """The way of a reply to the folder of a run."""
+def take(reply: Message, client: int, node: int, folder: RunFolder) -> None:
+    """Write one upload to disk, accepted or refused, and free its memory. Arguments as of `checked`."""
+    started = time.monotonic()
+    try:
+        _accept(checked(reply, client, node, folder.config), folder)
+    except UserError as error:
+        _refuse(reply, client, error, folder)
+    for name in list(reply.content):  # no variable holds on to a record
+        reply.content[name] = type(reply.content[name])()
+    return_memory()
+    log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Take uploads of the folder's model."""
-        self.folder = folder
 
-    @property
-    def shapes(self) -> Weights:
-        """What every upload must look like."""
-        return shapes(self.folder.config.model)
+def _refuse(reply: Message, client: int, error: UserError, folder: RunFolder) -> None:
+    """Keep what was sent, if that works at once: a refused reply is not worth waiting for."""
+    try:
+        like = shapes(folder.config.model)
+        kept = keep(reply.content, room(like), MOST * len(like))
+        reason = f"{error}; {kept.left_out}" if kept.left_out else str(error)
+        path = folder.refuse_upload(f"client {client}", kept.tensors, reason, kept.said)
+    except Exception as problem:  # whatever a stranger sent
+        log.warning("refused: %s (not kept: %s)", error, problem)
+        return
+    log.warning("refused: %s (kept in %s)", reason, path)
 
-    def take(self, reply: Message, client: int, node: int) -> None:
-        """Write one upload to disk, accepted or refused, and free its memory.
 
-        Args:
-            reply: to a train message.
-            client: whom the message was sent to.
-            node: where it was sent to.
-        """
-        started = time.monotonic()
-        try:
-            self._accept(checked(reply, client, node, self.folder.config))
-        except UserError as error:
-            self._refuse(reply, client, error)
-        for name in list(reply.content):  # no variable holds on to a record
-            reply.content[name] = type(reply.content[name])()
-        return_memory()
-        log.debug("client %d: taken in %.2f s", client, time.monotonic() - started)
-
-    def _refuse(self, reply: Message, client: int, error: UserError) -> None:
-        """Keep what was sent, if that works at once: a refused reply is not worth waiting for."""
-        try:
-            kept = keep(reply.content, room(self.shapes), MOST * len(self.shapes))
-            reason = f"{error}; {kept.left_out}" if kept.left_out else str(error)
-            path = self.folder.refuse_upload(f"client {client}", kept.tensors, reason, kept.said)
-        except Exception as problem:  # whatever a stranger sent
-            log.warning("refused: %s (not kept: %s)", error, problem)
-            return
-        log.warning("refused: %s (kept in %s)", reason, path)
-
-    def _accept(self, upload: Upload) -> None:
-        path = _however_long(f"client {upload.client}", lambda: self.folder.save_upload(upload))
-        metrics: dict[str, object] = {"client": upload.client, "bytes": upload.num_bytes, "images": upload.num_examples}
-        metrics |= {"loss": upload.train_loss, "seconds": upload.seconds, "epsilon": upload.epsilon}
-        try:
-            self.folder.log_metrics(stage="upload", **metrics)
-        except RunError as error:  # no reason to refuse what is on disk
-            log.error("client %d: its upload is on disk, but not in the metrics: %s", upload.client, error)
-        log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
+def _accept(upload: Upload, folder: RunFolder) -> None:
+    path = _however_long(f"client {upload.client}", lambda: folder.save_upload(upload))
+    metrics: dict[str, object] = {"client": upload.client, "bytes": upload.num_bytes, "images": upload.num_examples}
+    metrics |= {"loss": upload.train_loss, "seconds": upload.seconds, "epsilon": upload.epsilon}
+    try:
+        folder.log_metrics(stage="upload", **metrics)
+    except RunError as error:  # no reason to refuse what is on disk
+        log.error("client %d: its upload is on disk, but not in the metrics: %s", upload.client, error)
+    log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
 
 
 def _however_long(name: str, write: Callable[[], Path]) -> Path:

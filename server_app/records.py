@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedmitr_flwr.config.sections import OWN
 from fedmitr_flwr.config.text import toml_value
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.uploads.foreign import raw, read_npy
+from fedmitr_flwr.uploads.gate import shapes
 from fedmitr_flwr.uploads.upload import Upload, size
 from fedmitr_flwr.vit.build import Weights
 
@@ -67,20 +68,19 @@ def room(start: Weights) -> int:
     return 2 * size(start) + 4096 * (len(start) + 1)
 
 
-def read_upload(reply: Message, client: int, with_counts: bool, limit: int, *, with_statistics: bool = False) -> Upload:
-    """One client's upload, as it was sent.
+def read_upload(reply: Message, client: int, config: Config) -> Upload:
+    """One client's upload, as it was sent. What the settings do not ask for is not looked at.
 
     Args:
         reply: to a train message.
         client: whom the message was sent to.
-        with_counts: read the class counts; without it they are not looked at.
-        limit: bytes of arrays, see `room`. Beyond it nothing is parsed.
-        with_statistics: there is a record of statistics, too.
+        config: of the run.
 
     Raises:
         UploadError: the reply is no upload, or names another client.
     """
-    _require_records(reply, client, {**UPLOAD, "statistics": ArrayRecord} if with_statistics else UPLOAD)
+    asked, limit = config.upload, room(shapes(config.model))
+    _require_records(reply, client, {**UPLOAD, "statistics": ArrayRecord} if asked.sends_statistics else UPLOAD)
     records = reply.content.array_records
     numbers = reply.content.metric_records["metrics"]
     named = _get(numbers, "partition-id", int, client)
@@ -92,14 +92,15 @@ def read_upload(reply: Message, client: int, with_counts: bool, limit: int, *, w
         num_examples=_get(numbers, "num-examples", int, client),
         train_loss=_get(numbers, "train_loss", float, client),
         fingerprint=f"{_get(numbers, 'fingerprint', int, client):012x}",
-        class_counts=_whole_numbers(numbers, "class-counts", client) if with_counts else None,
+        class_counts=_whole_numbers(numbers, "class-counts", client) if asked.counts else None,
         seconds=_get(numbers, "seconds", float, client),
         epsilon=_get(numbers, "epsilon", float, client) if "epsilon" in numbers else None,
-        statistics=_read_arrays(records["statistics"], client, limit) if with_statistics else None,
+        statistics=_read_arrays(records["statistics"], client, limit) if asked.sends_statistics else None,
     )
 
 
 def _read_arrays(arrays: ArrayRecord, client: int, limit: int) -> Weights:
+    """Beyond `limit` bytes nothing is parsed."""
     if (sent := arrays.count_bytes()) > limit:
         raise UploadError(
             f"client {client}: it sent {sent} bytes of arrays, and a model of these settings has at most {limit}; "
@@ -134,21 +135,6 @@ class Kept:
     left_out: str = ""  # why there are no tensors
 
 
-@dataclass
-class _Words:
-    """What a stranger said, as far as there is room for it."""
-
-    said: dict[str, str] = field(default_factory=dict)
-    room: int = TELLS
-
-    def add(self, name: str, value: object) -> None:
-        if self.room <= 0:  # the rest would be cut off anyway
-            return
-        text = _SAID.repr(value)[: max(0, self.room - len(name))]
-        self.said[name] = text
-        self.room -= len(name) + len(text)
-
-
 def keep(content: RecordDict, limit: int, most: int) -> Kept:
     """Choose what of a refused reply goes to disk.
 
@@ -156,22 +142,32 @@ def keep(content: RecordDict, limit: int, most: int) -> Kept:
     larger than `limit` or more than `most`, since a disk is soon full and a header is small. What else was sent goes
     in words, `TELLS` characters at most.
     """
-    words = _Words()
-    for name, record in content.items():
-        if not isinstance(record, ArrayRecord):
-            words.add(_SAID.repr(name), dict(record))
+    others = [(name, record) for name, record in content.items() if not isinstance(record, ArrayRecord)]
+    words: list[tuple[str, object]] = [(_SAID.repr(name), dict(record)) for name, record in others]
     arrays = [(name, array) for record in content.array_records.values() for name, array in record.items()]
     sent = sum(len(array.data) for _, array in arrays)
     if sent > limit or len(arrays) > most:
-        return Kept({}, words.said, f"its {len(arrays)} arrays of {sent} bytes are too much to be kept")
+        return Kept({}, _said(words), f"its {len(arrays)} arrays of {sent} bytes are too much to be kept")
     tensors: Weights = {}
     for free, (name, array) in zip(_names_in_file(name for name, _ in arrays), arrays, strict=True):
         try:
             tensors[free] = read_npy(array.data)
         except UploadError:
             tensors[free] = raw(array.data)
-            words.add(free, (name, array.stype, array.dtype, array.shape))
-    return Kept(tensors, words.said)
+            words.append((free, (name, array.stype, array.dtype, array.shape)))
+    return Kept(tensors, _said(words))
+
+
+def _said(words: Iterable[tuple[str, object]]) -> dict[str, str]:
+    """What a stranger said, as far as there is room for it."""
+    said: dict[str, str] = {}
+    left = TELLS
+    for name, value in words:
+        if left <= 0:
+            break
+        said[name] = text = _SAID.repr(value)[: max(0, left - len(name))]
+        left -= len(name) + len(text)
+    return said
 
 
 def _names_in_file(sent: Iterable[str]) -> list[str]:
@@ -187,7 +183,7 @@ def _names_in_file(sent: Iterable[str]) -> list[str]:
     return free
 
 
-def read_evaluation(reply: Message, client: int, num_classes: int, max_images: int) -> Evaluation:
+def read_evaluation(reply: Message, client: int, config: Config) -> Evaluation:
     """One client's evaluation; the recall by class is NaN where the client did not tell it.
 
     Raises:
@@ -197,9 +193,10 @@ def read_evaluation(reply: Message, client: int, num_classes: int, max_images: i
     numbers = reply.content.metric_records["metrics"]
     images = _get(numbers, "num-examples", int, client)
     accuracy, loss = (_get(numbers, key, float, client) for key in ("accuracy", "eval_loss"))
+    num_classes = config.model.num_classes
     recall = tuple(_get(numbers, "recall", list, client)) if "recall" in numbers else (math.nan,) * num_classes
     possible = 0 <= accuracy <= 100 and math.isfinite(loss) and len(recall) == num_classes
-    if not possible or not 1 <= images <= max_images:
+    if not possible or not 1 <= images <= config.screen.max_images:
         raise UploadError(
             f"client {client}: its evaluation is {accuracy} % of {images} images, loss {loss}, recall of "
             f"{len(recall)} classes, which cannot be; {_OWN}"

@@ -15,10 +15,11 @@ from fedmitr_flwr.config.limits import needed
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics import inputs
+from fedmitr_flwr.uploads.gate import shapes
 from fedmitr_flwr.uploads.upload import size
 
 from .grid import ObservedGrid
-from .intake import Intake
+from .intake import take
 from .records import read_evaluation
 
 log = getLogger("flwr")
@@ -37,7 +38,7 @@ class OneShot(Strategy):
             nodes: client -> node id, of the clients that can be asked.
         """
         self.folder, self.config = folder, folder.config
-        self.intake, self.collecting = Intake(folder), False
+        self.shapes, self.collecting = shapes(folder.config.model), False
         self.nodes = dict(nodes)
         self.clients = {node: client for client, node in nodes.items()}
         self.sent = ArrayRecord()
@@ -69,8 +70,8 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing(self.config.partition.clients)
         asked = [client for client in missing if client in self.nodes]
-        extras = inputs.like(self.intake.shapes) if self.config.upload.moments else {}
-        self.folder.require_room(len(asked), size(self.intake.shapes) + size(extras))
+        extras = inputs.like(self.shapes) if self.config.upload.moments else {}
+        self.folder.require_room(len(asked), size(self.shapes) + size(extras))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)
@@ -90,7 +91,7 @@ class OneShot(Strategy):
     def receive(self, reply: Message, node: int) -> None:
         """Take in a reply as it arrives; what it calls itself does not matter, but what was asked."""
         if self.collecting:
-            self.intake.take(reply, self.clients[node], node)
+            take(reply, self.clients[node], node, self.folder)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -143,7 +144,7 @@ class OneShot(Strategy):
     def _evaluation(self, reply: Message) -> Evaluation | None:
         client = self.clients.get(reply.metadata.src_node_id, -1)  # a stranger's name for itself
         try:
-            return read_evaluation(reply, client, self.config.model.num_classes, self.config.screen.max_images)
+            return read_evaluation(reply, client, self.config)
         except UploadError as error:
             log.warning("refused: %s", error)
             return None
