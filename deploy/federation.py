@@ -9,8 +9,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from processes import MARK, free_ports, marked, stop  # noqa: E402
+from processes import MARK, free_ports, marked, quiet, stop, wait_until_up  # noqa: E402
 
 NAME = "federation"  # of the connection in Flower's config.toml
 START_SECONDS = 120.0
@@ -69,9 +67,7 @@ class Federation:
 
     def environment(self, who: str) -> dict[str, str]:
         """Of the operator, the server or a client, each of which has Flower's files in a folder of its own."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        more = {"FLWR_HOME": str(self.folder / who), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        return {**os.environ, **more, "PATH": path, MARK: self.mark}
+        return {**os.environ, **quiet(), "FLWR_HOME": str(self.folder / who), MARK: self.mark}
 
     def call(self, *command: str | Path) -> str:
         """Run one command to its end, as the operator; gives its output.
@@ -91,17 +87,8 @@ class Federation:
         """Start the SuperLink, also again: its database is kept."""
         words = [self.credentials, self.folder / "server", "127.0.0.1", str(self.port)]
         self.link = self._start("server", ["sh", HERE / "superlink.sh", *words])
-        url = f"https://{self.address}/health"
         trust = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=self.credentials / "ca.crt"))
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), trust)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.link.poll() is None:
-            try:
-                with direct.open(url, timeout=2):
-                    return
-            except (urllib.error.URLError, TimeoutError, ConnectionError):
-                time.sleep(0.2)
-        raise RuntimeError(f"the SuperLink did not start; see {self.log_of('server')}")
+        wait_until_up(self.link, f"https://{self.address}", self.log_of("server"), START_SECONDS, trust)
 
     def add(self, name: str, images: Path) -> None:
         """Make a client's key, register it, and start its SuperNode."""

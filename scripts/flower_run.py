@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from processes import MARK, free_ports, stop  # noqa: E402
+from processes import MARK, free_ports, quiet, stop, wait_until_up  # noqa: E402
 
 from fedmitr_flwr.cli import Once  # noqa: E402 - the checkout's own, whether installed or not
 from fedmitr_flwr.common.errors import ConfigError, UserError, printable  # noqa: E402
@@ -184,7 +182,7 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
     hub = found_source(config.data).source == "hub" or config.model.weights == "timm"
     return {
         **os.environ,
-        **_quiet(),
+        **quiet(),
         "FLWR_HOME": str(options.flwr_home.expanduser().resolve()),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
         "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
@@ -198,43 +196,33 @@ def environment_for(options: argparse.Namespace, config: Config, ports: Sequence
     }
 
 
-def _quiet() -> dict[str, str]:
-    """Flower's commands of this Python are found, and tell nobody that they ran."""
-    return {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
 @contextlib.contextmanager
 def there_already() -> Iterator[dict[str, str]]:
     """Nothing to start and nothing to stop; gives the environment for Flower's commands."""
-    yield {**os.environ, **_quiet()}
+    yield {**os.environ, **quiet()}
 
 
 @contextlib.contextmanager
 def super_link(options: argparse.Namespace, config: Config) -> Iterator[dict[str, str]]:
     """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment."""
-    environment = environment_for(options, config, free_ports(2))
+    port, control = free_ports(2)
+    environment = environment_for(options, config, (port, control))
     home = Path(environment["FLWR_HOME"])
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--flwr-home: cannot make the folder {home}: {error.strerror}; name another") from error
     with ray_folder(environment):
-        log = home / f"superlink-{environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT']}.log"
+        log = home / f"superlink-{port}.log"
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
-        command += ["--port", environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]]
-        command += ["--control-api-address", f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}"]
+        command += ["--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
         with log.open("wb") as output:
             process = subprocess.Popen(  # its own session: Ctrl-C reaches only us, and we stop it in good order
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
             )
         failed, at_once = False, True
         try:
-            _wait_until_up(process, environment, log)
+            wait_until_up(process, f"http://127.0.0.1:{port}", log, START_SECONDS)
             yield environment
             at_once = False
         except RuntimeError:
@@ -264,19 +252,6 @@ def ray_folder(environment: dict[str, str]) -> Iterator[None]:
         shutil.rmtree(short, ignore_errors=True)
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], environment: dict[str, str], log: Path) -> None:
-    url = f"http://127.0.0.1:{environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT']}/health"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with direct.open(url, timeout=2):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the SuperLink did not start; see {log}")
-
-
 def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace, seen: Seen) -> None:
     """Submit the app and show its log, from which `seen` learns.
 
@@ -289,6 +264,24 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
         clients = Config.from_file(run_file).partition.clients
         resources = f"client-resources-num-cpus=1 client-resources-num-gpus={options.client_gpus}"
         command += ["--federation-config", f"num-supernodes={clients} {resources}"]
+    _follow(command, environment, seen)
+    run_id = seen.run_id
+    if not run_id:
+        raise RuntimeError("Flower did not take the run; see above")
+    status, details = _status(run_id, link, environment)
+    if not status.startswith("finished") and link:
+        print(f"flower_run: the log broke off (status: {status}); the run may go on, and is waited for", flush=True)
+        status, details = _wait_for_end(run_id, link, environment)
+        _follow(["flwr", "log", run_id, *link, "--show"], environment, seen)
+    print(f"flower_run: run {run_id}: {status}")
+    if seen.folder:
+        print(f"flower_run: run folder: {seen.folder}", flush=True)
+    if status != "finished:completed":
+        raise RuntimeError(details or "Flower gives no reason; see above")
+
+
+def _follow(command: Sequence[str], environment: dict[str, str], seen: Seen) -> None:
+    """Show what one of Flower's commands says, until it ends."""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -298,23 +291,6 @@ def run(environment: dict[str, str], run_file: Path, options: argparse.Namespace
         except BaseException:
             process.kill()  # it only shows the log; or leaving the block would wait for the end of the run
             raise
-    run_id = seen.run_id
-    if not run_id:
-        raise RuntimeError("Flower did not take the run; see above")
-    status, details = _status(run_id, link, environment)
-    if not status.startswith("finished") and link:
-        print(f"flower_run: the log broke off (status: {status}); the run may go on, and is waited for", flush=True)
-        status, details = _wait_for_end(run_id, link, environment)
-        with subprocess.Popen(
-            ["flwr", "log", run_id, *link, "--show"], env=environment, stdout=subprocess.PIPE
-        ) as again:
-            assert again.stdout is not None
-            _show(again.stdout, seen)
-    print(f"flower_run: run {run_id}: {status}")
-    if seen.folder:
-        print(f"flower_run: run folder: {seen.folder}", flush=True)
-    if status != "finished:completed":
-        raise RuntimeError(details or "Flower gives no reason; see above")
 
 
 def _show(stream: IO[bytes], seen: Seen) -> None:

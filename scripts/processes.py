@@ -1,17 +1,49 @@
-"""Processes that are started together and end together, and ports for them."""
+"""Processes that are started together and end together: their environment, their ports, and the wait for the first."""
 
 import contextlib
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 MARK = "FEDMITR_RUN"  # an environment variable that all processes of one run inherit
 STOP_SECONDS = 15.0
 LEAST_SECONDS = 1.0  # between being told to end and being ended, after Ctrl-C
+
+
+def quiet() -> dict[str, str]:
+    """What lets Flower's commands of this Python be found, and tell nobody that they ran."""
+    return {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def wait_until_up(
+    link: subprocess.Popen[bytes], address: str, log: Path, seconds: float, *handlers: urllib.request.BaseHandler
+) -> None:
+    """Wait until a SuperLink answers.
+
+    Raises:
+        RuntimeError: it does not, or has ended. Its log is named.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and link.poll() is None:
+        try:
+            with direct.open(f"{address}/health", timeout=2):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the SuperLink did not start; see {log}")
 
 
 def free_ports(count: int) -> list[int]:
