@@ -25,7 +25,6 @@ from fedmitr_flwr.data.own import Place, look_at_own
 from fedmitr_flwr.vit.build import Weights, initial_weights
 
 from . import ledger
-from .ledger import Ledger
 
 app = ClientApp()
 log = logging.getLogger("flwr")
@@ -100,9 +99,7 @@ def describe(message: Message, context: Context) -> Message:
 def _look(message: Message, context: Context) -> None:
     """Raise what would keep this client from training, before anybody trains."""
     _, config = _order(message)
-    _require_privacy(context, config)
-    if ours := _ledger(context, config):
-        ours.require_room(config.privacy.epsilon, _digest(config))
+    _ledger(context, config)
     place = _place(context)
     if place and config.partition.scheme == OWN:
         try:
@@ -116,11 +113,7 @@ def _look(message: Message, context: Context) -> None:
 def train(message: Message, context: Context) -> Message:
     """Train on this client's images and upload the result."""
     order, config = _order(message)
-    _require_privacy(context, config)
-    client = _client(context, order)
-    ours = _ledger(context, config)
-    if ours:
-        ours.require_room(config.privacy.epsilon, _digest(config))
+    ours, client = _ledger(context, config), _client(context, order)
     upload = pipeline.train_client(
         config,
         client,
@@ -156,11 +149,8 @@ def evaluate(message: Message, context: Context) -> Message:
     order, config = _order(message)
     _require_privacy(context, config)
     found = pipeline.evaluate_client(config, _client(context, order), _weights(message, config), _place(context))
-    numbers: dict[str, Numbers] = {
-        "num-examples": found.num_examples,
-        "accuracy": found.accuracy,
-        "eval_loss": found.loss,
-    }
+    numbers: dict[str, Numbers] = {"num-examples": found.num_examples, "accuracy": found.accuracy}
+    numbers["eval_loss"] = found.loss
     if config.upload.counts:  # recall by class would tell which classes this client has
         numbers["recall"] = list(found.per_class)
     return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
@@ -183,8 +173,10 @@ def _order(message: Message) -> tuple[ConfigRecord, Config]:
     return order, Config.from_toml(bytes(order["toml"]).decode())  # type: ignore[arg-type]
 
 
-def _require_privacy(context: Context, config: Config) -> None:
+def _require_privacy(context: Context, config: Config) -> tuple[float, float] | None:
     """The server writes the settings; the node has the last word on how much its upload may reveal.
+
+    Returns the node's limits, as of `_limits`.
 
     Raises:
         ConfigError: the server asks for more than the node's `max-epsilon` and `max-delta`, these or another key of
@@ -193,7 +185,7 @@ def _require_privacy(context: Context, config: Config) -> None:
     limits = _limits(context)
     require_opacus(config)
     if limits is None:
-        return
+        return None
     epsilon, delta = limits
     if not 0 < config.privacy.epsilon <= epsilon:
         raise ConfigError(
@@ -205,6 +197,7 @@ def _require_privacy(context: Context, config: Config) -> None:
             f"this node wants privacy.delta of at most {delta:g}, and the server's is {config.privacy.delta:g}; "
             "lower it there, or raise the node's max-delta"
         )
+    return limits
 
 
 def _limits(context: Context) -> tuple[float, float] | None:
@@ -271,9 +264,13 @@ def _work_path(context: Context) -> Path:
     return Path(str(folder)).expanduser()
 
 
-def _ledger(context: Context, config: Config) -> Ledger | None:
-    """Where this node notes what it spends; None where it sets no limit."""
-    limits = _limits(context)
+def _ledger(context: Context, config: Config) -> ledger.Ledger | None:
+    """Where this node notes what it spends, and which has room for this order; None where it sets no limit.
+
+    Raises:
+        ConfigError: there is no room, or `_require_privacy`.
+    """
+    limits = _require_privacy(context, config)
     if limits is None:
         return None
     place = _place(context)
@@ -282,7 +279,9 @@ def _ledger(context: Context, config: Config) -> Ledger | None:
     else:
         who = _name(context) or "client {} of {}".format(*_numbers(context))
         data = f"share of {who} in {config.data.source} {config.data.path}".strip()
-    return Ledger(_work_path(context) / ledger.NAME, data, limits[0])
+    found = ledger.Ledger(_work_path(context) / ledger.NAME, data, limits[0])
+    found.require_room(config.privacy.epsilon, _digest(config))
+    return found
 
 
 def _digest(config: Config) -> str:

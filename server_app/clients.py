@@ -223,7 +223,6 @@ def _roster(cards: dict[int, _Card], config: Config, known: int, uploaded: Colle
             continue
         if card.trouble:
             raise RunError(f"node {node} cannot take part: {card.trouble}")
-        _require_new_flwr(node, card)
         _require_same_code(node, card)
         _require_same_naming(cards, node, card, names)
         _require_images(node, card, config)
@@ -244,13 +243,10 @@ def _roster(cards: dict[int, _Card], config: Config, known: int, uploaded: Colle
     return Clients(dict(sorted(nodes.items())), number)
 
 
-def _require_new_flwr(node: int, card: _Card) -> None:
-    """As new as the server's, but for the last number."""
+def _require_same_code(node: int, card: _Card) -> None:
+    """Of this app to the letter; of Flower a release as new as the server's, but for the last number."""
     if problem := too_old(card.flwr, flwr.__version__):
         raise RunError(f"{card} (node {node}): {problem}")
-
-
-def _require_same_code(node: int, card: _Card) -> None:
     own = int(core(), 16)
     if card.fingerprint != own:
         raise RunError(
