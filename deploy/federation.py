@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from processes import MARK, free_ports, marked, quiet, stop, wait_until_up  # noqa: E402
+from processes import MARK, command_of, free_ports, marked, quiet, stop, wait_until_up  # noqa: E402
 
 NAME = "federation"  # of the connection in Flower's config.toml
 START_SECONDS = 120.0
@@ -133,8 +133,8 @@ class Federation:
 
     def processes(self, title: str = "", who: str = "") -> list[int]:
         """Ids of our processes whose command line holds `title`: everybody's, or only one's (by its FLWR_HOME)."""
-        home = f"FLWR_HOME={self.folder / who}" if who else ""
-        return [pid for pid in marked(self.mark, home) if title in _read(pid, "cmdline")]
+        home = [f"FLWR_HOME={self.folder / who}"] if who else []
+        return [pid for pid in marked(f"{MARK}={self.mark}", *home) if title in command_of(pid)]
 
     def send(self, number: signal.Signals, title: str = "", who: str = "") -> None:
         """Send a signal to such processes; SIGKILL to all of one client's is what a power cut does to its machine."""
@@ -145,10 +145,3 @@ class Federation:
     def _print(self, command: Sequence[str | Path]) -> None:
         if self.show:
             print("$", *(str(word).replace(f"{ROOT}/", "") for word in command), flush=True)
-
-
-def _read(pid: int, what: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{what}").read_text(errors="replace")
-    except OSError:  # ended meanwhile
-        return ""

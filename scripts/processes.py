@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 MARK = "FEDMITR_RUN"  # an environment variable that all processes of one run inherit
@@ -68,7 +68,8 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str, *, at_once: bo
     """
     # Some of Ray's processes overwrite their environment with a title; their session tells whose they are. Ours, with
     # the terminal that we run in, is never theirs.
-    sessions = {_session(pid) for pid in marked(mark)} - {0, os.getsid(0)} | {process.pid for process in processes}
+    sessions = {session_of(pid) for pid in marked(f"{MARK}={mark}")} - {0, os.getsid(0)}
+    sessions |= {process.pid for process in processes}
     if not at_once:
         for process in processes:
             process.terminate()
@@ -78,7 +79,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str, *, at_once: bo
                 process.kill()
         _wait_until_gone(sessions, STOP_SECONDS / 3)  # they notice by themselves that it is gone, unless they work
     for kind, seconds in ((signal.SIGTERM, LEAST_SECONDS if at_once else STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-        for pid in _in(sessions):
+        for pid in of_sessions(sessions):
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(pid, kind)
         _wait_until_gone(sessions, seconds)
@@ -87,15 +88,31 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], mark: str, *, at_once: bo
         process.wait()
 
 
-def marked(mark: str, also: str = "") -> list[int]:
-    """Ids of the processes with `mark` in their environment, and with the entry `also`; not of Ray's."""
-    wanted = {f"{MARK}={mark}".encode(), *([also.encode()] if also else [])}
-    return [pid for pid in _processes() if wanted <= _environment(pid)]
+def marked(*entries: str) -> list[int]:
+    """Ids of the processes with all these entries in their environment; not of Ray's."""
+    wanted = {entry.encode() for entry in entries}
+    return [pid for pid in _processes() if wanted <= set(_read(pid, "environ").split(b"\0"))]
 
 
-def _wait_until_gone(sessions: set[int], seconds: float) -> None:
+def of_sessions(sessions: Collection[int]) -> list[int]:
+    """Ids of their processes."""
+    return [pid for pid in _processes() if session_of(pid) in sessions]
+
+
+def session_of(pid: int) -> int:
+    """The session of a process; 0 for one that has ended."""
+    state, _, _, session = (_read(pid, "stat").rpartition(b")")[2].split() or [b"Z", b"", b"", b"0"])[:4]
+    return 0 if state == b"Z" else int(session)
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, or the title that it has given itself; "" for one that has ended."""
+    return _read(pid, "cmdline").decode(errors="replace")
+
+
+def _wait_until_gone(sessions: Collection[int], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while _in(sessions) and time.monotonic() < deadline:
+    while of_sessions(sessions) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
@@ -104,21 +121,8 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
 
 
-def _in(sessions: set[int]) -> list[int]:
-    return [pid for pid in _processes() if _session(pid) in sessions]
-
-
-def _session(pid: int) -> int:
-    """The session of a process; 0 for one that has ended."""
+def _read(pid: int, what: str) -> bytes:
     try:
-        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-    except (OSError, ValueError):
-        return 0
-    return 0 if state == "Z" else int(session)
-
-
-def _environment(pid: int) -> set[bytes]:
-    try:
-        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        return Path(f"/proc/{pid}/{what}").read_bytes()
     except OSError:  # ended meanwhile, or another user's
-        return set()
+        return b""

@@ -21,6 +21,7 @@ import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
+from scripts.processes import command_of, marked, of_sessions, session_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ class Run:
 
     def __init__(self, out: Path, home: Path, clients: int, settings: Mapping[str, Any]) -> None:
         self.out, self.mark, self.lines = out, uuid.uuid4().hex, list[str]()
-        self.sessions: set[str] = set()
+        self.sessions: set[int] = set()
         flat = {**TINY, "out-dir": out, "flower.node-wait": 120.0, **settings}
         words = [f"--clients={clients}", f"--flwr-home={home}", *(f"{key}={value}" for key, value in flat.items())]
         self.process = subprocess.Popen(
@@ -69,18 +70,8 @@ class Run:
 
     def processes(self, title: str) -> list[int]:
         """Ids of our processes whose command line holds `title`. Ray's overwrite their environment with a title."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
-                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes():
-                    self.sessions.add(session)
-                ours = state != "Z" and session in self.sessions
-                if ours and title in (path / "cmdline").read_text(errors="replace"):
-                    found.append(int(path.name))
-            except OSError:  # ended meanwhile
-                continue
-        return sorted(found)
+        self.sessions |= {session_of(pid) for pid in marked(f"{MARK}={self.mark}")} - {0}
+        return sorted(pid for pid in of_sessions(self.sessions) if title in command_of(pid))
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
         deadline = time.monotonic() + seconds

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # no package: it is where the scripts run
-
-from processes import MARK, stop
+from scripts.processes import MARK, stop
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="without /proc no processes are known")
 
