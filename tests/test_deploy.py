@@ -9,18 +9,19 @@ before it.
 
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults import DEADLINE, DIGITS, NAMES, PATIENCE, SETTINGS, Row, Stage, files_in, fill, messages, slowed, small_disk
+from faults import DEADLINE, DIGITS, NAMES, SETTINGS, Row, Stage, files_in, fill, messages, slowed, small_disk
 from local_grid import TINY, Sites, federate, named
+from test_flwr_run import SLOW, a_killed_client, only_it_is_asked_again
 from test_flwr_run import Run as SimulatedRun
 from tiny import small, timeless
 
@@ -229,25 +230,18 @@ def test_the_disk_is_full_in_the_server_phase(stage: Set) -> None:
 
 def test_a_ray_actor_is_killed_in_simulation(table: list[Row], tmp_path: Path) -> None:
     """Flower gives the next clients to the dead actor; they are asked again, and only its own client is lost."""
-    row, clients = Row("one Ray actor killed in simulation (Flower hands it the next clients, too)"), 4
+    row = Row("one Ray actor killed in simulation (Flower hands it the next clients, too)", status=1)
     out = tmp_path / "runs"
     out.mkdir()
-    slow = {"local.epochs": 600}
-    run = SimulatedRun(out, tmp_path / "home", clients, slow)
-    run.wait_for(run.folder, PATIENCE)
-    run.kill("ray::ClientAppActor.run", PATIENCE)
-    row.status = run.end(PATIENCE)
-    folder = run.folder()
-    assert row.status == 1
+
+    def start(clients: int, **settings: Any) -> SimulatedRun:
+        return SimulatedRun(out, tmp_path / "home", clients, settings)
+
+    run, folder, missing = a_killed_client(start)
     row.reads, row.disk = messages(run.log, out), files_in(folder.path)
-    (missing,) = folder.missing(clients)
-    again = SimulatedRun(out, tmp_path / "home", clients, slow | {"resume-from": str(folder.path)})
-    assert again.end(PATIENCE) == 0, again.log
-    row.goes_on, row.asked = "resume-from", [str(missing)]
-    before, after = (re.findall(r"client (\d+): training on", each.log) for each in (run, again))
-    assert after == row.asked
-    row.trained = sorted([*before, *after])
-    config = Config.from_flat(TINY | slow | {"partition.clients": clients, "out-dir": str(tmp_path / "line")})
+    again = only_it_is_asked_again(start, folder, missing)
+    row.goes_on, row.asked, row.trained = "resume-from", again.trained, sorted([*run.trained, *again.trained])
+    config = Config.from_flat(TINY | SLOW | {"partition.clients": 4, "out-dir": str(tmp_path / "line")})
     straight = pipeline.run(config, "line")
     assert timeless(folder.model_path) == timeless(straight.model_path)
     row.same_bits = True

@@ -33,9 +33,10 @@ def shares() -> list[Images]:
     return [client_images(Config.from_flat(SHARED), client)[0] for client in range(CLIENTS)]
 
 
-@pytest.fixture
-def folders(shares: list[Images], tmp_path: Path) -> list[Path]:
-    return [as_parquet(tmp_path / f"site {client}", images, DIGITS) for client, images in enumerate(shares)]
+@pytest.fixture(scope="module")
+def folders(shares: list[Images], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("sites")
+    return [as_parquet(root / f"site {client}", images, DIGITS) for client, images in enumerate(shares)]
 
 
 @pytest.fixture
@@ -57,16 +58,23 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.mark.parametrize("numbered", [False, True])
 def test_own_folders_give_the_bits_of_the_shares_in_them(
-    federate: Federate, folders: list[Path], dealt: RunFolder, numbered: bool
+    federate: Federate, folders: list[Path], dealt: RunFolder, numbered: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Named in whatever order the nodes come; or numbered by hand."""
+    """Named in whatever order the nodes come; or numbered by hand.
+
+    Whoever compares the line of names with the registrations sees if two nodes have exchanged their names.
+    """
     nodes = named(NAMES, folders)
     if numbered:
         nodes = [
             {"partition-id": client, "num-partitions": CLIENTS, "data-path": str(path)}
             for client, path in enumerate(folders)
         ]
-    run = federate(Sites(nodes[::-1]), **{"flower.clients": "" if numbered else " | ".join(NAMES)})
+    grid = Sites(nodes[::-1])
+    run = federate(grid, **{"flower.clients": "" if numbered else " | ".join(NAMES)})
+    taken = ", ".join(f"{name} by node {node}" for name, node in zip(NAMES, reversed(grid.get_node_ids()), strict=True))
+    claimed = f"names are as the nodes claim them: {taken}; compare with the node IDs" in caplog.text
+    assert claimed != numbered
     assert contents(run) == contents(dealt)
     result, simulated = run.read_result(), dealt.read_result()
     for key in ("accuracy", "evaluated_on", "clients", "bytes_up"):
@@ -157,19 +165,6 @@ def test_contradictions_are_told_before_anybody_trains(
     changes = {"flower.node-wait": 0.2, **settings}
     federate(grid, fails=fails, **changes)
     assert grid.clients_asked("train") == []
-
-
-def test_names_are_said_with_the_nodes_that_claim_them(
-    federate: Federate, folders: list[Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whoever compares the line with the registrations sees that two nodes have exchanged their names."""
-    for nodes in (named(NAMES, folders), named([NAMES[1], NAMES[0], NAMES[2]], folders)):
-        grid = Sites(nodes)
-        caplog.clear()
-        federate(grid)
-        by_name = {str(node["client-name"]): number for node, number in zip(nodes, grid.get_node_ids(), strict=True)}
-        taken = ", ".join(f"{name} by node {by_name[name]}" for name in NAMES)
-        assert f"names are as the nodes claim them: {taken}; compare with the node IDs" in caplog.text
 
 
 @pytest.mark.parametrize("trouble", ["none", "no folder", "other classes", "privacy", "does not load", "another app"])
