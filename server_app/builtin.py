@@ -19,9 +19,10 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.limits import nearest
 from fedmitr_flwr.config.sections import ONE_SHOT, OWN
 from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.judge import evaluate_on
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.runs import result as report
-from fedmitr_flwr.runs.evaluation import Evaluation, evaluate
+from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.gate import require_loss, require_model, shapes
 from fedmitr_flwr.uploads.upload import Upload
@@ -233,9 +234,8 @@ class _Session:
         config = self.config
         vit = build_vit(config.model)
         vit.load_state_dict(arrays.to_torch_state_dict())  # some strategies make float64 of them
-        (images, _), model = server_images(config), config.model
         with threads(config.threads), self.stopwatch.stage("evaluation"):
-            self.last = evaluate(vit.to(self.device), images, model, self.device)
+            self.last = evaluate_on(vit, server_images(config)[0], config, self.device)
         self.folder.log_metrics(round=server_round, accuracy=self.last.accuracy, loss=self.last.loss)
         return MetricRecord({"accuracy": self.last.accuracy, "eval_loss": self.last.loss})
 

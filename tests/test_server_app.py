@@ -11,7 +11,7 @@ from local_grid import Federate, LocalGrid
 
 from client_app.app import app as client_app
 
-ETA = "flower.options"
+OPTIONS = "flower.options"
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,6 @@ ETA = "flower.options"
         ({"method": "ensemble", "evaluate.where": "clients"}, "no single model"),
         ({"device": "gpu"}, "device = 'gpu'"),
         ({"model.name": "vit_nothing"}, "vit_nothing"),
-        ({"resume-from": "nowhere"}, "is not a run folder"),
         ({"model.weights": "none.safetensors"}, "none.safetensors"),
         ({"data.source": "parquet", "data.path": "/absent"}, "data.path"),
         ({"data.source": "parquet", "data.path": "/absent", "flower.strategy": "fedavg"}, "data.path"),
@@ -31,24 +30,24 @@ ETA = "flower.options"
         ({"flower.strategy": "fedavgg"}, "flower.strategy = 'fedavgg' is unknown; use oneshot | fedavg"),
         ({"flower.strategy": "fedavg", "upload.dtype": "float16"}, "half precision"),
         ({"flower.strategy": "fedavg", "resume-from": "x"}, "resume-from needs"),
-        ({ETA: "eta=0.1"}, "is of a strategy that Flower ships; leave it empty"),
+        ({OPTIONS: "eta=0.1"}, "is of a strategy that Flower ships; leave it empty"),
         (
-            {"flower.strategy": "fedmedian", ETA: "eta=0.1"},
+            {"flower.strategy": "fedmedian", OPTIONS: "eta=0.1"},
             "eta is no option of flower.strategy = 'fedmedian'; it has none; leave it empty",
         ),
         (
-            {"flower.strategy": "fedadam", ETA: "eat=0.1"},
+            {"flower.strategy": "fedadam", OPTIONS: "eat=0.1"},
             "eat is no option of flower.strategy = 'fedadam'; it has eta and tau; did you mean",
         ),
         (
-            {"flower.strategy": "fedavgm", ETA: "server_momentum=1"},
+            {"flower.strategy": "fedavgm", OPTIONS: "server_momentum=1"},
             "server_momentum = 1 is not possible; use 0 to 0.999",
         ),
         (
-            {"flower.strategy": "qfedavg", ETA: "client_learning_rate=0"},
+            {"flower.strategy": "qfedavg", OPTIONS: "client_learning_rate=0"},
             "client_learning_rate = 0 is not possible; use 1e-12 to inf",
         ),
-        ({"flower.strategy": "fedprox", ETA: "proximal_mu=-1"}, "proximal_mu = -1 is not possible; use 0 to inf"),
+        ({"flower.strategy": "fedprox", OPTIONS: "proximal_mu=-1"}, "proximal_mu = -1 is not possible; use 0 to inf"),
     ],
 )
 def test_bad_input_is_named_before_any_node_is_asked(
