@@ -18,9 +18,9 @@ from ..pipeline import NARROWABLE, UPLOAD_SETTINGS
 from ..resolve import resolve
 from .spec import Bench, Flat, Skew, Variant
 
-# What clients tell beside their weights, to be tried in this order: each method is shown the first that it can do with.
-TOLD: list[Flat] = [{}, *({"upload.extras": one} for one in ("counts", "statistics", "variances", "moments"))]
-ALL_TOLD: Flat = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
+# Extras beside the weights, to be tried in this order: each method is given the first that it can do with.
+EXTRAS_LADDER: list[Flat] = [{}, *({"upload.extras": one} for one in ("counts", "statistics", "variances", "moments"))]
+ALL_EXTRAS: Flat = {"upload.extras": ", ".join(EXTRAS)}  # what is uploaded
 # Screening looks at uploads before any method does: equal uploads, equal findings, and its seconds are no method's.
 DEFAULTS: Flat = {"screen.mode": "off"}
 _KNOWN = recipe.settled(Config()).to_flat()
@@ -188,7 +188,7 @@ def _require_shared(base: Config, own: Flat, variant: Variant) -> None:
 def _least(flat: Flat) -> Config:
     """The config with no more extras than the method needs."""
     problems = []
-    for extras in TOLD:
+    for extras in EXTRAS_LADDER:
         try:
             config = resolve(Config.from_flat({**flat, **extras}))
             methods.check(config, config.partition.clients)

@@ -26,7 +26,7 @@ from ..judge import Lines
 from ..judge import lines as lines_of
 from ..runs.folder import RunFolder
 from .flower import Runner
-from .grid import ALL_TOLD, Cell, cells, tune_cells
+from .grid import ALL_EXTRAS, Cell, cells, tune_cells
 from .known import adopt, chosen_in
 from .results import Results
 from .spec import Bench
@@ -212,7 +212,7 @@ def _lines(uploads: RunFolder) -> Lines:
 def _group(path: Path, config: Config) -> RunFolder:
     if (path / "config.toml").is_file():
         return RunFolder.open(path)
-    asked = Config.from_flat({**ALL_TOLD, "method": "fedavg"}, base=config)
+    asked = Config.from_flat({**ALL_EXTRAS, "method": "fedavg"}, base=config)
     folder = RunFolder(path, replace(asked, out_dir=str(path.parent)))
     folder.refused_path.mkdir(parents=True, exist_ok=True)
     folder.continue_with(folder.config)

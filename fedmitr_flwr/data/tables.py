@@ -175,7 +175,7 @@ def own_split(table: Table, data: DataConfig) -> TableSplit:
 
 
 def _first_labelled(tests: Iterable[Table], data: DataConfig, column: str = "") -> tuple[Table, Labels]:
-    """The first test split that has labels, in `column` or else where they are found; those before it are told.
+    """The first test split that has labels, in `column` or else where they are found; those before it are logged.
 
     Raises:
         NoLabelsError: none has labels.

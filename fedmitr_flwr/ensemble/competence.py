@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SHARPNESS = 3.0  # γ; 2 to 4 are alike on the development seeds, below that teachers that do not know a class count
-TELLS = 0.3  # of its competence: what a teacher must say less of other images; 0.05 to 0.5 are alike
+MIN_MARGIN = 0.3  # required drop in p(y) on images of other classes, relative to competence; 0.05 to 0.5 are alike
 SHARES = 20  # mixtures that are tried between the weights by size and the most that the evidence allows
 
 
@@ -53,7 +53,7 @@ def competence(probabilities_KMY: Tensor, shares_K1: Tensor, targets_M: Tensor) 
 
 
 def tells_apart(probabilities_KMY: Tensor, competence_KY: Tensor, targets_M: Tensor) -> Tensor:
-    """In 0..1, (K, Y): 0 for a teacher that says y of all images alike, 1 where it says it `TELLS` less of the others.
+    """In 0..1, (K, Y): 0 for a teacher that says y of all images alike, 1 where p(y) is `MIN_MARGIN` lower on others.
 
     A client of one class is sure of it whatever it sees. By competence alone it would have the class to itself, and the
     ensemble would see that class everywhere (docs/LOG.md).
@@ -62,7 +62,7 @@ def tells_apart(probabilities_KMY: Tensor, competence_KY: Tensor, targets_M: Ten
     elsewhere_KY = (probabilities_KMY.sum(1) - _said_of_own(probabilities_KMY, targets_M)) / (
         len(targets_M) - images_Y
     ).clamp_min(1)
-    return ((competence_KY - elsewhere_KY) / (TELLS * competence_KY).clamp_min(1e-30)).clamp(0, 1)
+    return ((competence_KY - elsewhere_KY) / (MIN_MARGIN * competence_KY).clamp_min(1e-30)).clamp(0, 1)
 
 
 def _said_of_own(probabilities_KMY: Tensor, targets_M: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ of the group `fedmitr_flwr.methods`.
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
-One that does not read some settings names them, or how they begin, in `UNREAD`: who gives one is told. One that
-replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
+One that does not read some settings names them, or how they begin, in `UNREAD`, and a run that is given one says so.
+One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
 that returns.
 """
 

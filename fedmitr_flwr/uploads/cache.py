@@ -1,6 +1,6 @@
 """A client's newest upload, kept at the client: what was lost on its way is sent again and not trained again.
 
-The server, or the way to it, may fail after hours of training. Whoever asks for the same upload again gets the one that
+The server, or the way to it, may fail after hours of training. A request for the same upload gets the one that
 is there: the same under a key over everything that decides its bits. One file per client, replaced by the next upload.
 """
 
