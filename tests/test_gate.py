@@ -346,7 +346,7 @@ def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.Mon
     assert sorted(targets.tolist()) == sorted(pool.targets.tolist())[::4]
 
 
-@pytest.mark.parametrize("broken", ["images", "loss"])
+@pytest.mark.parametrize("broken", ["patches", "loss"])
 def test_images_that_diverged_teach_nobody(broken: str) -> None:
     """NaN in pixels, or a loss that never was a number, which leaves the first pixels."""
     config = settings(**SMALL | {"inversion.mode": "dense"})
