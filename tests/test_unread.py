@@ -46,10 +46,13 @@ def line(flat: dict[str, object], **more: Any) -> str:
         ({"partition.scheme": "iid", "partition.alpha": 0.5}, 'partition.alpha = 0.5 (partition.scheme = "iid")'),
         ({"method": "fedavg", "inversion.steps": 7}, "inversion.steps = 7 (method = 'fedavg')"),
         ({"method": "adi", "relabel.mode": "drop"}, "relabel.mode = \"drop\" (method = 'adi')"),
-        ({"krum.hostile": 2}, 'krum.hostile = 2 (method = "fedmitr")'),
+        ({"krum.hostile": 2}, "krum.hostile = 2 (method = 'fedmitr')"),
+        ({"krum.hostile": 2, "method": "krum"}, ""),
+        ({"krum.hostile": 2, "method": "krum", "feddf.path": "x"}, "feddf.path = \"x\" (method = 'krum')"),
         ({"privacy.clip": 2.0}, "privacy.clip = 2.0 (privacy.epsilon = 0.0)"),
         ({"privacy.clip": 2.0, "privacy.epsilon": 1.0, "local.outliers": 0.0}, ""),
-        ({"flower.strategy": "fedavg", "distill.lr": 0.1}, 'distill.lr = 0.1 (flower.strategy = "fedavg")'),
+        ({"flower.strategy": "fedavg", "distill.lr": 0.1}, "distill.lr = 0.1 (flower.strategy = 'fedavg')"),
+        ({"flower.strategy": "fedavg", "krum.hostile": 2}, "krum.hostile = 2 (flower.strategy = 'fedavg')"),
     ],
 )
 def test_what_is_not_read_is_said_with_the_reason(flat: dict[str, object], said: str) -> None:

@@ -3,37 +3,23 @@
 from .config import Config
 from .sections import (
     DataConfig,
-    DistillConfig,
     EnsembleConfig,
-    EvaluateConfig,
-    FedDFConfig,
     FlowerConfig,
     InversionConfig,
-    KrumConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
-    PrivacyConfig,
-    RelabelConfig,
-    ScreenConfig,
     UploadConfig,
 )
 
 __all__ = [
     "Config",
     "DataConfig",
-    "DistillConfig",
     "EnsembleConfig",
-    "EvaluateConfig",
-    "FedDFConfig",
     "FlowerConfig",
     "InversionConfig",
-    "KrumConfig",
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
-    "PrivacyConfig",
-    "RelabelConfig",
-    "ScreenConfig",
     "UploadConfig",
 ]

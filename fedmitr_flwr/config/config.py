@@ -4,32 +4,15 @@ A setting's key is its field's name with hyphens, behind its section's name and 
 The table `[tool.flwr.app.config]` of pyproject.toml holds the same keys and defaults (tested).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 from ..common.errors import ConfigError
+from . import sections
 from .limits import Section, check
-from .sections import (
-    OWN,
-    REBIRTHS,
-    DataConfig,
-    DistillConfig,
-    EnsembleConfig,
-    EvaluateConfig,
-    FedDFConfig,
-    FlowerConfig,
-    InversionConfig,
-    KrumConfig,
-    LocalConfig,
-    ModelConfig,
-    PartitionConfig,
-    PrivacyConfig,
-    RelabelConfig,
-    ScreenConfig,
-    UploadConfig,
-)
+from .sections import OWN, REBIRTHS
 from .text import parse_toml, read_flat, spelled, toml_value, typed
 
 
@@ -43,21 +26,21 @@ class Config(Section):
     threads: int = 0  # CPU threads of the server phase; 0: OMP_NUM_THREADS, or one per core that this process may use
     out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
     resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
-    data: DataConfig = field(default_factory=DataConfig)
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    local: LocalConfig = field(default_factory=LocalConfig)
-    upload: UploadConfig = field(default_factory=UploadConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    screen: ScreenConfig = field(default_factory=ScreenConfig)
-    krum: KrumConfig = field(default_factory=KrumConfig)
-    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
-    inversion: InversionConfig = field(default_factory=InversionConfig)
-    relabel: RelabelConfig = field(default_factory=RelabelConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    feddf: FedDFConfig = field(default_factory=FedDFConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    flower: FlowerConfig = field(default_factory=FlowerConfig)
+    data: sections.DataConfig = field(default_factory=sections.DataConfig)
+    partition: sections.PartitionConfig = field(default_factory=sections.PartitionConfig)
+    model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
+    local: sections.LocalConfig = field(default_factory=sections.LocalConfig)
+    upload: sections.UploadConfig = field(default_factory=sections.UploadConfig)
+    privacy: sections.PrivacyConfig = field(default_factory=sections.PrivacyConfig)
+    screen: sections.ScreenConfig = field(default_factory=sections.ScreenConfig)
+    krum: sections.KrumConfig = field(default_factory=sections.KrumConfig)
+    ensemble: sections.EnsembleConfig = field(default_factory=sections.EnsembleConfig)
+    inversion: sections.InversionConfig = field(default_factory=sections.InversionConfig)
+    relabel: sections.RelabelConfig = field(default_factory=sections.RelabelConfig)
+    distill: sections.DistillConfig = field(default_factory=sections.DistillConfig)
+    feddf: sections.FedDFConfig = field(default_factory=sections.FedDFConfig)
+    evaluate: sections.EvaluateConfig = field(default_factory=sections.EvaluateConfig)
+    flower: sections.FlowerConfig = field(default_factory=sections.FlowerConfig)
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
@@ -101,10 +84,9 @@ class Config(Section):
                 f"data.classes = {self.data.classes!r} has {len(names)} names, but model.num-classes = "
                 f"{self.model.num_classes}; make them equal"
             )
-        shares = {"train-limit": self.data.train_limit, "validation": self.data.validation, "proxy": self.data.proxy}
-        for name, value in shares.items():
+        for name in ("train_limit", "validation", "proxy"):
+            key, value = self.data.key(name), getattr(self.data, name)
             if own and value:
-                key = f"data.{name}"
                 raise ConfigError(f"{key} = {value} is of one data set, but partition.scheme = 'own'; set {key} = 0")
 
     def _check_privacy(self) -> None:
@@ -129,25 +111,32 @@ class Config(Section):
             )
 
     @classmethod
-    def from_flat(cls, flat: Mapping[str, object], base: "Config | None" = None) -> Self:
+    def from_flat(cls, flat: Mapping[str, object], base: Self | None = None) -> Self:
         """Parse `{"local.batch-size": 32, ...}`; keys that are absent keep the value of `base`.
 
         Raises:
             ConfigError: a key is unknown or its value has the wrong type or an impossible value. The key is named.
         """
-        known = _leaves(base or cls())
+        base = base or cls()
+        known: dict[str, Any] = base.to_flat()
         for key, value in flat.items():
             key = spelled(key) if spelled(key) in known else key
             known[key] = typed(key, value, known)
-        return _build(cls, known)
+        found: dict[str, Any] = {}
+        for name, value in vars(base).items():
+            if isinstance(value, Section):
+                found[name] = replace(value, **{own: known[value.key(own)] for own in vars(value)})
+            else:
+                found[name] = known[base.key(name)]
+        return replace(base, **found)
 
     @classmethod
-    def from_toml(cls, text: str, base: "Config | None" = None) -> Self:
+    def from_toml(cls, text: str, base: Self | None = None) -> Self:
         """Parse a TOML document; nested tables and dotted keys mean the same."""
         return cls.from_flat(parse_toml(text), base)
 
     @classmethod
-    def from_file(cls, path: Path, base: "Config | None" = None) -> Self:
+    def from_file(cls, path: Path, base: Self | None = None) -> Self:
         flat = read_flat(path)
         try:
             return cls.from_flat(flat, base)
@@ -155,7 +144,14 @@ class Config(Section):
             raise ConfigError(f"{path}: {error}") from error
 
     def to_flat(self) -> dict[str, bool | int | float | str]:
-        return _leaves(self)
+        """Every setting by its key, in the order in which they are declared."""
+        flat: dict[str, bool | int | float | str] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Section):
+                flat |= {value.key(own): inner for own, inner in vars(value).items()}
+            else:
+                flat[self.key(name)] = value
+        return flat
 
     def to_toml(self) -> str:
         """The complete configuration; `from_toml` of it is an equal Config."""
@@ -163,35 +159,3 @@ class Config(Section):
 
     def with_clients(self, clients: int) -> Self:
         return replace(self, partition=replace(self.partition, clients=clients))
-
-
-def _items(config: Section) -> Iterator[tuple[str, Any]]:
-    for entry in fields(config):  # type: ignore[arg-type]
-        yield entry.name, getattr(config, entry.name)
-
-
-def _leaves(config: Config) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in _items(config):
-        if is_dataclass(value):
-            leaves |= {f"{name}.{leaf}".replace("_", "-"): inner for leaf, inner in asdict(value).items()}  # type: ignore[arg-type]
-        else:
-            leaves[name.replace("_", "-")] = value
-    return leaves
-
-
-C = TypeVar("C", bound=Config)
-
-
-def _build(cls: type[C], leaves: Mapping[str, Any]) -> C:
-    """Inverse of `_leaves`."""
-    arguments: dict[str, Any] = {}
-    for entry in fields(cls):
-        # A section's default factory is its class; typeshed only knows that it is callable or missing.
-        section = cast(object, entry.default_factory)
-        if isinstance(section, type) and is_dataclass(section):
-            keys = {inner.name: f"{entry.name}.{inner.name}".replace("_", "-") for inner in fields(section)}
-            arguments[entry.name] = section(**{name: leaves[key] for name, key in keys.items()})
-        else:
-            arguments[entry.name] = leaves[entry.name.replace("_", "-")]
-    return cls(**arguments)

@@ -78,17 +78,21 @@ _ONE_TO_ONE = {
     "distill.images-per-epoch": "distill.images-per-round",
     "distill.passes": "distill.epochs-per-round",
 }
+_EXTRAS = {"upload.class-counts": "counts", "upload.statistics": "statistics", "upload.variances": "variances"}
+_FLOWERS_NAMES = {
+    "strategy.eta": "eta",
+    "strategy.tau": "tau",
+    "strategy.momentum": "server_momentum",
+    "strategy.mu": "proximal_mu",
+    "strategy.lr": "client_learning_rate",
+}
 # Where an old setting has another name now, or others: how a user writes it.
-RENAMED: Mapping[str, str] = _ONE_TO_ONE | {
-    "upload.class-counts": "upload.extras = 'counts'",
-    "upload.statistics": "upload.extras = 'statistics'",
-    "upload.variances": "upload.extras = 'variances'",
+RENAMED: Mapping[str, str] = {
+    **_ONE_TO_ONE,
+    **{key: f"upload.extras = '{extra}'" for key, extra in _EXTRAS.items()},
     "upload.directions": "upload.extras = 'moments'",
+    **{key: f"flower.options = '{name}=...'" for key, name in _FLOWERS_NAMES.items()},
     "strategy.eta": "flower.options = 'eta=...', or 'server_learning_rate=...' for fedavgm",
-    "strategy.tau": "flower.options = 'tau=...'",
-    "strategy.momentum": "flower.options = 'server_momentum=...'",
-    "strategy.mu": "flower.options = 'proximal_mu=...'",
-    "strategy.lr": "flower.options = 'client_learning_rate=...'",
 }
 
 # Choices that there are no longer; a run that was made with one is opened with today's default in its place.
@@ -99,14 +103,6 @@ _GONE: Mapping[str, tuple[str, ...]] = {
     "distill.init": ("layerwise", "regmean", "statistics", "pretrained"),
 }
 
-_EXTRAS = {"upload.class-counts": "counts", "upload.statistics": "statistics", "upload.variances": "variances"}
-_FLOWERS_NAMES = {
-    "strategy.eta": "eta",
-    "strategy.tau": "tau",
-    "strategy.momentum": "server_momentum",
-    "strategy.mu": "proximal_mu",
-    "strategy.lr": "client_learning_rate",
-}
 UNSET = -1  # of an old strategy.*: the strategy's own
 
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..common import outside
 from ..common.errors import ConfigError
@@ -27,44 +28,46 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """Shared checks. Subclasses are frozen dataclasses of bool, int, float and str fields."""
 
     section = ""
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """The setting of a field: `local.batch-size` of `batch_size`."""
         return f"{self.section}.{name}".lstrip(".").replace("_", "-")
 
     def _one_of(self, name: str, *choices: str) -> None:
-        one_of(self._key(name), getattr(self, name), choices)
+        one_of(self.key(name), getattr(self, name), choices)
 
     def _one_of_or_outside(self, name: str, group: str, *choices: str) -> None:
         """Or a Python file, or an entry point of the group `fedmitr_flwr.<group>`."""
         value = getattr(self, name)
         if not outside.is_file(value) and value not in choices:
-            one_of(self._key(name), value, [*choices, *outside.names(group)])
+            one_of(self.key(name), value, [*choices, *outside.names(group)])
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            check(self._key(name), value, value >= low, f"a number >= {low}")
+            check(self.key(name), value, value >= low, f"a number >= {low}")
 
     def _above(self, low: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            check(self._key(name), value, value > low, f"a number > {low}")
+            check(self.key(name), value, value > low, f"a number > {low}")
 
     def _within(self, low: float, high: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            check(self._key(name), value, low <= value <= high, f"a number from {low} to {high}")
+            check(self.key(name), value, low <= value <= high, f"a number from {low} to {high}")
 
     def _names(self, name: str) -> tuple[str, ...]:
         """The names in a setting such as "cat | dog"; none in an empty one."""
         value = getattr(self, name)
         found = tuple(part.strip() for part in value.split(SEPARATOR)) if value.strip() else ()
         good = all(found) and len(set(found)) == len(found)
-        check(self._key(name), value, good, "different names, separated by |, such as 'cat | dog'")
+        check(self.key(name), value, good, "different names, separated by |, such as 'cat | dog'")
         return found
 
 

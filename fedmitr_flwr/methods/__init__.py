@@ -6,23 +6,27 @@ of the group `fedmitr_flwr.methods`.
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
-One that does not read some settings names them, or how they begin, in `UNREAD`, and a run that is given one says so.
-One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
+One that does not read some settings names them, or how they begin, in `UNREAD`, and those that no other method reads in
+`OWN_SETTINGS`; a run that is given one without effect says so. One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
 that returns.
 """
 
 import pkgutil
 from dataclasses import replace
 from importlib import import_module
+from itertools import chain
 from types import ModuleType
 
 from ..common import outside
 from ..common.errors import ConfigError, RunError
 from ..config import Config
 from ..config.limits import nearest
+from ..config.sections import ONE_SHOT
 from .contract import Fused, Job
 
 NOT_METHODS = {"contract", "rounds"}
+# What the server phase reads beside the methods' own settings: Flower's strategies have nothing to do with it.
+_SERVER_PHASE = ("method", "screen.mode", "ensemble.", "inversion.", "relabel.", "distill.")
 
 
 def available() -> list[str]:
@@ -52,10 +56,19 @@ def check(config: Config, clients: int | None = None) -> None:
 
 
 def unread(config: Config) -> dict[str, str]:
-    """Keys, or beginnings of keys, that the method does not read or replaces; each with the reason."""
+    """Keys, or beginnings of keys, that the method does not read or replaces; each with the reason.
+
+    Of a run by one of Flower's strategies, what is of the server phase.
+    """
     replaced = in_force(config).to_flat()
+    own = {name: getattr(load(name), "OWN_SETTINGS", ()) for name in _own()}
+    if config.flower.strategy != ONE_SHOT:
+        keys = [*_SERVER_PHASE, *chain.from_iterable(own.values())]
+        return dict.fromkeys(keys, f"flower.strategy = {config.flower.strategy!r}")
+    own.pop(config.method, None)
     keys = [key for key, value in config.to_flat().items() if value != replaced[key]]
-    return dict.fromkeys([*keys, *getattr(load(config.method), "UNREAD", ())], f"method = {config.method!r}")
+    keys += [*getattr(load(config.method), "UNREAD", ()), *chain.from_iterable(own.values())]
+    return dict.fromkeys(keys, f"method = {config.method!r}")
 
 
 def in_force(config: Config) -> Config:
