@@ -166,7 +166,7 @@ def run_of(name: str, config: Config, runs: Path) -> RunFolder:
     """The folder of a trained cell, its uploads made if they are missing."""
     folder = RunFolder.open(runs / name) if (runs / name).exists() else RunFolder.create(config, name)
     initial = initial_weights(config.model, config.seed)
-    for client in folder.missing(config.partition.clients):
+    for client in folder.missing():
         folder.save_upload(pipeline.train_client(config, client, initial))
     return folder
 

@@ -134,7 +134,7 @@ class Soak:
         outcome = self.flower(failing, changes)
         folder, log = outcome["folder"], outcome["log"]
         uploads = folder.upload_paths()
-        missing = folder.missing(CLIENTS)
+        missing = folder.missing()
         require(name, outcome["status"] == status, f"exit status {outcome['status']}\n{log[-3000:]}")
         require(name, len(uploads) == good and missing == sorted(failing), f"{len(uploads)} uploads, missing {missing}")
         require(name, all(_bits(path) == self.wanted[client] for client, path in uploads.items()), "other weights")

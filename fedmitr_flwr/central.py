@@ -15,12 +15,13 @@ from .common.rng import stream
 from .config.sections import OWN
 from .data.images import Images
 from .data.shares import client_images, server_images
+from .judge import evaluate_on
 from .methods.contract import Stopwatch
+from .pipeline import start_of
 from .runs import result as report
-from .runs.evaluation import evaluate
 from .runs.folder import RunFolder
-from .uploads.gate import require_finite, require_loss, require_model
-from .vit.build import Weights, build_vit, initial_weights, timm_arguments
+from .uploads.gate import require_loss, require_model
+from .vit.build import Weights, build_vit, timm_arguments
 
 log = logging.getLogger("fedmitr")
 
@@ -43,8 +44,7 @@ def train_centrally(run: RunFolder, folder: RunFolder | None = None) -> RunFolde
     forget_peak(device)
     images = everybodys([client_images(config, client)[0] for client in range(config.partition.clients)])
     server_images(config)
-    initial = initial_weights(config.model, config.seed)
-    require_finite(initial, "give other weights", f"model.weights = {config.model.weights!r}")
+    initial = start_of(config)
     folder = folder or run.sub(NAME)
     with folder.at_work():
         _train(folder, initial, images, device, stopwatch)
@@ -61,8 +61,7 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
         with stopwatch.stage("training"):
             loss = train_local(vit, images, config, stream(config.seed, NAME), device)
         with stopwatch.stage("evaluation"):
-            model = config.model
-            found = evaluate(vit, test, model, device)
+            found = evaluate_on(vit, test, config, device)
     require_model(vit.state_dict(), config.model, _FIX)
     require_loss(found.loss, _FIX)
     folder.log_metrics(stage="training", images=len(images), loss=loss)

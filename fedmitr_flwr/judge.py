@@ -104,10 +104,9 @@ def _accuracy(found: Evaluation, what: str) -> float | None:
 def evaluate_on(
     predict: Callable[[Tensor], Tensor], images: Images, config: Config, device: torch.device
 ) -> Evaluation:
-    model = config.model
     if isinstance(predict, torch.nn.Module):
         predict.to(device).eval()
-    return evaluate(predict, images, model, device)
+    return evaluate(predict, images, config.model, device)
 
 
 def by_client(config: Config, uploads: Sequence[Upload], value: Callable[[Upload], Any]) -> list[Any]:

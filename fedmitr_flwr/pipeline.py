@@ -104,7 +104,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     log.info("run folder: %s", folder.path)
     with folder.at_work():
         folder.note_start(initial)
-        for client in folder.missing(config.partition.clients):
+        for client in folder.missing():
             take_upload(folder, client, initial)
         serve(folder)
         if config.evaluate.where == "clients":
@@ -234,7 +234,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     """
     config = folder.config
     if uploads is None:
-        uploads = folder.require_uploads(config.flower.quorum)
+        uploads = folder.require_uploads()
     device, stopwatch = resolve_device(config.device), Stopwatch()
     forget_peak(device)
     started = time.perf_counter()
@@ -301,7 +301,7 @@ def fuse(
     require_same_uploads(before, config, "to change it, make a new run")
     _require_same_start(run_folder, config)
     resolve_device(config.device)
-    uploads = RunFolder(run_folder.path, config).require_uploads(config.flower.quorum)
+    uploads = RunFolder(run_folder.path, config).require_uploads()
     if config.evaluate.where == "server":
         server_images(config)
     folder = run_folder.sub(short(method), config) if name is None else run_folder.begun(name, config)
@@ -375,12 +375,7 @@ def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _report(
-    folder: RunFolder,
-    fused: Fused,
-    job: Job,
-    measured: Mapping[str, Any],
-    *,
-    one_of_many: bool,
+    folder: RunFolder, fused: Fused, job: Job, measured: Mapping[str, Any], *, one_of_many: bool
 ) -> dict[str, Any]:
     """Write pool, pictures and result.json; one of many fusions does not draw who holds what once more."""
     config, uploads = job.config, job.uploads

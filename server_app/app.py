@@ -80,6 +80,6 @@ def meet_again(grid: Grid, folder: RunFolder) -> Clients:
     log.info("%d of %d uploads are in %s", len(uploaded), number, folder.uploads_path)
     if config.evaluate.where == "clients":
         return meet(grid, config, number)
-    if not folder.missing(number):
+    if not folder.missing():
         return Clients({}, number)
     return meet(grid, config, number, uploaded)

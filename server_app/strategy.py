@@ -56,7 +56,7 @@ class OneShot(Strategy):
         return super().start(self.observed, *args, **kwargs)
 
     def summary(self) -> None:
-        config, missing = self.config, self.folder.missing(self.config.partition.clients)
+        config, missing = self.config, self.folder.missing()
         log.info("\t├── Method: %s, seed %d", config.method, config.seed)
         log.info(
             "\t├── Clients: %d, uploads on disk: %d", config.partition.clients, config.partition.clients - len(missing)
@@ -68,7 +68,7 @@ class OneShot(Strategy):
     ) -> Iterable[Message]:
         del grid  # the nodes are known
         self.collecting, self.sent = True, arrays
-        missing = self.folder.missing(self.config.partition.clients)
+        missing = self.folder.missing()
         asked = [client for client in missing if client in self.nodes]
         extras = inputs.like(self.shapes) if self.config.upload.moments else {}
         self.folder.require_room(len(asked), size(self.shapes) + size(extras))
@@ -98,7 +98,7 @@ class OneShot(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         del server_round, replies  # taken as they arrived
         self.collecting = False
-        self.folder.require_quorum(self.config.flower.quorum)
+        self.folder.require_quorum()
         self.sent.clear()  # Flower holds on to the start, which is not needed any more
         outcome = pipeline.serve(self.folder)
         self.result = outcome.result

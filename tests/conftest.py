@@ -1,5 +1,6 @@
 """What every test shares: no network, few threads, the shared real data sets and a tiny separable one."""
 
+import errno
 import gc
 import logging
 import os
@@ -60,6 +61,16 @@ def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     core = logging.getLogger("fedmitr")
     monkeypatch.setattr(core, "propagate", True)
     monkeypatch.setattr(core, "handlers", [])
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no file can be written out."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
 
 
 @pytest.fixture

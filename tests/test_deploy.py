@@ -183,7 +183,7 @@ def test_the_superlink_is_restarted_while_clients_train(stage: Set, federation: 
         case.completed(run, "goes on by itself", ["a", "b"], ["a", "b"])
     else:
         case.disturbed(run)
-        missing = [NAMES[client] for client in case.run_folder().missing(len(NAMES))]
+        missing = [NAMES[client] for client in case.run_folder().missing()]
         case.completed(case.resume(), "SuperLink started again, resume-from", missing, ["a", "b"])
 
 

@@ -171,7 +171,7 @@ def a_killed_client(start: Start) -> tuple[Run, RunFolder, int]:
     run.kill("ray::ClientAppActor.run")
     assert run.end() == 1
     folder = run.folder()
-    (missing,) = folder.missing(4)
+    (missing,) = folder.missing()
     assert re.search(f"flower_run: error: .*3 of 4 uploads .* missing: client {missing};", run.log)
     return run, folder, missing
 
@@ -200,7 +200,7 @@ def test_a_killed_server_resumes_without_the_clients_and_gives_the_bits_of_the_s
 ) -> None:
     run = start(method="fedmitr", **{"inversion.steps": 200_000})
     folder = run.wait_for(run.folder)
-    run.wait_for(lambda: not folder.missing(3))
+    run.wait_for(lambda: not folder.missing())
     run.kill("flwr-simulation")
     assert run.end() == 1
     assert not folder.finished

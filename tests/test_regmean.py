@@ -197,7 +197,7 @@ def sent() -> Upload:
 
 
 def check(upload: Upload, asked: UploadConfig = SENT.upload) -> None:
-    validate(upload, initial_weights(SENT.model, SENT.seed), 10, upload.fingerprint, 2, 1000, asked=asked)
+    validate(upload, initial_weights(SENT.model, SENT.seed), replace(SENT, upload=asked), upload.fingerprint)
 
 
 def test_a_client_measures_the_model_that_it_sends() -> None:

@@ -17,7 +17,7 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import Config, UploadConfig
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.moments import frozen_features, measure, names
@@ -41,7 +41,8 @@ def changed(upload: Upload, name: str, change: Callable[[Tensor], Tensor]) -> Up
 
 
 def check(upload: Upload, extras: str = "statistics") -> None:
-    validate(upload, REFERENCE, 3, CODE, 4, 1000, asked=UploadConfig(extras=extras))
+    config = settings(**{"model.num-classes": 3, "partition.clients": 4, "upload.extras": extras})
+    validate(upload, REFERENCE, config, CODE)
 
 
 @pytest.mark.parametrize("variances", [False, True])
@@ -164,7 +165,7 @@ def test_statistics_arrive_as_they_were_made(changes: dict[str, Any]) -> None:
     assert all(torch.equal(read.statistics[name], tensor) for name, tensor in made.statistics.items())
     assert read.class_counts == made.class_counts
     assert read.num_bytes == made.num_bytes
-    validate(read, initial, 10, made.fingerprint, 2, 1000, asked=config.upload)
+    validate(read, initial, config, made.fingerprint)
 
 
 def test_nothing_of_the_kind_is_sent_by_default() -> None:

@@ -189,7 +189,7 @@ def _fuse(cell: Cell, store: Store) -> RunFolder:
 def _uploads(cell: Cell, store: Store) -> RunFolder:
     """The run folder of a cell's uploads; those that are missing are made. Clients tell all that a method may ask."""
     folder = _group(store.uploads(cell), cell.config)
-    missing = folder.missing(cell.clients)
+    missing = folder.missing()
     initial = pipeline.start_of(cell.config) if missing else {}
     for client in missing:
         pipeline.take_upload(folder, client, initial)

@@ -43,18 +43,15 @@ class Progress:
     def update(self, n: int = 1, **values: float) -> None:
         """`n` more units are done; `values` (loss=..., alive=...) are shown beside them. Any thread may say so."""
         with self._lock:
-            self._update(n, values)
-
-    def _update(self, n: int, values: dict[str, float]) -> None:
-        self._done += n
-        self._values |= values
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown(), refresh=False)
-            self._bar.update(n)
-        elif now - self._last >= self._every:
-            self._last = now
-            _log.info("%s", self._line())
+            self._done += n
+            self._values |= values
+            now = time.monotonic()
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._shown(), refresh=False)
+                self._bar.update(n)
+            elif now - self._last >= self._every:
+                self._last = now
+                _log.info("%s", self._line())
 
     def _line(self, end: str = "") -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)

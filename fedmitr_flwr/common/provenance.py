@@ -20,19 +20,18 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: str) -> dict[str, str | int | None]:
+    gpu = None
+    if device.startswith("cuda"):
+        import torch  # here, because everything else in this module does without it
+
+        gpu = torch.cuda.get_device_name(device)
     return {
         "device": device,
-        "gpu": _gpu(device) if device.startswith("cuda") else None,
+        "gpu": gpu,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
     }
-
-
-def _gpu(device: str) -> str:
-    import torch  # here, because everything else in this module does without it
-
-    return torch.cuda.get_device_name(device)
 
 
 def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -376,7 +376,6 @@ class FlowerConfig(Section):
         self._at_least(1, "rounds")
         self._above(0, "node_wait", "upload_timeout")
         self._within(0.01, 1, "quorum")
-
         self.strategy_options()
 
     def strategy_options(self) -> dict[str, float]:

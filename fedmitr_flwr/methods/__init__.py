@@ -7,8 +7,8 @@ A method that needs more than the uploaded weights has `check(config: Config) ->
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
 One that does not read some settings names them, or how they begin, in `UNREAD`, and those that no other method reads in
-`OWN_SETTINGS`; a run that is given one without effect says so. One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what
-that returns.
+`OWN_SETTINGS`; a run that is given one without effect says so. One that replaces settings has
+`settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what that returns.
 """
 
 import pkgutil

@@ -53,6 +53,14 @@ class RunFolder:
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
+        self.pool_path = path / "pool.safetensors"
+        self.model_path = path / "model.safetensors"
+        self.model_arguments_path = path / "model.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.images_path = path / "images.png"
+        self.partition_path = path / "partition.png"
+        self.work_path = path / "work"  # checkpoints of a server phase that has not ended
         self._lock: FileLock | None = None
 
     @classmethod
@@ -189,39 +197,6 @@ class RunFolder:
         return self.uploads_path / ".start.sha256"
 
     @property
-    def pool_path(self) -> Path:
-        return self.path / "pool.safetensors"
-
-    @property
-    def model_path(self) -> Path:
-        return self.path / "model.safetensors"
-
-    @property
-    def model_arguments_path(self) -> Path:
-        return self.path / "model.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def result_path(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def work_path(self) -> Path:
-        """Checkpoints of a server phase that has not ended."""
-        return self.path / "work"
-
-    @property
-    def images_path(self) -> Path:
-        return self.path / "images.png"
-
-    @property
-    def partition_path(self) -> Path:
-        return self.path / "partition.png"
-
-    @property
     def finished(self) -> bool:
         return os.path.lexists(self.result_path)
 
@@ -233,9 +208,9 @@ class RunFolder:
 
     def is_start(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether the clients are known to have started from these."""
-        return self.start_path.is_file() and self.start_path.read_text("utf-8", "replace").strip() == checksum(
-            weights, {}
-        )
+        if not self.start_path.is_file():
+            return False
+        return self.start_path.read_text("utf-8", "replace").strip() == checksum(weights, {})
 
     def save_upload(self, upload: Upload) -> Path:
         path = self.uploads_path / _name_of(upload.client)
@@ -290,20 +265,20 @@ class RunFolder:
             raise RunError(f"{path} holds the upload of client {upload.client}; give it back its own name")
         return admit(narrowed(upload, self.config.upload), self.config)
 
-    def missing(self, clients: int) -> list[int]:
+    def missing(self) -> list[int]:
+        """The clients that have not uploaded yet."""
         present = self.upload_paths()
-        return [client for client in range(clients) if client not in present]
+        return [client for client in range(self.config.partition.clients) if client not in present]
 
-    def require_uploads(self, quorum: float) -> list[Upload]:
+    def require_uploads(self) -> list[Upload]:
         """`load_uploads`, if `require_quorum` is met."""
-        self.require_quorum(quorum)
+        self.require_quorum()
         return self.load_uploads()
 
-    def require_quorum(self, quorum: float) -> None:
-        """Raise RunError, naming the missing clients, if fewer than `quorum` of them have uploaded."""
-        clients = self.config.partition.clients
-        missing = self.missing(clients)
-        if clients - len(missing) < (wanted := needed(quorum, clients)):
+    def require_quorum(self) -> None:
+        """Raise RunError, naming the missing clients, if fewer than `flower.quorum` of them have uploaded."""
+        clients, missing = self.config.partition.clients, self.missing()
+        if clients - len(missing) < (wanted := needed(self.config.flower.quorum, clients)):
             raise RunError(
                 f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {wanted} are needed; "
                 f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(self.config.flower.label, missing))}; "
@@ -319,7 +294,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
-    def save_model(self, weights: Mapping[str, Tensor], timm_arguments: Mapping[str, object]) -> Path:
+    def save_model(self, weights: Mapping[str, Tensor], timm_arguments: Mapping[str, object]) -> None:
         """Write model.safetensors, and beside it the arguments that make timm build the model they fit.
 
         Raises:
@@ -328,11 +303,9 @@ class RunFolder:
         require_finite(weights, "it is not written")
         write_text(self.model_arguments_path, _json(timm_arguments))
         save_tensors(self.model_path, weights)
-        return self.model_path
 
-    def write_result(self, result: Mapping[str, object]) -> Path:
+    def write_result(self, result: Mapping[str, object]) -> None:
         write_text(self.result_path, _json(sealed(plain(result))))
-        return self.result_path
 
     def clear_work(self) -> None:
         """Remove the checkpoints of a run that has ended."""
@@ -389,13 +362,8 @@ def _read_config(path: Path) -> Config:
             flat["data.path"] = ""
     if problem := _impossible(flat):
         raise ConfigError(f"{path}: {problem}; use the version that made this run")
-    if flat.get("upload.directions", 0) not in (0, DIRECTIONS):
-        log.warning(
-            "%s: moments in %s directions are left aside, for this version uses %d",
-            path,
-            flat["upload.directions"],
-            DIRECTIONS,
-        )
+    if (asked := flat.get("upload.directions", 0)) not in (0, DIRECTIONS):
+        log.warning("%s: moments in %s directions are left aside, for this version uses %d", path, asked, DIRECTIONS)
     flat = upgraded(flat)
     known = Config().to_flat()
     if retired := [key for key in flat if key in RETIRED and key not in known]:

@@ -54,12 +54,10 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
     if stored is not None:
         _require_unaltered(upload.client, stored)
     exact = upload if stored is None else replace(upload, weights=stored.exact)
-    reference, model = _reference(config), config.model
-    limits = config.partition.clients, config.screen.max_images
-    validate(exact, reference, model.num_classes, fingerprint, *limits, asked=config.upload)
+    validate(exact, _reference(config), config, fingerprint)
     # One whose checksum is right has passed here before it was written; the probe takes seconds for a large model.
     proven = stored is not None and stored.has_checksum
-    if not proven and not computes(upload.weights, model):
+    if not proven and not computes(upload.weights, config.model):
         raise UploadError(
             f"client {upload.client}: its model gives NaN or infinity; lower local.lr, and train it again"
         )

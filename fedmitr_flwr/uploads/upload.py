@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.errors import DiskError, RunError, UploadError
 from ..common.files import hash_tensors, save_tensors
-from ..config import UploadConfig
+from ..config import Config, UploadConfig
 from ..statistics import inputs, moments
 from .stored import StoredWeights
 
@@ -20,7 +20,6 @@ DTYPES = (torch.float32, torch.float16)
 _NAMES = reprlib.Repr()  # a stranger's may be long
 _NAMES.maxstring = 100
 STATISTICS = "statistics/"  # before their names in the file of an upload
-WEIGHTS = UploadConfig()  # what asks for no more than weights
 ASK_AGAIN = "delete it and set resume-from to its run folder to ask that client again"
 
 _NONE = type(None)
@@ -91,32 +90,26 @@ def digest(upload: Upload) -> str:
 def validate(
     upload: Upload,
     reference: Mapping[str, Tensor],
-    num_classes: int,
-    fingerprint: str | None,
-    clients: int,
-    max_images: int,
-    asked: UploadConfig = WEIGHTS,
+    config: Config,
+    fingerprint: str | None = None,
 ) -> None:
     """Let an upload pass if it may enter the ensemble.
 
     Args:
         upload: as it arrived, before any cast.
         reference: the weights that the client started from; they give the keys, shapes and dtypes.
-        num_classes: length of the class counts.
+        config: of the run.
         fingerprint: of the server's code; None: any code may have made it.
-        clients: K; client numbers are 0..K-1.
-        max_images: that a client can have trained on.
-        asked: what it was to send.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
     """
     problem = (
-        _wrong_origin(upload, fingerprint, clients)
+        _wrong_origin(upload, fingerprint, config.partition.clients)
         or _wrong_keys(upload.weights, reference)
         or _wrong_tensor(upload.weights, reference)
-        or _wrong_numbers(upload, num_classes, max_images)
-        or _wrong_statistics(upload, reference, asked)
+        or _wrong_numbers(upload, config.model.num_classes, config.screen.max_images)
+        or _wrong_statistics(upload, reference, config.upload)
     )
     if problem:
         raise UploadError(f"client {upload.client}: {problem}")
@@ -213,16 +206,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def save(upload: Upload, path: Path, **more: str) -> None:
     """Write all tensors exactly as they were sent, the rest and `more` in the header; whole or not at all."""
-    header: dict[str, object] = {
-        **more,
-        "client": upload.client,
-        "num_examples": upload.num_examples,
-        "train_loss": upload.train_loss,
-        "fingerprint": upload.fingerprint,
-        "class_counts": upload.class_counts,
-        "seconds": upload.seconds,
-        "epsilon": upload.epsilon,
-    }
+    header: dict[str, object] = {**more, **{name: getattr(upload, name) for name in _KINDS}}
     statistics = {STATISTICS + name: tensor for name, tensor in (upload.statistics or {}).items()}
     if upload.statistics is not None:
         header["statistics"] = True
