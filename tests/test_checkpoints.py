@@ -1,27 +1,23 @@
 """Checkpoints: what is kept comes back under the same key, and under no other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tiny import an_upload, settings
 
-from fedmitr_flwr.common.compute import threads
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.methods import rounds
 from fedmitr_flwr.runs.checkpoints import Checkpoints
 
 
-def test_without_a_folder_nothing_is_kept() -> None:
-    config = settings()
-    nowhere = Checkpoints(None, config, [an_upload(config, 0)], torch.device("cpu"))
-    nowhere.save("piece", ("seed",), {"x": torch.ones(1)})
-    assert nowhere.load("piece", ("seed",)) is None
-
-
 def test_pieces_come_back_under_their_own_name_and_method_only(tmp_path: Path) -> None:
     config = settings()
     uploads = [an_upload(config, 0)]
-    kept = Checkpoints(tmp_path / "work", config, uploads, torch.device("cpu"))
+    nowhere = Checkpoints(None, config, uploads, torch.device("cpu"))
+    nowhere.save("piece", ("seed",), {"x": torch.ones(1)})
+    assert nowhere.load("piece", ("seed",)) is None
+    kept = replace(nowhere, folder=tmp_path / "work")
     assert kept.load("piece", ("seed",)) is None
     kept.save("piece", ("seed",), {"x": torch.tensor([1.5])}, words=["a"], number=0.1)
     tensors, facts = kept.load("piece", ("seed",))
@@ -31,15 +27,10 @@ def test_pieces_come_back_under_their_own_name_and_method_only(tmp_path: Path) -
     (tmp_path / "work" / "piece.safetensors").rename(tmp_path / "work" / "other.safetensors")
     assert kept.load("other", ("seed",)) is None
     kept.save("piece", ("seed",), {})
-    with threads(torch.get_num_threads() + 1):
-        assert Checkpoints(kept.folder, config, uploads, kept.device).load("piece", ("seed",)) is None
-    for changes, device in (({"method": "fedavg"}, "cpu"), ({"seed": 1}, "cpu"), ({}, "cuda")):
-        assert (
-            Checkpoints(kept.folder, settings(**changes), uploads, torch.device(device)).load("piece", ("seed",))
-            is None
-        )
-    same = Checkpoints(kept.folder, settings(**{"model.width": 32}), uploads, torch.device("cpu"))
-    assert same.load("piece", ("seed",)) == ({}, {})
+    others = [replace(kept, config=settings(**changes)) for changes in ({"method": "fedavg"}, {"seed": 1})]
+    others += [replace(kept, device=torch.device("cuda")), replace(kept, threads=kept.threads + 1)]
+    assert [other.load("piece", ("seed",)) for other in others] == [None] * 4
+    assert replace(kept, config=settings(**{"model.width": 32})).load("piece", ("seed",)) == ({}, {})
 
 
 def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:

@@ -38,15 +38,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for picture in ("save_images", "save_partition"):
             patch.setattr(pipeline, picture, lambda *_: None)
         run = pipeline.run(config_in(tmp_path_factory.mktemp("whole")), "run")
-        kill = pytest.MonkeyPatch()
-        kill.setattr(pipeline, "evaluate_on", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.fuse(run, "fedmitr", {}, "begun")
-        kill.undo()
-        assert sorted(path.name for path in (run.path / "fused" / "begun" / "work").iterdir()) == [
-            "images-0-0.safetensors",
-            "student.safetensors",
-        ]
+        with pytest.MonkeyPatch.context() as kill:
+            kill.setattr(pipeline, "evaluate_on", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.fuse(run, "fedmitr", {}, "begun")
+        pieces = {path.name for path in (run.path / "fused" / "begun" / "work").iterdir()}
+        assert pieces == {"images-0-0.safetensors", "student.safetensors"}
         yield run.path
 
 
@@ -101,24 +98,14 @@ def empty(path: Path, _: random.Random) -> None:
     path.write_bytes(b"")
 
 
-def a_folder(path: Path, _: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
+def in_its_place(make: Callable[[Path], object]) -> Mutation:
+    """Something that is no file."""
 
+    def replaced(path: Path, _: random.Random) -> None:
+        path.unlink()
+        make(path)
 
-def a_dangling_link(path: Path, _: random.Random) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def a_link_to_itself(path: Path, _: random.Random) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def a_pipe(path: Path, _: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
+    return replaced
 
 
 def another_file(path: Path, rng: random.Random) -> None:
@@ -132,8 +119,9 @@ def renamed(path: Path, rng: random.Random) -> None:
 
 
 ODD = [None, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": {"b": []}}, True, float("nan"), float("inf")]
-ANY_FILE: list[Mutation] = [flip, overwrite, cut, exchange, append, empty, a_folder, a_dangling_link]
-ANY_FILE += [a_link_to_itself, a_pipe, another_file]
+NO_FILES: list[Callable[[Path], object]] = [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")]
+NO_FILES += [lambda path: path.symlink_to(path.name)]
+ANY_FILE: list[Mutation] = [flip, overwrite, cut, exchange, append, empty, *map(in_its_place, NO_FILES), another_file]
 
 
 def an_odd_value(path: Path, rng: random.Random) -> None:
@@ -156,34 +144,42 @@ def deep(path: Path, _: random.Random) -> None:
     path.write_text("[" * 100_000)
 
 
-def an_odd_header(path: Path, rng: random.Random) -> None:
-    """A well-formed file whose header says something else: of a key, or altogether."""
+def with_head(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the JSON at the beginning of a safetensors file, which stays well-formed."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     head = json.loads(content[8 : 8 + length])
-    own = json.loads(head["__metadata__"]["fedmitr"])
-    if rng.random() < 0.8:
-        own[rng.choice(list(own))] = rng.choice(ODD)
-    else:
-        own = rng.choice(ODD)
-    text = rng.choice([json.dumps(own), "[" * 50_000, "1" * 5_000]) if rng.random() < 0.2 else json.dumps(own)
-    head["__metadata__"]["fedmitr"] = text
+    change(head)
     written = json.dumps(head).encode()
     path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
+
+
+def an_odd_header(path: Path, rng: random.Random) -> None:
+    """Our own entry says something else: of a key, or altogether."""
+
+    def change(head: dict[str, Any]) -> None:
+        own = json.loads(head["__metadata__"]["fedmitr"])
+        if rng.random() < 0.8:
+            own[rng.choice(list(own))] = rng.choice(ODD)
+        else:
+            own = rng.choice(ODD)
+        texts = [json.dumps(own), *(["[" * 50_000, "1" * 5_000] if rng.random() < 0.2 else [])]
+        head["__metadata__"]["fedmitr"] = rng.choice(texts)
+
+    with_head(path, change)
 
 
 def odd_tensors(path: Path, rng: random.Random) -> None:
     """Another type or shape of as many bytes, or another name."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    head = json.loads(content[8 : 8 + length])
-    name = rng.choice([name for name in head if name != "__metadata__"])
-    entry = head.pop(name)
-    entry["dtype"] = rng.choice([entry["dtype"], "I32", "U32"])
-    entry["shape"] = rng.choice([entry["shape"], entry["shape"][::-1], [1, *entry["shape"]]])
-    head[rng.choice([name, name + "x", "\x1b[31m"])] = entry
-    written = json.dumps(head).encode()
-    path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
+
+    def change(head: dict[str, Any]) -> None:
+        name = rng.choice([name for name in head if name != "__metadata__"])
+        entry = head.pop(name)
+        entry["dtype"] = rng.choice([entry["dtype"], "I32", "U32"])
+        entry["shape"] = rng.choice([entry["shape"], entry["shape"][::-1], [1, *entry["shape"]]])
+        head[rng.choice([name, name + "x", "\x1b[31m"])] = entry
+
+    with_head(path, change)
 
 
 # File, what is done to it, how often, and by which command the folder is then looked at.

@@ -58,21 +58,16 @@ def test_images_arrive_resized_and_normalised(tiny: DataSet, monkeypatch: pytest
     assert found == Evaluation(third, pytest.approx(math.log(3)), (100.0, 0.0, 0.0), 30, confusion)
 
 
-def test_scores_need_not_be_normalised(tiny: DataSet) -> None:
-    vit = a_vit(settings(**{"model.num-classes": 3}), 0)
-    plain = evaluate(vit, tiny.test, small(num_classes=3), CPU)
-    shifted = evaluate(lambda images: vit(images).double() + 5, tiny.test, small(num_classes=3), CPU)
-    assert shifted.accuracy == plain.accuracy
-    assert shifted.loss == pytest.approx(plain.loss, rel=1e-5)
-
-
-def test_no_graph_is_built(tiny: DataSet) -> None:
+def test_scores_need_not_be_normalised_and_no_graph_is_built(tiny: DataSet) -> None:
     vit = a_vit(settings(**{"model.num-classes": 3}), 0)
     recorded: list[bool] = []
 
-    def predict(images: Tensor) -> Tensor:
-        recorded.append(vit(images).requires_grad)
-        return vit(images)
+    def moved(images: Tensor) -> Tensor:
+        scores = vit(images)
+        recorded.append(scores.requires_grad)
+        return scores.double() + 5
 
-    evaluate(predict, tiny.test, small(num_classes=3), CPU)
+    plain, shifted = (evaluate(predict, tiny.test, small(num_classes=3), CPU) for predict in (vit, moved))
+    assert shifted.accuracy == plain.accuracy
+    assert shifted.loss == pytest.approx(plain.loss, rel=1e-5)
     assert recorded == [False]

@@ -1,7 +1,6 @@
 """The straight line from settings to result: every file, equal bytes for equal seeds, resume, fuse, evaluation."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from test_layout import a_table, folders, parquet
 from tiny import settings, timeless
 
 from fedmitr_flwr import judge, pipeline
-from fedmitr_flwr.common.errors import ConfigError, ModelError, RunError, UserError
+from fedmitr_flwr.common.errors import ConfigError, RunError, UserError
 from fedmitr_flwr.common.files import load_tensors
-from fedmitr_flwr.common.fingerprint import core, fingerprint
+from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import prepare
@@ -35,7 +34,7 @@ def a_config(folder: Path, **changes: object) -> Config:
     return settings(**{"out-dir": str(folder), "partition.clients": 3} | changes)
 
 
-def a_run(folder: Path, name: str = "run", **changes: object) -> RunFolder:
+def a_run(folder: Path, name: str | None = "run", **changes: object) -> RunFolder:
     return pipeline.run(a_config(folder, **changes), name)
 
 
@@ -62,10 +61,22 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return clients
 
 
-def test_images_that_cannot_be_read_leave_no_run_folder(tmp_path: Path, trained: list[int]) -> None:
-    absent = {"data.source": "parquet", "data.path": str(tmp_path / "absent")}
-    with pytest.raises(UserError, match=r"data\.path"):
-        a_run(tmp_path / "runs", **absent)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.source": "parquet", "data.path": "/absent"}, r"data\.path"),
+        ({"method": "fedsgd"}, "'fedsgd' is not one of"),
+        ({"model.name": "vit_nothing"}, "'vit_nothing'"),
+        ({"partition.min-size": 200, "partition.clients": 2}, "need 400 images, but there are 60"),
+        ({"partition.min-size": 70, "evaluate.where": "clients"}, "need 210 images, but there are 60"),
+        ({"resume-from": "/absent"}, "is not a run folder"),
+    ],
+)
+def test_what_cannot_work_leaves_no_folder_and_trains_no_client(
+    tmp_path: Path, trained: list[int], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.run(a_config(tmp_path / "runs", **changes))
     assert not (tmp_path / "runs").exists()
     assert not trained
 
@@ -86,49 +97,27 @@ def averaged(tmp_path: Path) -> RunFolder:
 
 def test_every_file_is_there(done: RunFolder) -> None:
     names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
-    assert names == {
-        ".lock",
-        "config.toml",
-        "images.png",
-        "metrics.jsonl",
-        "model.json",
-        "model.safetensors",
-        "partition.png",
-        "pool.safetensors",
-        "result.json",
-        "uploads/.start.sha256",
-        *(f"uploads/client_{client:03}.safetensors" for client in range(3)),
-    }
+    files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png"}
+    models = {"model.json", "model.safetensors", "pool.safetensors"}
+    uploads = {"uploads/.start.sha256", *(f"uploads/client_{client:03}.safetensors" for client in range(3))}
+    assert names == files | models | uploads
     assert Config.from_file(done.path / "config.toml") == done.config
 
 
-def test_the_result_says_what_was_measured(done: RunFolder) -> None:
-    result = done.read_result()
-    accuracy = result["accuracy"]
-    for value in (accuracy["student"], accuracy["fedavg"], accuracy["ensemble"], *accuracy["local"]):
-        assert 0 <= value <= 100
-    assert len(accuracy["local"]) == 3
-    assert set(accuracy["per_class"]) == set("0123456789")
-    assert result["clients"] == 3
+def test_the_result_says_what_was_measured_and_what_it_cost(done: RunFolder) -> None:
+    result, uploads = done.read_result(), done.load_uploads()
     assert torch.tensor(result["counts"]).sum() == 60
-    assert [list(upload.class_counts) for upload in done.load_uploads()] == result["counts"]
-    assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in done.load_uploads()]
+    assert [list(upload.class_counts) for upload in uploads] == result["counts"]
+    assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in uploads]
     assert set(result["seconds"]) == {"inversion", "distillation", "evaluation"}
     assert result["synthetic_images"] == 10
-    assert result["fingerprint"] == fingerprint()
-    assert result["config"] == done.config.to_flat()
     assert len(result["partition_sha256"]) == 64
-    assert result["machine"]["device"] == "cpu"
     assert result["evaluated_on"] == {"where": "server", "split": "test", "images": 200}
-
-
-def test_the_result_says_what_it_cost_and_where_it_errs(done: RunFolder) -> None:
-    result = done.read_result()
     accuracy, confusion = result["accuracy"], torch.tensor(result["confusion"])
     assert torch.equal(confusion.sum(1), torch.bincount(load(done.config.data, done.config.model).test.labels))
     assert accuracy["student"] == round(100 * confusion.diag().sum().item() / 200, 2)
     assert accuracy["worst_class"] == min(accuracy["per_class"].values())
-    assert result["client_seconds"] == [round(upload.seconds or 0, 3) for upload in done.load_uploads()]
+    assert result["client_seconds"] == [round(upload.seconds or 0, 3) for upload in uploads]
     assert all(seconds > 0 for seconds in result["client_seconds"])
     stages = sum(spent for stage, spent in result["seconds"].items() if stage != "evaluation")
     assert result["server_seconds"] >= stages - 0.01
@@ -183,16 +172,13 @@ def test_uploads_are_what_train_client_gives(done: RunFolder) -> None:
     assert any(not torch.equal(again.weights[name], initial[name]) for name in initial)
 
 
-def test_class_counts_are_sent_by_choice_only(averaged: RunFolder) -> None:
-    assert [upload.class_counts for upload in averaged.load_uploads()] == [None] * 3
-
-
 def test_half_precision_uploads_weigh_half(tmp_path: Path, averaged: RunFolder) -> None:
     half = a_run(tmp_path, "half", method="fedavg", **{"upload.dtype": "float16"})
     whole = averaged.read_result()["bytes_up"]
     assert half.read_result()["bytes_up"] == [number // 2 for number in whole]
     assert half.read_result()["bytes_down"] == whole
     for ours, theirs in zip(half.load_uploads(), averaged.load_uploads(), strict=True):
+        assert ours.class_counts is None  # which are sent by choice only
         for name, tensor in theirs.weights.items():
             assert torch.equal(ours.weights[name], tensor.half().float())
 
@@ -218,6 +204,7 @@ def test_a_clients_randomness_does_not_depend_on_the_others(tmp_path: Path) -> N
     """The draws of a client are its own: trained first, last or alone, it gives the same bits."""
     config = a_config(tmp_path)
     initial = initial_weights(config.model, 0)
+    before = {name: tensor.clone() for name, tensor in initial.items()}
     alone = pipeline.train_client(config, 2, initial)
     pipeline.train_client(config, 0, initial)
     last = pipeline.train_client(config, 2, initial)
@@ -226,6 +213,7 @@ def test_a_clients_randomness_does_not_depend_on_the_others(tmp_path: Path) -> N
     held = pipeline.train_client(config, 2, initial, prox_mu=1.0)
     for other in (second_round, held):
         assert any(not torch.equal(alone.weights[name], other.weights[name]) for name in initial)
+    assert all(torch.equal(initial[name], tensor) for name, tensor in before.items())
 
 
 class Trained:
@@ -256,8 +244,8 @@ def test_clients_start_from_the_weights_given(tmp_path: Path, given: list[Traine
     assert all(torch.equal(upload.weights[name], tensor) for name, tensor in start.items())
 
 
-def test_every_client_and_round_has_its_own_stream(tmp_path: Path, given: list[Trained]) -> None:
-    config = a_config(tmp_path)
+def test_every_client_and_round_has_its_own_stream_and_number_of_threads(tmp_path: Path, given: list[Trained]) -> None:
+    config = a_config(tmp_path, **{"local.threads": 2})
     start = initial_weights(config.model, 0)
     for client in range(3):
         for server_round in (1, 2):
@@ -266,21 +254,7 @@ def test_every_client_and_round_has_its_own_stream(tmp_path: Path, given: list[T
     assert len({call.seed for call in given}) == 7
     pipeline.train_client(config.with_clients(2), 1, start)  # the draws do not depend on how many others there are
     assert given[-1].seed == given[2].seed
-
-
-def test_clients_train_on_their_own_number_of_threads(tmp_path: Path, given: list[Trained]) -> None:
-    for count in (2, 1):
-        config = a_config(tmp_path, **{"local.threads": count})
-        pipeline.train_client(config, 0, initial_weights(config.model, 0))
-    assert [call.threads for call in given] == [2, 1]
-
-
-def test_training_leaves_the_start_and_the_thread_count_alone(tmp_path: Path) -> None:
-    config = a_config(tmp_path, **{"local.threads": 2})
-    initial = initial_weights(config.model, 0)
-    before = {name: tensor.clone() for name, tensor in initial.items()}
-    pipeline.train_client(config, 0, initial)
-    assert all(torch.equal(initial[name], before[name]) for name in before)
+    assert [call.threads for call in given] == [2] * 6 + [1, 2]
     assert torch.get_num_threads() == 1
 
 
@@ -305,29 +279,27 @@ def test_fusing_as_the_run_did_gives_its_bytes(done: RunFolder) -> None:
         assert (folder.path / name).read_bytes() == (done.path / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("seed", 1),
-        ("model.width", 32),
-        ("partition.clients", 4),
-        ("partition.scheme", "dirichlet"),
-        ("local.epochs", 2),
-        ("data.train-limit", 50),
-        ("data.validation", 0.2),
-        ("upload.dtype", "float16"),
-        ("evaluate.where", "clients"),
-    ],
-)
-def test_fuse_refuses_settings_that_would_change_the_uploads(done: RunFolder, key: str, value: object) -> None:
-    before = done.config.to_flat()[key]
-    with pytest.raises(RunError) as refused:
-        pipeline.fuse(done, "fedavg", {key: value})
-    assert str(refused.value) == (
-        f"{key} = {value!r}, but the uploads were made with {before!r}; to change it, make a new run"
-    )
-    with pytest.raises(RunError):
-        pipeline.require_same_uploads(done.config, Config.from_flat({key: value}, base=done.config), "fix")
+OTHER_UPLOADS: dict[str, object] = {
+    "seed": 1,
+    "model.width": 32,
+    "partition.clients": 4,
+    "partition.scheme": "dirichlet",
+    "local.epochs": 2,
+    "data.train-limit": 50,
+    "data.validation": 0.2,
+    "upload.dtype": "float16",
+    "evaluate.where": "clients",
+}
+
+
+def test_fuse_refuses_settings_that_would_change_the_uploads(done: RunFolder) -> None:
+    for key, value in OTHER_UPLOADS.items():
+        before = done.config.to_flat()[key]
+        with pytest.raises(RunError) as refused:
+            pipeline.fuse(done, "fedavg", {key: value})
+        assert str(refused.value) == (
+            f"{key} = {value!r}, but the uploads were made with {before!r}; to change it, make a new run"
+        )
 
 
 def test_fuse_takes_other_settings_of_the_server_phase(done: RunFolder) -> None:
@@ -346,18 +318,14 @@ def test_fuse_of_an_unknown_method_makes_no_folder(done: RunFolder) -> None:
     assert sorted(done.path.rglob("*")) == before
 
 
-def test_fuse_needs_the_uploads(tmp_path: Path) -> None:
-    run = without_upload(tmp_path)
+def test_below_the_quorum_nothing_is_fused(tmp_path: Path) -> None:
+    run = without_upload(tmp_path, **{"flower.quorum": 0.7})
+    with pytest.raises(RunError, match=r"2 of 3 uploads .* 3 are needed; missing: client 1"):
+        pipeline.serve(run)
     with pytest.raises(RunError, match="missing: client 1"):
         pipeline.fuse(run, "fedavg", {})
+    assert not run.finished
     assert not (run.path / "fused").exists()
-
-
-def test_an_unknown_method_makes_no_folder(tmp_path: Path, trained: list[int]) -> None:
-    with pytest.raises(ConfigError, match="'fedsgd' is not one of"):
-        a_run(tmp_path, method="fedsgd")
-    assert list(tmp_path.iterdir()) == []
-    assert trained == []
 
 
 def test_resume_asks_only_the_missing_client(tmp_path: Path, trained: list[int]) -> None:
@@ -372,9 +340,12 @@ def test_resume_asks_only_the_missing_client(tmp_path: Path, trained: list[int])
     assert resumed.read_result()["accuracy"] == whole.read_result()["accuracy"]
 
 
-def test_resume_of_a_run_that_has_ended_is_refused(averaged: RunFolder, trained: list[int]) -> None:
+def test_resume_of_a_run_that_has_ended_or_with_a_name_is_refused(averaged: RunFolder, trained: list[int]) -> None:
+    again = Config.from_flat({"resume-from": str(averaged.path)}, base=averaged.config)
     with pytest.raises(RunError, match=r"resume-from = .* has ended \(result\.json\); use `fedmitr fuse`"):
-        pipeline.run(Config.from_flat({"resume-from": str(averaged.path)}, base=averaged.config))
+        pipeline.run(again)
+    with pytest.raises(ConfigError, match=r"--name other is of a new run folder.*; give one of them"):
+        pipeline.run(again, "other")
     assert trained == []
 
 
@@ -421,44 +392,18 @@ def test_a_run_whose_clients_have_not_evaluated_goes_on(tmp_path: Path, trained:
     assert resumed.read_result()["accuracy"]["student"] == wanted
 
 
-def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
-    config = a_config(tmp_path, **{"resume-from": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match=r"--name other is of a new run folder.*; give one of them"):
-        pipeline.run(config, "other")
-
-
-def test_resume_from_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not a run folder"):
-        pipeline.run(a_config(tmp_path, **{"resume-from": str(tmp_path / "none")}))
-
-
 def test_with_a_quorum_a_gap_stays_a_gap(tmp_path: Path) -> None:
-    run = without_upload(tmp_path, client=1, **{"flower.quorum": 0.6})
-    outcome = pipeline.serve(run)
-    result = run.read_result()
-    assert result["accuracy"]["local"][1] is None
-    assert [value is None for value in result["accuracy"]["local"]] == [False, True, False]
-    assert [value is None for value in result["bytes_up"]] == [False, True, False]
-    assert [value is None for value in result["bytes_down"]] == [False, True, False]
-    uploads = run.load_uploads()
-    assert [upload.client for upload in uploads] == [0, 2]
-    assert all(torch.equal(outcome.weights[name], tensor) for name, tensor in average(uploads).items())
-
-
-def test_a_gap_in_the_counts_that_clients_sent_stays_a_gap(tmp_path: Path) -> None:
-    where = {"evaluate.where": "clients", "upload.extras": "counts", "flower.quorum": 0.6}
-    run = without_upload(tmp_path, client=1, **where)
-    pipeline.serve(run)
-    counts = run.read_result()["counts"]
-    assert counts[1] is None
-    assert [list(upload.class_counts) for upload in run.load_uploads()] == [counts[0], counts[2]]
-
-
-def test_below_the_quorum_nothing_is_fused(tmp_path: Path) -> None:
-    run = without_upload(tmp_path, **{"flower.quorum": 0.7})
-    with pytest.raises(RunError, match=r"2 of 3 uploads .* 3 are needed; missing: client 1"):
-        pipeline.serve(run)
-    assert not run.finished
+    sent = {"evaluate.where": "clients", "upload.extras": "counts"}
+    for name, where in (("server", {}), ("clients", sent)):
+        run = without_upload(tmp_path / name, client=1, **where, **{"flower.quorum": 0.6})
+        outcome = pipeline.serve(run)
+        uploads = run.load_uploads()
+        assert [upload.client for upload in uploads] == [0, 2]
+        assert all(torch.equal(outcome.weights[name], tensor) for name, tensor in average(uploads).items())
+        by_client = [run.read_result()[key] for key in ("bytes_up", "bytes_down", "client_seconds")]
+        by_client += [run.read_result()["counts"]] if where else [run.read_result()["accuracy"]["local"]]
+        assert [[value is None for value in values] for values in by_client] == [[False, True, False]] * 4
+    assert [list(upload.class_counts) for upload in uploads] == [by_client[-1][0], by_client[-1][2]]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ensemble"])
@@ -472,13 +417,16 @@ def test_one_upload_is_average_ensemble_and_local_at_once(tmp_path: Path, method
 
 
 def test_a_method_without_one_model_writes_none(tmp_path: Path) -> None:
-    run = a_run(tmp_path, method="ensemble")
+    run = a_run(tmp_path, None, method="ensemble")
+    assert run.path.name.startswith("ensemble-0-")  # the name of a run without one
     assert not run.model_path.exists()
     assert not run.pool_path.exists()
     assert run.read_result()["accuracy"]["student"] == run.read_result()["accuracy"]["ensemble"]
+    with pytest.raises(ConfigError, match=r"'ensemble' makes no single model .*; use evaluate\.where = 'server'"):
+        a_run(tmp_path, method="ensemble", **{"evaluate.where": "clients"})
 
 
-def test_evaluation_on_the_clients(tmp_path: Path) -> None:
+def test_evaluation_on_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test images of the server: the mean over the clients' held-out parts, weighted by their numbers."""
     where = {"evaluate.where": "clients", "evaluate.holdout": 0.3, "upload.extras": "counts"}
     config = a_config(tmp_path, method="fedavg", **where)
@@ -496,24 +444,10 @@ def test_evaluation_on_the_clients(tmp_path: Path) -> None:
     assert result["partition_sha256"] is None  # the server does not know who holds what
     assert [sum(row) for row in result["counts"]] == [14, 14, 14]
     assert not run.partition_path.exists()
-
-
-def test_the_clients_are_weighted_by_their_images(averaged: RunFolder) -> None:
-    evaluations = [Evaluation(90.0, 0.1, (), 1), Evaluation(50.0, 0.1, (), 3)]
-    pipeline.conclude_on_clients(averaged, evaluations)
-    assert averaged.read_result()["accuracy"]["student"] == 60.0
-
-
-def test_the_server_does_not_read_data_when_the_clients_evaluate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = without_upload(tmp_path, **{"evaluate.where": "clients", "flower.quorum": 0.5})
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the server read data")
-
-    monkeypatch.setattr(shares, "load", refuse)
-    monkeypatch.setattr(pipeline, "parts_of", refuse)
+    pipeline.conclude_on_clients(run, [Evaluation(90.0, 0.1, (), 1), Evaluation(50.0, 0.1, (), 3)])
+    assert run.read_result()["accuracy"]["student"] == 60.0
+    shares.parts_of.cache_clear()
+    monkeypatch.setattr(sources, "_load_split", None)  # the server reads no data
     assert pipeline.serve(run).result["accuracy"]["student"] is None
 
 
@@ -553,13 +487,6 @@ def test_a_finished_run_is_fused_without_its_training_images(
     assert sources._load_split.cache_info().misses == 1
 
 
-def test_what_cannot_be_dealt_out_leaves_no_folder(tmp_path: Path) -> None:
-    for where in ("server", "clients"):
-        with pytest.raises(ConfigError, match="need 400 images, but there are 60"):
-            a_run(tmp_path, **{"partition.min-size": 200, "partition.clients": 2, "evaluate.where": where})
-    assert not [*tmp_path.iterdir()]
-
-
 def test_names_of_any_script_come_through_to_pictures_and_page(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -584,29 +511,9 @@ def test_names_of_any_script_come_through_to_pictures_and_page(
     assert run.partition_path.exists()
 
 
-def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[torch.Tensor]] = {"train": [], "held": []}
-    train, evaluate = pipeline.train_local, judge.evaluate
-
-    def spy_train(vit: Any, images: Any, *rest: Any) -> float:
-        seen["train"].append(images.pixels)
-        return train(vit, images, *rest)
-
-    def spy_evaluate(predict: Any, images: Any, *rest: Any) -> Any:
-        seen["held"].append(images.pixels)
-        return evaluate(predict, images, *rest)
-
-    monkeypatch.setattr(pipeline, "train_local", spy_train)
-    monkeypatch.setattr(judge, "evaluate", spy_evaluate)
-    a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients", "evaluate.holdout": 0.5})
-    own, held = ({tuple(pixels.flatten().tolist()) for pixels in torch.cat(seen[k])} for k in ("train", "held"))
-    assert len(own) + len(held) == 60
-    assert not own & held
-
-
-def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
+    """The pixels that models were trained on, and those that they were judged by."""
     seen: dict[str, list[torch.Tensor]] = {"train": [], "judged": []}
     train, evaluate = pipeline.train_local, judge.evaluate
 
@@ -620,40 +527,39 @@ def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
 
     monkeypatch.setattr(pipeline, "train_local", spy_train)
     monkeypatch.setattr(judge, "evaluate", spy_evaluate)
+    return seen
+
+
+def as_sets(*groups: torch.Tensor) -> list[set[tuple[int, ...]]]:
+    return [{tuple(pixels.flatten().tolist()) for pixels in group} for group in groups]
+
+
+def test_held_out_images_are_never_trained_on(tmp_path: Path, seen: dict[str, list[torch.Tensor]]) -> None:
+    a_run(tmp_path, method="fedavg", **{"evaluate.where": "clients", "evaluate.holdout": 0.5})
+    own, held = as_sets(torch.cat(seen["train"]), torch.cat(seen["judged"]))
+    assert len(own) + len(held) == 60
+    assert not own & held
+
+
+def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
+    tmp_path: Path, seen: dict[str, list[torch.Tensor]]
+) -> None:
     changes = {"data.validation": 0.02, "data.train-limit": 0, "data.test-limit": 0, "method": "fedavg"}
     runs = [a_run(tmp_path, f"seed-{seed}", seed=seed, **changes) for seed in (0, 1)]
     judged = seen["judged"][0]
     assert all(torch.equal(judged, each) for each in seen["judged"])
     assert sum(map(len, seen["train"])) == 2 * (1437 - len(judged))
-    trained, held = ({tuple(one.flatten().tolist()) for one in pixels} for pixels in (torch.cat(seen["train"]), judged))
+    trained, held = as_sets(torch.cat(seen["train"]), judged)
     assert not trained & held
     for run in runs:
         assert run.read_result()["evaluated_on"] == {"where": "server", "split": "validation", "images": len(judged)}
 
 
-def test_an_ensemble_has_no_model_to_send_to_the_clients(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'ensemble' makes no single model .*; use evaluate\.where = 'server'"):
-        a_run(tmp_path, method="ensemble", **{"evaluate.where": "clients"})
-
-
-def test_a_misfit_is_refused_before_any_training(tmp_path: Path, trained: list[int]) -> None:
-    with pytest.raises(ModelError, match="'vit_nothing'"):
-        a_run(tmp_path, **{"model.name": "vit_nothing"})
-    assert trained == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_names_are_free_by_default(tmp_path: Path) -> None:
-    run = pipeline.run(a_config(tmp_path, method="fedavg"))
-    assert run.path.parent == tmp_path
-    assert run.path.name.startswith("fedavg-")
-    assert math.isfinite(run.read_result()["accuracy"]["student"])
-
-
 def test_a_fusion_may_do_with_less_than_was_uploaded_but_not_with_more(tmp_path: Path) -> None:
     told = {"upload.extras": "variances"}
     rich, poor = a_run(tmp_path, "rich", method="fedavg", **told), a_run(tmp_path, "poor", method="fedavg")
-    assert all(torch.equal(a, b) for a, b in zip(_weights(rich), _weights(poor), strict=True))
+    for ours, theirs in zip(rich.load_uploads(), poor.load_uploads(), strict=True):
+        assert all(torch.equal(ours.weights[name], tensor) for name, tensor in theirs.weights.items())
     (upload, *_) = pipeline.fuse(rich, "fedavg", {"upload.extras": ""}).load_uploads()
     assert (upload.class_counts, upload.statistics) == (None, None)
     (upload, *_) = pipeline.fuse(rich, "lda", {"upload.extras": "counts, statistics"}).load_uploads()
@@ -662,10 +568,6 @@ def test_a_fusion_may_do_with_less_than_was_uploaded_but_not_with_more(tmp_path:
     assert upload.class_counts is not None
     with pytest.raises(RunError, match=r"upload\.extras = 'statistics', but the uploads were made with ''"):
         pipeline.fuse(poor, "lda", {"upload.extras": "statistics"})
-
-
-def _weights(run: RunFolder) -> list[torch.Tensor]:
-    return [tensor for upload in run.load_uploads() for tensor in upload.weights.values()]
 
 
 def test_a_fusion_with_a_name_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

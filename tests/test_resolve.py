@@ -44,6 +44,8 @@ def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, eac
 
 RECIPE = ("data.flip", "local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
 RECIPE += ("distill.init", "distill.epochs-per-round", "distill.lr")
+SCRATCH = dict(zip(RECIPE, ("false", 50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3), strict=True))
+GIVEN = ("true", 3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -91,9 +93,8 @@ def test_sizes_follow_from_the_name_and_the_data(
     if mode == "I;16":
         for file in tmp_path.rglob("*.png"):
             Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16) * 257).save(file)
-    assert (
-        sizes(resolve(Config.from_flat(flat | {f"model.{key}": value for key, value in given.items()})).model) == wanted
-    )
+    flat |= {f"model.{key}": value for key, value in given.items()}
+    assert sizes(resolve(Config.from_flat(flat)).model) == wanted
 
 
 OWN = {"partition.scheme": "own", "evaluate.where": "clients"}
@@ -111,19 +112,10 @@ def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"model.name": TIMM, "model.patch-size": 8},
-            "model.patch-size = 8, but model.name = 'test_vit' has patches of 16",
-        ),
-        (
-            {"model.name": TIMM, "model.width": 128},
-            "model.width = 128 is of model.name = 'small', but model.name = 'test",
-        ),
+        ({"model.name": TIMM, "model.patch-size": 8}, "but model.name = 'test_vit' has patches of 16"),
+        ({"model.name": TIMM, "model.width": 128}, "is of model.name = 'small', but model.name = 'test_vit' has"),
         ({"model.name": TIMM, "model.depth": 2}, "model.depth = 2 is of model.name = 'small'"),
-        (
-            {"model.name": TIMM, "model.img-size": 100},
-            "model.img-size = 100 is not possible; use a multiple of model.patch",
-        ),
+        ({"model.name": TIMM, "model.img-size": 100}, "use a multiple of model.patch-size = 16"),
         ({"model.num-classes": 3}, "model.num-classes = 3, but digits has 10 classes"),
         ({"model.num-classes": 12}, "model.num-classes = 12, but digits has 10 classes"),
         ({"model.name": "resnet18"}, "model.name = 'resnet18' is a ResNet, no plain vision transformer"),
@@ -190,13 +182,10 @@ def recipe_of(**flat: object) -> tuple[object, ...]:
 
 def test_how_a_model_is_trained_follows_from_its_weights(tmp_path: Path) -> None:
     """From ImageNet weights: ADR 0022, 0030 to 0032. A file of weights is not looked at for it."""
-    scratch = ("false", 50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3)
-    given = ("true", 3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
-    sized = {"model.img-size": 32, "model.num-classes": 10}
-    assert recipe_of() == scratch
-    assert recipe_of(**{"model.name": TIMM} | sized) == scratch
-    assert recipe_of(**{"model.weights": str(tmp_path / "none"), "model.name": TIMM} | sized) == given
-    assert recipe_of(**{"model.weights": str(tmp_path / "none")}) == given
+    named = {"model.name": TIMM, "model.img-size": 32, "model.num-classes": 10}
+    weights = {"model.weights": str(tmp_path / "none")}
+    assert recipe_of() == recipe_of(**named) == tuple(SCRATCH.values())
+    assert recipe_of(**weights) == recipe_of(**weights, **named) == GIVEN
 
 
 @pytest.mark.parametrize("weights", ["none", "timm"])
@@ -227,28 +216,18 @@ def test_what_is_chosen_is_said_in_one_line() -> None:
     )
 
 
-def test_the_file_of_deit_has_the_settings_that_its_results_have() -> None:
-    """As they stood in it before they were chosen by its weights."""
-    written = {"local.epochs": 3, "local.optimizer": "adamw", "local.lr": 1e-4, "local.head-lr": 1e-2}
-    written |= {"inversion.stops": "0.0125,0.025,0.05,0.075"}
-    written |= {"distill.init": "classwise", "distill.epochs-per-round": 5, "distill.lr": 1e-4}
-    config = Config.from_file(CONFIGS / "cifar10_deit.toml")
-    assert recipe.settled(config) == Config.from_flat(written, base=config)
+FILES = {
+    "digits": SCRATCH | {"distill.epochs-per-round": 50},
+    "fashion_mnist": SCRATCH | {"local.epochs": 20, "data.flip": "true"},
+    "cifar10_deit": dict(zip(RECIPE, GIVEN, strict=True)),
+}
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
-def test_the_files_of_small_models_train_from_scratch(name: str) -> None:
-    own = {"digits": {"distill.epochs-per-round": 50}, "fashion_mnist": {"local.epochs": 20}}[name]
-    written = {"local.epochs": 50, "local.optimizer": "muon", "local.lr": 3e-3, "local.head-lr": 3e-3}
-    written |= {"data.flip": "true" if name == "fashion_mnist" else "false"}
-    written |= {
-        "inversion.stops": "0.1,0.3",
-        "distill.init": "average",
-        "distill.epochs-per-round": 60,
-        "distill.lr": 3e-3,
-    }
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_have_the_settings_that_their_results_have(name: str) -> None:
+    """As they stood in them before they were chosen by the weights."""
     config = Config.from_file(CONFIGS / f"{name}.toml")
-    assert recipe.settled(config) == Config.from_flat(written | own, base=config)
+    assert recipe.settled(config) == Config.from_flat(FILES[name], base=config)
 
 
 def test_nothing_trains_by_settings_that_are_left_to_be_chosen(tiny: DataSet) -> None:

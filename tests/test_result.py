@@ -35,30 +35,24 @@ def a_result(**parts: Any) -> dict[str, Any]:
 
 def test_what_a_reader_needs_is_there() -> None:
     made = a_result(teacher_forwards=12)
-    assert made["method"] == "fedmitr"
-    assert made["seed"] == 3
-    assert made["clients"] == 2
+    assert (made["method"], made["seed"], made["clients"], made["teacher_forwards"]) == ("fedmitr", 3, 2, 12)
     assert made["config"] == Config(seed=3).with_clients(2).to_flat()
-    assert made["fingerprint"] == fingerprint()
-    assert made["counts"] == [[1, 2], [3, 0]]
-    assert made["partition_sha256"] == "ab" * 32
-    assert made["bytes_up"] == [400, 400]
-    assert made["bytes_down"] is None
-    assert made["client_seconds"] is None
-    assert made["core"] == of_method("fedmitr")
+    assert (made["fingerprint"], made["core"]) == (fingerprint(), of_method("fedmitr"))
+    assert (made["counts"], made["partition_sha256"]) == ([[1, 2], [3, 0]], "ab" * 32)
+    assert (made["bytes_up"], made["bytes_down"], made["client_seconds"]) == ([400, 400], None, None)
     assert made["seconds"] == {"local": 1.235, "distil": 2.0}
-    assert made["teacher_forwards"] == 12
+    assert made["versions"].keys() == {"python", "torch", "timm", "numpy", "flwr"}
     assert made["versions"]["python"] == platform.python_version()
     assert made["versions"]["torch"] == version("torch")
-    assert made["versions"].keys() == {"python", "torch", "timm", "numpy", "flwr"}
     assert made["machine"]["device"] == "cpu"
     assert made["machine"]["cores"] >= 1
     assert made["machine"]["cpu"]
     assert json.loads(json.dumps(plain(made))) == made
 
 
-def test_accuracies_are_percent_with_two_decimals() -> None:
-    assert a_result()["accuracy"] == {
+def test_numbers_are_rounded_to_what_they_are_worth() -> None:
+    made = a_result(client_seconds=[1.23456, None], server_seconds=2, peak_memory={"ram": 7, "gpu": None})
+    assert made["accuracy"] == {
         "student": 61.23,
         "fedavg": 20.0,
         "ensemble": 70.01,
@@ -66,31 +60,21 @@ def test_accuracies_are_percent_with_two_decimals() -> None:
         "worst_class": 33.33,
         "per_class": {"cat": 33.33, "dog": None},
     }
-
-
-def test_costs_and_errors_as_they_are_written() -> None:
-    made = a_result(
-        client_seconds=[1.23456, None],
-        server_seconds=2,
-        peak_memory={"ram": 7, "gpu": None},
-        confusion=((1, 2), (0, 3)),
-    )
     assert made["client_seconds"] == [1.235, None]
     assert made["server_seconds"] == 2.0
     assert made["peak_memory"] == {"ram": 7, "gpu": None}
-    assert made["confusion"] == [[1, 2], [0, 3]]
+    assert a_result(confusion=((1, 2), (0, 3)))["confusion"] == [[1, 2], [0, 3]]
     assert a_result(per_class=None)["accuracy"]["worst_class"] is None
 
 
-def test_a_package_that_is_not_installed_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
-    assert provenance.versions()["no-such-package"] is None
-
-
-def test_the_processor_is_named(tmp_path: Path) -> None:
+def test_the_processor_is_named_and_a_package_that_is_not_installed_is_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\n")
     assert provenance._cpu(tmp_path / "cpuinfo") == "Abacus 3000"
     assert provenance._cpu(tmp_path / "none")
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    assert provenance.versions()["no-such-package"] is None
 
 
 def test_table() -> None:

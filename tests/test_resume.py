@@ -1,6 +1,7 @@
 """A server phase that was killed goes on behind its last finished piece, and ends in the bytes of one that was not."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,10 @@ KINDS: dict[str, dict[str, object]] = {
 OUTPUTS = ("model.safetensors", "pool.safetensors")
 
 
+Start = Callable[..., RunFolder]
+Bytes = Callable[..., list[bytes]]
+
+
 class KilledError(Exception):
     """Stands for a power cut."""
 
@@ -52,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.fixture
-def start(trained: RunFolder, tmp_path: Path) -> Callable[..., RunFolder]:
+def start(trained: RunFolder, tmp_path: Path) -> Start:
     """A run folder with these uploads and nothing else."""
 
     def make(name: str = "run", **changes: object) -> RunFolder:
@@ -77,9 +82,7 @@ def known() -> dict[str, list[bytes]]:
 
 
 @pytest.fixture
-def undisturbed(
-    start: Callable[..., RunFolder], work: "Work", known: dict[str, list[bytes]]
-) -> Callable[..., list[bytes]]:
+def undisturbed(start: Start, work: "Work", known: dict[str, list[bytes]]) -> Bytes:
     """The bytes of a server phase with these settings that nobody kills."""
 
     def serve(**changes: object) -> list[bytes]:
@@ -95,7 +98,7 @@ class Work:
     """What was done, and after how much of it the power goes."""
 
     def __init__(self) -> None:
-        self.batches, self.epochs, self.left = 0, 0, 10**6
+        self.reset()
 
     def reset(self, left: int = 10**6) -> None:
         self.batches, self.epochs, self.left = 0, 0, left
@@ -162,10 +165,20 @@ def killed(folder: RunFolder, work: Work, after: int) -> None:
     work.reset()
 
 
+def killed_in(owner: object, name: str, folder: RunFolder, work: Work) -> tuple[int, int]:
+    """Start, and die when this function is called; how many batches and epochs were done."""
+    work.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, power_cut)
+        with pytest.raises(KilledError):
+            pipeline.serve(folder)
+    done = work.batches, work.epochs
+    work.reset()
+    return done
+
+
 @pytest.mark.parametrize("after", [0, 2, BATCHES + 3, EPOCHS * (BATCHES + 1) - 1])
-def test_so_does_one_that_made_batches_side_by_side(
-    start: Callable[..., RunFolder], undisturbed: Callable[..., list[bytes]], work: Work, after: int
-) -> None:
+def test_so_does_one_that_made_batches_side_by_side(start: Start, undisturbed: Bytes, work: Work, after: int) -> None:
     """How many were done when the power went is chance here; the bytes are not, and are those of one thread."""
     folder = start("killed", threads=2, **{"data.flip": True})
     killed(folder, work, after)
@@ -173,7 +186,7 @@ def test_so_does_one_that_made_batches_side_by_side(
 
 
 def test_a_batch_has_as_many_threads_however_few_are_left(
-    start: Callable[..., RunFolder], work: Work, monkeypatch: pytest.MonkeyPatch
+    start: Start, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of larger models are split by thread: a batch alone must not get those of the others, or its bits differ."""
     asked: list[int] = []
@@ -197,13 +210,7 @@ def test_a_batch_has_as_many_threads_however_few_are_left(
     ],
 )
 def test_a_killed_phase_makes_what_is_missing_and_ends_in_the_same_bytes(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
-    work: Work,
-    kind: str,
-    after: int,
-    batches: int,
-    epochs: int,
+    start: Start, undisturbed: Bytes, work: Work, kind: str, after: int, batches: int, epochs: int
 ) -> None:
     folder = start("killed", **KINDS[kind])
     killed(folder, work, after)
@@ -212,40 +219,39 @@ def test_a_killed_phase_makes_what_is_missing_and_ends_in_the_same_bytes(
     assert made == undisturbed(**KINDS[kind])
 
 
-def test_a_phase_that_dies_after_every_piece_gets_there(
-    start: Callable[..., RunFolder], undisturbed: Callable[..., list[bytes]], work: Work
-) -> None:
+def test_a_phase_that_dies_after_every_piece_gets_there(start: Start, undisturbed: Bytes, work: Work) -> None:
     wanted = undisturbed()
     folder = start("killed")
+    folder.work_path.write_text("x")
+    with pytest.raises(RunError, match=r"cannot make the folder .*work: "):
+        pipeline.serve(folder)
+    folder.work_path.unlink()
     for _ in range(EPOCHS * (BATCHES + 1) - 1):
         killed(folder, work, after=1)
     assert served(folder) == wanted
     assert (work.batches, work.epochs) == (0, 1)
 
 
-def test_a_phase_killed_in_its_evaluation_only_evaluates(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
-    work: Work,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_phase_killed_in_its_evaluation_only_evaluates(start: Start, undisturbed: Bytes, work: Work) -> None:
     wanted = undisturbed()
     folder = start("killed")
-    work.reset()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "compare", power_cut)
-        with pytest.raises(KilledError):
-            pipeline.serve(folder)
-    assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
-    work.reset()
+    assert killed_in(pipeline, "compare", folder, work) == (EPOCHS * BATCHES, EPOCHS)
     assert served(folder) == wanted
     assert (work.batches, work.epochs) == (0, 0)
 
 
-def test_the_log_tells_what_was_taken_back(
-    start: Callable[..., RunFolder], work: Work, caplog: pytest.LogCaptureFixture
+def test_a_piece_that_is_written_when_the_power_goes_does_not_count(
+    start: Start, undisturbed: Bytes, work: Work
 ) -> None:
+    wanted = undisturbed()
+    folder = start("killed")
+    killed_in(os, "fsync", folder, work)
+    assert list(folder.work_path.iterdir()) == []
+    assert served(folder) == wanted
+    assert work.batches == EPOCHS * BATCHES
+
+
+def test_the_log_tells_what_was_taken_back(start: Start, work: Work, caplog: pytest.LogCaptureFixture) -> None:
     folder = start()
     killed(folder, work, after=BATCHES + 2)
     with caplog.at_level(logging.INFO, "fedmitr"):
@@ -273,12 +279,7 @@ def test_the_log_tells_what_was_taken_back(
     ],
 )
 def test_only_pieces_of_the_same_settings_are_taken_back(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
-    work: Work,
-    change: dict[str, object],
-    batches: int,
-    epochs: int,
+    start: Start, undisturbed: Bytes, work: Work, change: dict[str, object], batches: int, epochs: int
 ) -> None:
     wanted = undisturbed(**change)
     folder = start("killed")
@@ -288,43 +289,34 @@ def test_only_pieces_of_the_same_settings_are_taken_back(
     assert (work.batches, work.epochs) == (batches, epochs)
 
 
-@pytest.mark.parametrize(("name", "other"), [("of_method", "f" * 12), ("versions", {"torch": "1.0"})])
-def test_pieces_of_other_code_or_versions_are_made_afresh(
-    start: Callable[..., RunFolder],
-    work: Work,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-    other: object,
+@pytest.mark.parametrize("other", ["code", "versions", "upload"])
+def test_pieces_of_other_code_versions_or_uploads_are_made_afresh(
+    start: Start, work: Work, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, other: str
 ) -> None:
     folder = start()
     killed(folder, work, after=BATCHES + 2)
-    monkeypatch.setattr(checkpoints, name, lambda *_: other)
+    if other == "code":
+        monkeypatch.setattr(checkpoints, "of_method", lambda _: "f" * 12)
+    elif other == "versions":
+        monkeypatch.setattr(checkpoints, "versions", lambda: {"torch": "1.0"})
+    else:  # in the last bit of one weight of one client
+        path = folder.upload_paths()[1]
+        upload = load(path)
+        weights = dict(upload.weights)
+        weights["head.bias"].view(torch.int32)[3] ^= 1
+        path.unlink()
+        save(replace(upload, weights=weights), path)
     with caplog.at_level(logging.INFO, "fedmitr"):
         served(folder)
     assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
     assert "images-0-0.safetensors is of other settings, uploads, code or threads; it is made afresh" in caplog.text
 
 
-def test_pieces_of_other_uploads_are_made_afresh(start: Callable[..., RunFolder], work: Work) -> None:
-    """One weight of one client is another one in the last bit."""
-    folder = start()
-    killed(folder, work, after=BATCHES + 2)
-    path = folder.upload_paths()[1]
-    upload = load(path)
-    weights = dict(upload.weights)
-    weights["head.bias"].view(torch.int32)[3] ^= 1
-    path.unlink()
-    save(replace(upload, weights=weights), path)
-    served(folder)
-    assert (work.batches, work.epochs) == (EPOCHS * BATCHES, EPOCHS)
-
-
 @pytest.mark.parametrize(("name", "batches", "epochs"), [("images-0-1", 6, 2), ("student", 5, 3)])
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_damaged_piece_is_made_afresh_and_the_log_says_so(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
+    start: Start,
+    undisturbed: Bytes,
     work: Work,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -345,10 +337,7 @@ def test_a_damaged_piece_is_made_afresh_and_the_log_says_so(
 
 
 def test_images_that_depend_on_a_student_are_made_again_by_the_one_of_their_epoch(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
-    work: Work,
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, undisturbed: Bytes, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch of the second epoch is lost after it was distilled: the student of that time is needed again."""
     monkeypatch.setattr(fedmitr, "Rounds", partial(rounds.Rounds, by_student=True))
@@ -360,45 +349,8 @@ def test_images_that_depend_on_a_student_are_made_again_by_the_one_of_their_epoc
     assert (work.batches, work.epochs) == (BATCHES + 1, EPOCHS)
 
 
-def test_a_piece_that_is_written_when_the_power_goes_does_not_count(
-    start: Callable[..., RunFolder],
-    undisturbed: Callable[..., list[bytes]],
-    work: Work,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    wanted = undisturbed()
-    folder = start("killed")
-    work.reset()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", power_cut)
-        with pytest.raises(KilledError):
-            pipeline.serve(folder)
-    assert list(folder.work_path.iterdir()) == []
-    work.reset()
-    assert served(folder) == wanted
-    assert work.batches == EPOCHS * BATCHES
-
-
-def test_a_full_disk_is_one_line(start: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    folder = start()
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match=r"cannot write .*work/images-0-0\.safetensors: .*No space left"):
-        pipeline.serve(folder)
-
-
-def test_a_file_in_the_place_of_the_folder_is_one_line(start: Callable[..., RunFolder]) -> None:
-    folder = start()
-    folder.work_path.write_text("x")
-    with pytest.raises(RunError, match=r"cannot make the folder .*work: "):
-        pipeline.serve(folder)
-
-
 def test_the_seconds_are_those_of_the_work_that_is_in_the_result(
-    start: Callable[..., RunFolder], work: Work, monkeypatch: pytest.MonkeyPatch
+    start: Start, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock that goes one second per look, so that every stage takes one second."""
     looks = iter(range(10**6))
@@ -414,7 +366,7 @@ def test_the_seconds_are_those_of_the_work_that_is_in_the_result(
     }
 
 
-def test_a_fusion_has_its_own_work_and_can_be_resumed(start: Callable[..., RunFolder], work: Work) -> None:
+def test_a_fusion_has_its_own_work_and_can_be_resumed(start: Start, work: Work) -> None:
     root = start()
     work.reset(2)
     with pytest.raises(KilledError):
@@ -457,7 +409,7 @@ def test_checkpoints_stay_until_the_clients_have_evaluated(
 
 
 def test_a_folder_that_cannot_be_removed_does_not_fail_a_run_that_has_ended(
-    start: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")

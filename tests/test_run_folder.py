@@ -282,6 +282,8 @@ def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) ->
     assert fused[0].sub("fedavg").path == run.path / "fused" / "fedavg-3"
     config = Config.from_flat({"method": "fedmitr", "relabel.mode": "drop"}, run.config)
     assert RunFolder.open(run.sub("fedmitr", config).path).config == config
+    elsewhere = RunFolder.create(config_in(run.path.parent / "fused"), "x")  # a place of this name makes no fusion
+    assert elsewhere.root == elsewhere.path
 
 
 def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:

@@ -14,6 +14,13 @@ KNOWN = Config().to_flat()
 @pytest.mark.parametrize(
     ("word", "key", "value"),
     [
+        ("seed=3", "seed", 3),
+        ("local.lr = 1e-3", "local.lr", 0.001),
+        ("data.path=/data/a=b", "data.path", "/data/a=b"),
+        ("data.path=1\nseed=3", "data.path", "1\nseed=3"),
+        ("out-dir=", "out-dir", ""),
+        ("flower.options=eta=0.1, tau=0", "flower.options", "eta=0.1, tau=0"),
+        ("local.lr=1", "local.lr", 1.0),
         ("data.flip=True", "data.flip", "true"),
         ("local.augment=True", "local.augment", True),
         ("local.augment=False", "local.augment", False),
@@ -33,7 +40,14 @@ KNOWN = Config().to_flat()
 )
 def test_what_people_write_on_a_command_line(word: str, key: str, value: object) -> None:
     flat = dict([parse_assignment(word, KNOWN)])
-    assert Config.from_flat({"partition.scheme": "own", "model.num-classes": 2} | flat).to_flat()[key] == value
+    found = Config.from_flat({"partition.scheme": "own", "model.num-classes": 2} | flat).to_flat()[key]
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize("word", ["seed", "", "=3", " = 3"])
+def test_words_that_are_no_assignment(word: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form key=value"):
+        parse_assignment(word)
 
 
 @pytest.mark.parametrize(
@@ -61,16 +75,12 @@ def test_a_key_is_found_by_its_last_part_and_by_what_others_call_it(key: str, va
     assert keys_like(key, KNOWN, value) == likely
 
 
-def test_a_section_is_no_key() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'privacy'; it is a section, whose settings are: privacy\.epsilon, privacy\.delta"
-    ):
-        Config.from_flat({"privacy": 3})
-
-
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
+        ({"privacy": 3}, "'privacy'; it is a section, whose settings are: privacy.epsilon, privacy.delta"),
+        ({"local.batchsize": 3}, "unknown config key 'local.batchsize'; did you mean local.batch-size?"),
+        ({"zzz": 3}, "'zzz'; the keys are listed in pyproject.toml"),
         ({"method": "fedavg", "ensemble.weights": "sise"}, "counts | estimated; did you mean size?"),
         ({"data.source": "parkett"}, "did you mean parquet?"),
         ({"inversion.batch-size": 99999999999999999999}, "use a whole number of at most 64 bits"),
@@ -78,7 +88,7 @@ def test_a_section_is_no_key() -> None:
         ({"local.epochs": 1e30}, "use a whole number of at most 64 bits"),
     ],
 )
-def test_impossible_values(flat: dict[str, object], message: str) -> None:
+def test_keys_and_values_that_cannot_be_meant(flat: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_flat(flat)
     assert message in str(caught.value)
@@ -97,17 +107,14 @@ def test_impossible_values(flat: dict[str, object], message: str) -> None:
 )
 def test_files_that_are_no_settings(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "file.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3\r\n[local]\r\nepochs = 2\r\n")  # a byte order mark is passed over
+    assert read_flat(path) == {"seed": 3, "local.epochs": 2}
+    path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_flat(path)
     assert message in str(caught.value)
     assert str(caught.value).count(str(path)) == 1 + ("fedmitr bench" in message)
-
-
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "file.toml"
-    path.write_bytes(b"\xef\xbb\xbfseed = 3\r\n[local]\r\nepochs = 2\r\n")
-    assert read_flat(path) == {"seed": 3, "local.epochs": 2}
 
 
 def test_a_path_is_relative_to_whatever_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
