@@ -49,17 +49,8 @@ from .vit.build import Weights, build_vit, initial_weights, timm_arguments
 log = logging.getLogger("fedmitr")
 
 # Settings that decide an upload. A run can be continued, or fused again, only if they stay as they were.
-UPLOAD_SETTINGS = (
-    "seed",
-    "data.",
-    "partition.",
-    "model.",
-    "local.",
-    "upload.",
-    "privacy.",
-    "evaluate.where",
-    "evaluate.holdout",
-)
+UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.", "privacy.")
+UPLOAD_SETTINGS += ("evaluate.where", "evaluate.holdout")
 
 # Of these, what a later start may have otherwise: where files lie now, and which images the server tests on.
 MOVABLE = ("data.path", "data.test-limit", "model.weights")
@@ -95,9 +86,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     if config.partition.scheme == OWN:
         raise ConfigError("partition.scheme = 'own' is for Flower's SuperNodes, which tell where the images are")
     if name and config.resume_from:
-        raise ConfigError(
-            f"--name {name} is of a new run folder, and resume-from goes on in an old one; give one of them"
-        )
+        raise ConfigError(f"--name {name} is of a new run folder, and resume-from is an old one; give one of them")
     parts_of(config)  # first: what cannot be dealt out or built leaves no folder
     initial = start_of(config)
     folder = continued(config) if config.resume_from else created(config, name)
@@ -137,9 +126,8 @@ def created(config: Config, name: str | None) -> RunFolder:
             parts_of(config)
     if name is not None:
         return RunFolder.create(config, name)
-    return RunFolder.create(
-        config, f"{short(config.method)}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}", or_next=True
-    )
+    name = f"{short(config.method)}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return RunFolder.create(config, name, or_next=True)
 
 
 def take_upload(folder: RunFolder, client: int, initial: Weights) -> None:
@@ -433,7 +421,6 @@ def dealt(config: Config) -> dict[str, Any]:
 
 def _global_weights(folder: RunFolder) -> Weights:
     if not folder.model_path.exists():
-        raise RunError(
-            f"method = {folder.config.method!r} makes no single model to evaluate; use evaluate.where = 'server'"
-        )
+        fix = "use evaluate.where = 'server'"
+        raise RunError(f"method = {folder.config.method!r} makes no single model to evaluate; {fix}")
     return load_tensors(folder.model_path)[0]

@@ -241,40 +241,34 @@ def test_an_old_spelling_is_refused_with_the_new_one() -> None:
         assert str(caught.value) == f"config key {key!r} was renamed; write {now}"
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ({"upload.class-counts": True, "upload.statistics": False, "upload.variances": False}, "counts"),
-        ({"upload.class-counts": False, "upload.statistics": True, "upload.variances": True}, "variances"),
-        ({"upload.class-counts": False, "upload.directions": 32}, "moments"),
-        ({"upload.class-counts": True, "upload.directions": 8}, "counts"),  # which nothing here can read
-        ({"upload.statistics": False}, ""),
-        ({"upload.class-counts": True, "upload.statistics": True, "upload.directions": 32}, "statistics, moments"),
-    ],
-)
-def test_old_settings_of_uploads_are_today_s_extras(old: dict[str, object], new: str) -> None:
-    assert upgraded(old | {"seed": 3}) == {"seed": 3, "upload.extras": new}
+# What old settings of uploads are in upload.extras now, and those of strategies in flower.options.
+OLD_EXTRAS: dict[str, dict[str, object]] = {
+    "counts": {"upload.class-counts": True, "upload.statistics": False, "upload.variances": False},
+    "variances": {"upload.class-counts": False, "upload.statistics": True, "upload.variances": True},
+    "moments": {"upload.class-counts": False, "upload.directions": 32},
+    "": {"upload.statistics": False, "upload.directions": 8},  # which nothing here can read
+    "statistics, moments": {"upload.class-counts": True, "upload.statistics": True, "upload.directions": 32},
+}
+OLD_OPTIONS: dict[str, dict[str, object]] = {
+    "proximal_mu=0.0": {"flower.strategy": "fedprox", "strategy.mu": 0.0, "strategy.eta": -1.0},
+    "eta=0.1, tau=1e-05": {"flower.strategy": "fedadam", "strategy.eta": 0.1, "strategy.tau": 1e-05},
+    "server_learning_rate=0.5": {"flower.strategy": "fedavgm", "strategy.eta": 0.5, "strategy.momentum": -1.0},
+    "client_learning_rate=0.1": {"flower.strategy": "qfedavg", "strategy.lr": 0.1},
+    "": {"flower.strategy": "oneshot", "strategy.eta": -1.0, "strategy.lr": -1.0},
+}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "old", "new"),
-    [
-        ("fedprox", {"strategy.mu": 0.0, "strategy.eta": -1.0}, "proximal_mu=0.0"),
-        ("fedadam", {"strategy.eta": 0.1, "strategy.tau": 1e-05, "strategy.mu": -1.0}, "eta=0.1, tau=1e-05"),
-        ("fedavgm", {"strategy.eta": 0.5, "strategy.momentum": 0.9}, "server_learning_rate=0.5, server_momentum=0.9"),
-        ("qfedavg", {"strategy.lr": 0.1}, "client_learning_rate=0.1"),
-        ("oneshot", {"strategy.eta": -1.0, "strategy.lr": -1.0}, ""),
-    ],
-)
-def test_old_settings_of_strategies_are_today_s_options(strategy: str, old: dict[str, object], new: str) -> None:
-    found = upgraded({"flower.strategy": strategy} | old)
-    assert found == {"flower.strategy": strategy, "flower.options": new}
-    builtin.check(Config.from_flat(found)) if strategy != "oneshot" else None
-
-
-def test_the_head_s_old_0_is_the_rate_of_the_rest_and_today_s_settings_stay() -> None:
-    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.0}) == {"local.lr": 0.01, "local.head-lr": 0.01}
-    assert upgraded({"local.lr": 0.01, "local.head-lr": 0.1}) == {"local.lr": 0.01, "local.head-lr": 0.1}
+def test_old_settings_are_taken_as_today_s() -> None:
+    for extras, old in OLD_EXTRAS.items():
+        assert upgraded(old | {"seed": 3}) == {"seed": 3, "upload.extras": extras}
+    for options, old in OLD_OPTIONS.items():
+        found = upgraded(old)
+        assert found == {"flower.strategy": old["flower.strategy"], "flower.options": options}
+        if options:
+            builtin.check(Config.from_flat(found))
+    for rate, wanted in ((0.0, 0.01), (0.1, 0.1)):  # 0 was: as the rest
+        old = {"local.lr": 0.01, "local.head-lr": rate}
+        assert upgraded(old) == old | {"local.head-lr": wanted}
     assert upgraded(DEFAULTS) == DEFAULTS
 
 

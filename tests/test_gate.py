@@ -15,12 +15,11 @@ from tiny import settings
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.cli import main
-from fedmitr_flwr.common.errors import ConfigError, DataError, RunError, UploadError, UserError
+from fedmitr_flwr.common.errors import RunError, UploadError, UserError
 from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
-from fedmitr_flwr.data import shares
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.runs.folder import RunFolder
@@ -191,27 +190,6 @@ def test_bytes_that_were_altered_are_noticed(run: RunFolder, tmp_path: Path) -> 
             copy.load_uploads()
 
 
-def test_a_checkpoint_that_was_altered_is_made_afresh(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    wanted = load_tensors(pipeline.fuse(run, "fedmitr", {}).model_path)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "clear_work", lambda _: None)
-        folder = pipeline.fuse(run, "fedmitr", {}, "altered")
-    for piece in sorted(folder.work_path.iterdir()):
-        content = bytearray(piece.read_bytes())
-        content[-1] ^= 1
-        piece.write_bytes(content)
-    folder.model_path.unlink()
-    caplog.clear()
-    pipeline.fuse(run, "fedmitr", {}, "altered")
-    made = load_tensors(folder.model_path)[0]
-    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
-    told = [line for line in caplog.messages if "was altered after it was written" in line]
-    assert len(told) == 2
-    assert all(line.endswith("it is made afresh") for line in told)
-
-
 def test_an_upload_that_may_not_be_read_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "client_000.safetensors"
     save_tensors(path, {"x": torch.ones(1)})
@@ -275,29 +253,6 @@ def test_test_settings_and_paths_decide_no_upload(run: RunFolder, tmp_path: Path
         pipeline._require_same_start(begun, other)
     with pytest.raises(RunError, match=r"data\.train-limit = 7"):
         pipeline.require_same_uploads(run.config, Config.from_flat({"data.train-limit": 7}, base=run.config), "")
-
-
-def test_a_device_that_is_none_is_known_before_a_folder_is_made(run: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device = 'gpu' is not a torch device"):
-        pipeline.run(settings(**SMALL | {"out-dir": str(tmp_path / "new"), "device": "gpu"}))
-    assert not (tmp_path / "new").exists()
-    before = set(run.path.rglob("*"))
-    with pytest.raises(ConfigError, match="device = 'gpu'"):
-        pipeline.fuse(run, "fedavg", {"device": "gpu"})
-    assert set(run.path.rglob("*")) == before
-
-
-def test_a_finished_server_phase_does_without_the_training_labels(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def unreadable(_: Config) -> Any:
-        raise DataError("train: no such folder")
-
-    monkeypatch.setattr(shares, "parts_of", unreadable)
-    result = pipeline.fuse(run, "fedavg", {}).read_result()
-    assert result["accuracy"]["student"] is not None
-    assert result["counts"] is None
-    assert "who held which images is left out of the result: train: no such folder" in caplog.messages
 
 
 def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ({"data.source": "parquet", "data.path": "/absent"}, r"data\.path"),
         ({"method": "fedsgd"}, "'fedsgd' is not one of"),
+        ({"device": "gpu"}, "device = 'gpu' is not a torch device"),
         ({"model.name": "vit_nothing"}, "'vit_nothing'"),
         ({"partition.min-size": 200, "partition.clients": 2}, "need 400 images, but there are 60"),
         ({"partition.min-size": 70, "evaluate.where": "clients"}, "need 210 images, but there are 60"),
@@ -236,20 +237,14 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Trained]:
     return calls
 
 
-def test_clients_start_from_the_weights_given(tmp_path: Path, given: list[Trained]) -> None:
-    config = a_config(tmp_path)
-    start = initial_weights(config.model, 77)
-    upload = pipeline.train_client(config, 0, start)
-    assert all(torch.equal(given[0].weights[name], tensor) for name, tensor in start.items())
-    assert all(torch.equal(upload.weights[name], tensor) for name, tensor in start.items())
-
-
 def test_every_client_and_round_has_its_own_stream_and_number_of_threads(tmp_path: Path, given: list[Trained]) -> None:
     config = a_config(tmp_path, **{"local.threads": 2})
-    start = initial_weights(config.model, 0)
+    start = initial_weights(config.model, 77)
     for client in range(3):
         for server_round in (1, 2):
-            pipeline.train_client(config, client, start, server_round=server_round)
+            upload = pipeline.train_client(config, client, start, server_round=server_round)
+            for weights in (given[-1].weights, upload.weights):
+                assert all(torch.equal(weights[name], tensor) for name, tensor in start.items())
     pipeline.train_client(a_config(tmp_path, seed=1), 0, start)
     assert len({call.seed for call in given}) == 7
     pipeline.train_client(config.with_clients(2), 1, start)  # the draws do not depend on how many others there are
@@ -309,12 +304,20 @@ def test_fuse_takes_other_settings_of_the_server_phase(done: RunFolder) -> None:
     assert changes.items() <= result["config"].items()
 
 
-def test_fuse_of_an_unknown_method_makes_no_folder(done: RunFolder) -> None:
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("fedsgd", {}, "'fedsgd' is not one of"),
+        ("fedavg", {"distill.lrr": 1}, r"distill\.lrr"),
+        ("fedavg", {"device": "gpu"}, "device = 'gpu'"),
+    ],
+)
+def test_a_fusion_that_cannot_work_makes_no_folder(
+    done: RunFolder, method: str, changes: dict[str, object], message: str
+) -> None:
     before = sorted(done.path.rglob("*"))
-    with pytest.raises(ConfigError, match="'fedsgd' is not one of"):
-        pipeline.fuse(done, "fedsgd", {})
-    with pytest.raises(ConfigError, match=r"distill\.lrr"):
-        pipeline.fuse(done, "fedavg", {"distill.lrr": 1})
+    with pytest.raises(ConfigError, match=message):
+        pipeline.fuse(done, method, changes)
     assert sorted(done.path.rglob("*")) == before
 
 

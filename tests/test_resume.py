@@ -312,8 +312,16 @@ def test_pieces_of_other_code_versions_or_uploads_are_made_afresh(
     assert "images-0-0.safetensors is of other settings, uploads, code or threads; it is made afresh" in caplog.text
 
 
+DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda _: b"", "is corrupt: "),
+    (lambda content: content[:100], "is corrupt: "),
+    (lambda content: content[:-1], "is corrupt: "),
+    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered after it was written"),
+]
+
+
 @pytest.mark.parametrize(("name", "batches", "epochs"), [("images-0-1", 6, 2), ("student", 5, 3)])
-@pytest.mark.parametrize("keep", [0, 100, -1])
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
 def test_a_damaged_piece_is_made_afresh_and_the_log_says_so(
     start: Start,
     undisturbed: Bytes,
@@ -322,17 +330,18 @@ def test_a_damaged_piece_is_made_afresh_and_the_log_says_so(
     name: str,
     batches: int,
     epochs: int,
-    keep: int,
+    damage: Callable[[bytes], bytes],
+    said: str,
 ) -> None:
     wanted = undisturbed()
     folder = start("killed")
     killed(folder, work, after=BATCHES + 2)
     path = folder.work_path / f"{name}.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(damage(path.read_bytes()))
     assert served(folder) == wanted
     assert (work.batches, work.epochs) == (batches, epochs)
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning.startswith(f"{path} is corrupt: ")
+    assert warning.startswith(f"{path} {said}")
     assert warning.endswith("; it is made afresh")
 
 

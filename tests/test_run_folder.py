@@ -17,7 +17,7 @@ from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadE
 from fedmitr_flwr.common.files import load_tensors, write_text
 from fedmitr_flwr.config import Config, recipe
 from fedmitr_flwr.config.limits import needed
-from fedmitr_flwr.runs.folder import RunFolder, plain
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.upload import Upload
 
 
@@ -288,11 +288,11 @@ def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) ->
 
 def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:
     run.log_metrics(stage="distill", epoch=1, loss=torch.tensor(0.5), alive=(0.25, float("nan")))
-    run.log_metrics(stage="distill", epoch=2, loss=float("inf"))
+    run.log_metrics(stage="distill", epoch=2, loss={3: (torch.arange(2), [float("-inf")])})
     lines = run.metrics_path.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"stage": "distill", "epoch": 1, "loss": 0.5, "alive": [0.25, None]},
-        {"stage": "distill", "epoch": 2, "loss": None},
+        {"stage": "distill", "epoch": 2, "loss": {"3": [[0, 1], [None]]}},
     ]
 
 
@@ -332,11 +332,6 @@ def test_metrics_that_cannot_be_written_are_one_line(run: RunFolder, monkeypatch
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
         run.log_metrics(loss=1.0)
-
-
-def test_plain() -> None:
-    given = {3: (torch.arange(2), [float("-inf")]), "x": None, "y": True, "z": "s"}
-    assert plain(given) == {"3": [[0, 1], [None]], "x": None, "y": True, "z": "s"}
 
 
 def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(

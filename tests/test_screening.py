@@ -341,8 +341,7 @@ def test_honest_clients_of_little_training_point_apart_and_stay() -> None:
 def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
     config, uploads, _ = learned
     uploads = [ATTACKS["scaled"][0](config, uploads[0]), *uploads[1:]]
-    with caplog.at_level(logging.WARNING, "fedmitr"):
-        warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn"}), CPU, images=0)
+    warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn"}), CPU, images=0)
     assert warned.kept == uploads
     assert [finding.client for finding in warned.findings] == [0]
     assert "screen.mode = 'exclude' leaves it out" in caplog.text
@@ -373,8 +372,7 @@ def _no_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     uploads = [moved(0), moved(1), moved(2, -1.0), moved(3, -1.0)]
-    with caplog.at_level(logging.WARNING, "fedmitr"):
-        outcome = screen(uploads, settings(**DIGITS), CPU)
+    outcome = screen(uploads, settings(**DIGITS), CPU)
     assert len(outcome.findings) >= 2
     assert outcome.excluded == []
     assert "too many to say who is right; none is left out" in caplog.text
@@ -385,8 +383,7 @@ def test_without_the_start_there_is_a_warning_or_with_exclude_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     uploads, lost = [moved(client) for client in range(5)], {"model.weights": str(tmp_path / "gone.safetensors")}
-    with caplog.at_level(logging.WARNING, "fedmitr"):
-        assert screen(uploads, settings(**DIGITS | lost | {"screen.mode": "warn"}), CPU).findings == []
+    assert screen(uploads, settings(**DIGITS | lost | {"screen.mode": "warn"}), CPU).findings == []
     assert "not by weights" in caplog.text
     with pytest.raises(ModelError, match="gone"):
         screen(uploads, settings(**DIGITS | lost), CPU)

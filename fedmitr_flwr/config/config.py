@@ -61,12 +61,8 @@ class Config(Section):
         self._check_own()
         self._check_privacy()
         if self.partition.scheme == "classes-per-client" and self.model.num_classes:
-            check(
-                "partition.classes-per-client",
-                self.partition.classes_per_client,
-                self.partition.classes_per_client <= self.model.num_classes,
-                f"at most model.num-classes = {self.model.num_classes}",
-            )
+            each, most = self.partition.classes_per_client, self.model.num_classes
+            check("partition.classes-per-client", each, each <= most, f"at most model.num-classes = {most}")
         patches = self.model.num_patches or REBIRTHS  # 0: not known yet
         if self.inversion.images_each > min(patches, self.inversion.steps):
             raise ConfigError(

@@ -93,13 +93,8 @@ class ModelConfig(Section):
         self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
         self._at_least(1, "width", "depth")
         check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
-        if self.patch_size:
-            check(
-                "model.img-size",
-                self.img_size,
-                self.img_size % self.patch_size == 0,
-                f"a multiple of model.patch-size = {self.patch_size}",
-            )
+        whole = not self.patch_size or self.img_size % self.patch_size == 0
+        check("model.img-size", self.img_size, whole, f"a multiple of model.patch-size = {self.patch_size}")
         fits = self.width % HEAD_WIDTH == 0
         check("model.width", self.width, fits, f"a multiple of {HEAD_WIDTH}, the width of one attention head")
 
@@ -271,12 +266,9 @@ class InversionConfig(Section):
         self._within(0, 1, "route")
         self._at_least(1, "steps", "batch_size")
         fractions = () if self.stops == AUTO else self.stop_fractions
-        check(
-            "inversion.stops",
-            self.stops,
-            list(fractions) == sorted(set(fractions)) and all(0 < f < 1 for f in fractions),
-            "rising fractions of the steps between 0 and 1, such as '0.0125,0.025,0.05,0.075'",
-        )
+        rising = list(fractions) == sorted(set(fractions)) and all(0 < fraction < 1 for fraction in fractions)
+        wanted = "rising fractions of the steps between 0 and 1, such as '0.0125,0.025,0.05,0.075'"
+        check("inversion.stops", self.stops, rising, wanted)
 
     @property
     def images_each(self) -> int:
@@ -383,10 +375,13 @@ class FlowerConfig(Section):
         found: dict[str, float] = {}
         for part in self.options.split(",") if self.options.strip() else ():
             name, _, value = (word.strip() for word in part.partition("="))
-            number = _number(value)
-            fits = name.isidentifier() and number is not None and name not in found
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            fits = name.isidentifier() and math.isfinite(number) and name not in found
             check("flower.options", self.options, fits, "different names with numbers, such as 'eta=0.1, tau=0.01'")
-            found[name] = number or 0.0
+            found[name] = number
         return found
 
     @property
@@ -397,11 +392,3 @@ class FlowerConfig(Section):
         """A client's number, and its name where it has one."""
         names = self.client_names
         return f"{client} ({names[client]})" if client < len(names) else str(client)
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -243,7 +243,8 @@ def typed(key: str, value: object, known: Mapping[str, object]) -> object:
         raise ConfigError(f"{key} = {value!r} is not a finite number")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{key} = {_short(value)} is not possible; use a whole number of at most 64 bits")
-    if isinstance(value, str) and not _is_unicode(value):
+    # Lone surrogates stand for undecodable bytes of a command line; no TOML file can hold them.
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{key} = {value!r} is not valid Unicode text; rename what it names")
     return value
 
@@ -335,8 +336,3 @@ def option_hint(word: str, following: Sequence[str], known: Mapping[str, object]
     if len(word) < 3 or not fits:
         return ""
     return f"; settings are words of the form key=value: {' or '.join(f'{one}={value}' for one in fits[:3])}"
-
-
-def _is_unicode(text: str) -> bool:
-    """Lone surrogates stand for undecodable bytes of a command line; no TOML file can hold them."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)

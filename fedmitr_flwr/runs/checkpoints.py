@@ -42,15 +42,10 @@ class Checkpoints:
         return self.load(name, settings) is not None
 
     def load(self, name: str, settings: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Take back what an earlier start has kept.
+        """Tensors (on the CPU) and facts of a piece, as an earlier start has saved them.
 
-        Args:
-            name: of the piece, and of its file.
-            settings: beginnings of the keys of all settings that decide it, such as ("seed", "model.").
-
-        Returns:
-            Tensors (on the CPU) and facts, as they were saved; None: there are none under the same key, or they were
-            altered since.
+        None: there are none under the same key, or they were altered since. `settings` are beginnings of the keys of
+        all settings that decide the piece, such as ("seed", "model.").
         """
         if self.folder is None or not self._path(name).exists():
             return None

@@ -360,8 +360,12 @@ def _read_config(path: Path) -> Config:
         if flat["data.source"] == "digits" and flat["data.path"]:
             log.warning("%s: 0.1.0 read digits for this run, and nothing of data.path = %r", path, flat["data.path"])
             flat["data.path"] = ""
-    if problem := _impossible(flat):
-        raise ConfigError(f"{path}: {problem}; use the version that made this run")
+    heads, width = flat.get("model.heads"), flat.get("model.width")
+    if flat.get("model.name") == SMALL and heads is not None and width != HEAD_WIDTH * int(str(heads)):
+        raise ConfigError(
+            f"{path}: model.heads = {heads} of model.width = {width}, and this version has model.width / {HEAD_WIDTH} "
+            "heads; use the version that made this run"
+        )
     if (asked := flat.get("upload.directions", 0)) not in (0, DIRECTIONS):
         log.warning("%s: moments in %s directions are left aside, for this version uses %d", path, asked, DIRECTIONS)
     flat = upgraded(flat)
@@ -383,14 +387,6 @@ def _read_config(path: Path) -> Config:
     except ConfigError as error:
         fix = "; an older version made this run, so use that one" if retired else ""
         raise ConfigError(f"{path}: {error}{fix}") from error
-
-
-def _impossible(flat: Mapping[str, object]) -> str | None:
-    """Why no model of this version is the one of a run with these settings; None: one is."""
-    heads, width = flat.get("model.heads"), flat.get("model.width")
-    if flat.get("model.name") == SMALL and heads is not None and width != HEAD_WIDTH * int(str(heads)):
-        return f"model.heads = {heads} of model.width = {width}, and this version has model.width / {HEAD_WIDTH} heads"
-    return None
 
 
 _RESTORE = "restore it; settings of a new start are given by key=value or -c"

@@ -36,27 +36,16 @@ def build(
     synthetic_images: int = 0,
     **more: object,
 ) -> dict[str, Any]:
-    """The contents of result.json, from parts that are computed already.
+    """The contents of result.json, from parts that are computed already, where None is: not known, or there is none.
 
-    Args:
-        config: of the run; `partition.clients` is K.
-        device: where the server phase ran, such as "cpu" or "cuda:0".
-        bytes_up: measured size of each client's arrays as they were sent, in the clients' order.
-        seconds: duration of each stage; of pieces that an earlier start made, what they took then.
-        student: percent correct of the resulting model, after the last epoch. None: the method makes none.
-        fedavg: the same for the weighted mean of the uploads.
-        ensemble: the same for all uploads together.
-        local: the same for each upload alone, in the clients' order.
-        per_class: the student's recall in percent by class name; NaN where a class has no test image.
-        counts: training images by client and class; None: not known.
-        partition_sha256: hash of who holds which image.
-        bytes_down: size of what each client got.
-        client_seconds: how long each client trained.
-        server_seconds: how long it took to make the model of the uploads, without evaluation.
-        peak_memory: bytes, as of `compute.peak_memory`, of the process that did it.
-        confusion: images by true class (row) and answer (column), in the order of `per_class`.
-        synthetic_images: how many were made.
-        more: anything else that a method reports; it is kept under its own name.
+    Accuracies are in percent: of the resulting model after the last epoch (`student`; `per_class` is its recall by
+    class name, NaN where a class has no test image), of the weighted mean of the uploads (`fedavg`), of all uploads
+    together (`ensemble`), and of each upload alone (`local`). What is of the clients is in their order, as is `counts`,
+    their images by class. `confusion` has images by true class (row) and answer (column), in the order of `per_class`.
+
+    Bytes are of arrays as they were sent, seconds by stage; of pieces that an earlier start made, what they took then.
+    `server_seconds` are without evaluation, and `peak_memory` (`compute.peak_memory`) is of the process that did it.
+    `partition_sha256` is a hash of who holds which image. What else a method reports is kept under its own name.
     """
     return {
         "method": config.method,

@@ -19,6 +19,9 @@ from .weights import FEWEST, OWNS, strange_weights
 
 log = logging.getLogger("fedmitr")
 
+_LEFT_OUT = "left out; if it is honest, fuse the run again with screen.mode = 'warn'"
+_USED = "used all the same; screen.mode = 'exclude' leaves it out"
+
 
 @dataclass(frozen=True)
 class Screened:
@@ -48,17 +51,11 @@ def screen(
     report: Callable[..., None] = lambda **_: None,
     images: int = IMAGES,
 ) -> Screened:
-    """Judge the uploads by `config.screen`: one warning for each that is unusual.
+    """Judge the uploads by `config.screen`: one warning, and one `report` for metrics.jsonl, for each that is unusual.
 
     With `clear`, what no honest client can be is left out, and of the others none counts as more than `OWNS` times all
-    the rest; with `exclude`, all that is unusual is left out.
-
-    Args:
-        uploads: in the clients' order.
-        config: of the run.
-        device: where synthetic images are made.
-        report: called with every finding, for metrics.jsonl.
-        images: made for each class, to see whether a client calls the classes by their names; 0: not looked at.
+    the rest; with `exclude`, all that is unusual is left out. So many synthetic `images` are made for each class, to
+    see whether a client calls the classes by their names; 0: not looked at.
     """
     mode = config.screen.mode
     if mode == "off":
@@ -67,20 +64,12 @@ def screen(
     leaving = {finding.client for finding in findings if mode == "exclude" or (mode == "clear" and finding.clear)}
     excluded = sorted(leaving)
     if excluded and 2 * len(excluded) >= len(uploads):
-        log.warning(
-            "screening: %d of %d uploads would be left out, too many to say who is right; none is left out",
-            len(excluded),
-            len(uploads),
-        )
+        line = "screening: %d of %d uploads would be left out, too many to say who is right; none is left out"
+        log.warning(line, len(excluded), len(uploads))
         excluded = []
     for finding in findings:
         out = finding.client in excluded
-        done = (
-            "left out; if it is honest, fuse the run again with screen.mode = 'warn'"
-            if out
-            else "used all the same; screen.mode = 'exclude' leaves it out"
-        )
-        log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, done)
+        log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, _LEFT_OUT if out else _USED)
         report(stage="screen", **asdict(finding), excluded=out)
     kept = [upload for upload in uploads if upload.client not in excluded]
     bounded = kept if mode == "warn" else _bounded(kept)

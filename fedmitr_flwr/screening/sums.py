@@ -24,8 +24,7 @@ from ..statistics.moments import Norm, Statistics
 from ..uploads.upload import Upload
 from .answers import Names
 from .findings import Finding
-
-FEWEST = 3  # uploads
+from .weights import FEWEST
 
 REACH = 0.5, 2.0  # of a client's mean feature along the others'; 1: as far
 CLEAR_REACH = 0.25, 4.0
@@ -41,9 +40,7 @@ SHRINKAGE = 0.5  # of the covariance within classes: few images of many numbers
 def strange_sums(uploads: Sequence[Upload], norm: Norm | None) -> list[Finding]:
     """Of each upload, what is unusual in its statistics. The worst is set aside first: it misleads about the others.
 
-    Args:
-        uploads: with possible statistics.
-        norm: of the public model's last LayerNorm; None: it has none.
+    `norm` is of the public model's last LayerNorm; None: it has none.
     """
     left = list(uploads)
     found: list[Finding] = []

@@ -113,10 +113,9 @@ def _norms(uploads: Sequence[Upload], measured: Measured) -> Iterator[Finding]:
     """Unusual is a length that is so both as it is and for its number of images."""
     z_K = _agreed(robust_z(measured.raw, NORM_SPREAD), robust_z(measured.sized, NORM_SPREAD))
     middle = measured.norms.quantile(0.5).item()
-    for upload, norm, z, away in zip(
-        uploads, measured.norms.tolist(), z_K.tolist(), measured.away.tolist(), strict=True
-    ):
-        if abs(z) > NORM_Z:
+    for k, upload in enumerate(uploads):
+        norm, away = measured.norms[k].item(), measured.away[k].item()
+        if abs(z_K[k].item()) > NORM_Z:
             text = f"its update is {norm:.3g} long, the median is {middle:.3g}; scaled, or of another local.lr?"
             yield Finding(upload.client, "norm", norm, text, clear=abs(away) > CLEAR_LENGTH)
 
@@ -158,8 +157,7 @@ def _owners(uploads: Sequence[Upload], owned_K: Tensor) -> Iterator[Finding]:
                 f"it says that it has {upload.num_examples} images, {owned:.4g} times those of all others together: "
                 "weighted by size, no other client counts; set ensemble.weights = 'uniform', or lower screen.max-images"
             )
-            clear = owned > CLEAR_OWNS and len(uploads) >= FEWEST
-            yield Finding(upload.client, "size", owned, text, clear=clear)
+            yield Finding(upload.client, "size", owned, text, clear=owned > CLEAR_OWNS and len(uploads) >= FEWEST)
 
 
 def _of_another_draw(uploads: Sequence[Upload], kept_K: Tensor) -> Iterator[Finding]:

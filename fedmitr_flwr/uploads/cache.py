@@ -25,14 +25,7 @@ log = logging.getLogger("fedmitr")
 
 
 def key_of(facts: Mapping[str, object], initial: Weights, images: Images, device: torch.device) -> str:
-    """Name everything that decides an upload.
-
-    Args:
-        facts: settings and whatever else JSON can hold.
-        initial: where training starts.
-        images: what it trains on.
-        device: where it runs.
-    """
+    """Name everything that decides an upload; `facts` are settings and whatever else JSON can hold."""
     deciding = {**facts, "code": core(), "versions": versions(), "device": device.type}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     hash_tensors(digest, {**initial, "images/pixels": images.pixels, "images/labels": images.labels})

@@ -40,10 +40,7 @@ def _reference(config: Config) -> Weights:
 def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> Upload:
     """The upload, if it may enter the ensemble of a run: names, shapes, types, possible numbers, and it computes.
 
-    Args:
-        upload: as it was sent or lies on disk, no more than `config.upload` asks for.
-        config: of the run.
-        fingerprint: the code that must have made it; None: any.
+    It is as it was sent or lies on disk, with no more than `config.upload` asks for; `fingerprint` as in `validate`.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.

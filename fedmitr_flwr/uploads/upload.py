@@ -93,13 +93,10 @@ def validate(
     config: Config,
     fingerprint: str | None = None,
 ) -> None:
-    """Let an upload pass if it may enter the ensemble.
+    """Let an upload pass, as it arrived and before any cast, if it may enter the ensemble of a run with this `config`.
 
-    Args:
-        upload: as it arrived, before any cast.
-        reference: the weights that the client started from; they give the keys, shapes and dtypes.
-        config: of the run.
-        fingerprint: of the server's code; None: any code may have made it.
+    The weights that the client started from, `reference`, give the keys, shapes and dtypes. The `fingerprint` is of the
+    server's code; None: any code may have made it.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
