@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -57,16 +58,17 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
     )
-    run = commands.add_parser("run", help="local training and server phase in this process", allow_abbrev=False)
+    add = partial(commands.add_parser, allow_abbrev=False)
+    run = add("run", help="local training and server phase in this process")
+    fuse = add("fuse", help="the server phase again, on a run's saved uploads")
+    central = add("central", help="one model on all of a run's images, to compare")
+    bench = add("bench", help="a grid of runs from one file, with tables and figures")
+    report = add("report", help="one page, report.html, of a run")
+    add("methods", help="list the methods")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    fuse = commands.add_parser("fuse", help="the server phase again, on a run's saved uploads", allow_abbrev=False)
-    fuse.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    for command in (fuse, central, report):
+        command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
-    central = commands.add_parser("central", help="one model on all of a run's images, to compare", allow_abbrev=False)
-    central.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    bench = commands.add_parser(
-        "bench", help="a grid of runs from one file, with tables and figures", allow_abbrev=False
-    )
     bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
     bench.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: ~/fedmitr-runs/bench-<name>)")
@@ -74,12 +76,9 @@ def _parser() -> _Parser:
     bench.add_argument("--known", type=Path, metavar="PATH", help="results whose cells are not run again; as --table")
     bench.add_argument("--any-code", action="store_true", help="keep what other versions of the code have made")
     bench.add_argument("--verbose", action="store_true", help="let every run tell what it does")
-    report = commands.add_parser("report", help="one page, report.html, of a run", allow_abbrev=False)
-    report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for command in (run, fuse):
         command.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
-    commands.add_parser("methods", help="list the methods", allow_abbrev=False)
     return parser
 
 

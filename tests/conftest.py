@@ -57,7 +57,7 @@ def _imports_are_no_garbage() -> None:
 
 @pytest.fixture(autouse=True)
 def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever imports Flower's apps sends the core's log to Flower's alone, where caplog does not listen."""
+    """Who imports Flower's apps sends the core's log to Flower's alone, where caplog does not listen."""
     core = logging.getLogger("fedmitr")
     monkeypatch.setattr(core, "propagate", True)
     monkeypatch.setattr(core, "handlers", [])

@@ -1,4 +1,4 @@
-"""What the tests of faults share: a run of a real federation that can be disturbed, and what is told of it."""
+"""What the tests of faults share: a run of a real federation that can be disturbed, and what is recorded of it."""
 
 import contextlib
 import re
@@ -116,18 +116,18 @@ class Stage:
     def _node_log(self, who: str) -> str:
         return self.federation.log_of(who).read_text(errors="replace")
 
-    def told(self, who: str) -> str:
+    def log_of(self, who: str) -> str:
         """The log of one SuperNode since this case began."""
         return self._node_log(who)[self.marks[who] :]
 
     def trained(self) -> list[str]:
         """Who began to train since this case began, once for each time."""
-        return [who for who in NAMES for _ in re.findall(r"client \d+: training on", self.told(who))]
+        return [who for who in NAMES for _ in re.findall(r"client \d+: training on", self.log_of(who))]
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + PATIENCE
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"{what}: not in time\n{self.runs[-1].log}\n{self.told('b')}"
+            assert time.monotonic() < deadline, f"{what}: not in time\n{self.runs[-1].log}\n{self.log_of('b')}"
             assert self.runs[-1].process.poll() is None, f"{what}: the run has ended\n{self.runs[-1].log}"
             time.sleep(0.05)
         return value

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedmitr_flwr import __version__, cli, methods, pipeline
+from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.config import Config
@@ -119,11 +119,8 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run -c a.toml -c b.toml", "-c is given twice; put the settings into one file"),
         ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
         ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
-        ("run --name", "argument --name: expected one argument; see fedmitr run --help"),
         ("fuse nowhere --method fedavg", "nowhere is not a run folder (no config.toml)"),
-        ("fuse nowhere", "the following arguments are required: --method"),
         ("fuse", "the following arguments are required: RUN, --method"),
-        ("central", "the following arguments are required: RUN"),
         ("central nowhere", "nowhere is not a run folder (no config.toml)"),
         ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
@@ -143,8 +140,6 @@ def test_a_bad_file_is_named(calls: list[Call], tmp_path: Path, capsys: pytest.C
     file.write_text("local.lr = 'fast'\n")
     line = refused(capsys, "run", "-c", str(file))
     assert line == f"local.lr = 'fast' is text; it must be a number (with the settings of {file})"
-    file.write_text("local.lr\n")
-    assert refused(capsys, "run", "-c", str(file)).startswith(f"{file}: not valid TOML")
     assert calls == []
 
 
@@ -172,7 +167,9 @@ def test_what_a_command_writes_is_its_user_s_alone(calls: list[Call], tmp_path: 
     }
 
 
-def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_without_a_home_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def no_home(_: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -224,13 +221,6 @@ def test_methods_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str
     assert [line.split()[0] for line in lines] == methods.available()
     assert {"fedavg", "ensemble", "fedmitr"} <= set(methods.available())
     assert all(len(line.split()) > 2 for line in lines)
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--version"])
-    assert caught.value.code == 0
-    assert capsys.readouterr().out == f"fedmitr {__version__}\n"
 
 
 def python(*words: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

@@ -46,10 +46,10 @@ def test_elsewhere_it_is_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "read_text", no_proc)
     monkeypatch.setattr(Path, "write_text", no_proc)
     forget_peak(CPU)
-    told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert peak_memory(CPU)["ram"] == pytest.approx(told * 1024, rel=0.01)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_memory(CPU)["ram"] == pytest.approx(used * 1024, rel=0.01)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert peak_memory(CPU)["ram"] == pytest.approx(told, rel=0.01)
+    assert peak_memory(CPU)["ram"] == pytest.approx(used, rel=0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it does nothing")
@@ -129,20 +129,20 @@ def test_results_come_as_they_are_done() -> None:
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_who_is_still_at_work_is_told_that_it_is_over(fails: bool) -> None:
-    """Another has failed, or nobody asks any longer. It would wait for ten seconds, and then fail the assertion."""
-    told = []
+def test_who_is_still_at_work_learns_that_it_is_over(fails: bool) -> None:
+    """Another has failed, or no one asks any longer. It would wait for ten seconds, and then fail the assertion."""
+    seen = []
 
     def make(number: int, over: Event) -> int:
         if number == 0:
-            told.append(over.wait(10))
+            seen.append(over.wait(10))
         elif fails:
             raise ValueError("the second")
         return number
 
     with closing(as_made(make, [0, 1], at_once=2)) as results, suppress(ValueError):
         next(results)
-    assert told == [True]
+    assert seen == [True]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")

@@ -113,7 +113,7 @@ def test_a_retired_key_is_refused_with_what_holds_in_its_place() -> None:
         ("data.path", "\udcff", r"data.path = '\udcff' is not valid Unicode text; rename what it names"),
     ],
 )
-def test_wrong_types_are_told_in_plain_words(key: str, value: object, message: str) -> None:
+def test_wrong_types_are_named_in_plain_words(key: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_flat({key: value})
     assert str(caught.value) == message
@@ -220,7 +220,7 @@ def test_each_limit_is_refused_by_name() -> None:
         ({"inversion.stops": "0.5,nan"}, "use rising fractions"),
     ],
 )
-def test_impossible_combinations_are_told_with_the_fix(flat: dict[str, object], message: str) -> None:
+def test_impossible_combinations_are_named_with_the_fix(flat: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_flat(flat)
     assert message in str(caught.value)

@@ -281,7 +281,7 @@ def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("broken", ["patches", "loss"])
-def test_images_that_diverged_teach_nobody(broken: str) -> None:
+def test_images_that_diverged_teach_no_student(broken: str) -> None:
     """NaN in pixels, or a loss that never was a number, which leaves the first pixels."""
     config = settings(**SMALL | {"inversion.mode": "dense"})
     ensemble, targets = tiny.an_ensemble(config), torch.arange(3)

@@ -455,7 +455,7 @@ def test_evaluation_on_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("where", "read"), [("clients", {"train"}), ("server", {"train", "test"})])
-def test_without_an_evaluation_on_the_server_nobody_opens_the_test_split(
+def test_without_an_evaluation_on_the_server_the_test_split_stays_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, read: set[str]
 ) -> None:
     seen: list[str] = []
@@ -559,8 +559,8 @@ def test_validation_images_are_one_set_for_all_seeds_and_no_client_s(
 
 
 def test_a_fusion_may_do_with_less_than_was_uploaded_but_not_with_more(tmp_path: Path) -> None:
-    told = {"upload.extras": "variances"}
-    rich, poor = a_run(tmp_path, "rich", method="fedavg", **told), a_run(tmp_path, "poor", method="fedavg")
+    sent = {"upload.extras": "variances"}
+    rich, poor = a_run(tmp_path, "rich", method="fedavg", **sent), a_run(tmp_path, "poor", method="fedavg")
     for ours, theirs in zip(rich.load_uploads(), poor.load_uploads(), strict=True):
         assert all(torch.equal(ours.weights[name], tensor) for name, tensor in theirs.weights.items())
     (upload, *_) = pipeline.fuse(rich, "fedavg", {"upload.extras": ""}).load_uploads()

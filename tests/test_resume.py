@@ -83,7 +83,7 @@ def known() -> dict[str, list[bytes]]:
 
 @pytest.fixture
 def undisturbed(start: Start, work: "Work", known: dict[str, list[bytes]]) -> Bytes:
-    """The bytes of a server phase with these settings that nobody kills."""
+    """The bytes of a server phase with these settings that is not killed."""
 
     def serve(**changes: object) -> list[bytes]:
         if repr(changes) not in known:
@@ -251,13 +251,13 @@ def test_a_piece_that_is_written_when_the_power_goes_does_not_count(
     assert work.batches == EPOCHS * BATCHES
 
 
-def test_the_log_tells_what_was_taken_back(start: Start, work: Work, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_what_was_taken_back(start: Start, work: Work, caplog: pytest.LogCaptureFixture) -> None:
     folder = start()
     killed(folder, work, after=BATCHES + 2)
     with caplog.at_level(logging.INFO, "fedmitr"):
         served(folder)
-    told = [record.message for record in caplog.records if "earlier start" in record.message]
-    assert told == [
+    said = [record.message for record in caplog.records if "earlier start" in record.message]
+    assert said == [
         "inversion 1/3: batch 1 is of an earlier start",
         "inversion 1/3: batch 2 is of an earlier start",
         "inversion 1/3: batch 3 is of an earlier start",

@@ -112,7 +112,7 @@ def test_who_owns_more_than_ten_times_all_others_is_named() -> None:
     rows = similar(3)
     assert found(arrows(*rows, sizes=[1001, 50, 50])) == {0: "size"}
     assert found(arrows(*rows, sizes=[999, 50, 50])) == {}
-    assert found(arrows(rows[0], times(rows[1], 1000), sizes=[1, 20])) == {1: "size"}  # of two, no more can be told
+    assert found(arrows(rows[0], times(rows[1], 1000), sizes=[1, 20])) == {1: "size"}  # of two, no more can be said
     for sizes, clear in (([99_999, 50, 50], False), ([100_001, 50, 50], True), ([100_001, 50], False)):
         (finding,) = strange_weights(arrows(*rows[: len(sizes)], sizes=sizes), START)
         assert finding.clear is clear, sizes
@@ -210,7 +210,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
 }
 
 
-def test_nobody_honest_is_strange(learned: Learned) -> None:
+def test_no_honest_client_is_strange(learned: Learned) -> None:
     config, uploads, _ = learned
     outcome = screen(uploads, config, CPU)
     assert (outcome.findings, outcome.excluded) == ([], [])
@@ -218,7 +218,9 @@ def test_nobody_honest_is_strange(learned: Learned) -> None:
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, "permuted"])
-def test_each_attack_is_found_and_nobody_else(learned: Learned, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_attack_is_found_and_no_other_client(
+    learned: Learned, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     config, uploads, turned = learned
     attack, check = ATTACKS.get(name, (lambda *_: turned, "answers"))
     images = 4 if check == "answers" else 0
@@ -268,9 +270,9 @@ def normalised(client: int, images: int, classes: Sequence[int], width: int = 8)
 
 NORM = torch.ones(8).double(), torch.zeros(8).double()
 LIES: dict[str, Callable[[Upload], Upload]] = {
-    "exchanged": lambda upload: with_sums(upload, lambda told: told.sums.roll(1, 0)),
-    "turned": lambda upload: with_sums(upload, lambda told: -told.sums),
-    "zeros": lambda upload: with_sums(upload, lambda told: 0 * told.sums),
+    "exchanged": lambda upload: with_sums(upload, lambda own: own.sums.roll(1, 0)),
+    "turned": lambda upload: with_sums(upload, lambda own: -own.sums),
+    "zeros": lambda upload: with_sums(upload, lambda own: 0 * own.sums),
 }
 
 
@@ -293,8 +295,8 @@ def test_statistics_that_contradict_all_others_are_clear_and_honest_ones_are_not
 
 def test_a_claim_counts_ten_times_all_others_at_most() -> None:
     honest = [normalised(k, 30, (0, 1, 2)) for k in range(3)]
-    told = statistics_of(honest[0])
-    times_30 = {"sums": 30 * told.sums, "moment": packed(30 * told.moment)}
+    own = statistics_of(honest[0])
+    times_30 = {"sums": 30 * own.sums, "moment": packed(30 * own.moment)}
     large = replace(honest[0], num_examples=900, class_counts=(300,) * 3, statistics=times_30)
     for mode, images in (("warn", 900), ("clear", 600)):
         config = settings(**DIGITS | {"screen.mode": mode})
@@ -308,8 +310,8 @@ def test_a_claim_counts_ten_times_all_others_at_most() -> None:
 
 
 def _parts(upload: Upload) -> tuple[Tensor, ...]:
-    told = statistics_of(upload)
-    return told.counts, told.sums, told.moment
+    own = statistics_of(upload)
+    return own.counts, own.sums, own.moment
 
 
 def test_by_default_only_what_is_clear_is_left_out(learned: Learned) -> None:
@@ -338,7 +340,7 @@ def test_honest_clients_of_little_training_point_apart_and_stay() -> None:
     assert min(lowest) < -0.05  # the test is of such
 
 
-def test_a_warning_excludes_nobody_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_excludes_no_client_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
     config, uploads, _ = learned
     uploads = [ATTACKS["scaled"][0](config, uploads[0]), *uploads[1:]]
     warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn"}), CPU, images=0)
@@ -366,11 +368,11 @@ def moved(client: int, by: float = 1.0) -> Upload:
 
 @pytest.fixture
 def _no_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are no training's answer like nobody's."""
+    """Weights that are no training's answer like no one else's."""
     monkeypatch.setattr("fedmitr_flwr.screening.screen.strange_answers", lambda *_: [])
 
 
-def test_where_half_are_strange_nobody_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_half_are_strange_all_stay(caplog: pytest.LogCaptureFixture) -> None:
     uploads = [moved(0), moved(1), moved(2, -1.0), moved(3, -1.0)]
     outcome = screen(uploads, settings(**DIGITS), CPU)
     assert len(outcome.findings) >= 2

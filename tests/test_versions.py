@@ -69,8 +69,8 @@ def flwr(version: str | None) -> Callable[[Message], Message]:
 
 def card(**changes: Any) -> Callable[[Message], Message]:
     def change(reply: Message) -> Message:
-        told = dict(reply.content["card"]) | {key.replace("_", "-"): value for key, value in changes.items()}
-        reply.content["card"] = MetricRecord(told)
+        said = dict(reply.content["card"]) | {key.replace("_", "-"): value for key, value in changes.items()}
+        reply.content["card"] = MetricRecord(said)
         return reply
 
     return change

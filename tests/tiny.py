@@ -65,7 +65,7 @@ _TINY: dict[str, object] = {
 
 
 def settings(**changes: object) -> Config:
-    """The head learns as fast as the rest, unless told otherwise."""
+    """The head learns as fast as the rest, unless a test says otherwise."""
     alike = {"local.head-lr": changes.get("local.lr", _TINY["local.lr"])}
     return Config.from_flat(_TINY | alike | changes)
 

@@ -1,4 +1,4 @@
-"""Is a release of Flower new enough? Told from its number alone: nothing of it is imported."""
+"""Is a release of Flower new enough? Its number says so; nothing of it is imported."""
 
 import re
 

@@ -34,7 +34,6 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         self._one_of("source", "auto", "digits", "parquet", "imagefolder", "hub")
-        object.__setattr__(self, "flip", self.flip.lower())  # on a command line, as Python writes it: True
         self._one_of("flip", "true", "false", AUTO)
         self._one_of("unknown_classes", "refuse", "skip")
         self._names("classes")

@@ -235,7 +235,8 @@ def typed(key: str, value: object, known: Mapping[str, object]) -> object:
         raise ConfigError(f"unknown config key {key!r}; {key_hint(key, known, value)}")
     wanted = type(known[key])
     value = value if key in PATHS and isinstance(value, list) else _converted(value, wanted)
-    value = str(value).lower() if key in THREE_WAY and isinstance(value, bool) else value
+    if key in THREE_WAY and isinstance(value, bool | str):  # on a command line also as Python writes it: True
+        value = str(value).lower()
     if type(value) is not wanted:
         given = _GIVEN.get(type(value), f"a {type(value).__name__}")
         raise ConfigError(f"{key} = {_short(value)} is {given}; it must be {_WANTED[wanted]}")
