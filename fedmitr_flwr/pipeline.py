@@ -49,7 +49,7 @@ from .vit.build import Weights, build_vit, initial_weights, timm_arguments
 log = logging.getLogger("fedmitr")
 
 # Settings that decide an upload. A run can be continued, or fused again, only if they stay as they were.
-UPLOAD_SETTINGS = ("seed", "data.", "partition.", "model.", "local.", "upload.", "privacy.")
+UPLOAD_SETTINGS: tuple[str, ...] = ("seed", "data.", "partition.", "model.", "local.", "upload.", "privacy.")
 UPLOAD_SETTINGS += ("evaluate.where", "evaluate.holdout")
 
 # Of these, what a later start may have otherwise: where files lie now, and which images the server tests on.

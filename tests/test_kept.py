@@ -68,9 +68,7 @@ def test_where_nothing_can_be_kept_the_upload_goes_its_way(tmp_path: Path, caplo
 
 def test_the_key_names_everything_that_decides(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     initial = dict(a_vit(settings(), 0).state_dict())
-    other = {**initial, "head.bias": initial["head.bias"] + 1}
-    darker = Images(tiny.train.pixels // 2, tiny.train.labels)
-    relabelled = Images(tiny.train.pixels, tiny.train.labels.flip(0))
+    pixels, labels = tiny.train.pixels, tiny.train.labels
 
     def key(**changed: object) -> str:
         asked = {"facts": {"seed": 0}, "initial": initial, "images": tiny.train, "device": CPU} | changed
@@ -78,11 +76,9 @@ def test_the_key_names_everything_that_decides(tiny: DataSet, monkeypatch: pytes
 
     changes: list[dict[str, object]] = [
         {},
-        {"facts": {"seed": 1}},
-        {"facts": {"seed": 0, "client": 1}},
-        {"initial": other},
-        {"images": darker},
-        {"images": relabelled},
+        *({"facts": facts} for facts in ({"seed": 1}, {"seed": 0, "client": 1})),
+        {"initial": initial | {"head.bias": initial["head.bias"] + 1}},
+        *({"images": images} for images in (Images(pixels // 2, labels), Images(pixels, labels.flip(0)))),
         {"device": torch.device("cuda")},
     ]
     keys = [key(**change) for change in changes]

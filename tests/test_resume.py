@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,11 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     invert, distil = fedmitr.invert, rounds.distil
 
     def spy_invert(*given: Any, on_step: Any, **more: Any) -> Any:
-        steps = 0
+        steps = count(1)
 
         def step(*values: float) -> None:
-            nonlocal steps
             on_step(*values)
-            steps += 1
-            if steps == 3:
+            if next(steps) == 3:
                 done.spend()
 
         inverted = invert(*given, on_step=step, **more)
@@ -131,13 +130,11 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
     def spy_distil(*given: Any) -> None:
         *before, on_batch, plain = given
-        batches = 0
+        batches = count(1)
 
         def batch(*values: Any) -> None:
-            nonlocal batches
             on_batch(*values)
-            batches += 1
-            if batches == 2:
+            if next(batches) == 2:
                 done.spend()
 
         distil(*before, batch, plain)

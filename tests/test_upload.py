@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,38 +145,33 @@ def test_mixed_precision_is_allowed_but_what_overflowed_is_not() -> None:
         check(with_weight("head.bias", lambda tensor: (tensor + 1e6).half())(upload))  # float16 ends at 65504
 
 
-tensors = st.lists(st.integers(0, 4), max_size=3).flatmap(
+patterns = st.lists(st.integers(0, 4), max_size=3).flatmap(
     lambda shape: st.integers(0, 2**32).map(
         lambda seed: torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(seed)).int()
     )
 )
-
-
-@settings(deadline=None)
-@given(
-    bits=st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda k: k != "__metadata__"), tensors
-    ),
+names = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__")
+uploads = st.builds(
+    Upload,
     client=st.integers(0, 999),
+    weights=st.dictionaries(names, patterns.map(lambda bits: bits.view(torch.float32))),
     num_examples=st.integers(1),
     train_loss=st.floats(allow_nan=False, allow_infinity=False),
-    counts=st.none() | st.lists(st.integers(0)).map(tuple),
+    fingerprint=st.just(CODE),
+    class_counts=st.none() | st.lists(st.integers(0)).map(tuple),
 )
+
+
+@given(uploads)
 def test_float32_round_trip_is_exact_for_every_bit_pattern(
-    tmp_path_factory: pytest.TempPathFactory,
-    bits: dict[str, Tensor],
-    client: int,
-    num_examples: int,
-    train_loss: float,
-    counts: tuple[int, ...] | None,
+    tmp_path_factory: pytest.TempPathFactory, sent: Upload
 ) -> None:
-    weights = {key: pattern.view(torch.float32) for key, pattern in bits.items()}
-    sent = Upload(client, weights, num_examples, train_loss, CODE, counts)
     path = tmp_path_factory.getbasetemp() / "client_000.safetensors"
     save(sent, path)
     got = load(path)
-    assert got.weights.keys() == weights.keys()
-    assert all(torch.equal(got.weights[key].view(torch.int32), pattern) for key, pattern in bits.items())
+    assert got.weights.keys() == sent.weights.keys()
+    for name, tensor in sent.weights.items():
+        assert torch.equal(got.weights[name].view(torch.int32), tensor.view(torch.int32))
     for name in ("client", "num_examples", "train_loss", "fingerprint", "class_counts", "num_bytes"):
         assert getattr(got, name) == getattr(sent, name), name
 
