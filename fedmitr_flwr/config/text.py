@@ -292,21 +292,18 @@ def key_hint(key: str, known: Mapping[str, object], value: object = None) -> str
 
 def keys_like(key: str, known: Mapping[str, object], value: object = None) -> list[str]:
     """The settings that may be meant by a key, those that can have the value if there are any."""
-    section, _, last = spelled(key).lower().rpartition(".")
+    key = spelled(key).lower()
+    section, _, last = key.rpartition(".")
     fits = _ending(last, known)
-    if section and (own := [other for other in fits if other.startswith(f"{section}.")]):
-        fits = own
-    elif section and fits:
-        fits = difflib.get_close_matches(key, fits, n=1, cutoff=0.85) or fits
-    if not fits and (longer := [other for other in known if other.startswith(f"{spelled(key).lower()}-")]):
-        fits = longer
-    if not fits and (near := difflib.get_close_matches(spelled(key).lower(), known, n=1, cutoff=0.7)):
-        return near
+    if section and fits:
+        own = [other for other in fits if other.startswith(f"{section}.")]
+        fits = own or difflib.get_close_matches(key, fits, n=1, cutoff=0.85) or fits
+    fits = fits or [other for other in known if other.startswith(f"{key}-")]
+    fits = fits or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     if not fits:
         lasts = dict.fromkeys([*(other.rpartition(".")[2] for other in known), *_ALSO_CALLED])
-        fits = [
-            full for part in difflib.get_close_matches(last, lasts, n=1, cutoff=0.75) for full in _ending(part, known)
-        ]
+        near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.75)
+        fits = [full for part in near for full in _ending(part, known)]
     return [other for other in fits if _possible(value, type(known[other]))] or fits
 
 
