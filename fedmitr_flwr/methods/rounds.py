@@ -152,8 +152,7 @@ class Rounds:
 
     def fused(self, ensemble: Ensemble) -> Fused:
         """The student as the global model."""
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.student.state_dict().items()}
-        return Fused(self.student, weights, self.pool, ensemble)
+        return Fused.of_student(self.student, ensemble, self.pool)
 
     def _train(self, r: int, ensemble: Ensemble, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
         job, config = self._job, self._job.config
