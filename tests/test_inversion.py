@@ -15,7 +15,6 @@ from fedmitr_flwr.common.compute import whole_float32
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.ensemble.routing import everyone
 from fedmitr_flwr.inversion import invert as module
 from fedmitr_flwr.inversion import trajectory
 from fedmitr_flwr.inversion.invert import Pixels, alive_counts, halting_steps, invert
@@ -71,7 +70,7 @@ def inverted(
 
 def a_trajectory(ensemble: Ensemble, start: Tensor, targets: Tensor) -> Trajectory:
     limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
-    return Trajectory(ensemble, start, targets, everyone(ensemble.weights), limits, False, stream(0), 0.25)
+    return Trajectory(ensemble, start, targets, settings().inversion, limits, False, stream(0), 0.25)
 
 
 def loss_of(ensemble: Ensemble, images: Tensor, positions: Tensor, targets: Tensor, tv: float) -> Tensor:

@@ -75,7 +75,7 @@ def test_pools_are_joined_row_by_row_and_come_back_from_their_tensors(inversion:
     assert len(joined) == 3 * size
     for number, pool in enumerate(pools):
         part = joined.rows(torch.arange(number * size, (number + 1) * size))
-        for name, tensor in Pool.of_tensors(pool.tensors(), pool.patch).tensors().items():
+        for name, tensor in Pool(**pool.tensors(), patch=pool.patch).tensors().items():
             assert torch.equal(part.tensors()[name], tensor), name
 
 

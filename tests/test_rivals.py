@@ -22,7 +22,7 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion import generator
 from fedmitr_flwr.inversion.generator import Generator, generate
 from fedmitr_flwr.inversion.invert import PIXELS
-from fedmitr_flwr.methods import adi, coboosting, rounds
+from fedmitr_flwr.methods import adi, coboosting
 from fedmitr_flwr.methods.coboosting import diversify, hard_loss
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.methods.dense import boundary_loss
@@ -110,9 +110,8 @@ def test_a_generator_lowers_its_loss_and_gives_back_the_best_images(monkeypatch:
     config = settings()
     ensemble, student, targets = an_ensemble(config), a_vit(config, 9), torch.arange(20) % 10
     losses: list[float] = []
-    made = generate(
-        ensemble, student, targets, config, stream(0), lambda loss, _: losses.append(loss), loss=cross_entropies
-    )
+    asked = ensemble, student, config, cross_entropies, targets
+    made = generate(*asked, stream(0), lambda loss, _: losses.append(loss))
     assert len(losses) == 25
     assert min(losses) < 0.7 * losses[0]
     assert made.loss.mean().item() == min(losses)
@@ -134,7 +133,7 @@ def test_the_student_has_a_say_in_the_images(monkeypatch: pytest.MonkeyPatch) ->
         def loss(scores: Tensor, student: Tensor, targets: Tensor) -> Tensor:
             return cross_entropies(scores, student, targets) - weight * soft_divergence(scores, student, 3.0)
 
-        images = generate(ensemble, student, targets, config, stream(0), loss=loss).images
+        images = generate(ensemble, student, config, loss, targets, stream(0)).images
         with torch.no_grad():
             return soft_divergence(ensemble(images), student(images), 3.0).mean().item()
 
@@ -154,7 +153,7 @@ def test_a_generated_batch_too_large_for_the_memory_is_made_in_halves(monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return boundary_loss(scores, student, targets)
 
-    made = generate(ensemble, student, torch.arange(7), config, stream(0), loss=hungry)
+    made = generate(ensemble, student, config, hungry, torch.arange(7), stream(0))
     assert seen == [7, 3, 4]
     assert made.targets.tolist() == list(range(7))
 
@@ -352,7 +351,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     config = settings(method="fedavg", **small, **{"out-dir": str(tmp_path)})
     run = pipeline.run(config, "run")
     whole = pipeline.fuse(run, rival, {})
-    make, made = rounds.generate, []
+    make, made = generator.generate, []
 
     class KilledError(Exception):
         pass
@@ -364,7 +363,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
         return make(*given, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(rounds, "generate", dies)
+        patched.setattr(generator, "generate", dies)
         with pytest.raises(KilledError):
             pipeline.fuse(run, rival, {})
         made.extend([1] * 10)

@@ -8,9 +8,9 @@ from tiny import a_vit, settings, some_images
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.ensemble.competence import estimate
-from fedmitr_flwr.ensemble.ensemble import Ensemble, teacher_weights
+from fedmitr_flwr.ensemble.ensemble import teacher_weights
 from fedmitr_flwr.inversion import scout
-from fedmitr_flwr.inversion.scout import reweigh, scouted_ensemble
+from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.uploads.upload import Upload
 
@@ -56,13 +56,12 @@ def test_other_weights_need_no_images(how: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reweighing_is_the_estimate_from_these_images() -> None:
-    config = settings(**{"ensemble.combine": "probs"})
-    uploads, images, targets = experts(), some_images(config, 30), torch.arange(30) % 10
-    ensemble = Ensemble.of(uploads, config.model, config.ensemble)
+    config = settings(**{"ensemble.weights": "estimated"})
+    weigher, images, targets = Weigher(experts(), config, CPU), some_images(config, 30), torch.arange(30) % 10
     with torch.no_grad():
-        answers = torch.stack([teacher(images).softmax(1) for teacher in ensemble.teachers.residents])
-    reweigh(ensemble, uploads, images, targets)
-    torch.testing.assert_close(ensemble.weights, estimate(answers, torch.tensor([30.0, 10.0]), targets))
+        answers = torch.stack([teacher(images).softmax(1) for teacher in weigher.ensemble.teachers.residents])
+    weigher.refine(images, targets)
+    torch.testing.assert_close(weigher.ensemble.weights, estimate(answers, torch.tensor([30.0, 10.0]), targets))
 
 
 def fused(method: str, log: list[dict[str, Any]], **changes: object) -> Fused:

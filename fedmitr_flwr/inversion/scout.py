@@ -16,6 +16,7 @@ from ..ensemble.ensemble import Ensemble
 from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
 from .invert import PIXELS, Pixels, invert
+from .pool import join
 
 # 100 images of 20 steps weighed the teachers nearly as well as 250 of 60 (docs/LOG.md).
 IMAGES_PER_CLASS = 10
@@ -51,7 +52,8 @@ class Weigher:
     def refine(self, images_MCHW: Tensor, targets_M: Tensor) -> None:
         """Weigh by all images that were made so far, and by the classes that they were made for."""
         if self.estimates:
-            reweigh(self.ensemble, self.teachers, images_MCHW, targets_M)
+            sizes_K = torch.tensor([float(teacher.num_examples) for teacher in self.teachers]).to(images_MCHW)
+            self.ensemble.weights = estimate(self.ensemble.probabilities(images_MCHW), sizes_K, targets_M)
 
 
 def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) -> tuple[Tensor, Tensor]:
@@ -59,14 +61,7 @@ def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) ->
     targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
     rng = stream(config.seed, "scouting")
-    images = [
-        invert(ensemble, chunk, settings, config.model, pixels, flip=config.data.flips, rng=rng).require_finite().images
-        for chunk in targets.split(config.inversion.batch_size)
-    ]
-    return torch.cat(images), targets.to(ensemble.weights.device)
-
-
-def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:
-    """Estimate the ensemble's weights anew, from images made for `targets_M`."""
-    sizes_K = torch.tensor([float(upload.num_examples) for upload in uploads], device=images_MCHW.device)
-    ensemble.weights = estimate(ensemble.probabilities(images_MCHW), sizes_K, targets_M)
+    chunks = targets.split(config.inversion.batch_size)
+    made = [invert(ensemble, each, settings, config.model, pixels, flip=config.data.flips, rng=rng) for each in chunks]
+    pool = join(made).require_finite()
+    return pool.images, pool.targets

@@ -40,7 +40,7 @@ from ..inversion.objective import cross_entropy
 from ..inversion.scout import Weigher
 from ..vit.names import normalisation
 from .contract import Fused, Job
-from .rounds import Rounds, generated, rival_settings
+from .rounds import Rounds, rival_settings
 
 TEMPERATURE = 4.0  # T
 ADVERSARIAL_TEMPERATURE = 3.0  # τ
@@ -75,7 +75,7 @@ def fuse(job: Job) -> Fused:
     rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
     distillation = Plain(TEMPERATURE, partial(diversify, model=config.model))
     for r in rounds:
-        pool = rounds.images(r, ensemble, partial(generated, ensemble, rounds.student, config, loss=hard_loss))
+        pool = rounds.images(r, ensemble, partial(generator.generate, ensemble, rounds.student, config, hard_loss))
         answers, rng = ensemble.answers(pool.images), stream(config.seed, "weights", r)
         weights_K = learn(answers, pool.targets, weights_K, ensemble.combine, r, rng)
         ensemble.weights = (weights_K / weights_K.sum()).to(ensemble.weights)[:, None].repeat(1, answers.shape[2])

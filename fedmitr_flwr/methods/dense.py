@@ -23,7 +23,7 @@ from ..inversion import generator
 from ..inversion.objective import cross_entropy
 from ..inversion.scout import Weigher
 from .contract import Fused, Job
-from .rounds import Rounds, generated, rival_settings
+from .rounds import Rounds, rival_settings
 
 TEMPERATURE = 4.0  # T
 
@@ -38,7 +38,7 @@ def fuse(job: Job) -> Fused:
     rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
     rounds.scout(teachers)
     for r in rounds:
-        make = partial(generated, teachers.ensemble, rounds.student, config, loss=boundary_loss)
+        make = partial(generator.generate, teachers.ensemble, rounds.student, config, boundary_loss)
         rounds.images(r, teachers.ensemble, make)
         rounds.weigh(teachers)
         rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))

@@ -10,7 +10,6 @@ from contextlib import closing
 from threading import Event
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..common.compute import as_made, side_by_side
@@ -19,11 +18,9 @@ from ..common.rng import stream
 from ..config import Config
 from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
-from ..distillation.relabel import relabel
 from ..distillation.start import settle, start_student
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import route
-from ..inversion.generator import Loss, generate
 from ..inversion.invert import PIXELS, Pixels
 from ..inversion.pool import Pool, join
 from ..inversion.scout import Weigher
@@ -47,21 +44,6 @@ def rival_settings(config: Config) -> Config:
     forced = {"inversion.mode": "dense", "relabel.mode": "none"}  # `pri4` makes fewer targets of as many images
     forced |= {"distill.init": "average"} if config.distill.merges else {}
     return Config.from_flat(forced, base=config)
-
-
-def generated(
-    ensemble: Ensemble,
-    student: VisionTransformer,
-    config: Config,
-    targets: Tensor,
-    rng: torch.Generator,
-    on_step: OnStep,
-    *,
-    loss: Loss,
-) -> Pool:
-    """One batch of a generator's images, of which every patch keeps the class."""
-    images = generate(ensemble, student, targets, config, rng, on_step, loss=loss)
-    return relabel(images.require_finite(), config.relabel.mode)
 
 
 class Rounds:
@@ -190,7 +172,7 @@ class Rounds:
         label = f"{self._stage} {r + 1}/{job.config.distill.rounds}"
         log.info("%s: batch %d is of an earlier start", label, number + 1)
         patch = job.config.model.patch_size
-        return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, patch)
+        return Pool(**{name: tensor.to(job.device) for name, tensor in tensors.items()}, patch=patch)
 
     def _keep(self, stepper: Stepper, rounds: int) -> None:
         job = self._job
