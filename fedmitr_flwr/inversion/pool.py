@@ -1,7 +1,7 @@
 """Synthetic images, as the patches that were optimised, with what is known of each patch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
@@ -47,11 +47,11 @@ class Pool:
         """All but `patch`, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "patch"}
 
-    def rows(self, chosen: Tensor) -> Self:
+    def rows(self, chosen: Tensor) -> "Pool":
         """The chosen images: by number, or where a mask is True."""
-        return replace(self, **{name: tensor[chosen] for name, tensor in self.tensors().items()})
+        return Pool(**{name: tensor[chosen] for name, tensor in self.tensors().items()}, patch=self.patch)
 
-    def canvases(self) -> Self:
+    def canvases(self) -> "Pool":
         """Each canvas once: all `pri4` images of one share its pixels, in whatever order they are."""
         first: dict[bytes, int] = {}
         for row, patches in enumerate(self.patches.cpu()):
@@ -77,4 +77,4 @@ class Pool:
 def join(pools: Sequence[Pool]) -> Pool:
     """The images of all pools, one after the other."""
     parts = [pool.tensors() for pool in pools]
-    return replace(pools[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return Pool(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, patch=pools[0].patch)

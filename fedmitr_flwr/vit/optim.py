@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -102,17 +101,13 @@ def _optimizers(
 
 def _by_numbers(parameters: list[nn.Parameter], name: str, lr: float) -> Optimizer:
     """SGD where that is wanted, else AdamW: each number has a step of its own."""
-    groups = _by_decay(parameters)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=lr)
-
-
-def _by_decay(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [
+    groups = [
         {"params": [p for p in parameters if p.dim() in (2, 4)], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() not in (2, 4)], "weight_decay": 0.0},
     ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def _factor(step: int, total: int) -> float:
