@@ -161,10 +161,8 @@ def _sampler(images: int, rate: float, steps: int, secret: torch.Generator) -> A
 def _give_gradients(vit: VisionTransformer, images: Images, seeds_B: Tensor, config: Config) -> None:
     """Leave with every parameter its gradient for each single image, (B, ...), where opacus looks for it."""
     weights = dict(vit.named_parameters())
-    if len(images):
-        gradients = _gradients(vit, weights, images, seeds_B, config)
-    else:
-        gradients = {name: weight.new_zeros(0, *weight.shape) for name, weight in weights.items()}
+    none = {name: weight.new_zeros(0, *weight.shape) for name, weight in weights.items()}
+    gradients = _gradients(vit, weights, images, seeds_B, config) if len(images) else none
     for name, weight in weights.items():
         weight.grad_sample = gradients[name].detach()
 

@@ -42,11 +42,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
 
 
 def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: Config) -> dict[str, float]:
-    """Do with the start what needs images: choose the average's way, give it another head.
-
-    Returns:
-        What was found out, for metrics.jsonl.
-    """
+    """Do with the start what needs images: choose the average's way, give it another head. Gives facts for metrics."""
     facts: dict[str, float] = {}
     said_MY = answers(ensemble, pool)
     if config.distill.chooses_start:

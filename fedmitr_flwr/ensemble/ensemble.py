@@ -217,16 +217,12 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def _weighted_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    return weights * logits
-
-
 def _weighted_probabilities(logits: Tensor, weights: Tensor) -> Tensor:
     return log_probabilities(logits) + weights.log()
 
 
 RULES: Mapping[str, Rule] = {
-    "logits": Rule(_weighted_logits, torch.add, partial(torch.sum, dim=0)),
+    "logits": Rule(torch.mul, torch.add, partial(torch.sum, dim=0)),
     "probs": Rule(_weighted_probabilities, torch.logaddexp, partial(torch.logsumexp, dim=0)),
 }
 
