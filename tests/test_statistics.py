@@ -52,14 +52,6 @@ def test_the_sums_of_many_clients_are_those_of_one_place(clients: int) -> None:
         torch.testing.assert_close(getattr(parts, name), getattr(pooled, name), rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("clients", [2, 7, 300])
-def test_the_heads_of_many_clients_are_those_of_one_place(clients: int) -> None:
-    pooled, parts = one_place(), by_client(clients)
-    for ours, theirs in ((lda(parts, 0.1), lda(pooled, 0.1)), (ridge(parts, 1.0), ridge(pooled, 1.0))):
-        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-8, atol=1e-8)
-
-
 def test_the_sums_by_hand() -> None:
     z = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, -6.0]])
     tensors = measure(z, torch.tensor([1, 0, 1]), 3, variances=True)
