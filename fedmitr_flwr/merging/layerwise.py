@@ -10,7 +10,7 @@ Shapes: K clients, B images, Y classes, M patches, T tokens with the prefix, D w
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -121,11 +121,8 @@ def _linears(block: Block) -> list[nn.Linear]:
 def _listening(block: Block) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """What its linear layers are given and say when the block is run."""
     heard: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, given, said: heard.append((given[0], said))) for layer in _linears(block)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in _linears(block):
+            hook = layer.register_forward_hook(lambda _, given, said: heard.append((given[0], said)))
+            hooks.enter_context(hook)
         yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -9,6 +9,7 @@ directions, L layers.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -72,13 +73,11 @@ def second_moments(
         sums[layer] += x_RI.T @ x_RI
         seen[layer] += len(x_RI)
 
-    hooks = [vit.get_submodule(layer).register_forward_pre_hook(partial(hear, layer)) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(vit.get_submodule(layer).register_forward_pre_hook(partial(hear, layer)))
         for pixels in images.pixels.split(_BATCH):
             vit(prepare(pixels.to(device), model))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {layer: sums[layer] / seen[layer] for layer in layers}
 
 
