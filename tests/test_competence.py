@@ -14,22 +14,22 @@ def by_size(sizes: Tensor, classes: int = CLASSES) -> Tensor:
     return (sizes / sizes.sum())[:, None].expand(-1, classes)
 
 
-def random_answers(teachers: int = 4, images: int = 60, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_answers(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Sure and unsure teachers, none of them right more often than by chance or by habit."""
     rng = stream(seed, "answers")
-    habits = 2 * torch.randn(teachers, 1, CLASSES, generator=rng)
-    targets = torch.randint(CLASSES, (images,), generator=rng)
-    knows = 4 * torch.rand(teachers, CLASSES, generator=rng)[:, targets, None] * torch.eye(CLASSES)[targets]
-    logits = knows + habits + torch.randn(teachers, images, CLASSES, generator=rng)
-    return logits.softmax(-1), torch.randint(10, 200, (teachers,), generator=rng).float(), targets
+    habits = 2 * torch.randn(4, 1, CLASSES, generator=rng)
+    targets = torch.randint(CLASSES, (60,), generator=rng)
+    knows = 4 * torch.rand(4, CLASSES, generator=rng)[:, targets, None] * torch.eye(CLASSES)[targets]
+    logits = knows + habits + torch.randn(4, 60, CLASSES, generator=rng)
+    return logits.softmax(-1), torch.randint(10, 200, (4,), generator=rng).float(), targets
 
 
-def tilted(counts: Tensor, apart: float, images: int = 1200) -> tuple[Tensor, Tensor]:
+def tilted(counts: Tensor, apart: float) -> tuple[Tensor, Tensor]:
     """Teachers that answer with Bayes' rule: normal classes `apart` from each other, and their own class priors."""
     classes = counts.shape[1]
-    targets = torch.arange(images) % classes
+    targets = torch.arange(1200) % classes
     centres = torch.eye(classes) * apart
-    points = centres[targets] + torch.randn(images, classes, generator=stream(0, "points"))
+    points = centres[targets] + torch.randn(1200, classes, generator=stream(0, "points"))
     likelihoods = -(points[:, None] - centres).square().sum(-1) / 2
     return (likelihoods + counts.log()[:, None]).softmax(-1), targets
 

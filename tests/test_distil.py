@@ -18,7 +18,6 @@ from fedmitr_flwr.ensemble import ensemble as ensemble_module
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.pool import Pool, join
-from fedmitr_flwr.vit.optim import Stepper
 from fedmitr_flwr.vit.tokens import patchify
 
 MODES = ("none", "drop", "tokens")
@@ -55,10 +54,6 @@ def noise_pool(config: Config, count: int) -> Pool:
     return relabel(Pool(patches, every, dense, dense, targets, torch.zeros(count), 2), config.relabel.mode)
 
 
-def a_stepper(student: VisionTransformer, config: Config, pool: Pool) -> Stepper:
-    return student_stepper(student, config, count_batches(len(pool), config))
-
-
 def trained(
     config: Config,
     ensemble: Ensemble,
@@ -68,10 +63,8 @@ def trained(
     lr: float | None = None,
 ) -> VisionTransformer:
     """With `lr`, by plain gradient steps of this rate."""
-    student = a_vit(config, seed)
-    stepper = a_stepper(student, config, pool)
-    if lr:
-        stepper = Sgd(student, lr, count_batches(len(pool), config))
+    student, batches = a_vit(config, seed), count_batches(len(pool), config)
+    stepper = Sgd(student, lr, batches) if lr else student_stepper(student, config, batches)
     distil(student, ensemble, pool, config, stepper, stream(0), plain=plain)
     return student
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,9 +40,9 @@ def the_average(of: list[Upload]) -> VisionTransformer:
     return vit_of(CONFIG.model, average(of)).eval()
 
 
-def fitted(of: list[Upload], ridge: float = 0.01, images: Tensor | None = None, **how: Any) -> VisionTransformer:
+def fitted(of: list[Upload], ridge: float = 0.01, images: Tensor | None = None) -> VisionTransformer:
     student = the_average(of)
-    ensemble = Ensemble.of(of, CONFIG.model, replace(CONFIG.ensemble, **how))
+    ensemble = Ensemble.of(of, CONFIG.model, CONFIG.ensemble)
     shown = some_images(CONFIG, len(TARGETS)) if images is None else images
     fit_layers(student, ensemble, shown, TARGETS[: len(shown)], ridge)
     return student

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -39,25 +38,6 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         methods.load(name)
     assert str(refused.value).startswith(f"method = {name!r} is not one of: {', '.join(KNOWN)}")
-
-
-def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "first_upload.py").write_text(
-        '"""The first client\'s model."""\n'
-        "from fedmitr_flwr.methods.contract import Fused, Job\n"
-        "from fedmitr_flwr.vit.build import build_vit\n"
-        "def fuse(job: Job) -> Fused:\n"
-        "    vit = build_vit(job.config.model)\n"
-        "    vit.load_state_dict(job.uploads[0].weights)\n"
-        "    return Fused(vit, job.uploads[0].weights)\n"
-    )
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    assert methods.available() == sorted([*KNOWN, "first_upload"])
-    config = settings(method="first_upload")
-    made = fused(config)
-    images = some_images(config, 3)
-    with torch.no_grad():
-        assert torch.equal(made.predict(images), a_vit(config, 0)(images))
 
 
 @torch.no_grad()

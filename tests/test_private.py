@@ -13,7 +13,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from local_grid import TINY, LocalGrid, server_context
-from timm.models.vision_transformer import VisionTransformer
 from tiny import a_vit, same, settings, small
 
 from client_app.app import app as client_app
@@ -62,10 +61,9 @@ def whispering(**changes: Any) -> Config:
     return settings(**base | changes)
 
 
-def trained(
-    config: Config, images: Images, secret_seed: int = 0, vit: VisionTransformer | None = None, mu: float = 0.0
-) -> tuple[list[torch.Tensor], float]:
-    vit = vit or a_vit(config, 1)
+def trained(config: Config, images: Images, secret_seed: int = 0, mu: float = 0.0) -> tuple[list[torch.Tensor], float]:
+    """How far each weight moved, and what was spent."""
+    vit = a_vit(config, 1)
     before = [weight.detach().clone() for weight in vit.parameters()]
     spent = train_privately(vit, images, config, stream(secret_seed, "secret"), CPU, mu)
     return [new.detach() - old for new, old in zip(vit.parameters(), before, strict=True)], spent
@@ -266,6 +264,7 @@ def test_an_empty_draw_and_the_pull_to_the_start(tiny: DataSet, monkeypatch: pyt
     ("changes", "message"),
     [
         ({"upload.extras": "counts"}, 'upload.extras = "counts" reveals something of the images without noise'),
+        ({"upload.extras": "moments"}, 'upload.extras = "moments" reveals something of the images without noise'),
         ({"local.prior-adjust": 0.5}, "local.prior-adjust = 0.5 reveals something of the images without noise"),
         ({"local.outliers": 0.5}, "local.outliers = 0.5 reveals something of the images without noise"),
         ({"flower.rounds": 2, "flower.strategy": "fedavg"}, "would spend it in each; set flower.rounds = 1"),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import a_vit, an_upload, fused, same, settings
-from torch import Tensor
 
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
@@ -34,14 +33,10 @@ def placed(factor: float) -> Weights:
     return {name: (start[name] + factor * (mean[name].double() - start[name])).float() for name in mean}
 
 
-def a_pool(config: Config, teachers: list[Upload], count: int = 20) -> Pool:
+def a_pool(config: Config, teachers: list[Upload]) -> Pool:
     ensemble = Ensemble.of(teachers, config.model, config.ensemble)
-    images = invert(ensemble, torch.arange(count) % 10, config.inversion, config.model, flip=False, rng=stream(0))
+    images = invert(ensemble, torch.arange(20) % 10, config.inversion, config.model, flip=False, rng=stream(0))
     return relabel(images, config.relabel.mode)
-
-
-def said(config: Config, teachers: list[Upload], pool: Pool) -> Tensor:
-    return answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
 
 
 def test_the_students_start() -> None:
@@ -82,7 +77,8 @@ def test_the_factor_at_which_the_teacher_stands_is_chosen(
     config = settings(**changes, **{"distill.extrapolate": 0.0})
     teachers = [replace(two_uploads()[0], weights=placed(factor))]
     pool = a_pool(config, teachers)
-    student, told = start_student(two_uploads(), config), said(config, teachers, pool)
+    student = start_student(two_uploads(), config)
+    told = answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
     before = likeness(student, told, pool)
     with caplog.at_level(logging.INFO, "fedmitr"):
         assert choose_start(student, told, pool, config) == factor

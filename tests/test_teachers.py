@@ -10,23 +10,19 @@ from fedmitr_flwr.ensemble import teachers as module
 from fedmitr_flwr.ensemble.ensemble import Ensemble, combine_answers
 from fedmitr_flwr.ensemble.routing import Routing, everyone, route
 from fedmitr_flwr.inversion.objective import cross_entropy
-from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.tokens import forward_tokens, patchify, take
 
 COMBINES = ("logits", "probs")
 TARGETS = torch.tensor([4, 0, 7, 4])
 
 
-def uploads(count: int = 5) -> list[Upload]:
-    return [an_upload(settings(), client, 10 + 5 * client) for client in range(count)]
-
-
 def an_ensemble(combine: str = "probs", chunk: int = 16, teachers: int = 5) -> Ensemble:
     """Of no more networks than `chunk` in memory; it teaches as it decides."""
     config = settings(**{"ensemble.combine": combine})
+    uploads = [an_upload(config, client, 10 + 5 * client) for client in range(teachers)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        return Ensemble.of(uploads(teachers), config.model, config.ensemble, combine)
+        return Ensemble.of(uploads, config.model, config.ensemble, combine)
 
 
 def some_patches() -> tuple[Tensor, Tensor]:

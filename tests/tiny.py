@@ -112,13 +112,13 @@ class Sgd(Stepper):
         self.advance()
 
 
-def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:
+def a_vit(config: Config, seed: int) -> VisionTransformer:
     """A network of which every parameter counts: fresh biases are 0, norms 1 and DeiT-3's layer scales 1e-6."""
     vit = build_vit(config.model, seed)
     rng = stream(seed, "noise")
     with torch.no_grad():
         for parameter in vit.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=rng)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
     return vit
 
 
