@@ -16,7 +16,7 @@ from ..ensemble.ensemble import Ensemble
 from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
 from .invert import PIXELS, Pixels, invert
-from .pool import join
+from .pool import Pool, join
 
 # 100 images of 20 steps weighed the teachers nearly as well as 250 of 60 (docs/LOG.md).
 IMAGES_PER_CLASS = 10
@@ -58,10 +58,17 @@ class Weigher:
 
 def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) -> tuple[Tensor, Tensor]:
     """Images (M, C, S, S) and the classes (M,) that they were made for."""
-    targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
-    settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-    rng = stream(config.seed, "scouting")
-    chunks = targets.split(config.inversion.batch_size)
-    made = [invert(ensemble, each, settings, config.model, pixels, flip=config.data.flips, rng=rng) for each in chunks]
-    pool = join(made).require_finite()
+    pool = quick_images(ensemble, config, IMAGES_PER_CLASS, stream(config.seed, "scouting"), pixels).require_finite()
     return pool.images, pool.targets
+
+
+def quick_images(
+    ensemble: Ensemble, config: Config, per_class: int, rng: torch.Generator, pixels: Pixels = PIXELS
+) -> Pool:
+    """So many images of each class, whole and of few steps, on which all teachers have a say."""
+    targets = torch.arange(config.model.num_classes).repeat(per_class)
+    settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
+    chunks = targets.split(config.inversion.batch_size)
+    return join(
+        [invert(ensemble, each, settings, config.model, pixels, flip=config.data.flips, rng=rng) for each in chunks]
+    )
