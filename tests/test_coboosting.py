@@ -94,9 +94,9 @@ def _batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
 
 
-def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs", r: int = 0) -> torch.Tensor:
+def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs") -> torch.Tensor:
     weights = torch.full((len(answers),), 1 / len(answers))
-    return learn(answers, targets, weights, combine, r, stream(0))
+    return learn(answers, targets, weights, combine, 0, stream(0))
 
 
 def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,12 +114,6 @@ def test_steps_add_up_to_the_one_who_is_right(combine: str) -> None:
     assert found[0].item() == pytest.approx(1 / 3 + 0.05)
     assert found[2].item() == pytest.approx(1 / 3 - 0.05)
     assert learned(*experts(600), combine)[2] == 0
-
-
-@pytest.mark.usefixtures("_batches_of_four")
-def test_steps_get_shorter_with_the_rounds() -> None:
-    """Five of 0.01 · 0.99¹⁰⁰."""
-    assert learned(*experts(), r=100)[0].item() == pytest.approx(1 / 3 + 0.05 * 0.99**100)
 
 
 def test_equal_teachers_keep_equal_weights() -> None:
