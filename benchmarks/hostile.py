@@ -29,11 +29,13 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
 from fedmitr_flwr.inversion.scout import scouted_ensemble
 from fedmitr_flwr.judge import Lines, evaluate_on, lines
-from fedmitr_flwr.merging.closed_form import closed_form_model
+from fedmitr_flwr.merging.closed_form import frozen_weights, pooled
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
+from fedmitr_flwr.statistics.heads import lda, ridge
 from fedmitr_flwr.uploads.gate import admit
 from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import vit_of
 
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
@@ -107,8 +109,9 @@ def of_statistics(uploads: Sequence[Upload], config: Config, memory: Memory) -> 
 
 def told(uploads: Sequence[Upload], config: Config) -> Accuracies:
     images, _ = server_images(config)
-    heads = {name: closed_form_model(name, uploads, config, CPU)[0] for name in ("lda", "ridge")}
-    models = {**heads, "ensemble": scouted_ensemble(uploads, config, CPU)}
+    heads = {make.__name__: make(pooled(uploads)) for make in (lda, ridge)}
+    models = {name: vit_of(config.model, frozen_weights(config, head)) for name, head in heads.items()}
+    models["ensemble"] = scouted_ensemble(uploads, config, CPU)
     return {name: evaluate_on(model, images, config, CPU).accuracy for name, model in models.items()}
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
-from tiny import a_vit, settings, some_images
+from tiny import a_vit, same, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr.common.errors import ModelError
@@ -105,7 +105,7 @@ def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
     again, other = initial_weights(wanted, 0), initial_weights(wanted, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(first) == list(again)
-    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert same(first, again)
     assert not torch.equal(first["patch_embed.proj.weight"], other["patch_embed.proj.weight"])
     assert not torch.equal(first["pos_embed"], other["pos_embed"])
 
@@ -129,34 +129,37 @@ def test_positions_of_a_file_are_resampled(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[key], there[key]) for key in there if key != "pos_embed")
 
 
-def test_a_file_that_fits_is_loaded_whole(tmp_path: Path) -> None:
-    path, there = weights_file(tmp_path)
-    loaded = initial_weights(model(weights=str(path)), 0)
-    assert all(torch.equal(loaded[key], there[key]) for key in there)
-
-
-def test_a_head_of_other_classes_stays_as_drawn(tmp_path: Path) -> None:
-    path, there = weights_file(tmp_path, num_classes=7)
+@pytest.mark.parametrize("classes", [7, 0])
+def test_without_a_head_of_these_classes_it_stays_as_drawn(tmp_path: Path, classes: int) -> None:
+    path, there = weights_file(tmp_path, num_classes=classes or 10)
+    if not classes:
+        save_file({key: tensor for key, tensor in there.items() if not key.startswith("head.")}, path)
     loaded = initial_weights(model(weights=str(path)), 3)
     fresh = initial_weights(model(), 3)
     for key, tensor in loaded.items():
         assert torch.equal(tensor, fresh[key] if key.startswith("head.") else there[key]), key
 
 
-def test_a_file_without_a_head_keeps_the_drawn_one(tmp_path: Path) -> None:
-    path, there = weights_file(tmp_path)
-    save_file({key: tensor for key, tensor in there.items() if not key.startswith("head.")}, path)
-    loaded = initial_weights(model(weights=str(path)), 3)
-    assert torch.equal(loaded["head.weight"], initial_weights(model(), 3)["head.weight"])
-    assert torch.equal(loaded["cls_token"], there["cls_token"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deit_tiny_patch16_224", r"cannot fetch .*'deit_tiny_patch16_224'.*safetensors file"),  # without a network
+        ("small", r"there are none for model\.name = 'small'"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_an_error_with_a_fix(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as refused:
+        initial_weights(model(name=name, img_size=32, patch_size=16, in_chans=3, weights="timm"), 0)
+    assert "\n" not in str(refused.value)
 
 
-def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+def test_a_file_that_fits_is_loaded_whole_and_half_precision_becomes_float32(tmp_path: Path) -> None:
     path, there = weights_file(tmp_path)
+    assert same(initial_weights(model(weights=str(path)), 0), there)
     save_file({key: tensor.half() for key, tensor in there.items()}, path)
     loaded = initial_weights(model(weights=str(path)), 0)
+    assert same(loaded, {key: tensor.half().float() for key, tensor in there.items()})
     assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
-    assert torch.equal(loaded["cls_token"], there["cls_token"].half().float())
 
 
 def test_colour_weights_serve_grey_images(tmp_path: Path) -> None:
@@ -201,7 +204,7 @@ def test_a_wrappers_prefix_is_left_out_with_a_line(
     save_file(renamed | other, path)
     with caplog.at_level("INFO", logger="fedmitr"):
         loaded = initial_weights(model(weights=str(path)), 0)
-    assert all(torch.equal(loaded[key], there[key]) for key in there)
+    assert same(loaded, there)
     assert f"begin with '{prefix}', which is left out" in caplog.text
 
 
@@ -261,19 +264,7 @@ def test_the_command_for_a_pytorch_file_converts_it(tmp_path: Path) -> None:
         command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path, timeout=120
     )
     loaded = initial_weights(model(weights=str(tmp_path / "x.safetensors")), 0)
-    assert all(torch.equal(loaded[key], there[key]) for key in there)
-
-
-def test_without_a_network_the_hub_is_an_error_with_a_fix() -> None:
-    wanted = model(name="deit_tiny_patch16_224", img_size=32, patch_size=16, in_chans=3, weights="timm")
-    with pytest.raises(ModelError, match=r"cannot fetch .*'deit_tiny_patch16_224'.*safetensors file") as refused:
-        initial_weights(wanted, 0)
-    assert "\n" not in str(refused.value)
-
-
-def test_the_small_model_has_no_weights_on_the_hub() -> None:
-    with pytest.raises(ModelError, match=r"there are none for model\.name = 'small'"):
-        initial_weights(model(weights="timm"), 0)
+    assert same(loaded, there)
 
 
 @torch.no_grad()

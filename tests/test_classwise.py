@@ -5,15 +5,12 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import a_vit, an_upload, settings, some_images
+from tiny import a_vit, an_upload, fused, settings, some_images
 from torch import Tensor
 
-from fedmitr_flwr import methods
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.merging.classwise import merge_heads
-from fedmitr_flwr.methods import feddf
-from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.vit.build import vit_of
 
 CONFIG = settings()
@@ -59,26 +56,22 @@ def test_each_class_has_the_row_of_who_knows_it() -> None:
     assert not student.head.weight[2:].any()
     torch.testing.assert_close(student.head.bias[:2], scale * torch.tensor([0.5, 0.25]))
     torch.testing.assert_close(student(IMAGES)[:, :2], logits * scale)
+    for name, tensor in body.state_dict().items():
+        assert name.startswith("head") or torch.equal(student.state_dict()[name], tensor), name
 
 
-def test_weights_of_a_class_need_not_sum_to_one() -> None:
-    teachers = [a_vit(CONFIG, seed) for seed in range(2)]
-    weights_KY = torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(0))
-    student, other = merged(teachers, weights_KY), merged(teachers, 3 * weights_KY)
-    torch.testing.assert_close(student.head.weight, other.head.weight)
-    torch.testing.assert_close(student.head.bias, other.head.bias)
-
-
-def test_what_moves_all_logits_of_a_client_alike_changes_nothing() -> None:
-    teachers = [a_vit(CONFIG, seed) for seed in range(2)]
-    weights_KY = torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(0))
-    before = merged(teachers, weights_KY)
+def test_what_changes_nothing() -> None:
+    """A factor of all weights, a teacher of frozen features, and what moves all logits of a client alike."""
+    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
+    weights_KY = torch.rand(3, CLASSES, generator=torch.Generator().manual_seed(0))
+    before = merged(teachers[:2], weights_KY[:2])
+    others = [merged(teachers[:2], 3 * weights_KY[:2]), merged(teachers, weights_KY, silent=1)]
     with torch.no_grad():
         teachers[0].head.weight += torch.randn(CONFIG.model.width, generator=torch.Generator().manual_seed(1))
         teachers[0].head.bias += 7
-    after = merged(teachers, weights_KY)
-    torch.testing.assert_close(before.head.weight, after.head.weight, rtol=0, atol=1e-5)
-    torch.testing.assert_close(before.head.bias, after.head.bias, rtol=0, atol=1e-5)
+    for after in (*others, merged(teachers[:2], weights_KY[:2])):
+        torch.testing.assert_close(before.head.weight, after.head.weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(before.head.bias, after.head.bias, rtol=0, atol=1e-5)
 
 
 def test_all_classes_vary_alike_in_the_directions_of_the_average_where_all_weigh_alike() -> None:
@@ -101,47 +94,18 @@ def test_how_loud_a_client_is_in_a_class_of_its_own_does_not_matter() -> None:
     torch.testing.assert_close(after / after.norm(), before / before.norm())
 
 
-def test_a_teacher_of_frozen_features_has_no_part() -> None:
-    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
-    weights_KY = torch.rand(3, CLASSES, generator=torch.Generator().manual_seed(0))
-    with_it, without = merged(teachers, weights_KY, silent=1), merged(teachers[:2], weights_KY[:2])
-    torch.testing.assert_close(with_it.head.weight, without.head.weight)
-
-
-def test_the_body_is_left_where_it_is() -> None:
-    student, untouched = merged([a_vit(CONFIG, 0)], torch.ones(1, CLASSES)), a_vit(CONFIG, 9)
-    for name, tensor in untouched.state_dict().items():
-        assert name.startswith("head") or torch.equal(student.state_dict()[name], tensor), name
-
-
-def fused(**changes: object) -> tuple[Fused, list[dict[str, Any]]]:
-    config = settings(**{"distill.rounds": 2, **changes})
-    metrics: list[dict[str, Any]] = []
-    uploads = [an_upload(config, client, 10 + client) for client in range(2)]
-    job = Job(uploads, config, torch.device("cpu"), lambda **values: metrics.append(values))
-    with torch.enable_grad():
-        return methods.load("fedmitr").fuse(job), metrics
-
-
 @pytest.mark.parametrize("extrapolate", [1.0, 0.0, 1.5])
 def test_fedmitr_starts_from_it_once_there_are_images(extrapolate: float) -> None:
     """At no rate to speak of the student that comes back is its start: the average's body, moved or not, this head."""
-    told, metrics = fused(**{"distill.init": "classwise", "distill.extrapolate": extrapolate, "distill.lr": 1e-12})
+    changes = {"distill.init": "classwise", "distill.extrapolate": extrapolate, "distill.lr": 1e-12}
+    uploads, metrics = [an_upload(CONFIG, client, 10 + client) for client in range(2)], list[dict[str, Any]]()
+    told = fused(settings(**changes, **{"distill.rounds": 2}), uploads, metrics)
     (line,) = [line for line in metrics if line["stage"] == "start"]
     assert ("extrapolate" in line) == (extrapolate == 0)
     assert {"likeness", "likeness_of_average"} <= set(line)
-    assert told.weights is not None
-    assert told.pool is not None
     student = vit_of(CONFIG.model, told.weights)
     spread = student(told.pool.images[: CONFIG.distill.images_per_round]).std(0, correction=0)
     torch.testing.assert_close(spread, spread.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
-    mean = average([an_upload(CONFIG, client, 10 + client) for client in range(2)])
+    mean = average(uploads)
     same = torch.allclose(told.weights["blocks.0.mlp.fc1.weight"], mean["blocks.0.mlp.fc1.weight"], atol=1e-6)
     assert same == (extrapolate == 1 or line.get("extrapolate") == 1)
-
-
-def test_feddf_has_no_images_to_start_from_it() -> None:
-    config = settings(method="feddf", **{"data.proxy": 0.1, "distill.init": "classwise"})
-    feddf.check(config)
-    assert methods.in_force(config).distill.init == "average"
-    assert feddf.settings(settings(**{"distill.init": "initial"})).distill.init == "initial"

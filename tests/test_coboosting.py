@@ -4,20 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import an_upload, settings
+from tiny import fused, settings
 from torch.nn import functional as F
 
-from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble import ensemble as ensemble_module
 from fedmitr_flwr.ensemble.ensemble import combine_answers
 from fedmitr_flwr.methods import coboosting as module
 from fedmitr_flwr.methods.coboosting import learn, moved, slope
-from fedmitr_flwr.methods.contract import Fused, Job
-from fedmitr_flwr.uploads.upload import Upload
 
-CPU = torch.device("cpu")
 WAYS = ("logits", "probs")
 
 
@@ -99,9 +94,9 @@ def _batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
 
 
-def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs", r: int = 0) -> torch.Tensor:
+def learned(answers: torch.Tensor, targets: torch.Tensor, combine: str = "probs") -> torch.Tensor:
     weights = torch.full((len(answers),), 1 / len(answers))
-    return learn(answers, targets, weights, combine, r, stream(0))
+    return learn(answers, targets, weights, combine, 0, stream(0))
 
 
 def experts(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,33 +116,10 @@ def test_steps_add_up_to_the_one_who_is_right(combine: str) -> None:
     assert learned(*experts(600), combine)[2] == 0
 
 
-@pytest.mark.usefixtures("_batches_of_four")
-def test_steps_get_shorter_with_the_rounds() -> None:
-    """Five of 0.01 · 0.99¹⁰⁰."""
-    assert learned(*experts(), r=100)[0].item() == pytest.approx(1 / 3 + 0.05 * 0.99**100)
-
-
 def test_equal_teachers_keep_equal_weights() -> None:
     answers, targets = experts(400)
     twins = answers[:1].expand(4, -1, -1)
     assert torch.equal(learned(twins, targets), torch.full((4,), 1 / 4).double())
-
-
-def test_same_stream_same_weights() -> None:
-    rng = stream(5)
-    answers, targets = torch.randn(3, 30, 4, generator=rng), torch.randint(4, (30,), generator=rng)
-    assert torch.equal(learned(answers, targets), learned(answers, targets))
-    assert torch.equal(learned(answers, targets), learned(answers.float(), targets))
-
-
-def uploads_of(config: Config) -> list[Upload]:
-    return [an_upload(config, client, 10 + 20 * client) for client in range(2)]
-
-
-def fused(log: list[dict[str, Any]] | None = None, **changes: object) -> Fused:
-    config = settings(**{"method": "coboosting", "distill.rounds": 3} | changes)
-    lines: list[dict[str, Any]] = [] if log is None else log
-    return methods.fuse(Job(uploads_of(config), config, CPU, lambda **values: lines.append(values)))
 
 
 def test_weights_are_learned_on_from_sizes_by_a_step_that_decays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +127,7 @@ def test_weights_are_learned_on_from_sizes_by_a_step_that_decays(monkeypatch: py
     monkeypatch.setattr(module, "STEP", 0.1)
     monkeypatch.setattr(module, "DECAY", 0.5)
     log: list[dict[str, Any]] = []
-    made = fused(log)
-    assert made.pool is not None
-    assert made.ensemble is not None
+    made = fused(settings(method="coboosting", **{"distill.rounds": 3}), lines=log)
     answers, wanted = made.ensemble.answers(made.pool.images).double(), torch.tensor([0.25, 0.75]).double()
     lines = [line for line in log if line["stage"] == "weights"]
     assert [line["round"] for line in lines] == [0, 1, 2]
@@ -173,6 +143,5 @@ def test_weights_are_learned_on_from_sizes_by_a_step_that_decays(monkeypatch: py
 def test_without_a_step_the_weights_are_those_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP", 0.0)
     for start, wanted in (("size", [0.25, 0.75]), ("estimated", [0.25, 0.75]), ("uniform", [0.5, 0.5])):
-        made = fused(**{"ensemble.weights": start, "distill.rounds": 1})
-        assert made.ensemble is not None
+        made = fused(settings(method="coboosting", **{"ensemble.weights": start}))
         assert made.ensemble.weights[:, 0].tolist() == pytest.approx(wanted)

@@ -1,21 +1,18 @@
 """Inversion: what is returned is what was optimised, halted pixels rest, the alive set shrinks as the settings say."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import a_vit, an_ensemble, settings, some_images
+from tiny import an_ensemble, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr.common.compute import whole_float32
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.ensemble.routing import everyone
 from fedmitr_flwr.inversion import invert as module
 from fedmitr_flwr.inversion import trajectory
 from fedmitr_flwr.inversion.invert import Pixels, alive_counts, halting_steps, invert
@@ -71,7 +68,7 @@ def inverted(
 
 def a_trajectory(ensemble: Ensemble, start: Tensor, targets: Tensor) -> Trajectory:
     limits = (torch.tensor([-1.0]), torch.tensor([1.0]))
-    return Trajectory(ensemble, start, targets, everyone(ensemble.weights), limits, False, stream(0), 0.25)
+    return Trajectory(ensemble, start, targets, settings().inversion, limits, False, stream(0), 0.25)
 
 
 def loss_of(ensemble: Ensemble, images: Tensor, positions: Tensor, targets: Tensor, tv: float) -> Tensor:
@@ -108,28 +105,10 @@ def halts(monkeypatch: pytest.MonkeyPatch) -> list[Halt]:
     return seen
 
 
-@contextmanager
-def token_count(ensemble: Ensemble) -> Iterator[list[int]]:
-    """Tokens that enter the first block of the first teacher, one entry per forward."""
-    seen: list[int] = []
-    hook = (
-        ensemble.teachers[0]
-        .blocks[0]
-        .register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[0] * inputs[0].shape[1]))
-    )
-    yield seen
-    hook.remove()
-
-
-def test_smis_schedule() -> None:
-    config = settings(**{"inversion.steps": 4000, "inversion.stops": SMI}).inversion
-    assert halting_steps(config) == [50, 100, 200, 300]
-    assert alive_counts(196, config) == [196, 137, 95, 66, 46]
-
-
 @pytest.mark.parametrize(
     ("steps", "stops", "wanted"),
     [
+        (4000, SMI, [50, 100, 200, 300]),  # as in its paper
         (100, "", []),
         (100, SMI, [1, 2, 5, 8]),  # 1.25, 2.5 (to even), 5, 7.5 (to even)
         (10, SMI, [1, 2, 3, 4]),  # at least one step apart
@@ -140,26 +119,24 @@ def test_smis_schedule() -> None:
     ],
 )
 def test_halting_steps(steps: int, stops: str, wanted: list[int]) -> None:
-    config = settings(**{"inversion.mode": "sparse", "inversion.steps": steps, "inversion.stops": stops}).inversion
+    config = still(steps=steps, stops=stops).inversion
     assert halting_steps(config) == wanted
-    assert len(alive_counts(16, config)) == len(wanted) + 1
+    assert alive_counts(196, config) == [196, 137, 95, 66, 46][: len(wanted) + 1]  # SMI's
 
 
 @pytest.mark.parametrize(
-    ("drop", "patches", "wanted"),
+    ("share", "patches", "wanted"),
     [
         (0.3, 10, [10, 7, 4]),  # 4.9 is 4
         (0.8, 10, [10, 2, 1]),  # 10 · (1 - 0.8) is 1.999... in floating point
         (0.0, 10, [10, 10, 10]),
         (0.99, 10, [10, 1, 1]),  # never none
-        (0.5, 16, [16, 8, 4]),
         (0.9, 1, [1, 1, 1]),
     ],
 )
-def test_alive_counts(drop: float, patches: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DROP", drop)
-    config = settings(**{"inversion.steps": 10, "inversion.stops": "0.3,0.5"}).inversion
-    assert alive_counts(patches, config) == wanted
+def test_alive_counts(share: float, patches: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DROP", share)
+    assert alive_counts(patches, still(steps=10, stops="0.3,0.5").inversion) == wanted
 
 
 @given(
@@ -179,32 +156,25 @@ def test_any_schedule_rises_and_any_count_falls(steps: int, stops: list[float], 
     assert counts[-1] >= 1
 
 
-def test_each_stop_keeps_the_most_important_alive_patches(halts: list[Halt]) -> None:
-    result = inverted(still())
+def test_each_stop_keeps_the_most_important_alive_patches_and_halted_ones_never_move_again(halts: list[Halt]) -> None:
+    result = inverted(still(), lr=0.5)
     assert [halt.before.shape[1] for halt in halts] == [16, 11]
     assert [halt.after.shape[1] for halt in halts] == [11, 7]
+    patches = patchify(result.images, 2)
     for halt in halts:
-        for importance, before, after in zip(*halt[:3], strict=True):
+        for image, (importance, before, after, then) in enumerate(zip(*halt, strict=True)):
             best = before[importance.argsort(descending=True)[: len(after)]]
             assert set(after.tolist()) == set(best.tolist()) <= set(before.tolist())
+            by_position = dict(zip(before.tolist(), then, strict=True))
+            gone = by_position.keys() - set(after.tolist())
+            assert all(torch.equal(patches[image, position], by_position[position]) for position in gone)
+            stays = positions_of(result.alive)[image].tolist()
+            assert all((patches[image, position] != by_position[position]).any() for position in stays)
     assert torch.equal(halts[1].before, halts[0].after)
     assert torch.equal(positions_of(result.alive), halts[1].after.sort(1).values)
     assert result.alive.sum(1).tolist() == [7, 7, 7]
     assert torch.equal(result.dense, result.alive)
     assert torch.equal(result.positions, torch.arange(16).expand(3, -1))
-
-
-def test_halted_pixels_never_move_again(halts: list[Halt]) -> None:
-    result = inverted(still(), lr=0.5)
-    patches = patchify(result.images, 2)
-    for halt in halts:
-        for image in range(3):
-            then = dict(zip(halt.before[image].tolist(), halt.patches[image], strict=True))  # by position
-            gone = set(then) - set(halt.after[image].tolist())
-            assert gone
-            assert all(torch.equal(patches[image, position], then[position]) for position in gone)
-            stays = positions_of(result.alive)[image].tolist()
-            assert all((patches[image, position] != then[position]).any() for position in stays)
 
 
 def test_adam_remembers_the_kept_pixels() -> None:
@@ -223,18 +193,6 @@ def test_adam_remembers_the_kept_pixels() -> None:
     run.step()
     assert kept["step"] == 4
     assert memory["step"] == 3
-
-
-@pytest.mark.parametrize("mode", ["dense", "sparse", "pri4"])
-def test_only_the_settings_and_the_seed_decide(mode: str) -> None:
-    config = settings(**{"inversion.mode": mode})
-    torch.manual_seed(1)
-    first = inverted(config, flip=True, rng=stream(5))
-    torch.manual_seed(2)
-    again, other = (inverted(config, flip=True, rng=stream(seed)) for seed in (5, 6))
-    for name in ("patches", "positions", "dense", "alive", "targets", "loss"):
-        assert torch.equal(getattr(first, name), getattr(again, name)), name
-    assert not torch.equal(first.images, other.images)
 
 
 def test_sparse_without_stops_is_dense() -> None:
@@ -282,15 +240,10 @@ def test_the_returned_image_is_the_best_and_has_the_returned_loss(mode: str, mon
     ensemble = an_ensemble(config)
     late = 0
     for seed in range(6):
-        losses: list[float] = []
-        shares: list[float] = []
-
-        def on_step(loss: float, alive: float, losses: list[float] = losses, shares: list[float] = shares) -> None:
-            losses.append(loss)
-            shares.append(alive)
-
-        one = inverted(config, TARGETS[:1], rng=stream(seed), ensemble=ensemble, on_step=on_step, lr=0.8)
-        assert len(losses) == 20
+        steps: list[tuple[float, float]] = []
+        once = {"rng": stream(seed), "ensemble": ensemble, "on_step": lambda *step: steps.append(step)}  # noqa: B023
+        one = inverted(config, TARGETS[:1], lr=0.8, **once)
+        losses, shares = map(list, zip(*steps, strict=True))
         assert shares == ([1.0] * 20 if mode == "dense" else [1.0] * 5 + [11 / 16] * 5 + [7 / 16] * 10)
         last_stage = losses if mode == "dense" else losses[10:]
         again = loss_of(ensemble, one.images, positions_of(one.alive), one.targets, tv=0.01)
@@ -328,20 +281,6 @@ def test_total_variation_of_four_pixels() -> None:
     patches = patchify(torch.tensor([[[[0.0, 3.0], [4.0, 0.0]]]]), 1)
     value, _ = AliveVariation(patches, all_positions(patches), 1)(patches)
     assert value.item() == pytest.approx(11.0, abs=1e-5)
-
-
-def test_a_constant_image_has_no_variation_and_no_gradient() -> None:
-    patches = patchify(torch.full((1, 1, 4, 4), 0.5), 2)
-    value, gradient = AliveVariation(patches, all_positions(patches), 2)(patches)
-    assert value.item() == pytest.approx(0, abs=1e-5)
-    assert (gradient == 0).all()
-
-
-def test_the_prior_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    rough = inverted(still(mode="dense", steps=20))
-    monkeypatch.setattr(trajectory, "TV", 1.0)
-    flat = inverted(still(mode="dense", steps=20))
-    assert total_variation(flat.images).mean() < 0.7 * total_variation(rough.images).mean()
 
 
 @pytest.mark.parametrize(
@@ -394,7 +333,10 @@ def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(
     halts: list[Halt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "REBIRTHS", 3)
-    result = inverted(still(mode="pri4"))  # 3 of 5 patches; one is left over
+    shares: list[float] = []
+    result = inverted(still(mode="pri4"), on_step=lambda _loss, alive: shares.append(alive))
+    assert shares == [1.0] * 2 + [11 / 16] * 3 + [6 / 16] * 3  # 8 steps in 3 rebirths: after 2, 5 and 8
+    # 3 of 5 patches; one is left over
     assert [halt.before.shape[1] for halt in halts] == [16, 11, 6]
     assert [halt.after.shape[1] for halt in halts] == [11, 6, 1]
     patches = patchify(result.images, 2)
@@ -416,18 +358,6 @@ def test_a_finished_rebirth_looks_as_it_was_optimised(monkeypatch: pytest.Monkey
     for _ in range(config.inversion.steps):
         run.step()
     assert torch.equal(patchify(reborn.images, 2), run.alive_BKE)
-
-
-def test_sparse_costs_what_its_schedule_says_and_less_than_dense() -> None:
-    ensemble = an_ensemble(settings())
-    with token_count(ensemble) as dense:
-        inverted(settings(**{"inversion.mode": "dense"}), ensemble=ensemble)
-    with token_count(ensemble) as sparse:
-        inverted(settings(), ensemble=ensemble)
-    # 8 steps, stops after 2 and 4; 3 images; [CLS] and the alive patches; one look at each stop, or at the end.
-    assert dense == [3 * 17] * 9
-    assert sparse == [3 * 17] * 3 + [3 * 12] * 3 + [3 * 8] * 4
-    assert sum(sparse) < 0.8 * sum(dense)
 
 
 def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,45 +382,6 @@ def test_the_start_is_noise_within_the_limits() -> None:
     drawn = torch.randn(3, 1, 8, 8, generator=stream(0))
     assert drawn.abs().max() > 1
     assert torch.equal(result.images, drawn.clamp(-1, 1))
-
-
-def test_an_images_gradient_does_not_depend_on_its_batch() -> None:
-    config = still()
-    ensemble, images = an_ensemble(config), some_images(config, 3)
-    gradients = []
-    for rows in (slice(0, 3), slice(1, 2)):
-        run = a_trajectory(ensemble, images[rows], TARGETS[rows])
-        run.step()
-        gradients.append(run.alive_BKE.grad)
-    torch.testing.assert_close(gradients[0][1], gradients[1][0])
-
-
-def test_the_teachers_do_not_change() -> None:
-    config = settings()
-    ensemble = an_ensemble(config)
-    before = [parameter.clone() for parameter in ensemble.parameters()]
-    inverted(config, ensemble=ensemble)
-    assert all(torch.equal(old, new) for old, new in zip(before, ensemble.parameters(), strict=True))
-    assert all(parameter.grad is None for parameter in ensemble.parameters())
-
-
-def test_one_teacher_is_inverted_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K = 1: the same images whichever way answers are combined."""
-    monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble.TEMPERATURE", 1.0)
-    config = still(mode="dense")
-    vit = a_vit(config, 0)
-    images = [
-        inverted(config, ensemble=Ensemble([vit], torch.ones(1, 10), combine)).images for combine in ("logits", "probs")
-    ]
-    torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)
-
-
-def test_a_rebirth_more_or_less_costs_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 steps in 3 rebirths: after 2, 5 and 8."""
-    monkeypatch.setattr(module, "REBIRTHS", 3)
-    seen: list[float] = []
-    inverted(still(mode="pri4"), on_step=lambda _loss, alive: seen.append(alive))
-    assert seen == [1.0] * 2 + [11 / 16] * 3 + [6 / 16] * 3
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse", "pri4"])

@@ -88,7 +88,7 @@ def test_a_last_block_for_cls_alone_costs_what_torch_counts() -> None:
     assert shape.step_flops(16, cls_only=False) - shape.step_flops(16) == whole + whole_back - cls - cls_back
 
 
-@pytest.mark.parametrize("mode", ["dense", "pri4"])
+@pytest.mark.parametrize("mode", ["dense", "sparse", "pri4"])
 def test_the_engine_does_what_is_counted(mode: str) -> None:
     """Two teachers, three images: what more steps cost, torch's counter against ours. Importance drops out."""
     tiny = {"model.name": "small", "model.img-size": 16, "model.patch-size": 4, "model.in-chans": 3}

@@ -10,6 +10,8 @@ from torch import nn
 from fedmitr_flwr.vit import optim
 from fedmitr_flwr.vit.optim import Stepper, client_stepper
 
+every = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,7 @@ def test_a_step_of_muon_is_orthogonal_and_has_the_size_of_adamw(scale: float) ->
     assert bias.tolist() == pytest.approx([-0.01] * 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@every
 def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> None:
     parameter = a_parameter(1.0)
     stepper = Stepper([parameter], optimizer, 0.5, total_steps=8)
@@ -72,7 +74,7 @@ def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> Non
     assert parameter.item() == at_the_end
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@every
 def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.5)
     vit = a_vit(settings(), 0)
@@ -86,15 +88,7 @@ def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str, mo
         torch.testing.assert_close(parameter.data, wanted, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-def test_every_parameter_is_in_one_group(optimizer: str) -> None:
-    vit = a_vit(settings(), 0)
-    optimizers = Stepper(vit.parameters(), optimizer, 0.5, total_steps=1).optimizers
-    members = [id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]]
-    assert sorted(members) == sorted(map(id, vit.parameters()))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@every
 @pytest.mark.parametrize(("head_lr", "head_step"), [(0.5, 0.5), (0.01, 0.01)])
 def test_a_head_may_learn_at_a_rate_of_its_own(optimizer: str, head_lr: float, head_step: float) -> None:
     """Every gradient is 1: the first step of SGD and of AdamW is the rate. By the body's the head is of it."""
@@ -127,15 +121,7 @@ def test_gradients_are_clipped_by_their_common_norm(
     assert [first.item(), second.item()] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_gradients_of_earlier_steps_are_forgotten() -> None:
-    parameter = a_parameter(0.0)
-    stepper = Stepper([parameter], "sgd", 0.5, total_steps=2)
-    stepper.step(parameter.sum())
-    stepper.step(parameter.sum())
-    assert parameter.grad.item() == 1.0
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@every
 @pytest.mark.parametrize("done", [0, 1, 3, 6])
 def test_a_restored_stepper_goes_on_in_the_same_bits(
     optimizer: str, done: int, monkeypatch: pytest.MonkeyPatch

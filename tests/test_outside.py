@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings, some_images
+from tiny import a_vit, an_upload, fused, same, settings, some_images
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
@@ -18,7 +18,6 @@ from fedmitr_flwr.common.fingerprint import of_method
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.trajectory import prior_named
-from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.tokens import all_positions, patchify, take
 
@@ -68,8 +67,7 @@ def test_a_file_anywhere_is_a_method(
     assert folder.read_result()["method"] == str(first)
     assert folder.read_result()["core"] == of_method(str(first))
     wanted, model = folder.load_uploads()[0].weights, load_tensors(folder.model_path)[0]
-    assert model.keys() == wanted.keys()
-    assert all(torch.equal(model[name], tensor) for name, tensor in wanted.items())
+    assert same(model, wanted)
     monkeypatch.chdir(tmp_path)
     assert main(["fuse", str(path), "--method", "first.py"]) == 0
     assert (path / "fused" / "first-1" / "result.json").exists()
@@ -135,17 +133,15 @@ def test_a_file_is_a_rule_of_the_ensemble(tmp_path: Path) -> None:
     """The product of two experts, by hand; and what it teaches of whole images is what it decides."""
     (tmp_path / "product.py").write_text(RULE)
     config = settings(**{"ensemble.combine": str(tmp_path / "product.py")})
-    ensemble = Ensemble.of([an_upload(config, 0), an_upload(config, 1)], config.model, config.ensemble)
+    uploads = [an_upload(config, client) for client in range(2)]
+    ensemble = Ensemble.of(uploads, config.model, config.ensemble, config.ensemble.combine)
     images = some_images(config, 3)
     with torch.no_grad():
         first, second = (a_vit(config, client)(images).softmax(1) for client in range(2))
         wanted = first ** ensemble.weights[0] * second ** ensemble.weights[1]
         torch.testing.assert_close(ensemble(images).softmax(1), wanted / wanted.sum(1, keepdim=True))
-        teaching = Ensemble.of(
-            [an_upload(config, 0), an_upload(config, 1)], config.model, config.ensemble, config.ensemble.combine
-        )
         patches = patchify(images, config.model.patch_size)
-        taught = teaching.scores(patches, all_positions(patches)).cls
+        taught = ensemble.scores(patches, all_positions(patches)).cls
     torch.testing.assert_close(taught, ensemble(images))
 
 
@@ -158,13 +154,9 @@ def test_a_file_is_a_prior_of_the_images(tmp_path: Path) -> None:
     loss, slope = prior_named(path)(canvas, alive, 1)(take(canvas, alive))
     torch.testing.assert_close(loss, 2 * canvas.square().flatten(1).sum(1))
     torch.testing.assert_close(slope, 4 * take(canvas, alive))
-    pools = []
-    for prior in ("tv", path):
-        config = settings(method="fedmitr", **{"inversion.prior": prior, "inversion.steps": 30})
-        uploads = [an_upload(config, client) for client in range(2)]
-        pools.append(methods.fuse(Job(uploads, config, torch.device("cpu"), lambda **_: None)).pool)
-    plain, grey = (pool.images.square().mean() for pool in pools if pool is not None)
-    assert grey < plain
+    long = {"inversion.steps": 30}
+    plain, grey = (fused(settings(**long, **{"inversion.prior": prior})).pool.images for prior in ("tv", path))
+    assert grey.square().mean() < plain.square().mean()
 
 
 @pytest.mark.parametrize(

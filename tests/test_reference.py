@@ -1,6 +1,7 @@
 """Reference lines: heads on frozen features, FedDF's real images, and all images in one place."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny import Sgd, an_upload, settings, small, some_images
+from tiny import Sgd, fused, same, settings, small, some_images
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.central import train_centrally
@@ -26,16 +27,12 @@ from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.proxy import proxy_pixels
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
-from fedmitr_flwr.merging.average import average
-from fedmitr_flwr.merging.closed_form import frozen_weights, teachers_of
+from fedmitr_flwr.merging.closed_form import teachers_of
 from fedmitr_flwr.methods import feddf
-from fedmitr_flwr.methods import load as load_method
-from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.methods.contract import Fused
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics import heads
-from fedmitr_flwr.statistics.heads import Head
 from fedmitr_flwr.statistics.moments import frozen_features
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
@@ -54,25 +51,16 @@ def uploads_of(config: Config) -> list[Upload]:
 
 
 @torch.enable_grad()
-def fused(config: Config, uploads: list[Upload] | None = None) -> Fused:
-    job = Job(uploads or uploads_of(config), config, CPU, lambda **_: None)
-    return load_method(config.method).fuse(job)
-
-
-@pytest.mark.parametrize("method", ["lda", "ridge"])
-def test_closed_forms_do_not_depend_on_the_partition(method: str) -> None:
-    """Up to float32 in the features, which are computed in other batches."""
-    by_class = {"partition.scheme": "classes-per-client", "partition.clients": 5, "partition.min-size": 1}
-    few, many = (fused(with_statistics(method=method, **changes)) for changes in ({}, by_class))
-    for name, tensor in few.weights.items():
-        torch.testing.assert_close(many.weights[name], tensor, rtol=1e-4, atol=1e-4)
+def made_by(config: Config, uploads: Sequence[Upload] = ()) -> Fused:
+    """By clients that trained."""
+    return fused(config, uploads or uploads_of(config))
 
 
 @torch.no_grad()
 def test_lda_is_scikit_learns_on_all_clients_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "oas", lambda _: 0.2)
     config = with_statistics(method="lda")
-    made = fused(config)
+    made = made_by(config)
     shares = [client_images(config, client)[0] for client in range(2)]
     images = Images(torch.cat([share.pixels for share in shares]), torch.cat([share.labels for share in shares]))
     start = build_vit(config.model)
@@ -88,7 +76,7 @@ def test_lda_is_scikit_learns_on_all_clients_features(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("method", ["lda", "ridge", "fedpft"])
 def test_a_head_on_the_public_start_is_one_model_that_can_be_saved(method: str) -> None:
     config = with_statistics(method=method)
-    made = fused(config)
+    made = made_by(config)
     start = initial_weights(config.model, config.seed)
     assert made.weights.keys() == start.keys()
     changed = {name for name, tensor in start.items() if not torch.equal(made.weights[name], tensor)}
@@ -97,14 +85,8 @@ def test_a_head_on_the_public_start_is_one_model_that_can_be_saved(method: str) 
     vit.load_state_dict(made.weights)
     images = some_images(config, 4)
     assert torch.equal(vit(images), made.predict(images))
-    again = fused(config)
-    assert all(torch.equal(again.weights[name], tensor) for name, tensor in made.weights.items())
-
-
-def test_without_statistics_the_uploads_are_the_teachers() -> None:
-    config = settings()
-    uploads = uploads_of(config)
-    assert teachers_of(uploads, config) == uploads
+    again = made_by(config)
+    assert same(again.weights, made.weights)
 
 
 @pytest.mark.parametrize(("statistics", "teach", "silent"), [(True, "probs", 1), (False, "logits", 0)])
@@ -116,7 +98,7 @@ def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(
     uploads, lines = uploads_of(config), list[dict[str, Any]]()
     ensemble = Weigher(uploads, config, CPU).ensemble
     assert (ensemble.teach, ensemble.silent) == (teach, silent)
-    load_method("fedmitr").fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
+    fused(config, uploads, lines)
     parts = [line for line in lines if line["stage"] == "distillation"]
     assert all(0 < line["low"] < 5 and 0 < line["kd"] < 10 for line in parts)
 
@@ -131,24 +113,11 @@ def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(monkeyp
     assert frozen.num_examples == sum(upload.num_examples for upload in uploads)
     assert frozen.class_counts == tuple(map(sum, zip(*(upload.class_counts for upload in uploads), strict=True)))
     images = some_images(config, 6)
-    model = fused(Config.from_flat({"method": "lda"}, config), uploads).predict
+    model = made_by(Config.from_flat({"method": "lda"}, config), uploads).predict
     given = scouted_ensemble(uploads, config, CPU)(images).softmax(1)
     without = Config.from_flat({"upload.extras": ""}, config)
     clients = scouted_ensemble(uploads, without, CPU)(images).softmax(1)
     torch.testing.assert_close(given, (clients + model(images).softmax(1)) / 2)
-
-
-@torch.no_grad()
-def test_every_ensemble_has_the_same_teachers() -> None:
-    """FedMITR's, the method `ensemble`'s and that of the tables."""
-    config = with_statistics(**{"ensemble.combine": "probs"})
-    uploads = uploads_of(config)
-    images = some_images(config, 3)
-    wanted = Ensemble.of(teachers_of(uploads, config), config.model, config.ensemble)(images)
-    for method in ("fedmitr", "ensemble"):
-        made = fused(Config.from_flat({"method": method}, config), uploads)
-        torch.testing.assert_close(made.ensemble(images), wanted)
-        assert len(made.ensemble.teachers) == 3
 
 
 def test_counts_can_be_weights_where_statistics_tell_them() -> None:
@@ -247,37 +216,31 @@ def test_feddf_with_the_ensemble_already_followed_stays_where_it_is(monkeypatch:
     monkeypatch.setattr(feddf, "student_stepper", lambda vit, _, steps: Sgd(vit, 0.01, steps))
     config = proxy_settings()
     (upload, _) = uploads_of(config)
-    made = fused(config, [upload])
+    made = made_by(config, [upload])
     for name, tensor in upload.weights.items():
         torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_feddf_comes_closer_to_the_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feddf, "PASSES", 6)
-    config = proxy_settings(**{"distill.lr": 3e-3, "data.train-limit": 600})
-    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]  # unlike each other
     lines: list[dict[str, Any]] = []
-    made = feddf.fuse(Job(uploads, config, CPU, lambda **values: lines.append(values)))
-    start = build_vit(config.model)
-    start.load_state_dict(average(uploads))
-    pixels = proxy_pixels(config)
-    still = Config.from_flat({"distill.lr": 1e-12}, config)
-    monkeypatch.setattr(feddf, "PASSES", 1)
-    before = feddf.follow(start, made.ensemble, pixels, still, stream(0), CPU)
-    (line,) = lines
-    assert line["images"] == len(pixels)
-    assert line["kd"] < 0.7 * before
+    for passes, rate in ((1, 1e-12), (6, 3e-3)):
+        monkeypatch.setattr(feddf, "PASSES", passes)
+        config = proxy_settings(**{"distill.lr": rate, "data.train-limit": 600})
+        fused(config, lines=lines)  # of two uploads that are unlike each other
+    before, after = lines
+    assert before["images"] == after["images"] == len(proxy_pixels(config))
+    assert after["kd"] < 0.7 * before["kd"]
 
 
 def test_feddf_never_sees_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
     config = proxy_settings()
     uploads = uploads_of(config)
-    made = fused(config, uploads)
+    made = made_by(config, uploads)
     pixels = proxy_pixels(config)
     monkeypatch.setattr(feddf, "proxy_pixels", lambda _: pixels)
     monkeypatch.setattr(Images, "__post_init__", lambda _: pytest.fail("labelled images were loaded"))
-    again = fused(config, uploads)
-    assert all(torch.equal(again.weights[name], tensor) for name, tensor in made.weights.items())
+    again = made_by(config, uploads)
+    assert same(again.weights, made.weights)
 
 
 # --- all images in one place
@@ -336,11 +299,3 @@ def test_where_there_is_no_central_model(tmp_path: Path, changes: dict[str, Any]
     with pytest.raises(ConfigError, match=told):
         train_centrally(RunFolder.create(config, "run"))
     assert not (tmp_path / "run" / "fused").exists()
-
-
-def test_frozen_weights_are_float32_of_the_head() -> None:
-    config = settings()
-    head = Head(torch.full((10, 16), 0.1, dtype=torch.float64), torch.zeros(10, dtype=torch.float64))
-    weights = frozen_weights(config, head)
-    assert torch.equal(weights["head.weight"], torch.full((10, 16), 0.1))
-    assert torch.equal(weights["cls_token"], initial_weights(config.model, config.seed)["cls_token"])

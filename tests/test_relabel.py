@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import an_ensemble, settings
-from torch import Tensor
 
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
@@ -26,10 +25,6 @@ def images(inversion: str, seed: int = 0, **changes: object) -> Pool:
     return invert(ensemble, TARGETS, config.inversion, config.model, flip=False, rng=stream(seed))
 
 
-def chosen(mask: Tensor) -> Tensor:
-    return mask.nonzero()[:, 1].reshape(len(mask), -1)
-
-
 @pytest.mark.parametrize("inversion", ["dense", "sparse"])
 def test_what_each_mode_shows(inversion: str) -> None:
     made = images(inversion)
@@ -37,7 +32,7 @@ def test_what_each_mode_shows(inversion: str) -> None:
     none, drop, tokens = (relabel(made, mode) for mode in MODES)
     assert torch.equal(none.positions, EVERY)
     assert none.dense.all()
-    assert torch.equal(drop.positions, chosen(made.dense))
+    assert torch.equal(drop.positions, made.dense.nonzero()[:, 1].reshape(3, 7))
     assert drop.dense.all()
     assert drop.dense.shape == (3, 7)
     assert torch.equal(tokens.positions, EVERY)
@@ -75,7 +70,7 @@ def test_pools_are_joined_row_by_row_and_come_back_from_their_tensors(inversion:
     assert len(joined) == 3 * size
     for number, pool in enumerate(pools):
         part = joined.rows(torch.arange(number * size, (number + 1) * size))
-        for name, tensor in Pool.of_tensors(pool.tensors(), pool.patch).tensors().items():
+        for name, tensor in Pool(**pool.tensors(), patch=pool.patch).tensors().items():
             assert torch.equal(part.tensors()[name], tensor), name
 
 

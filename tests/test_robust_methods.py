@@ -10,16 +10,15 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import an_upload, settings
+from tiny import an_upload, fused, same, settings
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.errors import ConfigError
-from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.methods.contract import Fused
 from fedmitr_flwr.methods.fedmedian import median
 from fedmitr_flwr.methods.krum import choose, scores
 from fedmitr_flwr.uploads.updates import gram, squared_distances
 from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import Weights
 
 
 def points(*places: float) -> list[Upload]:
@@ -27,16 +26,9 @@ def points(*places: float) -> list[Upload]:
     return [Upload(client, {"w": torch.tensor([float(place)])}, 1, 0.0, "") for client, place in enumerate(places)]
 
 
-def fused(method: str, uploads: Sequence[Upload], **changes: Any) -> tuple[Fused, list[dict[str, Any]]]:
+def made_by(method: str, uploads: Sequence[Upload], **changes: Any) -> tuple[Fused, list[dict[str, Any]]]:
     lines: list[dict[str, Any]] = []
-    config = settings(method=method, **{"partition.clients": len(uploads)}, **changes)
-    job = Job(uploads, config, torch.device("cpu"), lambda **values: lines.append(values))
-    return methods.load(method).fuse(job), lines
-
-
-def assert_same(ours: Weights, theirs: Weights) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return fused(settings(method=method, **{"partition.clients": len(uploads)}, **changes), uploads, lines), lines
 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=6))
@@ -50,12 +42,12 @@ def test_the_median_is_numpys(rows: list[list[float]]) -> None:
 @pytest.mark.parametrize("clients", [2, 5, 6])
 def test_fedmedian_is_the_median_of_every_number(clients: int) -> None:
     uploads = [an_upload(settings(), client, 10 + client) for client in range(clients)]
-    made, _ = fused("fedmedian", uploads)
+    made, _ = made_by("fedmedian", uploads)
     for name, tensor in made.weights.items():
         every = np.stack([upload.weights[name].double().numpy() for upload in uploads])
         np.testing.assert_allclose(tensor.numpy(), np.median(every, axis=0), rtol=1e-6, atol=1e-9)
         assert tensor.dtype == uploads[0].weights[name].dtype
-    assert_same(dict(made.predict.state_dict()), dict(made.weights))
+    assert same(dict(made.predict.state_dict()), dict(made.weights))
 
 
 def test_a_minority_cannot_drag_the_median_away() -> None:
@@ -65,7 +57,7 @@ def test_a_minority_cannot_drag_the_median_away() -> None:
         Upload(9, {name: factor * tensor for name, tensor in good[0].weights.items()}, 1, 0.0, "")
         for factor in (1e6, -1e6)
     ]
-    made, _ = fused("fedmedian", [evil[0], *good, evil[1]])
+    made, _ = made_by("fedmedian", [evil[0], *good, evil[1]])
     for name, tensor in made.weights.items():
         honest = torch.stack([upload.weights[name] for upload in good])
         assert (tensor >= honest.min(0).values).all()
@@ -96,11 +88,11 @@ def test_krum_is_flowers(hostile: int) -> None:
     uploads = [an_upload(settings(), client) for client in range(6)]
     replies = [RecordDict({"arrays": ArrayRecord(dict(upload.weights))}) for upload in uploads]
     (theirs,) = select_multikrum(replies, hostile, 1)
-    made, lines = fused("krum", uploads, **{"krum.hostile": hostile})
-    assert_same(dict(made.weights), dict(theirs["arrays"].to_torch_state_dict()))
+    made, lines = made_by("krum", uploads, **{"krum.hostile": hostile})
+    assert same(dict(made.weights), dict(theirs["arrays"].to_torch_state_dict()))
     (number,) = [number for number, reply in enumerate(replies) if reply is theirs]
     assert lines == [{"stage": "krum", "client": number}]
-    assert_same(dict(made.predict.state_dict()), dict(made.weights))
+    assert same(dict(made.predict.state_dict()), dict(made.weights))
 
 
 def test_krum_needs_neighbours() -> None:

@@ -4,23 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import a_vit, settings, some_images
+from tiny import a_vit, fused, settings, some_images
 
-from fedmitr_flwr import methods
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble.competence import estimate
-from fedmitr_flwr.ensemble.ensemble import Ensemble, teacher_weights
+from fedmitr_flwr.ensemble.ensemble import teacher_weights
 from fedmitr_flwr.inversion import scout
-from fedmitr_flwr.inversion.scout import reweigh, scouted_ensemble
-from fedmitr_flwr.methods.contract import Fused, Job
+from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
 from fedmitr_flwr.uploads.upload import Upload
 
 CPU = torch.device("cpu")
 
 
-def experts(sizes: tuple[int, int] = (30, 10)) -> list[Upload]:
+def experts() -> list[Upload]:
     """Client 0 says classes 0 to 4 only, client 1 classes 5 to 9 only; which one of them, the image decides."""
     uploads = []
-    for client, size in enumerate(sizes):
+    for client, size in enumerate((30, 10)):
         vit = a_vit(settings(), seed=client)
         with torch.no_grad():
             vit.head.weight.mul_(3)
@@ -56,39 +55,35 @@ def test_other_weights_need_no_images(how: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reweighing_is_the_estimate_from_these_images() -> None:
-    config = settings(**{"ensemble.combine": "probs"})
-    uploads, images, targets = experts(), some_images(config, 30), torch.arange(30) % 10
-    ensemble = Ensemble.of(uploads, config.model, config.ensemble)
+    config = settings(**{"ensemble.weights": "estimated"})
+    weigher, images, targets = Weigher(experts(), config, CPU), some_images(config, 30), torch.arange(30) % 10
     with torch.no_grad():
-        answers = torch.stack([teacher(images).softmax(1) for teacher in ensemble.teachers.residents])
-    reweigh(ensemble, uploads, images, targets)
-    torch.testing.assert_close(ensemble.weights, estimate(answers, torch.tensor([30.0, 10.0]), targets))
+        answers = torch.stack([teacher(images).softmax(1) for teacher in weigher.ensemble.teachers.residents])
+    weigher.refine(images, targets)
+    torch.testing.assert_close(weigher.ensemble.weights, estimate(answers, torch.tensor([30.0, 10.0]), targets))
 
 
-def fused(method: str, log: list[dict[str, Any]], **changes: object) -> Fused:
-    config = settings(**{"method": method, "ensemble.weights": "estimated", "ensemble.combine": "probs"} | changes)
-    return methods.fuse(Job(experts(), config, CPU, lambda **values: log.append(values)))
+def estimated(**changes: object) -> Config:
+    return settings(**{"ensemble.weights": "estimated", "ensemble.combine": "probs"} | changes)
 
 
 def test_the_method_weighs_anew_by_its_pool_and_says_how_in_the_end() -> None:
-    made = fused("fedmitr", [])
-    assert made.ensemble is not None
-    assert made.pool is not None
+    made = fused(estimated(), experts())
     answers = made.ensemble.probabilities(made.pool.images)
     wanted = estimate(answers, torch.tensor([30.0, 10.0]), made.pool.targets)
     torch.testing.assert_close(made.ensemble.weights, wanted)
-    kept = fused("ensemble", [])
+    kept = fused(estimated(method="ensemble"), experts())
     assert kept.ensemble is kept.predict
 
 
 def test_routing_asks_half_of_two_experts() -> None:
     log: list[dict[str, Any]] = []
-    made = fused("fedmitr", log, **{"inversion.route": 0.9, "distill.rounds": 2, "inversion.batch-size": 5})
+    routed = estimated(**{"inversion.route": 0.9, "distill.rounds": 2, "inversion.batch-size": 5})
+    made = fused(routed, experts(), log)
     asked = [line["teachers_asked"] for line in log if line["stage"] == "inversion"]
     assert asked == [pytest.approx(0.5)] * 4
-    assert made.pool is not None
     batches = made.pool.targets.split(5)
     assert all((batch.sort().values == batch).all() for batch in batches)  # of few classes each
     unrouted: list[dict[str, Any]] = []
-    fused("fedmitr", unrouted)
+    fused(estimated(), experts(), unrouted)
     assert [line["teachers_asked"] for line in unrouted if line["stage"] == "inversion"] == [1.0]

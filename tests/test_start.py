@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import a_vit, an_upload, settings
-from torch import Tensor
+from tiny import a_vit, an_upload, fused, same, settings
 
-from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.relabel import relabel
@@ -21,7 +19,6 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.pool import Pool
 from fedmitr_flwr.merging.average import average
-from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import Weights, initial_weights
 
@@ -36,27 +33,25 @@ def placed(factor: float) -> Weights:
     return {name: (start[name] + factor * (mean[name].double() - start[name])).float() for name in mean}
 
 
-def a_pool(config: Config, teachers: list[Upload], count: int = 20) -> Pool:
+def a_pool(config: Config, teachers: list[Upload]) -> Pool:
     ensemble = Ensemble.of(teachers, config.model, config.ensemble)
-    images = invert(ensemble, torch.arange(count) % 10, config.inversion, config.model, flip=False, rng=stream(0))
+    images = invert(ensemble, torch.arange(20) % 10, config.inversion, config.model, flip=False, rng=stream(0))
     return relabel(images, config.relabel.mode)
 
 
-def said(config: Config, teachers: list[Upload], pool: Pool) -> Tensor:
-    return answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
-
-
 def test_the_students_start() -> None:
-    uploads = [an_upload(settings(), client, 10 + client) for client in range(2)]
-    wanted: dict[str, Weights] = {
-        "average": average(uploads),
-        "initial": initial_weights(settings(seed=4).model, 4),
-        "classwise": average(uploads),  # until there are images
-    }
-    for init, weights in wanted.items():
-        config = settings(seed=4, **{"distill.init": init})
-        student = start_student(uploads, config).state_dict()
-        assert all(torch.equal(student[name], tensor) for name, tensor in weights.items()), init
+    """The average to the bit, also where it is to be moved or to get another head; another start is not moved."""
+    mean, start = average(two_uploads()), initial_weights(settings().model, 4)
+    for init, factor, wanted in (
+        ("average", 1.0, mean),
+        ("average", 0.0, mean),
+        ("classwise", 1.0, mean),
+        ("initial", 0.0, start),
+        ("initial", 2.0, start),
+    ):
+        config = settings(seed=4, **{"distill.init": init, "distill.extrapolate": factor})
+        assert same(start_student(two_uploads(), config).state_dict(), wanted), init
+        assert config.distill.chooses_start == (init == "average" and factor == 0)
 
 
 def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
@@ -64,7 +59,7 @@ def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
     save_file(there, tmp_path / "weights.safetensors")
     config = settings(**{"distill.init": "initial", "model.weights": str(tmp_path / "weights.safetensors")})
     student = start_student([an_upload(config, 0)], config).state_dict()
-    assert all(torch.equal(student[name], tensor) for name, tensor in there.items())
+    assert same(student, there)
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.5, 2.0, 3.0])
@@ -72,30 +67,6 @@ def test_the_average_is_moved_along_the_clients_way(factor: float) -> None:
     student = start_student(two_uploads(), settings(**{"distill.extrapolate": factor})).state_dict()
     for name, wanted in placed(factor).items():
         torch.testing.assert_close(student[name], wanted, rtol=0, atol=1e-6, msg=name)
-
-
-def test_twice_the_way_is_the_start_mirrored_at_the_average() -> None:
-    student = start_student(two_uploads(), settings(**{"distill.extrapolate": 2.0})).state_dict()
-    start = initial_weights(settings().model, settings().seed)
-    for name, mean in average(two_uploads()).items():
-        torch.testing.assert_close((student[name] + start[name]) / 2, mean, rtol=0, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_the_plain_average_and_what_is_to_be_chosen_from_are_the_average_to_the_bit(factor: float) -> None:
-    config = settings(**{"distill.extrapolate": factor})
-    student = start_student(two_uploads(), config).state_dict()
-    assert all(torch.equal(student[name], tensor) for name, tensor in average(two_uploads()).items())
-    assert config.distill.chooses_start == (factor == 0)
-
-
-@pytest.mark.parametrize("factor", [0.0, 2.0])
-def test_another_start_is_not_moved(factor: float) -> None:
-    config = settings(**{"distill.init": "initial", "distill.extrapolate": factor})
-    student = start_student(two_uploads(), config).state_dict()
-    wanted = initial_weights(config.model, config.seed)
-    assert all(torch.equal(student[name], tensor) for name, tensor in wanted.items())
-    assert not config.distill.chooses_start
 
 
 @pytest.mark.parametrize("changes", [{}, {"inversion.mode": "pri4", "relabel.mode": "drop"}])
@@ -106,7 +77,8 @@ def test_the_factor_at_which_the_teacher_stands_is_chosen(
     config = settings(**changes, **{"distill.extrapolate": 0.0})
     teachers = [replace(two_uploads()[0], weights=placed(factor))]
     pool = a_pool(config, teachers)
-    student, told = start_student(two_uploads(), config), said(config, teachers, pool)
+    student = start_student(two_uploads(), config)
+    told = answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
     before = likeness(student, told, pool)
     with caplog.at_level(logging.INFO, "fedmitr"):
         assert choose_start(student, told, pool, config) == factor
@@ -115,15 +87,7 @@ def test_the_factor_at_which_the_teacher_stands_is_chosen(
     for name, wanted in placed(factor).items():
         torch.testing.assert_close(student.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
     assert f"starts at {factor:g} times" in caplog.text
-
-
-def test_a_chosen_average_has_its_bits() -> None:
-    config = settings(**{"distill.extrapolate": 0.0})
-    student = start_student(two_uploads(), config)
-    teachers = [replace(two_uploads()[0], weights=placed(1.0))]
-    pool = a_pool(config, teachers)
-    assert choose_start(student, said(config, teachers, pool), pool, config) == 1
-    assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in average(two_uploads()).items())
+    assert factor != 1 or same(student.state_dict(), average(two_uploads()))
 
 
 @torch.no_grad()
@@ -141,32 +105,13 @@ def test_likeness_is_the_correlation_of_answers_on_whole_images(monkeypatch: pyt
         assert likeness(student, answers(ensemble, pool), pool) == pytest.approx(wanted, rel=1e-5)
 
 
-@torch.no_grad()
-def test_likeness_does_not_see_how_long_answers_are() -> None:
-    config = settings(**{"inversion.mode": "dense"})
-    with torch.enable_grad():
-        pool = a_pool(config, two_uploads())
-    student = a_vit(config, 9)
-    told = said(config, two_uploads(), pool)
-    before = likeness(student, told, pool)
-    student.head.weight *= 3
-    student.head.bias.mul_(3).add_(5)
-    assert likeness(student, told, pool) == pytest.approx(before, rel=1e-5)
-
-
-def fused(metrics: list[dict[str, Any]], **changes: object) -> Fused:
-    job = Job(two_uploads(), settings(**changes), torch.device("cpu"), lambda **values: metrics.append(values))
-    return methods.load("fedmitr").fuse(job)
-
-
 def test_fedmitr_chooses_on_its_first_images_and_goes_on_as_if_it_had_been_told() -> None:
     metrics: list[dict[str, Any]] = []
-    chosen = fused(metrics, **{"distill.extrapolate": 0.0, "distill.rounds": 2})
+    chosen = fused(settings(**{"distill.extrapolate": 0.0, "distill.rounds": 2}), two_uploads(), metrics)
     (factor,) = [line["extrapolate"] for line in metrics if line["stage"] == "start"]
     assert factor in FACTORS
     metrics.clear()
     for other in FACTORS:
-        told = fused(metrics, **{"distill.extrapolate": other, "distill.rounds": 2})
-        same = [torch.equal(told.weights[name], tensor) for name, tensor in chosen.weights.items()]
-        assert all(same) if other == factor else not all(same)
+        told = fused(settings(**{"distill.extrapolate": other, "distill.rounds": 2}), two_uploads(), metrics)
+        assert same(told.weights, chosen.weights) == (other == factor)
     assert not [line for line in metrics if line["stage"] == "start"]

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import an_upload, settings
+from tiny import an_upload, fused, same, settings
 
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.unread import unread_line
-from fedmitr_flwr.methods.contract import Job
 
 # Another value of every setting that may be unread.
 OTHERS: dict[str, object] = {
@@ -73,19 +72,14 @@ def test_what_is_said_to_be_unread_changes_no_bit(method: str) -> None:
 
     def weights(**changes: object) -> dict[str, torch.Tensor]:
         config = settings(**flat | changes)
-        uploads = [an_upload(config, client, 10 + client) for client in range(4)]
-        job = Job(uploads, config, torch.device("cpu"), log=lambda **_: None)
-        made = methods.fuse(job).weights
-        assert made is not None
-        return dict(made)
+        return dict(fused(config, [an_upload(config, client, 10 + client) for client in range(4)]).weights)
 
     plain, changed = weights(), weights(**ignored)
     assert ignored
-    assert all(torch.equal(changed[name], tensor) for name, tensor in plain.items())
+    assert same(changed, plain)
     if read := {key: value for key, value in OTHERS.items() if key.startswith("distill.l") and key not in ignored}:
         assert method in ("adi", "dense")
-        moved = weights(**read)
-        assert not all(torch.equal(moved[name], tensor) for name, tensor in plain.items())
+        assert not same(weights(**read), plain)
 
 
 def test_a_strategy_of_flower_s_does_not_run_without_flower() -> None:

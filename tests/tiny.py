@@ -1,16 +1,20 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from fedmitr_flwr import methods
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
 from fedmitr_flwr.vit.optim import Stepper
@@ -108,13 +112,13 @@ class Sgd(Stepper):
         self.advance()
 
 
-def a_vit(config: Config, seed: int, noise: float = 0.05) -> VisionTransformer:
+def a_vit(config: Config, seed: int) -> VisionTransformer:
     """A network of which every parameter counts: fresh biases are 0, norms 1 and DeiT-3's layer scales 1e-6."""
     vit = build_vit(config.model, seed)
     rng = stream(seed, "noise")
     with torch.no_grad():
         for parameter in vit.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=rng)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
     return vit
 
 
@@ -135,6 +139,24 @@ def some_images(config: Config, count: int, seed: int = 0) -> Tensor:
     """(count, C, S, S) of normal noise."""
     model = config.model
     return torch.randn(count, model.in_chans, model.img_size, model.img_size, generator=stream(seed, "images"))
+
+
+def fused(
+    config: Config,
+    uploads: Sequence[Upload] = (),
+    lines: list[dict[str, Any]] | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> Fused:
+    """By `config.method`, of two uploads of 10 and 30 images unless others are given; `lines` gets what is logged."""
+    of = uploads or [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    log = [] if lines is None else lines
+    job = Job(of, config, torch.device("cpu"), lambda **values: log.append(values), stopwatch or Stopwatch())
+    return methods.fuse(job)
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two models have the same tensors, bit by bit."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def timeless(path: Path) -> object:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.errors import ConfigError
 from ..config import Config
 from ..data.images import Images, prepare
 from ..vit.optim import client_stepper
-from ..vit.tokens import all_positions, forward_tokens, patchify
+from ..vit.tokens import all_positions, ask_with, forward_tokens, patchify
 from .losses import label_loss
 from .swa import WeightMean, averaged_epochs
 from .train import shift_and_flip
@@ -161,10 +161,8 @@ def _sampler(images: int, rate: float, steps: int, secret: torch.Generator) -> A
 def _give_gradients(vit: VisionTransformer, images: Images, seeds_B: Tensor, config: Config) -> None:
     """Leave with every parameter its gradient for each single image, (B, ...), where opacus looks for it."""
     weights = dict(vit.named_parameters())
-    if len(images):
-        gradients = _gradients(vit, weights, images, seeds_B, config)
-    else:
-        gradients = {name: weight.new_zeros(0, *weight.shape) for name, weight in weights.items()}
+    none = {name: weight.new_zeros(0, *weight.shape) for name, weight in weights.items()}
+    gradients = _gradients(vit, weights, images, seeds_B, config) if len(images) else none
     for name, weight in weights.items():
         weight.grad_sample = gradients[name].detach()
 
@@ -172,15 +170,14 @@ def _give_gradients(vit: VisionTransformer, images: Images, seeds_B: Tensor, con
 def _gradients(
     vit: VisionTransformer, weights: dict[str, Tensor], images: Images, seeds_B: Tensor, config: Config
 ) -> dict[str, Tensor]:
-    local, network, device = config.local, _Tokens(vit), next(iter(weights.values())).device
+    device = next(iter(weights.values())).device
     pixels = prepare(images.pixels.to(device), config.model)
-    if local.augment:
+    if config.local.augment:
         pixels = _augmented(pixels, seeds_B, flip=config.data.flips)
 
     def loss(weights: dict[str, Tensor], patches_NE: Tensor, label: Tensor) -> Tensor:
-        named = {f"vit.{name}": weight for name, weight in weights.items()}
-        logits = functional_call(network, named, (patches_NE[None],))
-        return label_loss(logits, label[None])
+        patches = patches_NE[None]
+        return label_loss(ask_with(weights, vit, forward_tokens, patches, all_positions(patches)), label[None])
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
         every: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(
@@ -197,17 +194,6 @@ def _augmented(pixels_BCHW: Tensor, seeds_B: Tensor, *, flip: bool) -> Tensor:
     """
     rng, pairs = torch.Generator(), zip(pixels_BCHW.split(1), seeds_B.tolist(), strict=True)
     return torch.cat([shift_and_flip(image, flip=flip, rng=rng.manual_seed(seed)) for image, seed in pairs])
-
-
-class _Tokens(nn.Module):
-    """`forward_tokens` as a module, so that `functional_call` can lend it weights."""
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, patches_BNE: Tensor) -> Any:
-        return forward_tokens(self.vit, patches_BNE, all_positions(patches_BNE))
 
 
 @torch.no_grad()

@@ -63,10 +63,10 @@ def train_local(
     return epoch_loss
 
 
-def shift_and_flip(images_BCHW: Tensor, *, flip: bool, rng: torch.Generator, most: int | None = None) -> Tensor:
-    """Shift each image by up to `most` pixels, or an eighth of its side, edges repeated; mirror it at even odds."""
+def shift_and_flip(images_BCHW: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its side, edges repeated; mirror it at even odds."""
     batch, _, height, width = images_BCHW.shape
-    reach = max(1, height // 8) if most is None else most
+    reach = max(1, height // 8)
     dy, dx = torch.randint(-reach, reach + 1, (2, batch, 1), generator=rng)
     rows = (torch.arange(height) + dy).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width) + dx).clamp(0, width - 1)  # (B, W)

@@ -128,7 +128,7 @@ def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config
     return Lesson(
         patches,
         positions,
-        asked(ensemble, patches, positions),
+        ensemble.scores(patches, positions),
         (
             Labels(pool.targets[first_B], pool.dense[first_B].any(1), share, own, dense[0]),
             Labels(pool.targets[second_B], pool.dense[second_B].any(1), 1 - share, 1 - own, dense[1]),
@@ -145,14 +145,9 @@ def whole_lesson(
         patches, positions = random_flip(patches, positions, config.model.grid, config.model.patch_size, rng)
     if perturb:
         patches = perturb(ensemble, patches, positions, rng)
-    return Lesson(patches, positions, asked(ensemble, patches, positions))
+    return Lesson(patches, positions, ensemble.scores(patches, positions))
 
 
 def seen(pool: Pool, chosen_B: Tensor) -> Tensor:
     """The patches (B, J, E) at the chosen images' `positions`."""
     return take(pool.patches[chosen_B], pool.positions[chosen_B])
-
-
-@torch.no_grad()
-def asked(ensemble: Ensemble, patches: Tensor, positions: Tensor) -> TokenLogits:
-    return ensemble.scores(patches, positions)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,7 +16,7 @@ from ..merging.average import average
 from ..merging.classwise import merge_heads
 from ..uploads.upload import Upload
 from ..vit.build import Weights, build_vit, initial_weights
-from ..vit.tokens import forward_tokens
+from ..vit.tokens import TokenLogits, forward_tokens
 from .distil import seen
 from .losses import centred
 
@@ -41,11 +42,7 @@ def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransforme
 
 
 def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool, config: Config) -> dict[str, float]:
-    """Do with the start what needs images: choose the average's way, give it another head.
-
-    Returns:
-        What was found out, for metrics.jsonl.
-    """
+    """Do with the start what needs images: choose the average's way, give it another head. Gives facts for metrics."""
     facts: dict[str, float] = {}
     said_MY = answers(ensemble, pool)
     if config.distill.chooses_start:
@@ -81,24 +78,20 @@ def likeness(student: VisionTransformer, said_MY: Tensor, pool: Pool) -> float:
 
     A longer way makes answers longer, and a divergence would weigh that against what they say (docs/LOG.md).
     """
-
-    def ask(patches: Tensor, positions: Tensor) -> Tensor:
-        return forward_tokens(student, patches, positions).cls
-
-    likeness_M = cosine_similarity(centred(said_MY), centred(_asked(ask, pool)))
-    return likeness_M.mean().item()
+    own_MY = _asked(partial(forward_tokens, student), pool)
+    return cosine_similarity(centred(said_MY), centred(own_MY)).mean().item()
 
 
 def answers(ensemble: Ensemble, pool: Pool) -> Tensor:
     """What the ensemble teaches of the pool's images: (M, Y)."""
-    return _asked(lambda patches, positions: ensemble.scores(patches, positions).cls, pool)
+    return _asked(ensemble.scores, pool)
 
 
 @torch.no_grad()
-def _asked(ask: Callable[[Tensor, Tensor], Tensor], pool: Pool) -> Tensor:
-    """`ask(patches, positions)` of all images of the pool: (M, Y)."""
+def _asked(ask: Callable[[Tensor, Tensor], TokenLogits], pool: Pool) -> Tensor:
+    """What the class token says of all images of the pool: (M, Y)."""
     chunks = torch.arange(len(pool), device=pool.patches.device).split(BATCH)
-    return torch.cat([ask(seen(pool, chunk), pool.positions[chunk]) for chunk in chunks])
+    return torch.cat([ask(seen(pool, chunk), pool.positions[chunk]).cls for chunk in chunks])
 
 
 def _place(student: VisionTransformer, start: Weights, mean: Weights, factor: float) -> None:

@@ -15,9 +15,9 @@ from ..common import outside
 from ..common.errors import ConfigError
 from ..config import EnsembleConfig, ModelConfig
 from ..uploads.upload import Upload
-from ..vit.tokens import TokenLogits, all_positions, forward_cls, forward_tokens, patchify
+from ..vit.tokens import Question, TokenLogits, all_positions, forward_cls, forward_tokens, patchify
 from .routing import Routing, everyone
-from .teachers import Question, Teachers
+from .teachers import Teachers
 
 # Of each teacher's softmax, in `probs` and in importance: at 1, teachers that are all but certain differ by less than
 # their weights do (docs/LOG.md).
@@ -66,35 +66,27 @@ class Ensemble(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
-        patches = patchify(images_BCHW, self.patch)
-        positions, routing = all_positions(patches), everyone(self.weights)
-        answers = [logits for logits, _ in self._ask(forward_cls, patches, positions, routing)]
-        return combine_answers(torch.stack(answers), self.weights, self.combine)
+        return combine_answers(self._logits(images_BCHW), self.weights, self.combine)
 
     @torch.no_grad()
     def answers(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
         """Each teacher's own logits on each whole image: (K, M, Y)."""
-        batches = []
-        for images in images_MCHW.split(batch_size):
-            patches = patchify(images, self.patch)
-            answers = self._ask(forward_cls, patches, all_positions(patches), everyone(self.weights))
-            batches.append(torch.stack([logits for logits, _ in answers]))
-        return torch.cat(batches, dim=1)
+        return torch.cat([self._logits(images) for images in images_MCHW.split(batch_size)], dim=1)
 
-    def probabilities(self, images_MCHW: Tensor, batch_size: int = 256) -> Tensor:
+    def probabilities(self, images_MCHW: Tensor) -> Tensor:
         """Each teacher's own distribution on each whole image, at temperature 1: (K, M, Y)."""
-        return self.answers(images_MCHW, batch_size).softmax(-1)
+        return self.answers(images_MCHW).softmax(-1)
 
+    @torch.no_grad()
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
         """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y)."""
-        total, teach = None, rule(self.teach)
+        teach = rule(self.teach)
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
-        weights = self.weights, self.token_weights
-        for (cls, patches), cls_Y, patches_Y in zip(answers, *weights, strict=True):
-            parts = TokenLogits(teach.part(cls, cls_Y), teach.part(patches, patches_Y))
-            total = parts if total is None else TokenLogits(*map(teach.join, total, parts))
-        assert total is not None, "an ensemble has teachers"
-        return total
+        parts = (  # made one by one: all teachers' answers together may not fit into memory
+            TokenLogits(teach.part(cls, cls_Y), teach.part(patches, patches_Y))
+            for (cls, patches), cls_Y, patches_Y in zip(answers, self.weights, self.token_weights, strict=True)
+        )
+        return reduce(lambda total, part: TokenLogits(*map(teach.join, total, part)), parts)
 
     @property
     def token_weights(self) -> Tensor:
@@ -163,6 +155,12 @@ class Ensemble(nn.Module):
             confidence_B[rows] += sure_R
         return total_BM / confidence_B.clamp_min(1e-30)[:, None]
 
+    def _logits(self, images_BCHW: Tensor) -> Tensor:
+        """Each teacher's own, on whole images: (K, B, Y)."""
+        patches = patchify(images_BCHW, self.patch)
+        answers = self._ask(forward_cls, patches, all_positions(patches), everyone(self.weights))
+        return torch.stack([logits for logits, _ in answers])
+
     def _ask(
         self, question: Question, patches_BME: Tensor, positions_BM: Tensor, routing: Routing
     ) -> Iterator[tuple[Tensor, ...]]:
@@ -219,16 +217,12 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def _weighted_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    return weights * logits
-
-
 def _weighted_probabilities(logits: Tensor, weights: Tensor) -> Tensor:
     return log_probabilities(logits) + weights.log()
 
 
 RULES: Mapping[str, Rule] = {
-    "logits": Rule(_weighted_logits, torch.add, partial(torch.sum, dim=0)),
+    "logits": Rule(torch.mul, torch.add, partial(torch.sum, dim=0)),
     "probs": Rule(_weighted_probabilities, torch.logaddexp, partial(torch.logsumexp, dim=0)),
 }
 

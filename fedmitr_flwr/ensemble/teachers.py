@@ -3,23 +3,20 @@
 Shapes: K teachers, B images, M given patches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import stack_module_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ModelConfig
 from ..uploads.upload import Upload
 from ..vit.build import build_vit, vit_of
+from ..vit.tokens import Question, ask_with
 
 CHUNK = 16  # networks in memory at once: of DeiT-Tiny 350 MB
-
-# (network, patches (B, M, E), positions (B, M)) -> tensors: `forward_cls`, `forward_tokens`
-Question = Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Teachers(nn.Module):
@@ -58,27 +55,11 @@ class Teachers(nn.Module):
         """All teachers in one call, answers with a first axis K: fewer, larger kernels."""
         if self._stack is None:
             self._stack = stack_module_state(list(self.residents))
-        network = self.residents[0]
 
         def one(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            named = {f"network.{name}": value for name, value in (weights | buffers).items()}
-            answers: tuple[Tensor, ...] = functional_call(
-                _Asking(network, question), named, (patches_BME, positions_BM)
-            )
-            return tuple(answers)
+            return tuple(ask_with(weights | buffers, self.residents[0], question, patches_BME, positions_BM))
 
         # vmap would loop over the teachers at the CPU's fused attention, and at CUDA's it has no valid gradient.
         with sdpa_kernel(SDPBackend.MATH):
             stacked: tuple[Tensor, ...] = torch.vmap(one)(*self._stack)
         return stacked
-
-
-class _Asking(nn.Module):
-    """A question as a module, so that `functional_call` can lend it another teacher's weights."""
-
-    def __init__(self, network: nn.Module, question: Question) -> None:
-        super().__init__()
-        self.network, self.question = network, question
-
-    def forward(self, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
-        return self.question(self.network, patches_BME, positions_BM)

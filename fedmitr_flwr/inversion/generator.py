@@ -76,60 +76,51 @@ def _stage(channels_in: int, channels_out: int) -> nn.Module:
 def generate(
     ensemble: Ensemble,
     student: VisionTransformer,
-    targets_B: Tensor,
     config: Config,
+    loss: Loss,
+    targets_B: Tensor,
     rng: torch.Generator,
     on_step: OnStep | None = None,
-    *,
-    loss: Loss,
 ) -> Pool:
-    """Make images with a fresh generator, trained `STEPS` steps for just these targets.
+    """Make images with a fresh generator, trained `STEPS` steps for just these targets; every patch is dense.
 
     Each image has latent numbers z ~ N(0, 1) of its own, the same at every step; the generator's weights are optimised
     (Adam, 0.5 and 0.999 [C]). Of all steps, the images with the lowest mean loss are given back. As in the papers' code
     the generator starts anew for each batch; there z is optimised too, which moves it by 0.03 at most, and is left out.
     Routing is that of `config.inversion`. A batch too large for the memory is made in two halves.
+
+    Raises:
+        RunError: the images diverged.
     """
     device = ensemble.weights.device
 
-    def attempt(latents: Tensor, targets: Tensor) -> Pool:
+    def attempt(latents_BZ: Tensor, targets_B: Tensor) -> Pool:
         with seeded_init(rng.initial_seed(), "generator"):
             generator = Generator(config.model).to(device)
-        return _train(generator, ensemble, student, latents.to(device), targets.to(device), config, loss, on_step)
+        latents_BZ, targets_B = latents_BZ.to(device), targets_B.to(device)
+        routing = route(ensemble.weights, targets_B, config.inversion.route)
+        adam = torch.optim.Adam(generator.parameters(), lr=LR, betas=(0.5, 0.999))
+        best, kept_BNE, losses_B = math.inf, torch.empty(0), torch.empty(0)
+        for _ in range(STEPS):
+            made = generator(latents_BZ)
+            patches = patchify(made.detach(), ensemble.patch)
+            positions = all_positions(patches)
 
+            def objective(scores_BY: Tensor, patches_BNE: Tensor, positions: Tensor = positions) -> Tensor:
+                return loss(scores_BY, forward_cls(student, patches_BNE, positions).logits, targets_B)
+
+            loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing)
+            mean = loss_B.mean().item()
+            if mean < best or not len(kept_BNE):
+                best, kept_BNE, losses_B = mean, patches, loss_B
+            adam.zero_grad()
+            made.backward(unpatchify(gradient_BNE, ensemble.patch) / len(targets_B))
+            adam.step()
+            if on_step:
+                on_step(mean, 1.0)
+        every = torch.ones(patches.shape[:2], dtype=torch.bool, device=device)
+        return Pool(kept_BNE, positions, every, every, targets_B, losses_B, ensemble.patch)
+
+    latents = torch.randn(len(targets_B), LATENT, generator=rng)
     with whole_float32():
-        return in_halves(attempt, torch.randn(len(targets_B), LATENT, generator=rng), targets_B, rng)
-
-
-def _train(
-    generator: Generator,
-    ensemble: Ensemble,
-    student: VisionTransformer,
-    latents_BZ: Tensor,
-    targets_B: Tensor,
-    config: Config,
-    loss: Loss,
-    on_step: OnStep | None,
-) -> Pool:
-    routing = route(ensemble.weights, targets_B, config.inversion.route)
-    adam = torch.optim.Adam(generator.parameters(), lr=LR, betas=(0.5, 0.999))
-    best, kept_BNE, losses_B = math.inf, torch.empty(0), torch.empty(0)
-    for _ in range(STEPS):
-        made = generator(latents_BZ)
-        patches = patchify(made.detach(), ensemble.patch)
-        positions = all_positions(patches)
-
-        def objective(scores_BY: Tensor, patches_BNE: Tensor, positions: Tensor = positions) -> Tensor:
-            return loss(scores_BY, forward_cls(student, patches_BNE, positions).logits, targets_B)
-
-        loss_B, gradient_BNE = ensemble.slope(objective, patches, positions, routing)
-        mean = loss_B.mean().item()
-        if mean < best or not len(kept_BNE):
-            best, kept_BNE, losses_B = mean, patches, loss_B
-        adam.zero_grad()
-        made.backward(unpatchify(gradient_BNE, ensemble.patch) / len(targets_B))
-        adam.step()
-        if on_step:
-            on_step(mean, 1.0)
-    every = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
-    return Pool(kept_BNE, positions, every, every, targets_B, losses_B, ensemble.patch)
+        return in_halves(attempt, latents, targets_B, rng).require_finite()

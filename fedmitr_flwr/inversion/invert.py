@@ -12,7 +12,6 @@ from ..config import InversionConfig, ModelConfig
 from ..config.sections import REBIRTHS
 from ..data.images import value_range
 from ..ensemble.ensemble import Ensemble
-from ..ensemble.routing import route
 from ..vit.tokens import take
 from .pool import Pool, join
 from .starts import Start, leaves
@@ -55,16 +54,14 @@ def invert(
         B images; for `pri4`, four times as many.
     """
     device = ensemble.weights.device
-    starts = pixels.start(len(targets_B), model, rng)
-    low, high = value_range(model)
-    modes: dict[str, Callable[..., Pool]] = {"dense": _dense, "sparse": _sparse, "pri4": _rebirths}
+    low, high = (end.to(device) for end in value_range(model))
+    modes = {"dense": _dense, "sparse": _sparse, "pri4": _rebirths}
 
     def attempt(starts: Tensor, targets: Tensor) -> Pool:
-        ends = low.to(device), high.to(device)
-        routing = route(ensemble.weights, targets, config.route)
-        run = Trajectory(ensemble, starts.to(device), targets, routing, ends, flip, rng, pixels.lr, config.prior)
-        return modes[config.mode](run, config, on_step)
+        run = Trajectory(ensemble, starts, targets, config, (low, high), flip, rng, pixels.lr, on_step)
+        return modes[config.mode](run, config)
 
+    starts = pixels.start(len(targets_B), model, rng).to(device)
     with whole_float32():
         return in_halves(attempt, starts, targets_B.to(device), rng)
 
@@ -106,30 +103,27 @@ def alive_counts(num_patches: int, config: InversionConfig) -> list[int]:
     return counts
 
 
-def _dense(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
+def _dense(run: Trajectory, config: InversionConfig) -> Pool:
     """Every patch to the end (F-ADI). Its dense patches are chosen afterwards, as many as `sparse` would keep."""
-    loss_B = _run_best(run, config.steps, on_step)
+    loss_B = _run_best(run, config.steps)
     everything = run.positions_BK
     top = run.importance().topk(alive_counts(everything.shape[1], config)[-1]).indices
     dense = torch.zeros_like(everything, dtype=torch.bool).scatter(1, top, True)
     return run.pool(everything, dense, loss_B)
 
 
-def _sparse(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
+def _sparse(run: Trajectory, config: InversionConfig) -> Pool:
     """SMI: at each stop the least important alive patches are halted and dropped."""
     everything = run.positions_BK
-    stops = halting_steps(config)
     counts = alive_counts(everything.shape[1], config)[1:]
-    done = 0
-    for stop, count in zip(stops, counts, strict=True):
-        _run(run, stop - done, on_step)
+    for stop, count in zip(halting_steps(config), counts, strict=True):
+        _run(run, stop)
         run.keep(run.importance().topk(count).indices)
-        done = stop
-    loss_B = _run_best(run, config.steps - done, on_step)
+    loss_B = _run_best(run, config.steps)
     return run.pool(everything, run.alive_mask(), loss_B)
 
 
-def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) -> Pool:
+def _rebirths(run: Trajectory, config: InversionConfig) -> Pool:
     """Patch rebirth (Heo & Choi 2025 [C]): v times, T/v steps, then the N/v best patches leave as a finished image.
 
     Detachment order grades the information density: patches of the earlier half of the images are `dense` [M]. Patches
@@ -138,10 +132,8 @@ def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) 
     v, num_patches = REBIRTHS, run.positions_BK.shape[1]
     share = num_patches // v
     positions, alive, losses = [], [], []
-    done = 0
     for rebirth in range(1, v + 1):
-        loss_B = _run(run, rebirth * config.steps // v - done, on_step)
-        done = rebirth * config.steps // v
+        loss_B = _run(run, rebirth * config.steps // v)
         order = run.importance().argsort(1, descending=True)
         finished = take(run.positions_BK, order[:, :share])
         positions.append(finished)
@@ -163,28 +155,22 @@ def _rebirths(run: Trajectory, config: InversionConfig, on_step: OnStep | None) 
     )
 
 
-def _run(run: Trajectory, steps: int, on_step: OnStep | None) -> Tensor:
-    """Plain steps; the last one's losses (B,)."""
+def _run(run: Trajectory, until: int) -> Tensor:
+    """Plain steps until so many are done; the last one's losses (B,)."""
     loss_B = torch.full_like(run.targets_B, torch.inf, dtype=torch.float32)
-    share = run.positions_BK.shape[1] / run.canvas_BNE.shape[1]
-    for _ in range(steps):
+    while run.done < until:
         loss_B, _ = run.step()
-        if on_step:
-            on_step(loss_B.mean().item(), share)
     return loss_B
 
 
-def _run_best(run: Trajectory, steps: int, on_step: OnStep | None) -> Tensor:
+def _run_best(run: Trajectory, until: int) -> Tensor:
     """Steps with a fixed alive set; settles on a copy of each image's best iterate and returns its loss."""
     best_B = torch.full_like(run.targets_B, torch.inf, dtype=torch.float32)
     best_BKE = run.alive_BKE.detach().clone()
-    share = run.positions_BK.shape[1] / run.canvas_BNE.shape[1]
-    for _ in range(steps):
+    while run.done < until:
         loss_B, patches_BKE = run.step()
         better = loss_B < best_B
         best_B = torch.where(better, loss_B, best_B)
         best_BKE = torch.where(better[:, None, None], patches_BKE, best_BKE)
-        if on_step:
-            on_step(loss_B.mean().item(), share)
     run.settle(best_BKE)
     return best_B

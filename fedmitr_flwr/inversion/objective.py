@@ -5,6 +5,7 @@ Shapes: B images, Y classes, N patches, K of them alive, C channels, p pixels al
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.nn import functional as F
 
 from ..vit.tokens import unpatchify
@@ -66,7 +67,7 @@ class AliveVariation:
         value_B, slope, pull = x.new_zeros(len(x)), torch.zeros_like(squares), torch.zeros_like(x)
         for towards, rest_B, n, halted in zip(DIRECTIONS, self.rest_4B, self.neighbours, self.halted, strict=True):
             around = self._around(windows, *towards)
-            sum_B = rest_B + _dot(n, squares) - _dot(flat, around.flatten(1)) - _dot(flat, halted)
+            sum_B = rest_B + vecdot(n, squares) - vecdot(flat, around.flatten(1)) - vecdot(flat, halted)
             norm_B = (sum_B.clamp_min(0) + TINY).sqrt()
             value_B += norm_B
             slope.addcdiv_(n, norm_B[:, None])
@@ -113,8 +114,3 @@ def _windows(images_BCHW: Tensor, positions_BK: Tensor, patch: int) -> Tensor:
     pixels = (corner_BK1 + (inner[:, None] * line + inner).flatten()).flatten(1)  # (B, K·W·W)
     seen = F.pad(images_BCHW, (1, 1, 1, 1)).flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1))
     return seen.view(batch, channels, -1, width, width).transpose(1, 2)
-
-
-def _dot(left_BX: Tensor, right_BX: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(left_BX, right_BX)
-    return product

@@ -1,6 +1,6 @@
 """Synthetic images, as the patches that were optimised, with what is known of each patch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -47,14 +47,9 @@ class Pool:
         """All but `patch`, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "patch"}
 
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], patch: int) -> Self:
-        """Inverse of `tensors`."""
-        return cls(**tensors, patch=patch)
-
     def rows(self, chosen: Tensor) -> "Pool":
         """The chosen images: by number, or where a mask is True."""
-        return Pool.of_tensors({name: tensor[chosen] for name, tensor in self.tensors().items()}, self.patch)
+        return Pool(**{name: tensor[chosen] for name, tensor in self.tensors().items()}, patch=self.patch)
 
     def canvases(self) -> "Pool":
         """Each canvas once: all `pri4` images of one share its pixels, in whatever order they are."""
@@ -82,4 +77,4 @@ class Pool:
 def join(pools: Sequence[Pool]) -> Pool:
     """The images of all pools, one after the other."""
     parts = [pool.tensors() for pool in pools]
-    return Pool.of_tensors({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, pools[0].patch)
+    return Pool(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, patch=pools[0].patch)

@@ -16,6 +16,7 @@ from ..ensemble.ensemble import Ensemble
 from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
 from .invert import PIXELS, Pixels, invert
+from .pool import Pool, join
 
 # 100 images of 20 steps weighed the teachers nearly as well as 250 of 60 (docs/LOG.md).
 IMAGES_PER_CLASS = 10
@@ -51,22 +52,23 @@ class Weigher:
     def refine(self, images_MCHW: Tensor, targets_M: Tensor) -> None:
         """Weigh by all images that were made so far, and by the classes that they were made for."""
         if self.estimates:
-            reweigh(self.ensemble, self.teachers, images_MCHW, targets_M)
+            sizes_K = torch.tensor([float(teacher.num_examples) for teacher in self.teachers]).to(images_MCHW)
+            self.ensemble.weights = estimate(self.ensemble.probabilities(images_MCHW), sizes_K, targets_M)
 
 
 def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) -> tuple[Tensor, Tensor]:
     """Images (M, C, S, S) and the classes (M,) that they were made for."""
-    targets = torch.arange(config.model.num_classes).repeat(IMAGES_PER_CLASS)
+    pool = quick_images(ensemble, config, IMAGES_PER_CLASS, stream(config.seed, "scouting"), pixels).require_finite()
+    return pool.images, pool.targets
+
+
+def quick_images(
+    ensemble: Ensemble, config: Config, per_class: int, rng: torch.Generator, pixels: Pixels = PIXELS
+) -> Pool:
+    """So many images of each class, whole and of few steps, on which all teachers have a say."""
+    targets = torch.arange(config.model.num_classes).repeat(per_class)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-    rng = stream(config.seed, "scouting")
-    images = [
-        invert(ensemble, chunk, settings, config.model, pixels, flip=config.data.flips, rng=rng).require_finite().images
-        for chunk in targets.split(config.inversion.batch_size)
-    ]
-    return torch.cat(images), targets.to(ensemble.weights.device)
-
-
-def reweigh(ensemble: Ensemble, uploads: Sequence[Upload], images_MCHW: Tensor, targets_M: Tensor) -> None:
-    """Estimate the ensemble's weights anew, from images made for `targets_M`."""
-    sizes_K = torch.tensor([float(upload.num_examples) for upload in uploads], device=images_MCHW.device)
-    ensemble.weights = estimate(ensemble.probabilities(images_MCHW), sizes_K, targets_M)
+    chunks = targets.split(config.inversion.batch_size)
+    return join(
+        [invert(ensemble, each, settings, config.model, pixels, flip=config.data.flips, rng=rng) for each in chunks]
+    )

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..common import outside
 from ..common.errors import ConfigError
+from ..config import InversionConfig
 from ..ensemble.ensemble import Ensemble
-from ..ensemble.routing import Routing
+from ..ensemble.routing import route
 from ..vit.tokens import all_positions, patchify, put, random_flip, take, unpatchify
 from .objective import AliveVariation, cross_entropy
 from .pool import Pool
@@ -72,16 +73,17 @@ class Trajectory:
         ensemble: Ensemble,
         start_BCHW: Tensor,
         targets_B: Tensor,
-        routing: Routing,
+        config: InversionConfig,
         limits: tuple[Tensor, Tensor],
         flip: bool,
         rng: torch.Generator,
         lr: float,
-        prior: str = "tv",
+        on_step: OnStep | None = None,
     ) -> None:
         """Start from `start_BCHW`; `limits` are the least and greatest normalised value of each channel, (C,)."""
-        self.ensemble, self.targets_B, self.routing = ensemble, targets_B, routing
-        self.flip, self.rng, self.lr, self.make_prior = flip, rng, lr, prior_named(prior)
+        self.ensemble, self.targets_B = ensemble, targets_B
+        self.routing, self.make_prior = route(ensemble.weights, targets_B, config.route), prior_named(config.prior)
+        self.flip, self.rng, self.lr, self.on_step, self.done = flip, rng, lr, on_step, 0
         self.grid, self.patch = ensemble.grid, ensemble.patch
         pixels_each = self.patch**2
         self.low_E, self.high_E = (limit.repeat_interleave(pixels_each) for limit in limits)
@@ -113,6 +115,9 @@ class Trajectory:
         self.adam.step()
         with torch.no_grad():
             self.alive_BKE.clamp_(self.low_E, self.high_E)
+        self.done += 1
+        if self.on_step:
+            self.on_step(loss_B.mean().item(), self.positions_BK.shape[1] / self.canvas_BNE.shape[1])
         return loss_B, before_BKE
 
     def importance(self) -> Tensor:

@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-
 from ..common.errors import ConfigError
 from ..config import Config
-from ..statistics.heads import Head, closed_form
+from ..statistics.heads import Head, lda
 from ..statistics.moments import Statistics, total
 from ..uploads.upload import Upload
-from ..vit.build import Weights, initial_weights, vit_of
+from ..vit.build import Weights, initial_weights
 
 
 def require_statistics(config: Config) -> None:
@@ -40,19 +37,6 @@ def frozen_weights(config: Config, head: Head) -> Weights:
     return weights | {"head.weight": head.weight.float(), "head.bias": head.bias.float()}
 
 
-def frozen_model(config: Config, head: Head, device: torch.device) -> tuple[VisionTransformer, Weights]:
-    """The network with these weights, and the weights."""
-    weights = frozen_weights(config, head)
-    return vit_of(config.model, weights).to(device), weights
-
-
-def closed_form_model(
-    name: str, uploads: Sequence[Upload], config: Config, device: torch.device
-) -> tuple[VisionTransformer, Weights]:
-    """`frozen_model` with the head `lda` or `ridge` of all clients' statistics."""
-    return frozen_model(config, closed_form(name, pooled(uploads)), device)
-
-
 def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
     """Whose answers make the ensemble: the uploads and, where they have statistics, the frozen model as one more.
 
@@ -66,7 +50,7 @@ def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
     frozen = replace(
         uploads[0],
         client=config.partition.clients,  # no client has this number
-        weights=frozen_weights(config, closed_form("lda", statistics)),
+        weights=frozen_weights(config, lda(statistics)),
         num_examples=sum(counts),
         class_counts=counts,
         statistics=None,

@@ -10,7 +10,7 @@ Shapes: K clients, B images, Y classes, M patches, T tokens with the prefix, D w
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -80,9 +80,7 @@ def solve(layer: nn.Linear | nn.Conv2d, given_BTI: Tensor, wanted_BTO: Tensor, r
     A bias is one more column of W, of an input that is always 1; a convolution is linear in the patches that it is
     `given`. ρ is `ridge` times the mean over the inputs of Σ_r x_ri².
     """
-    weight_OI = layer.weight.flatten(1).double()
-    if layer.bias is not None:
-        weight_OI = torch.cat([weight_OI, layer.bias[:, None].double()], dim=1)
+    weight_OI = joined(layer.weight, layer.bias)
     inputs = weight_OI.shape[1]
     gram_II, cross_OI = weight_OI.new_zeros(inputs, inputs), torch.zeros_like(weight_OI)
     rows = given_BTI.flatten(0, 1).split(ROWS), wanted_BTO.flatten(0, 1).split(ROWS)
@@ -95,6 +93,12 @@ def solve(layer: nn.Linear | nn.Conv2d, given_BTI: Tensor, wanted_BTO: Tensor, r
     layer.weight.copy_(solved_OI[:, :fan_in].view_as(layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(solved_OI[:, fan_in])
+
+
+def joined(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(O, I): a linear layer's weights, with its bias as one more column; float64."""
+    columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
+    return torch.cat(columns, dim=1).double()
 
 
 def least_squares(gram_II: Tensor, cross_OI: Tensor, start_OI: Tensor, ridge: float) -> Tensor:
@@ -117,11 +121,8 @@ def _linears(block: Block) -> list[nn.Linear]:
 def _listening(block: Block) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """What its linear layers are given and say when the block is run."""
     heard: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, given, said: heard.append((given[0], said))) for layer in _linears(block)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in _linears(block):
+            hook = layer.register_forward_hook(lambda _, given, said: heard.append((given[0], said)))
+            hooks.enter_context(hook)
         yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -9,16 +9,15 @@ than its images do, whatever it says; nothing is scaled down off the diagonal; p
 Shapes: I inputs of a layer, with the constant 1 of its bias, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..statistics.inputs import PREFIX, REST, moment, widths
 from ..uploads.upload import Upload
 from ..vit.build import Weights
 from .average import average
-from .layerwise import least_squares
+from .layerwise import joined, least_squares
 
 RIDGE = 1e-6  # of the mean second moment: so that there is one solution where no client had an input
 
@@ -30,15 +29,16 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
     """
     merged = average(uploads)
     for place, layer in enumerate(widths(merged)):
-        mean_OI = _joined(merged, layer)
+        mean_OI = joined(merged[f"{layer}.weight"], merged.get(f"{layer}.bias"))
         inputs = mean_OI.shape[1]
         gram_II, cross_OI = mean_OI.new_zeros(inputs, inputs), torch.zeros_like(mean_OI)
         for upload in uploads:
-            moments = _moments_of(upload)
-            moment_II = moment(moments[PREFIX + layer], moments[REST][place])
+            assert upload.statistics is not None, "upload.extras, which methods check"
+            moment_II = moment(upload.statistics[PREFIX + layer], upload.statistics[REST][place])
             moment_II *= upload.num_examples / moment_II.trace()
             gram_II += moment_II
-            cross_OI += _joined(upload.weights, layer) @ moment_II
+            own_OI = joined(upload.weights[f"{layer}.weight"], upload.weights.get(f"{layer}.bias"))
+            cross_OI += own_OI @ moment_II
         solved_OI = least_squares(gram_II, cross_OI, mean_OI, RIDGE)
         weight = merged[f"{layer}.weight"]
         fan_in = weight[0].numel()
@@ -46,15 +46,3 @@ def regmean(uploads: Sequence[Upload]) -> Weights:
         if inputs > fan_in:
             merged[f"{layer}.bias"] = solved_OI[:, fan_in].to(weight.dtype)
     return merged
-
-
-def _moments_of(upload: Upload) -> Mapping[str, Tensor]:
-    assert upload.statistics is not None, "upload.extras, which methods check"
-    return upload.statistics
-
-
-def _joined(weights: Mapping[str, Tensor], layer: str) -> Tensor:
-    """(O, I): a layer's weights and its bias, in float64."""
-    weight_OI = weights[f"{layer}.weight"].flatten(1).double()
-    bias = weights.get(f"{layer}.bias")
-    return weight_OI if bias is None else torch.cat([weight_OI, bias[:, None].double()], dim=1)

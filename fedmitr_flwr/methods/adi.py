@@ -35,10 +35,10 @@ def fuse(job: Job) -> Fused:
     """Invert dense images, distil; in each round, on a pool that grows."""
     config = job.config
     teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
-    rounds = Rounds(job, config.inversion.steps)
-    rounds.scout(teachers, PIXELS)
+    rounds = Rounds(job, teachers, config.inversion.steps)
+    rounds.scout(PIXELS)
     for r in rounds:
-        rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, config, pixels=PIXELS))
-        rounds.weigh(teachers)
-        rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
-    return rounds.fused(teachers.ensemble)
+        rounds.images(r, partial(synthesise, teachers.ensemble, config, pixels=PIXELS))
+        rounds.weigh()
+        rounds.distil(r, Plain(TEMPERATURE))
+    return rounds.fused()

@@ -40,7 +40,7 @@ from ..inversion.objective import cross_entropy
 from ..inversion.scout import Weigher
 from ..vit.names import normalisation
 from .contract import Fused, Job
-from .rounds import Rounds, generated, rival_settings
+from .rounds import Rounds, rival_settings
 
 TEMPERATURE = 4.0  # T
 ADVERSARIAL_TEMPERATURE = 3.0  # τ
@@ -70,18 +70,19 @@ def check(config: Config) -> None:
 def fuse(job: Job) -> Fused:
     """Make hard images, weigh the teachers by them, distil on harder ones; in each round, on a pool that grows."""
     config = job.config
-    ensemble = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine).ensemble
+    teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
+    ensemble = teachers.ensemble
     weights_K = ensemble.weights.mean(1)  # not normalised
-    rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
+    rounds = Rounds(job, teachers, generator.STEPS, "generation", by_student=True)
     distillation = Plain(TEMPERATURE, partial(diversify, model=config.model))
     for r in rounds:
-        pool = rounds.images(r, ensemble, partial(generated, ensemble, rounds.student, config, loss=hard_loss))
+        pool = rounds.images(r, partial(generator.generate, ensemble, rounds.student, config, hard_loss))
         answers, rng = ensemble.answers(pool.images), stream(config.seed, "weights", r)
         weights_K = learn(answers, pool.targets, weights_K, ensemble.combine, r, rng)
         ensemble.weights = (weights_K / weights_K.sum()).to(ensemble.weights)[:, None].repeat(1, answers.shape[2])
         job.log(stage="weights", round=r, weights=ensemble.weights[:, 0])
-        rounds.distil(r, ensemble, distillation)
-    return rounds.fused(ensemble)
+        rounds.distil(r, distillation)
+    return rounds.fused()
 
 
 def hard_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
+from ..vit.build import Weights, vit_of
 
 # Settings that a method without synthetic images does not read. The others of `inversion.*` are also the ensemble's.
 OF_IMAGES = ("inversion.mode", "inversion.steps", "inversion.stops", "inversion.route", "relabel.", "distill.")
@@ -73,3 +75,14 @@ class Fused:
     weights: Mapping[str, Tensor] | None
     pool: Pool | None = None
     ensemble: Ensemble | None = None
+
+    @classmethod
+    def of_weights(cls, weights: Weights, job: Job) -> Self:
+        """The network of these weights."""
+        return cls(vit_of(job.config.model, weights).to(job.device), weights)
+
+    @classmethod
+    def of_student(cls, student: nn.Module, ensemble: Ensemble, pool: Pool | None = None) -> Self:
+        """The student as it was trained by the ensemble."""
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+        return cls(student, weights, pool, ensemble)

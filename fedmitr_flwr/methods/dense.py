@@ -23,7 +23,7 @@ from ..inversion import generator
 from ..inversion.objective import cross_entropy
 from ..inversion.scout import Weigher
 from .contract import Fused, Job
-from .rounds import Rounds, generated, rival_settings
+from .rounds import Rounds, rival_settings
 
 TEMPERATURE = 4.0  # T
 
@@ -35,14 +35,13 @@ def fuse(job: Job) -> Fused:
     """Train a generator, make images, distil; in each round, on a pool that grows."""
     config = job.config
     teachers = Weigher(job.uploads, config, job.device, teach=config.ensemble.combine)
-    rounds = Rounds(job, generator.STEPS, "generation", by_student=True)
-    rounds.scout(teachers)
+    rounds = Rounds(job, teachers, generator.STEPS, "generation", by_student=True)
+    rounds.scout()
     for r in rounds:
-        make = partial(generated, teachers.ensemble, rounds.student, config, loss=boundary_loss)
-        rounds.images(r, teachers.ensemble, make)
-        rounds.weigh(teachers)
-        rounds.distil(r, teachers.ensemble, Plain(TEMPERATURE))
-    return rounds.fused(teachers.ensemble)
+        rounds.images(r, partial(generator.generate, teachers.ensemble, rounds.student, config, boundary_loss))
+        rounds.weigh()
+        rounds.distil(r, Plain(TEMPERATURE))
+    return rounds.fused()
 
 
 def boundary_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tensor:

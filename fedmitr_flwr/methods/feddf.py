@@ -63,8 +63,7 @@ def fuse(job: Job) -> Fused:
         loss = follow(student, ensemble, pixels, config, stream(config.seed, "feddf"), job.device)
     require_finite(student.state_dict(), DIVERGED, "the student")
     job.log(stage="distillation", images=len(pixels), kd=loss)
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    return Fused(student, weights, ensemble=ensemble)
+    return Fused.of_student(student, ensemble)
 
 
 def follow(

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..uploads.updates import stacked
-from ..vit.build import vit_of
 from .contract import OF_IMAGES, Fused, Job
 
 UNREAD = OF_IMAGES
@@ -13,7 +12,7 @@ UNREAD = OF_IMAGES
 def fuse(job: Job) -> Fused:
     """Every number is the median of the clients'; numbers of images do not count."""
     weights = {name: median(values).to(values.dtype) for name, values in stacked(job.uploads)}
-    return Fused(vit_of(job.config.model, weights).to(job.device), weights)
+    return Fused.of_weights(weights, job)
 
 
 def median(values_K: Tensor) -> Tensor:

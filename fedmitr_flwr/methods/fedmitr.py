@@ -23,13 +23,13 @@ from .rounds import Rounds
 def fuse(job: Job) -> Fused:
     """In each round: invert new images and relabel their tokens, weigh the teachers by all images so far, distil."""
     teachers = Weigher(job.uploads, job.config, job.device)  # the ensemble, and who of it knows which class
-    rounds = Rounds(job, job.config.inversion.steps)  # with the student, which starts from the clients' models
-    rounds.scout(teachers)
+    rounds = Rounds(job, teachers, job.config.inversion.steps)  # the student starts from the clients' models
+    rounds.scout()
     for r in rounds:
-        rounds.images(r, teachers.ensemble, partial(synthesise, teachers.ensemble, job.config))
-        rounds.weigh(teachers)
-        rounds.distil(r, teachers.ensemble)
-    return rounds.fused(teachers.ensemble)
+        rounds.images(r, partial(synthesise, teachers.ensemble, job.config))
+        rounds.weigh()
+        rounds.distil(r)
+    return rounds.fused()
 
 
 def synthesise(

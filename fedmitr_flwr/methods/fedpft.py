@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..common.errors import ConfigError
 from ..common.rng import stream
 from ..config import Config
-from ..merging.closed_form import frozen_model, require_statistics, statistics_of
+from ..merging.closed_form import frozen_weights, require_statistics, statistics_of
 from ..statistics.heads import Head
 from ..statistics.moments import Statistics
 from .contract import OF_IMAGES, Fused, Job
@@ -43,7 +43,7 @@ def fuse(job: Job) -> Fused:
     features, labels, weights = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     with job.stopwatch.stage("head"):
         head = train_head(features, labels, config.model.num_classes, weights)
-    return Fused(*frozen_model(config, head, job.device))
+    return Fused.of_weights(frozen_weights(config, head), job)
 
 
 def draw(statistics: Statistics, rng: torch.Generator, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ from ..common.errors import ConfigError
 from ..config import Config
 from ..uploads.updates import gram, squared_distances
 from ..uploads.upload import Upload
-from ..vit.build import vit_of
 from .contract import OF_IMAGES, Fused, Job
 
 log = logging.getLogger("fedmitr")
@@ -28,8 +27,7 @@ def fuse(job: Job) -> Fused:
     chosen = choose(job.uploads, job.config.krum.hostile)
     job.log(stage="krum", client=chosen.client)
     log.info("krum: the upload of client %d", chosen.client)
-    weights = dict(chosen.weights)
-    return Fused(vit_of(job.config.model, weights).to(job.device), weights)
+    return Fused.of_weights(dict(chosen.weights), job)
 
 
 def choose(uploads: Sequence[Upload], hostile: int) -> Upload:

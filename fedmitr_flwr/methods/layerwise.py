@@ -28,5 +28,4 @@ def fuse(job: Job) -> Fused:
     student = start_student(job.uploads, config).to(job.device)
     with job.stopwatch.stage("fitting"):
         fit_layers(student, weigher.ensemble, images, targets)
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    return Fused(student, weights, ensemble=weigher.ensemble)
+    return Fused.of_student(student, weigher.ensemble)

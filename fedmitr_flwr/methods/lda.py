@@ -7,7 +7,8 @@ Deviations [M]: the features are the class tokens of the public start; priors ar
 covariance is shrunk towards its mean variance, by Chen et al.'s formula (OAS).
 """
 
-from ..merging.closed_form import closed_form_model, require_statistics
+from ..merging.closed_form import frozen_weights, pooled, require_statistics
+from ..statistics.heads import lda
 from .contract import OF_IMAGES, Fused, Job
 
 check = require_statistics
@@ -17,4 +18,4 @@ UNREAD = OF_IMAGES
 
 def fuse(job: Job) -> Fused:
     """The public start with the head that `statistics.heads.lda` makes."""
-    return Fused(*closed_form_model("lda", job.uploads, job.config, job.device))
+    return Fused.of_weights(frozen_weights(job.config, lda(pooled(job.uploads))), job)

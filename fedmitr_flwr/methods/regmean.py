@@ -6,7 +6,6 @@ No image and no step. What clients upload for it, the closed form and deviations
 from ..common.errors import ConfigError
 from ..config import Config
 from ..merging.regmean import regmean
-from ..vit.build import vit_of
 from .contract import OF_IMAGES, Fused, Job
 
 UNREAD = OF_IMAGES
@@ -23,5 +22,4 @@ def check(config: Config) -> None:
 
 def fuse(job: Job) -> Fused:
     """Merge the uploads by their images."""
-    weights = regmean(job.uploads)
-    return Fused(vit_of(job.config.model, weights).to(job.device), weights)
+    return Fused.of_weights(regmean(job.uploads), job)

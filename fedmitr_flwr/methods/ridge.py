@@ -7,7 +7,8 @@ Deviations [M]: a bias that is not penalised. The penalty, `heads.RIDGE`, counts
 answer does not depend on how the images are spread. The scores are no log-probabilities: their softmax is too flat.
 """
 
-from ..merging.closed_form import closed_form_model, require_statistics
+from ..merging.closed_form import frozen_weights, pooled, require_statistics
+from ..statistics.heads import ridge
 from .contract import OF_IMAGES, Fused, Job
 
 check = require_statistics
@@ -17,4 +18,4 @@ UNREAD = OF_IMAGES
 
 def fuse(job: Job) -> Fused:
     """The public start with the head that `statistics.heads.ridge` makes."""
-    return Fused(*closed_form_model("ridge", job.uploads, job.config, job.device))
+    return Fused.of_weights(frozen_weights(job.config, ridge(pooled(job.uploads))), job)

@@ -10,7 +10,6 @@ from contextlib import closing
 from threading import Event
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..common.compute import as_made, side_by_side
@@ -19,11 +18,8 @@ from ..common.rng import stream
 from ..config import Config
 from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
-from ..distillation.relabel import relabel
 from ..distillation.start import settle, start_student
-from ..ensemble.ensemble import Ensemble
 from ..ensemble.routing import route
-from ..inversion.generator import Loss, generate
 from ..inversion.invert import PIXELS, Pixels
 from ..inversion.pool import Pool, join
 from ..inversion.scout import Weigher
@@ -49,41 +45,29 @@ def rival_settings(config: Config) -> Config:
     return Config.from_flat(forced, base=config)
 
 
-def generated(
-    ensemble: Ensemble,
-    student: VisionTransformer,
-    config: Config,
-    targets: Tensor,
-    rng: torch.Generator,
-    on_step: OnStep,
-    *,
-    loss: Loss,
-) -> Pool:
-    """One batch of a generator's images, of which every patch keeps the class."""
-    images = generate(ensemble, student, targets, config, rng, on_step, loss=loss)
-    return relabel(images.require_finite(), config.relabel.mode)
-
-
 class Rounds:
-    """The rounds r = 0, 1, ... of one method, and its student.
+    """The rounds r = 0, 1, ... of one method, in which teachers make images and a student learns from them.
 
     Attributes:
         student: starts as the settings say, and is trained by `distil`.
         pool: all images so far.
     """
 
-    def __init__(self, job: Job, steps: int, stage: str = "inversion", *, by_student: bool = False) -> None:
+    def __init__(
+        self, job: Job, teachers: Weigher, steps: int, stage: str = "inversion", *, by_student: bool = False
+    ) -> None:
         """Start the student; nothing is computed yet.
 
         Args:
             job: the uploads and the settings.
+            teachers: the ensemble, and how it is weighed.
             steps: that making a batch of images takes.
             stage: the name of making images, in metrics, seconds and on the progress bar.
             by_student: do the images depend on the student that they find?
         """
         self.student = start_student(job.uploads, job.config).to(job.device)
         self.pool: Pool | None = None
-        self._job, self._steps, self._stage = job, steps, stage
+        self._job, self._teachers, self._steps, self._stage = job, teachers, steps, stage
         self._image_settings = STUDENT_SETTINGS if by_student else IMAGE_SETTINGS
         self._by_student = by_student
         self._stepper: Stepper | None = None
@@ -92,13 +76,13 @@ class Rounds:
     def __iter__(self) -> Iterator[int]:
         return iter(range(self._job.config.distill.rounds))
 
-    def scout(self, teachers: Weigher, pixels: Pixels = PIXELS) -> None:
+    def scout(self, pixels: Pixels = PIXELS) -> None:
         """Weigh the teachers by a few quick images, where their weights are estimated."""
-        if teachers.estimates:
+        if self._teachers.estimates:
             with self._job.stopwatch.stage("inversion"):
-                teachers.scout(pixels)
+                self._teachers.scout(pixels)
 
-    def images(self, r: int, ensemble: Ensemble, make: Make) -> Pool:
+    def images(self, r: int, make: Make) -> Pool:
         """Add one round's images to the pool, batches side by side; those of an earlier start are taken back.
 
         Returns:
@@ -109,31 +93,41 @@ class Rounds:
         pools = {number: pool for number in chunks if (pool := self._kept_batch(r, number)) is not None}
         missing = {number: chunk for number, chunk in chunks.items() if number not in pools}
         if missing:
-            label = f"{self._stage} {r + 1}/{config.distill.rounds}"
             total = self._steps * sum(map(len, missing.values()))
-            workers = len(chunks) if ensemble.by_many else 1  # also if few are missing: sums are split by thread
-            with Progress(label, total, unit="img·step") as progress, side_by_side(workers) as at_once:
+            # Also if few are missing: sums are split by thread.
+            workers = len(chunks) if self._teachers.ensemble.by_many else 1
+            with (
+                Progress(self._label(self._stage, r), total, unit="img·step") as progress,
+                side_by_side(workers) as at_once,
+            ):
 
                 def batch(number: int, over: Event) -> tuple[Pool, Series]:
-                    rng = stream(config.seed, self._stage, r, number)
-                    return _make_batch(make, missing[number], rng, progress, over)
+                    targets, series = missing[number], Series()
+
+                    def on_step(loss: float, alive: float) -> None:
+                        if over.is_set():
+                            raise InterruptedError("another batch has failed, or the run was interrupted")
+                        series.add(loss=loss, alive=alive)
+                        progress.update(len(targets), loss=loss, alive=alive)
+
+                    return make(targets, stream(config.seed, self._stage, r, number), on_step), series
 
                 with closing(as_made(batch, missing, at_once)) as batches:
                     for _ in missing:
                         watch = Stopwatch()
                         with watch.stage(self._stage):  # until the next is there: the sum of these is the whole time
                             number, (pools[number], series) = next(batches)
-                        self._keep_batch(r, number, pools[number], series, ensemble, watch.seconds)
+                        self._keep_batch(r, number, pools[number], series, watch.seconds)
         self.pool = join([*([self.pool] if self.pool else []), *(pools[number] for number in chunks)])
         return self.pool
 
-    def weigh(self, teachers: Weigher) -> None:
+    def weigh(self) -> None:
         """Weigh the teachers anew by all images so far, where their weights are estimated."""
         assert self.pool is not None, "images come first"
         pool = self.pool.canvases() if self._job.config.inversion.images_each > 1 else self.pool
-        teachers.refine(pool.images, pool.targets)
+        self._teachers.refine(pool.images, pool.targets)
 
-    def distil(self, r: int, ensemble: Ensemble, plain: Plain | None = None) -> None:
+    def distil(self, r: int, plain: Plain | None = None) -> None:
         """Train the student on all images so far, unless an earlier start has; `plain` is the rivals' distillation."""
         job, student, pool = self._job, self.student, self.pool
         assert pool is not None, "images come first"
@@ -142,25 +136,26 @@ class Rounds:
             self._done = self._restore(self._stepper)
             if job.config.distill.start_needs_images and not self._done:
                 with job.stopwatch.stage("distillation"):
-                    found = settle(student, ensemble, pool, job.config)
+                    found = settle(student, self._teachers.ensemble, pool, job.config)
                 job.log(stage="start", **found)
         if r >= self._done:
             with job.stopwatch.stage("distillation"):
-                self._train(r, ensemble, pool, self._stepper, plain)
+                self._train(r, pool, self._stepper, plain)
             require_finite(student.state_dict(), DIVERGED, "the student")
             self._keep(self._stepper, r + 1)
 
-    def fused(self, ensemble: Ensemble) -> Fused:
+    def fused(self) -> Fused:
         """The student as the global model."""
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.student.state_dict().items()}
-        return Fused(self.student, weights, self.pool, ensemble)
+        return Fused.of_student(self.student, self._teachers.ensemble, self.pool)
 
-    def _train(self, r: int, ensemble: Ensemble, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
+    def _label(self, stage: str, r: int) -> str:
+        return f"{stage} {r + 1}/{self._job.config.distill.rounds}"
+
+    def _train(self, r: int, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
         job, config = self._job, self._job.config
-        label = f"distillation {r + 1}/{config.distill.rounds}"
         images = config.distill.epochs_per_round * len(pool)
         series, alive = Series(), pool.alive.float().mean().item()
-        with Progress(label, total=images, unit="img") as progress:
+        with Progress(self._label("distillation", r), total=images, unit="img") as progress:
 
             def on_batch(count: int, parts: Parts) -> None:
                 loss, *values = torch.stack([parts.total(), *parts]).tolist()  # a GPU is waited for once
@@ -168,16 +163,15 @@ class Rounds:
                 progress.update(count, loss=loss, alive=alive)
 
             rng = stream(config.seed, "distillation", r)
-            distil(self.student, ensemble, pool, config, stepper, rng, on_batch, plain)
+            distil(self.student, self._teachers.ensemble, pool, config, stepper, rng, on_batch, plain)
         job.log(stage="distillation", round=r, **series.means(), curve=series.thin())
 
-    def _keep_batch(
-        self, r: int, number: int, batch: Pool, series: Series, ensemble: Ensemble, seconds: dict[str, float]
-    ) -> None:
+    def _keep_batch(self, r: int, number: int, batch: Pool, series: Series, seconds: dict[str, float]) -> None:
         job = self._job
         job.stopwatch.add(seconds)
         means = {"loss": batch.loss.mean().item(), "alive": batch.alive.float().mean().item()}
-        means["teachers_asked"] = route(ensemble.weights, batch.targets, job.config.inversion.route).share
+        routing = route(self._teachers.ensemble.weights, batch.targets, job.config.inversion.route)
+        means["teachers_asked"] = routing.share
         job.log(stage=self._stage, round=r, batch=number, **means, curve=series.thin())
         job.checkpoints.save(_name(r, number), self._image_settings, batch.tensors(), seconds=seconds)
 
@@ -188,10 +182,9 @@ class Rounds:
             return None
         tensors, facts = kept
         job.stopwatch.add(facts["seconds"])
-        label = f"{self._stage} {r + 1}/{job.config.distill.rounds}"
-        log.info("%s: batch %d is of an earlier start", label, number + 1)
-        patch = job.config.model.patch_size
-        return Pool.of_tensors({name: tensor.to(job.device) for name, tensor in tensors.items()}, patch)
+        log.info("%s: batch %d is of an earlier start", self._label(self._stage, r), number + 1)
+        tensors = {name: tensor.to(job.device) for name, tensor in tensors.items()}
+        return Pool(**tensors, patch=job.config.model.patch_size)
 
     def _keep(self, stepper: Stepper, rounds: int) -> None:
         job = self._job
@@ -242,21 +235,6 @@ def balanced_targets(config: Config, rng: torch.Generator) -> Tensor:
     targets = ((every + offset) % classes)[torch.randperm(count, generator=rng)]
     # Where images go to the teachers of their class, batches of few classes leave most teachers out altogether.
     return targets.sort().values if config.inversion.route else targets
-
-
-def _make_batch(
-    make: Make, targets: Tensor, rng: torch.Generator, progress: Progress, over: Event
-) -> tuple[Pool, Series]:
-    """The images, and loss and alive share by step."""
-    series = Series()
-
-    def on_step(loss: float, alive: float) -> None:
-        if over.is_set():
-            raise InterruptedError("another batch has failed, or the run was interrupted")
-        series.add(loss=loss, alive=alive)
-        progress.update(len(targets), loss=loss, alive=alive)
-
-    return make(targets, rng, on_step), series
 
 
 def _name(r: int, number: int) -> str:

@@ -21,15 +21,14 @@ from torch import Tensor
 from ..common.rng import stream
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
-from ..inversion.invert import invert
+from ..inversion.scout import quick_images
 from ..uploads.upload import Upload
 from .findings import Finding
 
 log = logging.getLogger("fedmitr")
 
 FOLDS = 5
-STEPS = 20
-IMAGES = 5  # made for each class: an eighth of the default inversion's steps (docs/adr/0017-screening.md)
+IMAGES = 5  # made for each class, with an eighth of the default inversion's steps (docs/adr/0017-screening.md)
 FEWEST = 5  # uploads: images by one or two others have too much of their own
 SUSPECT = 0.5  # of `Names.kept`: below it a client is judged again, by all others
 STRANGE = 0.3
@@ -134,11 +133,12 @@ def _led(upload: Upload, images_per_class: int, config: Config, device: torch.de
     guess, the mean over classes as a share of the highest.
     """
     rng = stream(config.seed, "screening", "alone", upload.client)
-    images, targets_M = _made_by([upload], images_per_class, config, device, rng)
-    (answers_MC,) = _ensemble([upload], config).to(device).probabilities(images)
-    right_M = answers_MC.gather(1, targets_M[:, None]).squeeze(1)
+    alone = _ensemble([upload], config).to(device)
+    pool = quick_images(alone, config, images_per_class, rng)
+    (answers_MC,) = alone.probabilities(pool.images)
+    right_M = answers_MC.gather(1, pool.targets[:, None]).squeeze(1)
     classes = config.model.num_classes
-    above_Y = torch.stack([right_M[targets_M == label].mean() for label in range(classes)]) - 1 / classes
+    above_Y = torch.stack([right_M[pool.targets == label].mean() for label in range(classes)]) - 1 / classes
     return (above_Y.mean() / above_Y.max().clamp_min(1e-6)).item()
 
 
@@ -163,24 +163,11 @@ def _judged(
     """Let the others make images; what those who were left out call them."""
     clients = {upload.client for upload in left_out}
     others = [upload for upload in uploads if upload.client not in clients]
-    images, targets_M = _made_by(others, images_per_class, config, device, stream(config.seed, "screening", number))
-    answers_KMC = _ensemble(left_out, config).to(device).probabilities(images)
+    makers, rng = _ensemble(others, config).to(device), stream(config.seed, "screening", number)
+    pool = quick_images(makers, config, images_per_class, rng)
+    answers_KMC = _ensemble(left_out, config).to(device).probabilities(pool.images)
     for upload, answers_MC in zip(left_out, answers_KMC, strict=True):
-        yield upload, Names.of(answers_MC, targets_M)
-
-
-def _made_by(
-    makers: Sequence[Upload], images_per_class: int, config: Config, device: torch.device, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Images (M, C, S, S) on which these agree, and the classes (M,) that they are made for."""
-    targets = torch.arange(config.model.num_classes).repeat(images_per_class)
-    settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-    ensemble = _ensemble(makers, config).to(device)
-    images = [
-        invert(ensemble, chunk, settings, config.model, flip=config.data.flips, rng=rng).images
-        for chunk in targets.split(config.inversion.batch_size)
-    ]
-    return torch.cat(images), targets.to(device)
+        yield upload, Names.of(answers_MC, pool.targets)
 
 
 def _ensemble(uploads: Sequence[Upload], config: Config) -> Ensemble:

@@ -21,24 +21,17 @@ class Head(NamedTuple):
     bias: Tensor  # (Y,)
 
 
-def closed_form(name: str, statistics: Statistics) -> Head:
-    """The head that is called `lda` or `ridge`."""
-    if name == "lda":
-        return lda(statistics, oas(statistics))
-    return ridge(statistics, RIDGE)
-
-
-def lda(statistics: Statistics, shrinkage: float) -> Head:
+def lda(statistics: Statistics, shrinkage: float | None = None) -> Head:
     """Linear discriminant analysis (Fisher 1936; Rao 1948): softmax of the scores is p(y | z) of equal Gaussians.
 
     weight_y = Σ⁻¹ μ_y, bias_y = -½ μ_yᵀ Σ⁻¹ μ_y + log(n_y / n), with Σ = (1 - s) C + s tr(C)/D · I of the covariance
-    C = scatter / n within classes. Where Σ is singular, its pseudo-inverse. As scikit-learn's
-    LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s) on all images.
+    C = scatter / n within classes; s is that of `oas` unless it is given. Where Σ is singular, its pseudo-inverse. As
+    scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s) on all images.
     """
     covariance_DD = statistics.scatter / statistics.counts.sum()
     width = len(covariance_DD)
     even_DD = torch.eye(width, dtype=torch.float64) * covariance_DD.trace() / width
-    shrunk_DD = torch.lerp(covariance_DD, even_DD, shrinkage)
+    shrunk_DD = torch.lerp(covariance_DD, even_DD, oas(statistics) if shrinkage is None else shrinkage)
     means_YD = statistics.means
     weight_YD = means_YD @ torch.linalg.pinv(shrunk_DD, hermitian=True)
     bias_Y = (statistics.counts / statistics.counts.sum()).log() - 0.5 * (weight_YD * means_YD).sum(1)
@@ -58,7 +51,7 @@ def oas(statistics: Statistics) -> float:
     return min(1.0, ((mean_square + squared_mean) / spread).item()) if spread > 0 else 1.0
 
 
-def ridge(statistics: Statistics, penalty: float) -> Head:
+def ridge(statistics: Statistics, penalty: float = RIDGE) -> Head:
     """Ridge regression to one-hot classes: the minimum of Σ |z Wᵀ + b - onehot(y)|² + penalty · |W|².
 
     As scikit-learn's Ridge(alpha=penalty) on all images: the bias is free.

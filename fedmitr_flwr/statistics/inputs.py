@@ -9,6 +9,7 @@ directions, L layers.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -46,16 +47,9 @@ def like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure(vit: VisionTransformer, images: Images, model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
-    """What a client uploads.
+    """What a client uploads of `vit`, as it trained it, and its own images, whole and unaugmented.
 
-    Args:
-        vit: as the client trained it.
-        images: its own, shown whole and unaugmented.
-        model: how pixels become its input.
-        device: where the model is asked.
-
-    Returns:
-        For each layer `inputs/NAME` (R, I), and `inputs/rest` (L,); see `leading`. float32, on the CPU.
+    For each layer `inputs/NAME` (R, I), and `inputs/rest` (L,); see `leading`. float32, on the CPU.
     """
     moments, rests = {}, []
     for layer, moment_II in second_moments(vit, images, model, device).items():
@@ -79,21 +73,18 @@ def second_moments(
         sums[layer] += x_RI.T @ x_RI
         seen[layer] += len(x_RI)
 
-    hooks = [vit.get_submodule(layer).register_forward_pre_hook(partial(hear, layer)) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(vit.get_submodule(layer).register_forward_pre_hook(partial(hear, layer)))
         for pixels in images.pixels.split(_BATCH):
             vit(prepare(pixels.to(device), model))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {layer: sums[layer] / seen[layer] for layer in layers}
 
 
 def leading(moment_II: Tensor, directions: int) -> tuple[Tensor, Tensor]:
-    """S and ρ of SᵀS + ρ 1, which has the leading eigenvectors and eigenvalues of a second moment, and its trace.
+    """S (R, I) and ρ () of SᵀS + ρ 1, which has a second moment's leading eigenvectors and eigenvalues, and its trace.
 
-    Returns:
-        S (R, I) and ρ (), the mean of the other eigenvalues; 0 where there are none.
+    ρ is the mean of the other eigenvalues; 0 where there are none.
     """
     values_I, vectors_II = torch.linalg.eigh(moment_II.cpu().double())
     values_I, vectors_II = values_I.flip(0).clamp_min(0), vectors_II.flip(1)

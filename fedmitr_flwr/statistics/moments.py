@@ -92,16 +92,9 @@ def names(upload: UploadConfig) -> tuple[str, ...]:
 
 
 def measure(features_ND: Tensor, labels_N: Tensor, num_classes: int, *, variances: bool = False) -> dict[str, Tensor]:
-    """What a client uploads beside its class counts.
+    """What a client uploads beside its class counts; with `variances`, the squares, too. See `Statistics`.
 
-    Args:
-        features_ND: any floating type.
-        labels_N: int64 classes.
-        num_classes: Y.
-        variances: give the squares, too.
-
-    Returns:
-        `sums` (Y, D), `moment` (U,) row by row, and perhaps `squares` (Y, D); all float64. See `Statistics`.
+    `sums` (Y, D), `moment` (U,) row by row, and perhaps `squares` (Y, D); all float64.
     """
     z_ND = features_ND.double()
     empty_YD = z_ND.new_zeros(num_classes, z_ND.shape[1])
@@ -121,8 +114,7 @@ def resized(tensors: Mapping[str, Tensor], counts: tuple[int, ...], wanted: tupl
 
 def last_norm(weights: Mapping[str, Tensor]) -> Norm | None:
     """γ and β of the last LayerNorm; None: only their shapes are known, or there is none."""
-    found = weights.get("norm.weight"), weights.get("norm.bias")
-    gamma_D, beta_D = found
+    gamma_D, beta_D = weights.get("norm.weight"), weights.get("norm.bias")
     if gamma_D is None or beta_D is None or gamma_D.is_meta:
         return None
     return gamma_D.double(), beta_D.double()

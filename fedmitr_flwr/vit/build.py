@@ -127,64 +127,54 @@ def initial_weights(model: ModelConfig, seed: int) -> Weights:
     positional embeddings are resampled.
 
     Raises:
-        ModelError: no such model, hub not reachable, or a file that does not fit.
+        ModelError: no such model, hub not reachable, or a file that does not fit or has NaN.
     """
     vit = build_vit(model, seed)
     if model.weights != "none":
-        load_pretrained(vit, model, model.weights, "model.weights")
+        _load_pretrained(vit, model)
     return {name: tensor.clone() for name, tensor in vit.state_dict().items()}
 
 
-def load_pretrained(vit: VisionTransformer, model: ModelConfig, source: str, key: str) -> None:
-    """Load `source` (`timm` or a safetensors file) into `vit`, except a head for another number of classes.
-
-    Raises:
-        ModelError: the hub cannot be reached, or the file does not fit or has NaN; the setting `key` is named.
-    """
-    state = _from_hub(model, key) if source == "timm" else read_weights(Path(source).expanduser(), key)
-    _require_numbers(state, source, key)
-    own = vit.state_dict()
-    state, prefix = without_prefix(state, source, key)
+def _load_pretrained(vit: VisionTransformer, model: ModelConfig) -> None:
+    """Load `model.weights` into `vit`, except a head for another number of classes."""
+    source, own = model.weights, vit.state_dict()
+    state = _from_hub(model) if source == "timm" else read_weights(Path(source).expanduser())
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ModelError(
+                f"model.weights: {name} in {source!r} has NaN or infinity; give weights of a run that did not diverge"
+            )
+    state, prefix = without_prefix(state, source)
     if prefix:
-        say_once(f"{key}: the names in {source} begin with {prefix!r}, which is left out", logging.INFO)
-    state = _fitted(state, vit, model, source, key)
-    if others := sorted(name for name in state if name.startswith(_OTHER_HEADS) and name not in own):
-        say_once(f"{key}: {', '.join(others)} of {source} are of another task and left out", logging.INFO)
-    state = {name: tensor for name, tensor in state.items() if name not in others}
-    head = {name for name in own if name.startswith("head.") and state.get(name, own[name]).shape != own[name].shape}
-    state = {name: tensor for name, tensor in state.items() if name not in head}
-    head |= {name for name in own if name.startswith("head.") and name not in state}
-    missing = sorted(own.keys() - state.keys() - head)
-    wrong = (
-        [
-            f"{name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-            if name in own
-            else f"{name} is not in the model"
-            for name, tensor in state.items()
-            if name not in own or tensor.shape != own[name].shape
-        ]
-        + [
-            f"{name} has whole numbers ({str(tensor.dtype).removeprefix('torch.')})"
-            for name, tensor in state.items()
-            if not tensor.is_floating_point()
-        ]
-        + [f"{name} is missing" for name in missing]
-    )
+        say_once(f"model.weights: the names in {source} begin with {prefix!r}, which is left out", logging.INFO)
+    state = _fitted(state, vit, model)
+    if others := {name for name in state if name.startswith(_OTHER_HEADS) and name not in own}:
+        named = ", ".join(sorted(others))
+        say_once(f"model.weights: {named} of {source} are of another task and left out", logging.INFO)
+    head = {name for name in own if name.startswith("head.")}
+    head = {name for name in head if name not in state or state[name].shape != own[name].shape}
+    state = {name: tensor for name, tensor in state.items() if name not in others | head}
+    wrong = [f"{name} is not in the model" for name in state if name not in own]
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in state if name in own}
+    wrong += [f"{name} is {there}, not {here}" for name, (there, here) in shapes.items() if there != here]
+    whole = {name: tensor.dtype for name, tensor in state.items() if not tensor.is_floating_point()}
+    wrong += [f"{name} has whole numbers ({str(dtype).removeprefix('torch.')})" for name, dtype in whole.items()]
+    wrong += [f"{name} is missing" for name in sorted(own.keys() - state.keys() - head)]
     if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise _misfit(model, source, key, wrong[0] + more)
+        raise _misfit(model, wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     if head:
-        say_once(f"{key}: {source} has no head for {model.num_classes} classes; a fresh one is trained", logging.INFO)
+        lacks = f"{source} has no head for {model.num_classes} classes"
+        say_once(f"model.weights: {lacks}; a fresh one is trained", logging.INFO)
     vit.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
 
 
-def _misfit(model: ModelConfig, source: str, key: str, reason: str) -> ModelError:
-    return ModelError(f"{key}: the weights of {source!r} do not fit model.name = {model.name!r}: {reason}")
+def _misfit(model: ModelConfig, reason: str) -> ModelError:
+    return ModelError(
+        f"model.weights: the weights of {model.weights!r} do not fit model.name = {model.name!r}: {reason}"
+    )
 
 
-def _fitted(
-    state: Mapping[str, Tensor], vit: VisionTransformer, model: ModelConfig, source: str, key: str
-) -> dict[str, Tensor]:
+def _fitted(state: Mapping[str, Tensor], vit: VisionTransformer, model: ModelConfig) -> Weights:
     """The tensors by timm's own names, with positions for this image size and weights for this number of channels.
 
     Patches of another size are refused, which timm would resample.
@@ -193,34 +183,26 @@ def _fitted(
     size = vit.patch_embed.proj.weight.shape[-2:]
     if weight in state and state[weight].dim() == 4 and state[weight].shape[-2:] != size:
         other = " x ".join(map(str, state[weight].shape[-2:]))
-        raise _misfit(model, source, key, f"its patches are {other} px, and model.patch-size = {model.patch_size}")
+        raise _misfit(model, f"its patches are {other} px, and model.patch-size = {model.patch_size}")
     try:
-        fitted: dict[str, Tensor] = dict(checkpoint_filter_fn(dict(state), vit))
+        fitted: Weights = dict(checkpoint_filter_fn(dict(state), vit))
         if weight in fitted and fitted[weight].shape[1] != model.in_chans:
             fitted[weight] = adapt_input_conv(model.in_chans, fitted[weight])
     except _MISFITS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise _misfit(model, source, key, f"timm cannot read them ({reason[:200]})") from error
+        raise _misfit(model, f"timm cannot read them ({reason[:200]})") from error
     return fitted
 
 
-def _require_numbers(state: Mapping[str, Tensor], source: str, key: str) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise ModelError(
-                f"{key}: {name} in {source!r} has NaN or infinity; give weights of a run that did not diverge"
-            )
-
-
-def _from_hub(model: ModelConfig, key: str) -> Weights:
+def _from_hub(model: ModelConfig) -> Weights:
     if model.name == SMALL:
-        raise ModelError(f"{key} = 'timm', but there are none for model.name = {SMALL!r}; name a timm model")
+        raise ModelError(f"model.weights = 'timm', but there are none for model.name = {SMALL!r}; name a timm model")
     try:
         return dict(timm.create_model(model.name, pretrained=True).state_dict())
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"cannot fetch the timm weights of {model.name!r} ({reason}); set {key} to a safetensors file"
+            f"cannot fetch the timm weights of {model.name!r} ({reason}); set model.weights to a safetensors file"
         ) from error
 
 

@@ -39,7 +39,8 @@ def architecture(name: str) -> Architecture:
     Raises:
         ModelError: there is no such model, or it is no plain vision transformer with a class token.
     """
-    require_known(name)
+    if not timm.is_model(name):
+        raise ModelError(f"model.name = {name!r} is not a timm model; {_examples(name)}")
     try:
         with torch.device("meta"):
             vit = timm.create_model(name)
@@ -51,11 +52,6 @@ def architecture(name: str) -> Architecture:
     channels, height, width = config.input_size
     assert height == width, f"{name}: {config.input_size}"  # all plain ones are square
     return Architecture(vit.patch_embed.patch_size[0], height, channels, tuple(config.mean), tuple(config.std))
-
-
-def require_known(name: str) -> None:
-    if not timm.is_model(name):
-        raise ModelError(f"model.name = {name!r} is not a timm model; {_examples(name)}")
 
 
 def _examples(name: str) -> str:

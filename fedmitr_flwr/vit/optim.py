@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -35,7 +34,10 @@ class Stepper:
         assert lr, "a learning rate of 0 is to be resolved first"
         self.parameters = list(parameters)
         apart = list(head) if head_lr not in (0, lr) else []
-        self.optimizers = _optimizers(self.parameters, optimizer, lr, apart, head_lr)
+        body = [parameter for parameter in self.parameters if all(parameter is not other for other in apart)]
+        self.optimizers = _optimizers(body, optimizer, lr)
+        if apart:  # never by Muon
+            self.optimizers.append(_by_numbers(apart, optimizer, head_lr))
         self.factor = lambda step: _factor(step, total_steps)
         self.schedules = [LambdaLR(each, self.factor) for each in self.optimizers]
 
@@ -82,37 +84,27 @@ def client_stepper(vit: VisionTransformer, local: LocalConfig, total_steps: int)
     return Stepper(vit.parameters(), local.optimizer, local.lr, total_steps, vit.head.parameters(), local.head_lr)
 
 
-def _optimizers(
-    parameters: list[nn.Parameter], name: str, lr: float, head: list[nn.Parameter], head_lr: float
-) -> list[Optimizer]:
+def _optimizers(parameters: list[nn.Parameter], name: str, lr: float) -> list[Optimizer]:
     """One for all parameters; with `muon`, Muon (Jordan et al. 2024) for the matrices and AdamW for the rest.
 
     Muon's steps are scaled to the usual size of AdamW's (Liu et al. 2025, "match_rms_adamw"), so that one rate does.
-    A head with a rate of its own has one more, which is not Muon.
     """
-    apart = {id(parameter) for parameter in head}
-    body = [parameter for parameter in parameters if id(parameter) not in apart]
-    last = [_by_numbers(head, name, head_lr)] if head else []
     if name != "muon":
-        return [_by_numbers(body, name, lr), *last]
-    matrices, others = [p for p in body if p.dim() == 2], [p for p in body if p.dim() != 2]
+        return [_by_numbers(parameters, name, lr)]
+    matrices, others = [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-    return [muon, _by_numbers(others, name, lr), *last]
+    return [muon, _by_numbers(others, name, lr)]
 
 
 def _by_numbers(parameters: list[nn.Parameter], name: str, lr: float) -> Optimizer:
     """SGD where that is wanted, else AdamW: each number has a step of its own."""
-    groups = _by_decay(parameters)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=lr)
-
-
-def _by_decay(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [
+    groups = [
         {"params": [p for p in parameters if p.dim() in (2, 4)], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() not in (2, 4)], "weight_decay": 0.0},
     ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def _factor(step: int, total: int) -> float:

@@ -5,12 +5,17 @@ Shapes: B images, N patches, K of them given, E = C·p·p numbers in a patch, P 
 D width, H heads, Y classes, g = √N patches along a side.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+
+# (network, patches (B, K, E), positions (B, K)) -> tensors: `forward_cls`, `forward_tokens`
+Question = Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class TokenLogits(NamedTuple):
@@ -74,6 +79,25 @@ def forward_cls(vit: VisionTransformer, patches_BKE: Tensor, positions_BK: Tenso
         x = block(x)
     cls_B1D, attention_BT = _cls_block(vit.blocks[-1], x)
     return ClassAnswer(vit.forward_head(vit.norm(cls_B1D)), attention_BT[:, vit.num_prefix_tokens :])
+
+
+class _Asked(nn.Module):
+    """A question as a module, which `functional_call` needs."""
+
+    def __init__(self, network: nn.Module, question: Question) -> None:
+        super().__init__()
+        self.network, self.question = network, question
+
+    def forward(self, patches_BKE: Tensor, positions_BK: Tensor) -> Any:
+        return self.question(self.network, patches_BKE, positions_BK)
+
+
+def ask_with(
+    weights: Mapping[str, Tensor], network: nn.Module, question: Question, patches_BKE: Tensor, positions_BK: Tensor
+) -> Any:
+    """The answer of `network`, had it these weights: for `torch.func`, which differentiates and batches by weights."""
+    named = {f"network.{name}": tensor for name, tensor in weights.items()}
+    return functional_call(_Asked(network, question), named, (patches_BKE, positions_BK))
 
 
 def random_flip(

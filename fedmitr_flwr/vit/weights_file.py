@@ -28,8 +28,8 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read_weights(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that the setting `key` names.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of the safetensors file that `model.weights` names.
 
     Raises:
         ModelError: it cannot be read; a file of another kind is named as such, with what to do.
@@ -37,20 +37,22 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         fix = f"give {inside[0]}" if len(inside) == 1 else "give the path of a safetensors file"
-        raise ModelError(f"{key}: {path} is a folder; {fix}")
+        raise ModelError(f"model.weights: {path} is a folder; {fix}")
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise ModelError(f"{key}: {unread('weights file', path, error)}") from error
+        raise ModelError(f"model.weights: {unread('weights file', path, error)}") from error
     if other := _other_kind(path, head):
-        raise ModelError(f"{key}: {path} is {other}")
+        raise ModelError(f"model.weights: {path} is {other}")
     try:
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(f"{key}: cannot read {path} as safetensors: {error}; it may be cut off or damaged") from error
+        raise ModelError(
+            f"model.weights: cannot read {path} as safetensors: {error}; it may be cut off or damaged"
+        ) from error
     if not state:
-        raise ModelError(f"{key}: {path} holds no tensors; give the path of a file of weights")
+        raise ModelError(f"model.weights: {path} holds no tensors; give the path of a file of weights")
     return state
 
 
@@ -77,7 +79,7 @@ def _other_kind(path: Path, head: bytes) -> str | None:
     return f"a PyTorch file, which may run code when it is read; convert it once: {_CONVERT}{paths}"
 
 
-def without_prefix(state: Mapping[str, Tensor], source: str, key: str) -> tuple[dict[str, Tensor], str]:
+def without_prefix(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str]:
     """The tensors without a wrapper's prefix (`module.`, `model.`, `_orig_mod.`, `backbone.`, ...), and that prefix.
 
     Raises:
@@ -87,7 +89,7 @@ def without_prefix(state: Mapping[str, Tensor], source: str, key: str) -> tuple[
     prefixes = [prefix for prefix in found if not prefix or _PREFIX.fullmatch(prefix)]
     if len(prefixes) > 1:
         shown = " and ".join(repr(prefix + _PATCHES) for prefix in prefixes)
-        raise ModelError(f"{key}: {source!r} holds {len(prefixes)} models ({shown}); give a file of one")
+        raise ModelError(f"model.weights: {source!r} holds {len(prefixes)} models ({shown}); give a file of one")
     prefix = prefixes[0] if prefixes else ""
     if not prefix:
         return dict(state), prefix
@@ -95,6 +97,6 @@ def without_prefix(state: Mapping[str, Tensor], source: str, key: str) -> tuple[
     for name, tensor in state.items():  # a head may stand beside the backbone
         bare = name.removeprefix(prefix) if name.startswith(prefix) else _PREFIX.sub("", name, count=1)
         if bare in named:
-            raise ModelError(f"{key}: {source!r} holds {bare!r} under two names; give a file of one model")
+            raise ModelError(f"model.weights: {source!r} holds {bare!r} under two names; give a file of one model")
         named[bare] = tensor
     return named, prefix
