@@ -49,6 +49,10 @@ KNOWN = [
     "lda",
     "regmean",
     "ridge",
+    "task_arithmetic",
+    "ties",
+    "tsv",
+    "wudi",
 ]
 
 

@@ -1,0 +1,17 @@
+"""TSV-M (Gargiulo et al. 2025): the clients' leading singular vectors, made orthogonal to each other's.
+
+From weights alone, without images. The equations are in merging/task_vectors.py.
+"""
+
+from ..merging.task_vectors import tsv
+from ..vit.build import initial_weights, vit_of
+from .contract import OF_IMAGES, Fused, Job
+
+UNREAD = OF_IMAGES
+
+
+def fuse(job: Job) -> Fused:
+    """Merge the clients' updates of the weights that they started from."""
+    model = job.config.model
+    weights = tsv(job.uploads, initial_weights(model, job.config.seed))
+    return Fused(vit_of(model, weights).to(job.device), weights)
