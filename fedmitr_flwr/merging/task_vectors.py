@@ -46,7 +46,8 @@ def tsv(uploads: Sequence[Upload], start: Mapping[str, Tensor]) -> Weights:
         rank = max(1, s_KR.shape[1] // len(updates_KOI))
         left = _nearest_orthogonal(torch.cat(list(u_KOR[:, :, :rank]), dim=1))
         right = _nearest_orthogonal(torch.cat(list(vt_KRI[:, :rank])))
-        return (left * s_KR[:, :rank].flatten()) @ right
+        merged_OI: Tensor = (left * s_KR[:, :rank].flatten()) @ right
+        return merged_OI
 
     return merged(uploads, start, weighted_mean(uploads), orthogonalised)
 
