@@ -114,6 +114,40 @@ def test_a_whole_grid_may_be_judged_by_validation_images(write: Write) -> None:
     assert {measure(cell.config.to_flat()) for cell in made} == {"Validation accuracy"}
 
 
+def test_a_data_set_may_have_places_of_its_own(write: Write) -> None:
+    text = "[datasets.a]\nplaces = [{alpha = 0.05, clients = 7}, {classes = 2, clients = 3}, {}]\n[datasets.b]\n"
+    text += "[grid]\nclients = [4]\nseed = [1, 2]\nmethods = ['fedavg']"
+    made = [(cell.seed, cell.data, cell.clients, cell.skew.name) for cell in cells(read(write(text)))]
+    own = [("a", 7, "Dirichlet 0.05"), ("a", 3, "2 classes"), ("a", 5, "IID"), ("b", 4, "Dirichlet 0.3")]
+    assert made == [(seed, *place) for seed in (1, 2) for place in own]
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ("[{alpha = 0.1, classes = 2}]", r"datasets\.a\.places: .* has both alpha and classes; remove one"),
+        ("[{beta = 0.1}]", r"unknown key 'datasets\.a\.places\.beta'"),
+        ("[{alpha = 0}]", r"datasets\.a\.places\.alpha: 0 is not possible"),
+        ("3", r"datasets\.a\.places = 3 is not possible; use a list"),
+        ("[3]", r"datasets\.a\.places = 3 is not possible; make it a table"),
+    ],
+)
+def test_impossible_places_are_refused(write: Write, places: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(write(f"[datasets.a]\nplaces = {places}\n[grid]\nmethods = ['fedavg']"))
+
+
+def test_axes_that_no_data_set_reads_are_refused(write: Write) -> None:
+    text = "[datasets.a]\nplaces = [{alpha = 0.05}]\n[grid]\nmethods = ['fedavg']\n"
+    with pytest.raises(ConfigError, match=r"grid\.clients is not read by a, which has places of its own; remove one"):
+        read(write(text + "clients = [5]"))
+    both = write(text.replace("[grid]", "[datasets.b]\n[grid]") + "clients = [5]")
+    assert len(cells(read(both))) == 2
+    with pytest.raises(ConfigError, match=r"grid\.alpha is not read by a, which"):
+        read(both, {"grid.alpha": [0.1]})
+    assert len(cells(read(both, {"grid.alpha": [0.1], "grid.data": ["b"]}))) == 1
+
+
 def test_what_was_chosen_is_set(full: Bench) -> None:
     choice = {"chosen": {"flower.options": "eta=0.1"}, "tried": []}
     made = cells(full, {("small", "flower:fedadam", 10): choice})
@@ -159,7 +193,7 @@ def test_words_of_the_command_line_win(full_file: Path) -> None:
 def test_a_part_of_the_partitions_needs_no_numbers_of_the_others(full_file: Path) -> None:
     for part, names in (["dirichlet"], ["Dirichlet 0.1", "Dirichlet 0.5"]), (["iid"], ["IID"]):
         words = {"grid.partition": part, "grid.methods": ["fedmitr"]}
-        assert [skew.name for skew in read(full_file, words).skews] == names
+        assert [skew.name for clients, skew in read(full_file, words).places["small"] if clients == 5] == names
     with pytest.raises(ConfigError, match=r"grid\.classes is for 'classes-per-client'"):
         read(full_file, {"grid.partition": ["dirichlet"], "grid.classes": [3]})
 
@@ -278,7 +312,7 @@ def test_every_preset_can_be_expanded(path: Path) -> None:
     made = cells(bench)
     one_shot = sum(not variant.flower for variant in bench.variants)
     rounds = sum(len(variant.rounds) for variant in bench.variants if variant.flower)
-    places = len(bench.data) * len(bench.skews) * len(bench.clients) * len(bench.seeds)
+    places = sum(map(len, bench.places.values())) * len(bench.seeds)
     assert len(made) == places * (one_shot + rounds)
     assert bench.reference in {variant.label for variant in bench.variants}
     assert len({cell.key for cell in made}) == len(made)

@@ -26,6 +26,7 @@ from fedmitr_flwr.vit.optim import Stepper
 
 KNOWN = ["adi", "coboosting", "dense", "ensemble", "fedavg", "feddf", "fedmedian"]
 KNOWN += ["fedmitr", "fedpft", "krum", "layerwise", "lda", "regmean", "ridge"]
+KNOWN += ["task_arithmetic", "ties", "tsv", "wudi"]
 
 
 def test_every_file_is_a_method() -> None:

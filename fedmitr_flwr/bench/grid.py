@@ -128,14 +128,14 @@ def cells(bench: Bench, choices: Mapping[tuple[str, str, int], Flat] | None = No
     Raises:
         ConfigError: a cell has an impossible setting. Cell and key are named.
     """
-    places = product(bench.seeds, bench.data, bench.clients, bench.skews)
     made = []
-    for (seed, data, clients, skew), variant in product(places, bench.variants):
-        for rounds in variant.rounds:
-            tuned = (choices or {}).get((data, variant.label, rounds))
-            chosen: Flat = tuned["chosen"] if tuned else {}  # type: ignore[assignment]
-            config = _config(bench, data, skew, clients, seed, variant, rounds, chosen)
-            made.append(Cell(data, skew, clients, seed, variant, rounds, config, tuned))
+    for seed, data in product(bench.seeds, bench.data):
+        for (clients, skew), variant in product(bench.places[data], bench.variants):
+            for rounds in variant.rounds:
+                tuned = (choices or {}).get((data, variant.label, rounds))
+                chosen: Flat = tuned["chosen"] if tuned else {}  # type: ignore[assignment]
+                config = _config(bench, data, skew, clients, seed, variant, rounds, chosen)
+                made.append(Cell(data, skew, clients, seed, variant, rounds, config, tuned))
     return made
 
 

@@ -36,6 +36,8 @@ _TOP = ("name", "base", "reference", "keep", "client-gpus", "settings", "dataset
 _KNOWN = Config().to_flat()
 _TABLES = ("grid", "tune")  # of which the command line can set keys
 _AXES = ("data", "partition", "alpha", "classes", "clients", "seed", "rounds", "methods")
+_PLACE = ("alpha", "classes", "clients")
+_PLACES = ("partition", *_PLACE)
 _TUNE = ("seed", "validation", "partition", "alpha", "classes", "clients", "methods")
 
 
@@ -57,6 +59,9 @@ class Skew:
         own = {"dirichlet": "partition.alpha", "classes-per-client": "partition.classes-per-client"}
         number = {own[self.scheme]: self.value} if self.scheme in own else {}
         return {"partition.scheme": self.scheme, **number}
+
+
+Place = tuple[int, Skew]  # how many clients there are, and how the images are spread over them
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,7 @@ class Bench:
     keep: str
     client_gpus: float
     data: Mapping[str, Flat]  # by name, all settings that a data set has
-    skews: tuple[Skew, ...]
-    clients: tuple[int, ...]
+    places: Mapping[str, tuple[Place, ...]]  # of each data set
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
     tune: Tune | None
@@ -132,7 +136,7 @@ def read(path: Path, words: Flat | None = None) -> Bench:
             _keep_only(document["grid"]["methods"], document, document.get("tune"))
         if "grid.partition" in words:
             _leave_out(document["grid"], words)
-        return _bench(document, path, last)
+        return _bench(document, path, last, [axis for axis in _PLACES if f"grid.{axis}" in words])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -150,19 +154,28 @@ def _leave_out(axes: dict[str, Any], words: Flat) -> None:
             axes.pop(axis, None)
 
 
-def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
+def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequence[str]) -> Bench:
+    """`narrowed` are the axes of places that the command line gave."""
     require_known(document, _TOP, "")
     axes = document["grid"]
     require_known(axes, _AXES, "grid.")
-    data = _data(document, path, last)
+    tables = as_table(document.get("datasets", {}), "datasets") or {"digits": {}}
+    data = _data(tables, document, path, last)
     chosen = as_texts(axes.get("data", list(data)), "grid.data")
     for name in chosen:
         require_one_of(name, data, "grid.data", f"; describe it in a table [datasets.{name}]")
     sources = {{**data[name], **last}.get("data.source", "") for name in chosen}
     last = _settings(last, "the command line", Path.cwd(), sources.pop() if len(sources) == 1 else "hub")
     skews = _skews(axes, "grid")
-    seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
+    own = {name: _own_places(as_table(tables[name], f"datasets.{name}"), f"datasets.{name}") for name in chosen}
+    places = {name: own[name] or _product(clients, skews) for name in chosen}
+    unread = [*(narrowed if any(own.values()) else ()), *(axes if all(own.values()) else ())]
+    for axis in _PLACES:
+        if axis in unread:
+            names = " and ".join(name for name in chosen if own[name])
+            raise ConfigError(f"grid.{axis} is not read by {names}, which has places of its own; remove one of the two")
+    seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     variants = _variants(axes, as_table(document.get("methods", {}), "methods"), path.parent)
     tune = _tune(document["tune"], variants, skews, clients, seeds, path.parent) if "tune" in document else None
     if tune:
@@ -179,8 +192,7 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
         keep=require_one_of(as_text(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
         client_gpus=as_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
         data={name: data[name] for name in chosen},
-        skews=skews,
-        clients=clients,
+        places=places,
         seeds=seeds,
         variants=variants,
         tune=tune,
@@ -188,13 +200,14 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat) -> Bench:
     )
 
 
-def _data(document: Mapping[str, Any], path: Path, last: Flat) -> dict[str, Flat]:
+def _data(tables: Mapping[str, Any], document: Mapping[str, Any], path: Path, last: Flat) -> dict[str, Flat]:
     """The settings of each data set: the file's base, under its own config file, under [settings], under its own."""
     base = _of_file(document.get("base", ""), "base", path)
     settings = flatten(as_table(document.get("settings", {}), "settings"))
     data: dict[str, Flat] = {}
-    for name, table in (as_table(document.get("datasets", {}), "datasets") or {"digits": {}}).items():
+    for name, table in tables.items():
         own = flatten(as_table(table, f"datasets.{name}"))
+        own.pop("places", None)
         file = _of_file(own.pop("config", ""), "config", path)
         source = {"data.source": "", **base, **file, **settings, **own, **last}["data.source"]
         data[name] = {
@@ -204,6 +217,26 @@ def _data(document: Mapping[str, Any], path: Path, last: Flat) -> dict[str, Flat
             **_settings(own, f"datasets.{name}", path.parent, source),
         }
     return data
+
+
+def _product(clients: Sequence[int], skews: Sequence[Skew]) -> tuple[Place, ...]:
+    return tuple(product(clients, skews))
+
+
+def _own_places(table: Mapping[str, Any], where: str) -> tuple[Place, ...]:
+    """Those that a data set names itself, in place of the grid's: `places = [{alpha = 0.05, clients = 7}, ...]`."""
+    found: list[Place] = []
+    for place in as_list(table["places"], f"{where}.places") if "places" in table else ():
+        axes = as_table(place, f"{where}.places")
+        require_known(axes, _PLACE, f"{where}.places.")
+        schemes = [_NUMBERS[axis] for axis in _NUMBERS if axis in axes] or ["iid"]
+        if len(schemes) > 1:
+            raise ConfigError(f"{where}.places: {place!r} has both alpha and classes; remove one")
+        lists: dict[str, Any] = {axis: [value] for axis, value in axes.items()}
+        clients = as_numbers(lists.get("clients", [5]), f"{where}.places.clients", int, 2)
+        numbers = {axis: values for axis, values in lists.items() if axis in _NUMBERS}
+        found += _product(clients, _skews({"partition": schemes, **numbers}, f"{where}.places"))
+    return tuple(found)
 
 
 def _skews(axes: Mapping[str, Any], where: str) -> tuple[Skew, ...]:

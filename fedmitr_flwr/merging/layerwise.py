@@ -106,7 +106,7 @@ def least_squares(gram_II: Tensor, cross_OI: Tensor, start_OI: Tensor, ridge: fl
 
     ρ is `ridge` times the mean of the diagonal of Σ x xᵀ.
     """
-    hold = ridge * gram_II.diagonal().mean()
+    hold = (ridge * gram_II.diagonal().mean()).clamp_min(1e-30)  # there is a solution where nothing was given, too
     gram_II.diagonal().add_(hold)
     solved_OI: Tensor = torch.linalg.solve(gram_II, cross_OI + hold * start_OI, left=False)
     return solved_OI
