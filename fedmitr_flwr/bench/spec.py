@@ -173,8 +173,8 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequen
     unread = [*(narrowed if any(own.values()) else ()), *(axes if all(own.values()) else ())]
     for axis in _PLACES:
         if axis in unread:
-            names = " and ".join(name for name in chosen if own[name])
-            raise ConfigError(f"grid.{axis} is not read by {names}, which has places of its own; remove one of the two")
+            names = ", ".join(name for name in chosen if own[name])
+            raise ConfigError(f"grid.{axis} is not read by data sets with places of their own ({names}); remove it")
     seeds = as_numbers(axes.get("seed", [0]), "grid.seed", int, 0)
     variants = _variants(axes, as_table(document.get("methods", {}), "methods"), path.parent)
     tune = _tune(document["tune"], variants, skews, clients, seeds, path.parent) if "tune" in document else None
