@@ -97,11 +97,10 @@ def test_what_fails_ahead_fails_in_its_turn_and_what_is_no_longer_wanted_is_not_
     made: list[int] = []
 
     def items() -> Iterator[int]:
-        for item in (0, 1, 2):
-            if item == 2:
-                raise ValueError("the third")
+        for item in (0, 1):
             made.append(item)
             yield item
+        raise ValueError("the third")
 
     wanted = ahead(items())
     next(wanted)
@@ -113,67 +112,48 @@ def test_what_fails_ahead_fails_in_its_turn_and_what_is_no_longer_wanted_is_not_
         next(every)
 
 
-def test_results_come_as_they_are_done() -> None:
-    last = Event()
-
-    def make(number: int, _over: Event) -> int:
-        if number == 0:
-            assert last.wait(10)
-        return number**2
-
-    seen = []
-    for number, square in as_made(make, [0, 3], at_once=2):
-        seen.append((number, square))
-        last.set()
-    assert seen == [(3, 9), (0, 0)]
-
-
 @pytest.mark.parametrize("fails", [True, False])
-def test_who_is_still_at_work_learns_that_it_is_over(fails: bool) -> None:
+def test_results_come_as_they_are_done_and_who_is_still_at_work_learns_that_it_is_over(fails: bool) -> None:
     """Another has failed, or no one asks any longer. It would wait for ten seconds, and then fail the assertion."""
-    seen = []
+    learned = []
 
     def make(number: int, over: Event) -> int:
         if number == 0:
-            seen.append(over.wait(10))
+            learned.append(over.wait(10))
         elif fails:
             raise ValueError("the second")
-        return number
+        return number**2
 
-    with closing(as_made(make, [0, 1], at_once=2)) as results, suppress(ValueError):
-        next(results)
-    assert seen == [True]
+    with closing(as_made(make, [0, 3], at_once=2)) as results, suppress(ValueError):
+        assert next(results) == (3, 9)
+    assert learned == [True]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
-@pytest.mark.parametrize(
-    ("own", "files", "cores"),
-    [
+def test_threads_are_the_cores_that_one_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    quota, period = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+    cases: list[tuple[str | None, dict[str, str], int]] = [
+        (None, {}, 8),
         ("0::/\n", {}, 8),
         ("0::/\n", {"cpu.max": "max 100000"}, 8),
         ("0::/\n", {"cpu.max": "200000 100000"}, 2),
         ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "300000 100000"}, 2),  # 1.5 cores
         ("0::/a\n", {"a/cpu.max": "5000 100000"}, 1),
         ("0::/a\n", {"a/cpu.max": "damaged"}, 8),
-        ("4:cpu,cpuacct:/a\n2:memory:/\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 8),
-        ("4:cpu,cpuacct:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        (None, {}, 8),
-    ],
-)
-def test_threads_are_the_cores_that_one_may_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, files: dict[str, str], cores: int
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    if own is not None:
-        (tmp_path / "own").write_text(own)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert usable_cores(tmp_path, tmp_path / "own") == cores
+        ("4:cpu,cpuacct:/\n2:memory:/\n", {quota: "-1", period: "100000"}, 8),
+        ("4:cpu,cpuacct:/a\n0::/\n", {quota: "300000", period: "100000"}, 3),
+    ]
+    for number, (own, files, cores) in enumerate(cases):
+        folder = tmp_path / str(number)
+        for name, content in files.items() | ({("own", own)} if own is not None else set()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        assert usable_cores(folder, folder / "own") == cores, (own, files)
     with threads(0):
         assert torch.get_num_threads() == usable_cores()
-    for asked, wanted in {"5": 5, "3,2": 3, "0": cores, "many": cores}.items():
+    for asked, wanted in {"5": 5, "3,2": 3, "0": 8, "many": 8}.items():
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert usable_cores(tmp_path, tmp_path / "own") == wanted

@@ -1,6 +1,7 @@
 """Labels of every type, in every source, have the numbers that their sorted names give."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -61,16 +62,13 @@ def test_labels_of_every_type_in_every_source(
         called = expected = ["False", "True"]
     folder = tmp_path_factory.mktemp("labels")
     for split, given_rows in rows.items():
-        if kind in TEXT:
-            values: list[object] = [called[row] for row in given_rows]
-        else:
-            values = list(map(bool, given_rows)) if kind == pa.bool_() else list(given_rows)
+        values: list[object] = [called[row] if kind in TEXT else row for row in given_rows]
+        values = [bool(value) for value in values] if kind == pa.bool_() else values
         labels = column(pa.int64() if kind == "ClassLabel" else kind, values)
         table = pa.table({"image": pa.array([picture(row) for row in given_rows], image), "label": labels})
         if kind == "ClassLabel":
             kinds = {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=called)}
-            features = datasets.Features(kinds)
-            table = table.replace_schema_metadata(features.arrow_schema.metadata)
+            table = table.replace_schema_metadata(datasets.Features(kinds).arrow_schema.metadata)
         if source != "hub" or {image, kind} & {*NOT_IN_DATASETS}:
             pq.write_table(table, folder / f"{split}.parquet")
         else:
@@ -97,9 +95,8 @@ def test_labels_of_every_type_in_every_source(
     assert images.pixels[:, 0, 0, 0].tolist() == rows["train"]
 
 
-@pytest.mark.parametrize(
-    ("labels", "problem"),
-    [
+def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(tmp_path: Path) -> None:
+    cases: list[tuple[object, str]] = [
         ([0.0, 0.5, 1.0], "row 1: label 0.5 is no whole number"),
         ([0.0, 1.0, float("nan")], r"row 2 has no label \(NaN\)"),
         ([0.0, float("inf"), 1.0], "row 1: label inf is no whole number"),
@@ -107,45 +104,44 @@ def test_labels_of_every_type_in_every_source(
         ([0, None, 1], "row 1 has no label"),
         (pa.array([0, 2**63 + 1, 1], pa.uint64()), "labels that cannot be read"),
         (pa.array([b"\xff"] * 3).cast(pa.string(), safe=False), "labels that are not UTF-8"),
-        ([[0], [1], [0]], r"column 'label' \(list<.*\) does not hold labels; set .*-column to one of: fold \(int64\)$"),
-    ],
-)
-@pytest.mark.parametrize("named", ["label", "Class", "TARGET"])
-def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(
-    tmp_path, labels: object, problem: str, named: str
-) -> None:
-    data = write_splits(tmp_path, pa.table({"image": [picture()] * 3, named: labels, "fold": [0, 1, 0]}))
-    with pytest.raises(DataError, match=problem.replace("'label'", f"'{named}'")):
-        open_split(data, "train")
+        ([[0], [1], [0]], r"column 'NAMED' \(list<.*\) does not hold labels; set .*-column to one of: fold \(int64\)$"),
+    ]
+    for number, (labels, problem) in enumerate(cases):
+        named = ("label", "Class", "TARGET")[number % 3]
+        table = pa.table({"image": [picture()] * 3, named: labels, "fold": [0, 1, 0]})
+        with pytest.raises(DataError, match=problem.replace("NAMED", named)):
+            open_split(write_splits(tmp_path / str(number), table), "train")
 
 
-def test_which_column_has_the_labels(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = 12
     many = {"image": [picture(row) for row in range(rows)], "file": [f"{row}.png" for row in range(rows)]}
     kinds = {"species": ["b", "a"] * 6, "fold": [0, 1, 2] * 4, "weight": [0.5] * rows, "size": [2.0, 3.0, 2.0] * 4}
-    for number, (columns, outcome) in enumerate(
-        [
-            (("species",), ("a", "b")),  # text is no worse than numbers
-            (("species", "weight"), ("a", "b")),
-            (("species", "fold"), r"several columns with labels; .* one of: species \(string\), fold \(int64\)$"),
-            (("fold", "size"), r"several columns with labels; .* one of: fold \(int64\), size \(double\)$"),
-            (("weight",), r"no column with labels; none of its columns would do: image"),
-            ((), r"no column with labels; none of its columns would do: .*file \(string\)"),
-        ]
-    ):
-        data = write_splits(tmp_path / str(number), pa.table(many | {name: kinds[name] for name in columns}))
-        if isinstance(outcome, tuple):
-            assert open_split(data, "train").classes == outcome
-            assert f"{data.path}/train.parquet: labels are read from the column 'species'" in caplog.text
-        else:
-            with pytest.raises(DataError, match=outcome):
+    several, none = "several columns with labels; .* one of: ", "no column with labels; none of its columns would do: "
+    cases: list[tuple[str, str]] = [
+        ("species", ""),  # text is no worse than numbers
+        ("species weight", ""),
+        ("species fold", rf"{several}species \(string\), fold \(int64\)$"),
+        ("fold size", rf"{several}fold \(int64\), size \(double\)$"),
+        ("weight", f"{none}image"),
+        ("", rf"{none}.*file \(string\)"),
+    ]
+    for number, (columns, problem) in enumerate(cases):
+        data = write_splits(tmp_path / str(number), pa.table(many | {name: kinds[name] for name in columns.split()}))
+        if problem:
+            with pytest.raises(DataError, match=problem):
                 open_split(data, "train")
+        else:
+            assert open_split(data, "train").classes == ("a", "b")
+            assert f"{data.path}/train.parquet: labels are read from the column 'species'" in caplog.text
 
 
-def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path) -> None:
-    fold = a_table([0, 1]).rename_columns(["image", "fold"])
+def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path: Path) -> None:
     for test, problem in (
-        (fold, r"test\.parquet has no column 'label'; label them, or judge on a share"),
+        (
+            a_table([0, 1]).rename_columns(["image", "fold"]),
+            r"test\.parquet has no column 'label'; label them, or judge",
+        ),
         (a_table(["a", "b"]), "labels are numbers here and text in the test split"),
     ):
         data = write_splits(tmp_path, a_table([0, 1, 1, 0]), test)
@@ -153,7 +149,7 @@ def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path)
             open_split(data, "test")
 
 
-def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path) -> None:
+def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path: Path) -> None:
     data = write_splits(tmp_path, a_table(["b", "d", "b"]), a_table(["c", "b"]))
     opened = [open_split(data, split) for split in ("train", "test")]
     assert [split.classes for split in opened] == [("b", "c", "d")] * 2
@@ -161,20 +157,22 @@ def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path
     assert open_split(DataConfig(path=str(tmp_path), validation=0.5), "train").classes == ("b", "d")
 
 
-@pytest.mark.parametrize("none", [-1, None, float("nan")])
-def test_a_test_split_without_labels_is_passed_over(tmp_path, none: object, caplog: pytest.LogCaptureFixture) -> None:
-    parquet(tmp_path, test="validation")
-    pq.write_table(a_table([none] * 3), tmp_path / "test.parquet")
-    data, model = DataConfig(path=str(tmp_path)), small(num_classes=2)
-    assert load(data, model).test.labels.tolist() == [0, 1, 1, 0]
-    line = "test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and"
-    assert f"{line} {tmp_path}/val" in caplog.text
-    (tmp_path / "validation.parquet").unlink()
-    with pytest.raises(DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share .* data\.v"):
-        open_split(data, "test")
+def test_a_test_split_without_labels_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, none in enumerate((-1, None, float("nan"))):
+        folder = parquet(tmp_path / str(number), test="validation")
+        pq.write_table(a_table([none] * 3), folder / "test.parquet")
+        data = DataConfig(path=str(folder))
+        assert load(data, small(num_classes=2)).test.labels.tolist() == [0, 1, 1, 0]
+        line = "test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and"
+        assert f"{line} {folder}/val" in caplog.text
+        (folder / "validation.parquet").unlink()
+        with pytest.raises(
+            DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share .* data\.v"
+        ):
+            open_split(data, "test")
 
 
-def test_labels_that_begin_at_1(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_begin_at_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_splits(tmp_path, a_table([1, 2, 2]))
     with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\), but classes are numbered from 0; subtract 1"):
         load(data, small(num_classes=2))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -86,9 +86,6 @@ def refusal(data: DataConfig, shape: ModelConfig | None = None) -> str:
     return message
 
 
-# --- digits
-
-
 def with_labels(images: Images) -> list[list[int]]:
     """Every image as its pixels and its label, in an order that depends on nothing else."""
     return sorted(torch.cat([images.pixels.flatten(1).long(), images.labels[:, None]], dim=1).tolist())
@@ -104,48 +101,31 @@ def test_digits_are_scikit_learns_in_a_stratified_split() -> None:
     assert (test / (train + test) - 0.2).abs().max() < 0.01
     colour = load(DataConfig(), model(10, 3))
     assert torch.equal(colour.test.pixels, data.test.pixels.repeat(1, 3, 1, 1))
-
-
-@pytest.mark.parametrize(("share", "test"), [(0.0, "test"), (0.2, "validation")])
-def test_limits_are_drawn_once_from_their_own_stream(share: float, test: str) -> None:
-    whole = load(DataConfig(validation=share), DIGITS)
-    limited = load(DataConfig(validation=share, train_limit=100, test_limit=7), DIGITS)
-    train, judged = drawn(len(whole.train), 100, "limit", "train"), drawn(len(whole.test), 7, "limit", test)
-    for ours, expected in ((limited.train, whole.train.subset(train)), (limited.test, whole.test.subset(judged))):
-        assert torch.equal(ours.pixels, expected.pixels)
-        assert torch.equal(ours.labels, expected.labels)
-    assert len(load(DataConfig(train_limit=5000, validation=share), DIGITS).train) == len(whole.train)
-
-
-def test_a_second_load_costs_nothing_and_shares_do_not_share_a_cache() -> None:
-    first, second = (load(DataConfig(validation=share), DIGITS) for share in (0.2, 0.3))
-    assert len(first.test) < len(second.test)
-    wider = ModelConfig(num_classes=10, in_chans=1, img_size=8, width=128)
-    assert load(DataConfig(validation=0.3), wider).test is second.test
-    assert load(DataConfig(validation=0.3), DIGITS, with_test=False).train is second.train
-
-
-def test_what_no_digits_can_be_is_refused() -> None:
     assert "model.in-chans = 4" in refusal(DataConfig(), model(10, 4))
     assert "set model.num-classes = 10" in refusal(DataConfig(), model(7, 1))
-    message = refusal(DataConfig(validation=0.001), DIGITS)
-    assert message == "digits, train split: data.validation = 0.001 sets no image of any class aside; raise it"
 
 
-# --- the validation split
+def test_limits_are_drawn_once_from_their_own_stream() -> None:
+    for share, test in ((0.0, "test"), (0.2, "validation")):
+        whole = load(DataConfig(validation=share), DIGITS)
+        limited = load(DataConfig(validation=share, train_limit=100, test_limit=7), DIGITS)
+        train, judged = drawn(len(whole.train), 100, "limit", "train"), drawn(len(whole.test), 7, "limit", test)
+        for ours, expected in ((limited.train, whole.train.subset(train)), (limited.test, whole.test.subset(judged))):
+            assert torch.equal(ours.pixels, expected.pixels)
+            assert torch.equal(ours.labels, expected.labels)
+    assert len(load(DataConfig(train_limit=5000), DIGITS).train) == 1437
+    wider = ModelConfig(num_classes=10, in_chans=1, img_size=8, width=128)  # a second load costs nothing
+    assert load(DataConfig(validation=0.2), wider, with_test=False).train is whole.train
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5])
-def test_a_share_of_each_class_of_the_training_images_is_set_aside(share: float) -> None:
-    everything, data = load(DataConfig(), DIGITS), load(DataConfig(validation=share), DIGITS)
+def test_a_share_of_each_class_of_the_training_images_is_set_aside() -> None:
+    """At random; a larger share holds a smaller one."""
+    everything, data = load(DataConfig(), DIGITS), load(DataConfig(validation=0.2), DIGITS)
     before = torch.bincount(everything.train.labels).tolist()
-    assert torch.bincount(data.test.labels).tolist() == [round(share * count) for count in before]
+    assert torch.bincount(data.test.labels).tolist() == [round(0.2 * count) for count in before]
     assert with_labels(everything.train) == sorted(with_labels(data.train) + with_labels(data.test))
     assert data.classes == everything.classes
-
-
-def test_what_is_set_aside_is_random_and_a_larger_share_holds_a_smaller_one() -> None:
-    labels = load(DataConfig(), DIGITS).train.labels.numpy()
+    labels = everything.train.labels.numpy()
     small, large = sources._aside(labels, 0.2), sources._aside(labels, 0.4)
     assert small.sum() < large.sum()
     assert not (small & ~large).any()
@@ -154,6 +134,9 @@ def test_what_is_set_aside_is_random_and_a_larger_share_holds_a_smaller_one() ->
     assert np.array_equal(np.flatnonzero(small & (labels == 3)), wanted)
     # round(0.9 · 4) would be all four of class 0, and 1 the only one of class 1.
     assert sources._aside(np.array([0, 1, 0, 0, 0]), 0.9).tolist().count(True) == 3
+    assert "data.validation = 0.001 sets no image of any class aside; raise it" in refusal(
+        DataConfig(validation=0.001), DIGITS
+    )
 
 
 def test_a_test_split_that_is_not_needed_is_not_even_looked_for(tmp_path: Path) -> None:
@@ -175,19 +158,11 @@ def test_only_the_images_within_the_limit_are_decoded_and_each_once(
 ) -> None:
     images, opened, decoded = pictures(20), decode.opened, []
     write_both(tmp_path, {"image": column(images), "label": [0, 1] * 10})
-
-    def counted(encoded: BinaryIO, where: str) -> Any:
-        decoded.append(where)
-        return opened(encoded, where)
-
-    monkeypatch.setattr(decode, "opened", counted)
+    monkeypatch.setattr(decode, "opened", lambda *image: (decoded.append(image[1]), opened(*image))[1])
     for _ in range(2):
         data = load(parquet(tmp_path, train_limit=6, test_limit=2), model())
     assert len(decoded) == len(set(decoded)) == 8
     assert torch.equal(data.train.pixels, chw(images)[drawn(20, 6, "limit", "train")])
-
-
-# --- Parquet
 
 
 def test_shards_are_read_in_order_also_from_a_data_folder(tmp_path: Path) -> None:
@@ -196,6 +171,7 @@ def test_shards_are_read_in_order_also_from_a_data_folder(tmp_path: Path) -> Non
         part = {"image": column(images[rows]), "label": labels[rows]}
         write(tmp_path / "data" / f"train-0000{shard}-of-00002.parquet", part)
     write(tmp_path / "data" / "validation.parquet", {"image": column(images[:1]), "label": [1]})
+    write(tmp_path / "data" / "train_small.parquet", {"image": column(images[:2]), "label": [0, 1]})  # a copy
     data = load(parquet(tmp_path), model())
     assert torch.equal(data.train.pixels, chw(images))
     assert data.train.labels.tolist() == labels
@@ -209,20 +185,10 @@ def test_a_bad_shard_and_a_bad_row_within_it_are_named(tmp_path: Path) -> None:
     assert f"{second} row 1: {UNREADABLE}" in refusal(parquet(tmp_path))
     write(second, {"image": column(pictures(1))}, features=None)
     assert f"{second} has other columns" in refusal(parquet(tmp_path))
-
-
-def test_a_header_that_pillow_cannot_read_is_named_before_anything_starts(tmp_path: Path) -> None:
-    """Of this one it says so by a NotImplementedError."""
-    dds = b"DDS " + struct.pack("<I", 124) + bytes(120)
-    data = write_both(tmp_path, {"image": column([dds]), "label": [0]})
+    dds = b"DDS " + struct.pack("<I", 124) + bytes(120)  # of this one Pillow says so by a NotImplementedError
+    data = write_both(tmp_path / "dds", {"image": column([dds]), "label": [0]})
     with pytest.raises(DataError, match=f"train.parquet row 0: {UNREADABLE}"):
-        resolve(Config(data=data))
-
-
-def test_a_copy_beside_the_split_is_not_read_twice(tmp_path: Path) -> None:
-    data = write_both(tmp_path, {"image": column(pictures(4)), "label": [0, 1, 0, 1]})
-    write(tmp_path / "train_small.parquet", {"image": column(pictures(2)), "label": [0, 1]})
-    assert len(load(data, model()).train) == 4
+        resolve(Config(data=data))  # before anything starts
 
 
 def test_cells_that_name_a_file(tmp_path: Path) -> None:
@@ -245,55 +211,43 @@ def test_of_two_image_columns_the_typed_or_configured_one_is_read(tmp_path: Path
     assert torch.equal(load(write_both(tmp_path / "b", columns, features), model()).train.pixels, chw(front))
 
 
-@pytest.mark.parametrize(
-    ("columns", "configured", "label", "typed"),
-    [
-        (["index", "label"], "", "label", False),
-        (["coarse_label", "fine_label"], "", "fine_label", False),
-        (["kind"], "", "kind", False),
-        (["label", "kind"], "kind", "kind", False),
-        (["label", "kind"], "", "kind", True),  # a ClassLabel wins over other integers
-    ],
-)
-def test_the_label_column_is_found_or_configured(
-    tmp_path: Path, columns: list[str], configured: str, label: str, typed: bool
-) -> None:
-    kinds = {name: datasets.ClassLabel(2) if name == label else datasets.Value("int64") for name in columns}
-    written = {name: [1, 0] if name == label else [1, 1] for name in columns}
-    features = datasets.Features({"image": datasets.Image(), **kinds}) if typed else None
-    write_both(tmp_path, {"image": column(pictures(2)), **written}, features)
-    assert load(parquet(tmp_path, label_column=configured), model()).train.labels.tolist() == [1, 0]
+def test_the_label_column_is_found_or_configured(tmp_path: Path) -> None:
+    kinds = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.ClassLabel(2)}
+    for number, (wrong, label, configured, features) in enumerate(
+        [
+            ("index", "label", "", None),
+            ("coarse_label", "fine_label", "", None),
+            ("label", "kind", "kind", None),
+            ("label", "kind", "", datasets.Features(kinds)),  # a ClassLabel wins over other integers
+        ]
+    ):
+        folder = tmp_path / str(number)
+        write_both(folder, {"image": column(pictures(2)), wrong: [1, 1], label: [1, 0]}, features)
+        assert load(parquet(folder, label_column=configured), model()).train.labels.tolist() == [1, 0]
 
 
-ONE = column(pictures(1))
-AB = {"image": column(pictures(2)), "a": [0, 1], "b": [0, 1]}
 LABELLED = {"image": column(pictures(4)), "label": [0, 1, 0, 1]}
 
 
-@pytest.mark.parametrize(
-    ("columns", "settings", "named"),
-    [
-        (AB, {"label_column": "gone"}, "no column 'gone'; set data.label-column to one of: a (int64), b (int64)"),
-        (AB, {"image_column": "a"}, "'a' (int64) does not hold encoded images; set data.image-column to one of: image"),
-        (AB, {"label_column": "image"}, "'image' (struct) does not hold labels; set data.label-column to one of: a"),
-        (AB, {}, "several columns with labels; set data.label-column"),
+def test_columns_and_rows_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    one, ab = column(pictures(1)), {"image": column(pictures(2)), "a": [0, 1], "b": [0, 1]}
+    cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
+        (ab, {"label_column": "gone"}, "no column 'gone'; set data.label-column to one of: a (int64), b (int64)"),
+        (ab, {"image_column": "a"}, "'a' (int64) does not hold encoded images; set data.image-column to one of: image"),
+        (ab, {"label_column": "image"}, "'image' (struct) does not hold labels; set data.label-column to one of: a"),
         (
-            {"image": ONE, "label": [["x"]]},
+            {"image": one, "label": [["x"]]},
             {},
             "(list<element: string>) does not hold labels; none of its columns would",
         ),
         ({"pixels": [[1, 2]], "label": [0]}, {}, "no column with encoded images; none of its columns would do: pixels"),
         (LABELLED | {"label": [0, 1, 2, 0]}, {}, "row 2: label 2 is outside 0..1; set model.num-classes = 3"),
         (LABELLED | {"label": [0, -1, 0, 0]}, {}, "row 1: label -1 is outside 0..1; remove the rows without a label"),
-        (LABELLED | {"label": [0, 1, 0, None]}, {}, "train.parquet row 3 has no label"),
-        ({"image": [*ONE, *column([None])], "label": [0, 1]}, {}, "train.parquet row 1 has no image"),
-    ],
-)
-def test_columns_and_rows_that_cannot_be_meant_are_refused(
-    tmp_path: Path, columns: dict[str, Any], settings: dict[str, str], named: str
-) -> None:
-    write_both(tmp_path, columns, features=None)
-    assert named in refusal(parquet(tmp_path, **settings))
+        ({"image": [*one, *column([None])], "label": [0, 1]}, {}, "train.parquet row 1 has no image"),
+    ]
+    for number, (columns, settings, named) in enumerate(cases):
+        write_both(tmp_path / str(number), columns, features=None)
+        assert named in refusal(parquet(tmp_path / str(number), **settings))
 
 
 def test_class_names_must_agree_with_the_model_and_the_test_split(tmp_path: Path) -> None:
@@ -316,9 +270,6 @@ def test_missing_and_corrupt_parquet_files_are_named(tmp_path: Path) -> None:
     assert "train.parquet is not a readable Parquet file" in refusal(data)
 
 
-# --- ImageFolder
-
-
 def test_an_image_folder_sorts_its_classes_by_name_and_names_its_files(tmp_path: Path) -> None:
     data = load(image_folder(folders(tmp_path, number=3)), model(in_chans=1))
     assert data.classes == ("cat", "dog")
@@ -331,22 +282,19 @@ def test_an_image_folder_sorts_its_classes_by_name_and_names_its_files(tmp_path:
     assert f"{broken}: {UNREADABLE}" in refusal(image_folder(tmp_path), model(3))
 
 
-@pytest.mark.parametrize(
-    ("gone", "made", "named"),
-    [
-        ("test", "spare", "has no folder test/"),
-        ("test/dog", "test/emu", "the class 'emu' is not in"),
-        ("train/dog", "train/emu", "emu: no image files"),
-        ("train", "train", "train: no class folders"),
-    ],
-)
-def test_folders_that_are_no_image_folder_are_refused(tmp_path: Path, gone: str, made: str, named: str) -> None:
-    shutil.rmtree(folders(tmp_path) / gone)
-    (tmp_path / made).mkdir()
-    assert named in refusal(image_folder(tmp_path))
-
-
-# --- Hugging Face data sets
+def test_folders_that_are_no_image_folder_are_refused(tmp_path: Path) -> None:
+    for number, (gone, made, named) in enumerate(
+        [
+            ("test", "spare", "has no folder test/"),
+            ("test/dog", "test/emu", "the class 'emu' is not in"),
+            ("train/dog", "train/emu", "emu: no image files"),
+            ("train", "train", "train: no class folders"),
+        ]
+    ):
+        folder = folders(tmp_path / str(number))
+        shutil.rmtree(folder / gone)
+        (folder / made).mkdir()
+        assert named in refusal(image_folder(folder))
 
 
 @pytest.fixture
@@ -390,13 +338,13 @@ def test_what_is_wrong_with_a_hub_data_set_is_one_line(data_set: Path) -> None:
     assert "has no split 'test' (or testing, " in refusal(hub(data_set / "alone"))
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1"), ("0", "0")])
-def test_telemetry_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, before: str | None, after: str) -> None:
-    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", before or "")
-    if before is None:
-        monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
-    importlib.reload(flower_datasets)
-    assert os.environ["FLWR_TELEMETRY_ENABLED"] == after
+def test_telemetry_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (("1", "1"), ("0", "0"), (None, "0")):
+        monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", before or "")
+        if before is None:
+            monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
+        importlib.reload(flower_datasets)
+        assert os.environ["FLWR_TELEMETRY_ENABLED"] == after
 
 
 def test_plots_of_flwr_datasets_are_imported_by_the_first_plot() -> None:
@@ -408,15 +356,9 @@ from datasets import Dataset
 from flwr_datasets.visualization import plot_label_distributions
 partitioner = IidPartitioner(2)
 partitioner.dataset = Dataset.from_dict({"label": [0, 1, 1, 1]})
-figure, axes, table = plot_label_distributions(partitioner, "label", plot_type="heatmap")
-assert table.to_numpy().sum() == 4 and axes.get_images() + list(axes.collections), table
-import seaborn, matplotlib.pyplot
-assert seaborn.__file__ and matplotlib.pyplot.__file__  # themselves, for whoever imports them after us
+assert plot_label_distributions(partitioner, "label", plot_type="heatmap")[2].to_numpy().sum() == 4
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=os.environ | {"MPLBACKEND": "agg"})
-
-
-# --- real data
 
 
 @pytest.mark.parametrize(
