@@ -1,29 +1,29 @@
-"""Settings: what people write is taken, what is refused, and how the refusal reads."""
+"""Settings: what people write is taken, what is refused or not read, and how that is said."""
 
 import re
 import tomllib
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import an_upload, fused, same, settings
 
+from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
-from fedmitr_flwr.config.text import THREE_WAY, flatten, keys_like, located, parse_assignment, read_flat, read_settings
+from fedmitr_flwr.config.text import flatten, keys_like, located, parse_assignment, read_flat, read_settings
+from fedmitr_flwr.config.unread import unread_line
 from server_app import builtin
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = Config().to_flat()
 
 text = st.text(st.characters(codec="utf-8"))  # any that can be in a file: no lone surrogates
-key_of = {
-    kind: st.sampled_from([key for key, value in DEFAULTS.items() if type(value) is kind and key not in THREE_WAY])
-    for kind in (int, str)
-}
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 # Values inside every limit, for the settings without a fixed list of choices.
 free_values = st.fixed_dictionaries(
@@ -52,10 +52,14 @@ def test_toml_round_trip(values: dict[str, object]) -> None:
 
 
 def test_nested_tables_and_dotted_keys_mean_the_same() -> None:
-    nested = Config.from_toml("seed = 3\n[local]\nlr = 0.5\nbatch-size = 8\n")
-    assert nested == Config.from_toml("seed = 3\nlocal.lr = 0.5\nlocal.batch-size = 8\n")
-    assert nested.to_flat() == {**DEFAULTS, "seed": 3, "local.lr": 0.5, "local.batch-size": 8}
-    assert Config.from_flat({"seed": 6}, nested).to_flat() == {**nested.to_flat(), "seed": 6}
+    nested = Config.from_toml("seed = 3\n[local]\nlr = 0.5\n[flower]\nclients = ' hospital-a|factory '\n")
+    assert nested == Config.from_toml("seed = 3\nlocal.lr = 0.5\nflower.clients = ' hospital-a|factory '\n")
+    assert [nested.flower.label(client) for client in range(3)] == ["0 (hospital-a)", "1 (factory)", "2"]
+    assert Config.from_flat({"seed": 6}, nested).with_clients(7).to_flat() == {
+        **nested.to_flat(),
+        "seed": 6,
+        "partition.clients": 7,
+    }
 
 
 def test_what_people_write_on_a_command_line() -> None:
@@ -142,8 +146,10 @@ def test_wrong_types_are_named_in_plain_words() -> None:
         ("local.epochs", 2.5, f"local.epochs = 2.5 is a decimal number; {whole}"),
         ("local.epochs", False, f"local.epochs = False is a truth value; {whole}"),
         ("local.epochs", [1], f"local.epochs = [1] is a list; {whole}"),
+        ("local.epochs", "many", f"local.epochs = 'many' is text; {whole}"),
         ("local.augment", 1, f"local.augment = 1 is a whole number; {choice}"),
         ("local.augment", "yes", f"local.augment = 'yes' is text; {choice}"),
+        ("data.path", True, "data.path = True is a truth value; it must be text (in quotes)"),
         ("data.path", [1], "data.path = [1] is a list; it must be text (in quotes)"),
         ("seed", 2**63, "seed = 9223372036854775808 is not possible; use a whole number of at most 64 bits"),
         ("local.epochs", 1e30, "use a whole number of at most 64 bits"),
@@ -156,13 +162,6 @@ def test_wrong_types_are_named_in_plain_words() -> None:
         ("ensemble.weights", "sise", "counts | estimated; did you mean size?"),
     ):
         assert message in refusal({key: value})
-
-
-@given(st.data())
-def test_text_for_a_number_and_a_truth_value_for_text_are_refused_by_name(data: st.DataObject) -> None:
-    for kind, value, said in ((int, text, "is text"), (str, st.booleans(), "is a truth value")):
-        key = data.draw(key_of[kind])
-        assert re.match(f"{key} = .* {said}", refusal({key: data.draw(value)}))
 
 
 # One value just outside each limit; a new check in sections.py belongs here too.
@@ -280,18 +279,6 @@ def test_extras_imply_what_they_need() -> None:
         assert shown == upload.all_extras == implied
 
 
-def test_derived_values() -> None:
-    config = Config.from_flat({"model.img-size": 224, "model.patch-size": 16, "inversion.stops": "0.1, 0.25"})
-    assert config.model.num_patches == 196
-    assert config.inversion.stop_fractions == (0.1, 0.25)
-    assert Config.from_flat({"inversion.stops": ""}).inversion.stop_fractions == ()
-    assert config.with_clients(7) == replace(config, partition=replace(config.partition, clients=7))
-    named = Config.from_flat({"flower.clients": " hospital-a|factory ", "data.classes": ""})
-    assert named.flower.client_names == ("hospital-a", "factory")
-    assert [named.flower.label(client) for client in range(3)] == ["0 (hospital-a)", "1 (factory)", "2"]
-    assert named.data.class_names == ()
-
-
 @given(text)
 def test_any_text_as_toml_is_parsed_or_refused(document: str) -> None:
     with suppress(ConfigError):  # any other exception fails the test
@@ -372,3 +359,74 @@ def test_there_is_no_setting_beyond_these() -> None:
     What did not help is a line in docs/LOG.md. pyproject.toml names them all.
     """
     assert len(DEFAULTS) == 73
+
+
+# Another value of every setting that may be unread.
+OTHERS: dict[str, object] = {
+    "inversion.mode": "dense",
+    "inversion.steps": 5,
+    "inversion.stops": "0.4",
+    "relabel.mode": "none",
+    "distill.init": "initial",
+    "distill.rounds": 2,
+    "distill.images-per-round": 20,
+    "distill.epochs-per-round": 2,
+    "distill.lr": 0.01,
+    "krum.hostile": 0,
+    "partition.alpha": 0.7,
+    "partition.classes-per-client": 3,
+    "evaluate.holdout": 0.2,
+    "privacy.delta": 1e-4,
+    "privacy.clip": 2.0,
+    "flower.node-wait": 5.0,
+}
+
+
+def line(flat: dict[str, object], **more: Any) -> str:
+    config = Config.from_flat(flat)
+    return unread_line(config, methods.unread(config), **more)
+
+
+def test_what_is_not_read_is_said_with_the_reason() -> None:
+    """Of a fusion, only what was asked for now."""
+    cases: list[tuple[dict[str, object], str]] = [
+        ({}, ""),
+        ({"local.epochs": 3, "seed": 4, "distill.lr": 0.1}, ""),
+        ({"partition.scheme": "iid", "partition.alpha": 0.5}, 'partition.alpha = 0.5 (partition.scheme = "iid")'),
+        ({"method": "fedavg", "inversion.steps": 7}, "inversion.steps = 7 (method = 'fedavg')"),
+        ({"method": "adi", "relabel.mode": "drop"}, "relabel.mode = \"drop\" (method = 'adi')"),
+        ({"krum.hostile": 2}, "krum.hostile = 2 (method = 'fedmitr')"),
+        ({"krum.hostile": 2, "method": "krum", "feddf.path": "x"}, "feddf.path = \"x\" (method = 'krum')"),
+        ({"privacy.clip": 2.0}, "privacy.clip = 2.0 (privacy.epsilon = 0.0)"),
+        ({"privacy.clip": 2.0, "privacy.epsilon": 1.0, "local.outliers": 0.0}, ""),
+        ({"flower.strategy": "fedavg", "distill.lr": 0.1}, "distill.lr = 0.1 (flower.strategy = 'fedavg')"),
+        ({"flower.strategy": "fedavg", "krum.hostile": 2}, "krum.hostile = 2 (flower.strategy = 'fedavg')"),
+    ]
+    for flat, said in cases:
+        assert line(flat) == (f"settings that this run does not read: {said}" if said else "")
+    fusion: dict[str, object] = {"method": "fedavg", "inversion.steps": 7, "distill.lr": 0.1}
+    assert line(fusion, given=["distill.lr"]).endswith(": distill.lr = 0.1 (method = 'fedavg')")
+
+
+@pytest.mark.parametrize("method", ["layerwise", "adi", "dense", "krum"])
+def test_what_is_said_to_be_unread_changes_no_bit(method: str) -> None:
+    """And what is not said does, of the settings of images and student."""
+    flat = {"method": method, "ensemble.weights": "estimated", "partition.clients": 4}
+    unread = methods.unread(settings(**flat, **OTHERS))
+    ignored = {key: value for key, value in OTHERS.items() if key.startswith(tuple(unread))}
+
+    def weights(**changes: object) -> dict[str, torch.Tensor]:
+        config = settings(**flat | changes)
+        return dict(fused(config, [an_upload(config, client, 10 + client) for client in range(4)]).weights)
+
+    plain, changed = weights(), weights(**ignored)
+    assert ignored
+    assert same(changed, plain)
+    if read := {key: value for key, value in OTHERS.items() if key.startswith("distill.l") and key not in ignored}:
+        assert method in ("adi", "dense")
+        assert not same(weights(**read), plain)
+
+
+def test_a_strategy_of_flower_s_does_not_run_without_flower() -> None:
+    with pytest.raises(ConfigError, match=r"flower\.strategy = 'fedadam' runs in Flower only"):
+        pipeline.run(Config.from_flat({"flower.strategy": "fedadam"}))

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tiny import same, settings
@@ -20,8 +21,6 @@ from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import UserError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.runs.folder import RunFolder
-
-Mutation = Callable[[Path, random.Random], None]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         small = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedmitr"}
         run = pipeline.run(settings(**small | {"out-dir": str(tmp_path_factory.mktemp("whole"))}), "run")
         with pytest.MonkeyPatch.context() as kill:
-            kill.setattr(pipeline, "evaluate_on", interrupted)
+            kill.setattr(pipeline, "evaluate_on", Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pipeline.fuse(run, "fedmitr", {}, "begun")
         pieces = {path.name for path in (run.path / "fused" / "begun" / "work").iterdir()}
@@ -42,61 +41,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield run.path
 
 
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def overwrite(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    start = rng.randrange(len(content))
-    content[start : start + 16] = rng.randbytes(len(content[start : start + 16]))
-    path.write_bytes(content)
-
-
-def cut(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: rng.randrange(1, len(content))])
-
-
-def cut_at_a_line(path: Path, rng: random.Random) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[: rng.randrange(len(lines))]))
-
-
-def without_a_line(path: Path, rng: random.Random) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    del lines[rng.randrange(len(lines))]
-    path.write_bytes(b"".join(lines))
-
-
-def exchange(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
-    place = rng.randrange(1, len(content))
-    path.write_bytes(content[place:] + content[:place])
-
-
-def append(path: Path, rng: random.Random) -> None:
-    path.write_bytes(path.read_bytes() + rng.randbytes(9))
-
-
-def empty(path: Path, _: random.Random) -> None:
-    path.write_bytes(b"")
-
-
-def in_its_place(make: Callable[[Path], object]) -> Mutation:
-    """Something that is no file."""
-
-    def replaced(path: Path, _: random.Random) -> None:
-        path.unlink()
-        make(path)
-
-    return replaced
+# What becomes of a file's bytes, `at` a place among them.
+BYTES: dict[str, Callable[[bytes, int, random.Random], bytes]] = {
+    "flip": lambda content, at, rng: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
+    "overwrite": lambda content, at, rng: content[:at] + rng.randbytes(len(content[at : at + 16])) + content[at + 16 :],
+    "cut": lambda content, at, _: content[:at],
+    "cut at a line": lambda content, at, _: content[: content.rfind(b"\n", 0, at) + 1],
+    "without a line": lambda content, at, _: (
+        content[: content.rfind(b"\n", 0, at) + 1] + content[at:].partition(b"\n")[2]
+    ),
+    "exchange": lambda content, at, _: content[at:] + content[:at],
+    "append": lambda content, _, rng: content + rng.randbytes(9),
+    "empty": lambda *_: b"",
+    "deep": lambda *_: b"[" * 100_000,
+}
+# What stands in the place of a file and is none.
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "circle": lambda path: path.symlink_to(path.name),
+}
+ODD = [None, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": {"b": []}}, True, float("nan"), float("inf")]
 
 
 def another_file(path: Path, rng: random.Random) -> None:
@@ -107,12 +73,6 @@ def another_file(path: Path, rng: random.Random) -> None:
 
 def renamed(path: Path, rng: random.Random) -> None:
     path.rename(path.with_name(rng.choice([f"{path.name}.bak", path.name.replace("0", "1", 1), f"x{path.name}"])))
-
-
-ODD = [None, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": {"b": []}}, True, float("nan"), float("inf")]
-NO_FILES: list[Callable[[Path], object]] = [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")]
-NO_FILES += [lambda path: path.symlink_to(path.name)]
-ANY_FILE: list[Mutation] = [flip, overwrite, cut, exchange, append, empty, *map(in_its_place, NO_FILES), another_file]
 
 
 def an_odd_value(path: Path, rng: random.Random) -> None:
@@ -129,10 +89,6 @@ def _odd(value: Any, rng: random.Random) -> Any:
     key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
     value[key] = _odd(value[key], rng)
     return value
-
-
-def deep(path: Path, _: random.Random) -> None:
-    path.write_text("[" * 100_000)
 
 
 def with_head(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -173,30 +129,45 @@ def odd_tensors(path: Path, rng: random.Random) -> None:
     with_head(path, change)
 
 
+OTHERS: list[Callable[[Path, random.Random], None]] = [another_file, renamed, an_odd_value, an_odd_header, odd_tensors]
+MUTATIONS = {mutate.__name__: mutate for mutate in OTHERS}
+
+
+def mutate(path: Path, how: str, rng: random.Random) -> None:
+    if how in BYTES:
+        content = path.read_bytes()
+        path.write_bytes(BYTES[how](content, rng.randrange(1, len(content)), rng))
+    elif how in NO_FILES:
+        path.unlink()
+        NO_FILES[how](path)
+    else:
+        MUTATIONS[how](path, rng)
+
+
+ANY_FILE = ["flip", "overwrite", "cut", "exchange", "append", "empty", *NO_FILES, "another_file"]
+PIECE = [*ANY_FILE, "flip", "flip", "an_odd_header", "an_odd_header", "odd_tensors"]
+UPLOAD = [*ANY_FILE, *["flip"] * 5, *["an_odd_header"] * 12, *["odd_tensors"] * 4, "renamed"]
+RESULT = [*ANY_FILE, *["flip"] * 8, *["an_odd_value"] * 16, "cut at a line", "without a line", "deep"]
 # File, what is done to it, and by which command the folder is then looked at.
-UPLOAD: list[Mutation] = [*ANY_FILE, *[flip] * 5, *[an_odd_header] * 12, *[odd_tensors] * 4, renamed]
-PIECE: list[Mutation] = [*ANY_FILE, flip, flip, an_odd_header, an_odd_header, odd_tensors]
-CONFIG: list[Mutation] = [*ANY_FILE, *[flip] * 4, *[cut_at_a_line] * 3, *[without_a_line] * 3]
-RESULT: list[Mutation] = [*ANY_FILE, *[flip] * 8, *[an_odd_value] * 16, cut_at_a_line, without_a_line, deep]
-TABLE: list[tuple[str, list[Mutation], str]] = [
-    ("config.toml", CONFIG, "fuse"),
+TABLE = [
+    ("config.toml", [*ANY_FILE, *["flip"] * 4, *["cut at a line", "without a line"] * 3], "fuse"),
     ("uploads/client_000.safetensors", UPLOAD, "fuse"),
     ("uploads/client_001.safetensors", ANY_FILE, "fuse"),
     ("fused/begun/work/images-0-0.safetensors", PIECE, "begun"),
     ("fused/begun/work/student.safetensors", PIECE, "begun"),
     ("result.json", RESULT, "report"),
-    ("metrics.jsonl", [*ANY_FILE, *[an_odd_value] * 16, cut_at_a_line, deep], "report"),
+    ("metrics.jsonl", [*ANY_FILE, *["an_odd_value"] * 16, "cut at a line", "deep"], "report"),
 ]
 
 
 def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def tried(what: str, command: str, name: str = "", mutate: Mutation | None = None) -> tuple[int, Any]:
+    def tried(what: str, command: str, name: str = "", how: str = "") -> tuple[int, Any]:
         """(exit status, what came of it) on a copy of the run; a refusal is one line."""
         run = shutil.copytree(whole, tmp_path / what.replace("/", "-"), symlinks=True)
-        if mutate:
-            mutate(run / name, random.Random(what))
+        if how:
+            mutate(run / name, how, random.Random(what))
         try:
             return done(run, command, capsys, what)
         finally:
@@ -206,9 +177,9 @@ def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
     assert all(status == 0 for status, _ in wanted.values())
     statuses = []
     for name, mutations, command in TABLE:
-        for number, mutate in enumerate(mutations):
-            what = f"{name}, {mutate.__name__} {number}, {command}"
-            status, found = tried(what, command, name, mutate)
+        for number, how in enumerate(mutations):
+            what = f"{name}, {how} {number}, {command}"
+            status, found = tried(what, command, name, how)
             assert status == 2 or equal(found, wanted[command][1]) or name == "metrics.jsonl", what
             statuses.append(status)
     assert len(statuses) > 150

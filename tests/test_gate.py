@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -198,12 +199,9 @@ def test_bytes_that_were_altered_are_noticed(copy: RunFolder) -> None:
 
 
 def test_an_upload_that_may_not_be_read_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: Any) -> Any:
-        raise PermissionError(13, "Permission denied")
-
     path = tmp_path / "client_000.safetensors"
     save_tensors(path, {"x": torch.ones(1)})
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(RunError, match=rf"^cannot read {path}: Permission denied; its owner can give you the permiss"):
         load(path)
 

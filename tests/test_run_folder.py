@@ -7,6 +7,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -36,7 +37,15 @@ def an_upload(client: int) -> Upload:
     return tiny.an_upload(config_in(Path()), client, 10 + client)
 
 
-def test_a_new_folder_holds_the_complete_config_and_opens_again(tmp_path: Path) -> None:
+def sealed_file(folder: Path, text: str) -> Path:
+    (folder / "config.toml").write_text(f"# checksum of what follows: {sha256(text.encode()).hexdigest()}\n{text}")
+    return folder
+
+
+def test_a_new_folder_holds_the_complete_config_and_opens_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place is of the home folder or of the current one."""
     config = config_in(tmp_path / "deep" / "er", seed=7, **{"data.path": 'a "b" ü\n'})
     created = RunFolder.create(config, "run one")
     opened = RunFolder.open(str(created.path))
@@ -44,15 +53,10 @@ def test_a_new_folder_holds_the_complete_config_and_opens_again(tmp_path: Path) 
     assert opened.config == config
     assert not opened.finished
     assert opened.load_uploads() == []
-
-
-def test_a_place_is_of_the_home_folder_or_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for out_dir, place in (("", "fedmitr-runs"), ("~/other", "other"), ("runs", "runs")):
         assert RunFolder.create(Config(out_dir=out_dir), "x").path == tmp_path / place / "x"
-    with pytest.raises(RunError, match=r"File name too long; set the path to another path"):
-        RunFolder.open(tmp_path / ("x" * 300))
 
 
 def test_an_existing_folder_is_left_alone_or_the_name_gets_a_number(run: RunFolder) -> None:
@@ -65,36 +69,32 @@ def test_an_existing_folder_is_left_alone_or_the_name_gets_a_number(run: RunFold
     assert [RunFolder.create(other, "first", or_next=True).path.name for _ in "ab"] == ["first-2", "first-3"]
 
 
-def test_names_that_are_paths_or_cannot_be_shown_are_refused(tmp_path: Path) -> None:
+def test_a_name_or_parent_that_cannot_hold_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, why in (*((name, "use one word") for name in ("", ".", "..", "a/b", "/etc")), ("a\x1b[31m", "leave out")):
         with pytest.raises(RunError, match=f"is no name for a run folder; {why}"):
             RunFolder.create(config_in(tmp_path), name)
-
-
-def test_a_parent_that_cannot_hold_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
+    with pytest.raises(RunError, match=r"File name too long; set the path to another path"):
+        RunFolder.open(tmp_path / ("x" * 300))
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match=r"cannot make the run folder .*Not a directory; set out-dir"):
         RunFolder.create(config_in(tmp_path / "file"), "x")
-    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(RunError, match=r"cannot make the run folder .*Permission denied; set out-dir to a folder that"):
         RunFolder.create(config_in(tmp_path), "x")
 
 
 def test_other_folders_are_no_runs(tmp_path: Path) -> None:
+    """Nor is one with a model of other heads: its weights would fit, and mean nothing."""
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(RunError, match=rf"{path} is not a run folder \(no config.toml\)"):
             RunFolder.open(path)
     (tmp_path / "config.toml").write_text("sead = 3")
     with pytest.raises(RunError, match=r"config\.toml is not whole: it has 1 settings and no checksum; restore it"):
         RunFolder.open(tmp_path)
-
-
-def sealed_file(folder: Path, text: str) -> Path:
-    (folder / "config.toml").write_text(f"# checksum of what follows: {sha256(text.encode()).hexdigest()}\n{text}")
-    return folder
+    assert RunFolder.open(sealed_file(tmp_path, Config().to_toml() + "model.heads = 4\n")).config == Config()
+    sealed_file(tmp_path, Config().to_toml() + "model.heads = 2\n")
+    with pytest.raises(ConfigError, match=r"model\.heads = 2 of model\.width = 64, and this version has .*; use the v"):
+        RunFolder.open(tmp_path)
 
 
 def test_settings_of_another_version(
@@ -138,14 +138,6 @@ def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCapt
     assert said in caplog.messages[-1]
 
 
-def test_a_model_with_other_heads_is_no_model_of_this_version(tmp_path: Path) -> None:
-    """Its weights would fit, and mean nothing."""
-    assert RunFolder.open(sealed_file(tmp_path, Config().to_toml() + "model.heads = 4\n")).config == Config()
-    sealed_file(tmp_path, Config().to_toml() + "model.heads = 2\n")
-    with pytest.raises(ConfigError, match=r"model\.heads = 2 of model\.width = 64, and this version has .*; use the v"):
-        RunFolder.open(tmp_path)
-
-
 def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:
     """Within a process, too; the file that is left behind by what was killed locks nothing."""
     (run.path / ".lock").touch()
@@ -154,14 +146,6 @@ def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:
         other.locked().__enter__()
     with other.locked(), pytest.raises(RunError, match="another process"):
         run.locked().__enter__()
-
-
-def test_only_the_owner_may_look(run: RunFolder) -> None:
-    run.save_upload(an_upload(0))
-    run.log_metrics(stage="x")
-    run.save_model({"head.bias": torch.ones(1)}, {})
-    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (run.path, *run.path.rglob("*"))}
-    assert modes == {(True, 0o700), (False, 0o600)}
 
 
 def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: None) -> None:
@@ -262,9 +246,6 @@ def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) ->
 
 
 def test_metrics_are_appended_line_by_line(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     run.log_metrics(stage="distill", epoch=1, loss=torch.tensor(0.5), alive=(0.25, float("nan")))
     run.log_metrics(stage="distill", epoch=2, loss={3: (torch.arange(2), [float("-inf")])})
     lines = run.metrics_path.read_text().splitlines()
@@ -272,9 +253,24 @@ def test_metrics_are_appended_line_by_line(run: RunFolder, monkeypatch: pytest.M
         {"stage": "distill", "epoch": 1, "loss": 0.5, "alive": [0.25, None]},
         {"stage": "distill", "epoch": 2, "loss": {"3": [[0, 1], [None]]}},
     ]
-    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
         run.log_metrics(loss=1.0)
+
+
+def test_the_model_and_its_arguments_are_for_the_owner_alone(run: RunFolder) -> None:
+    weights = {"head.bias": torch.tensor([1.5, -2.0])}
+    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
+    run.save_model(weights, arguments)
+    once = run.model_path.read_bytes()
+    run.save_model(weights, arguments)
+    assert run.model_path.read_bytes() == once
+    assert tiny.same(load_tensors(run.model_path)[0], weights)
+    assert json.loads((run.path / "model.json").read_text()) == arguments
+    run.save_upload(an_upload(0))
+    run.log_metrics(stage="x")
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (run.path, *run.path.rglob("*"))}
+    assert modes == {(True, 0o700), (False, 0o600)}
 
 
 def test_result_round_trip(run: RunFolder) -> None:
@@ -293,17 +289,6 @@ def test_result_round_trip(run: RunFolder) -> None:
         run.result_path.write_text(content)
         with pytest.raises(RunError, match=rf"cannot read .*result\.json.*{reason}|{reason} .*result\.json"):
             run.read_result()
-
-
-def test_the_model_and_its_arguments(run: RunFolder) -> None:
-    weights = {"head.bias": torch.tensor([1.5, -2.0])}
-    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
-    run.save_model(weights, arguments)
-    once = run.model_path.read_bytes()
-    run.save_model(weights, arguments)
-    assert run.model_path.read_bytes() == once
-    assert tiny.same(load_tensors(run.model_path)[0], weights)
-    assert json.loads((run.path / "model.json").read_text()) == arguments
 
 
 def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(

@@ -1,23 +1,36 @@
-"""Uploads: what may enter the ensemble, and what comes back from disk."""
+"""Uploads and their statistics: what may enter the ensemble, what comes back from disk and over Flower."""
 
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
+from local_grid import TINY, Federate, LocalGrid, server_context
 from safetensors.torch import save_file
+from tiny import same
 from torch import Tensor
 
-from fedmitr_flwr.common.errors import RunError, UploadError
-from fedmitr_flwr.common.files import save_tensors
+from client_app.app import app as client_app
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors, save_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.shares import client_images
+from fedmitr_flwr.statistics import moments
 from fedmitr_flwr.uploads.stored import StoredWeights
-from fedmitr_flwr.uploads.upload import Upload, digest, load, save, validate
+from fedmitr_flwr.uploads.upload import Upload, digest, load, save, size, validate
+from fedmitr_flwr.vit.build import build_vit, initial_weights
+from server_app.app import app as server_app
 
 CODE = "0123456789ab"
 CLIENTS, MOST = 4, 1000
@@ -39,105 +52,79 @@ def an_upload(client: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
     return Upload(client, weights, 12, 0.5, CODE, (3, 0, 9))
 
 
-def check(upload: Upload) -> None:
-    validate(upload, REFERENCE, CONFIG, CODE)
+def check(upload: Upload, extras: str = "") -> None:
+    validate(upload, REFERENCE, Config.from_flat({"upload.extras": extras}, CONFIG), CODE)
 
 
-def with_weight(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Upload], Upload]:
-    return lambda upload: replace(upload, weights=upload.weights | {key: change(upload.weights[key])})
+def weighing(upload: Upload, **weights: Tensor) -> Upload:
+    return replace(upload, weights=upload.weights | weights)
 
 
-def with_value(**changes: object) -> Callable[[Upload], Upload]:
-    return lambda upload: replace(upload, **changes)
+def without(upload: Upload, name: str) -> Upload:
+    return replace(upload, weights={key: tensor for key, tensor in upload.weights.items() if key != name})
 
 
-def poisoned(value: float, place: int = -1) -> Callable[[Tensor], Tensor]:
-    """One element of the tensor becomes `value`."""
-
-    def change(tensor: Tensor) -> Tensor:
-        flat = tensor.flatten().clone()
-        flat[place % len(flat)] = value
-        return flat.view_as(tensor)
-
-    return change
-
-
-Mutation = tuple[Callable[[Upload], Upload], str]  # the change, and a word that the refusal must hold
 FLOATING = [key for key, tensor in REFERENCE.items() if tensor.is_floating_point()]
-OTHER_KINDS = (torch.bfloat16, torch.double, torch.long)
 
 
-def of_key(key: str) -> list[Mutation]:
-    others = {name: tensor for name, tensor in an_upload().weights.items() if name != key}
-    return [
-        (with_weight(key, lambda tensor: tensor[..., :-1]), key),
-        (with_weight(key, lambda tensor: tensor[None]), key),
-        *((with_weight(key, lambda tensor, kind=kind: tensor.to(kind)), key) for kind in OTHER_KINDS),
-        (with_value(weights=others), key),
-        (lambda upload: replace(upload, weights=upload.weights | {f"{key}.x": torch.ones(1)}), f"{key}.x"),
-    ]
+def mutants(good: Upload) -> Iterator[tuple[Upload, str]]:
+    """With a word that the refusal must hold."""
+    for key in FLOATING:
+        tensor = good.weights[key]
+        for other in (tensor[..., :-1], tensor[None], tensor.bfloat16(), tensor.double(), tensor.long()):
+            yield weighing(good, **{key: other}), key
+        yield without(good, key), key
+        yield weighing(good, **{f"{key}.x": torch.ones(1)}), f"{key}.x"
+    yield weighing(good, steps=good.weights["steps"].float()), "steps"
+    yield weighing(good, steps=good.weights["steps"].int()), "steps"
+    yield replace(good, weights={}), "lack 'cls_token', 'head.weight', 'head.bias' and 1 more"
+    for other in ("", CODE[::-1]):
+        yield replace(good, fingerprint=other), "other code"
+    for other in (math.nan, math.inf):
+        yield replace(good, train_loss=other), "training loss"
+    for other in (math.nan, -1.0):
+        yield replace(good, seconds=other), f"took {other} seconds"
+    for other in (10**12, MOST + 1):
+        yield replace(good, num_examples=other, class_counts=None), "screen.max-images is 1000"
+    for other in ((3, 9), (3, 0, 9, 0), (), (13, -1, 0), (3, 0, 8)):
+        yield replace(good, class_counts=other), "class counts"
 
 
-MUTATIONS: list[Mutation] = [
-    *(mutation for key in FLOATING for mutation in of_key(key)),
-    (with_weight("steps", lambda tensor: tensor.float()), "steps"),
-    (with_weight("steps", lambda tensor: tensor.int()), "steps"),
-    (with_value(weights={}), "lack 'cls_token', 'head.weight', 'head.bias' and 1 more"),
-    *((with_value(fingerprint=other), "other code") for other in ("", CODE[::-1])),
-    *((with_value(train_loss=loss), "training loss") for loss in (math.nan, math.inf)),
-    *((with_value(seconds=seconds), f"took {seconds} seconds") for seconds in (math.nan, -1.0)),
-    (with_value(num_examples=10**12), "screen.max-images is 1000"),
-    (with_value(num_examples=MOST + 1, class_counts=None), "screen.max-images is 1000"),
-    *(
-        (with_value(class_counts=counts), "class counts")
-        for counts in ((3, 9), (3, 0, 9, 0), (), (13, -1, 0), (3, 0, 8))
-    ),
-]
-BROKEN_NUMBERS: st.SearchStrategy[Mutation] = st.one_of(
-    st.tuples(st.sampled_from(FLOATING), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0)).map(
-        lambda drawn: (with_weight(drawn[0], poisoned(*drawn[1:])), f"infinity in '{drawn[0]}'")
-    ),
-    st.integers(max_value=0).map(lambda n: (with_value(num_examples=n), f"on {n} images")),
-    (st.integers(max_value=-1) | st.integers(min_value=CLIENTS)).map(
-        lambda n: (with_value(client=n), "clients 0 to 3")
-    ),
-)
-
-
-def assert_refused(mutation: Mutation, client: int, dtype: torch.dtype) -> None:
+def assert_refused(mutant: Upload, named: str) -> None:
     """In one line that names the client and the thing."""
-    change, named = mutation
-    mutant = change(an_upload(client, dtype))
     with pytest.raises(UploadError) as caught:
         check(mutant)
-    message = str(caught.value)
-    assert message.startswith(f"client {mutant.client}: ")
-    assert named in message
-    assert "\n" not in message
+    assert re.fullmatch(f"client {mutant.client}: .*{re.escape(named)}.*", str(caught.value))
 
 
-def test_a_good_upload_passes() -> None:
-    for dtype in (torch.float32, torch.float16):
-        for client in range(CLIENTS):
-            check(an_upload(client, dtype))
-            check(replace(an_upload(client, dtype), class_counts=None))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_good_upload_passes_and_each_mutation_is_refused(dtype: torch.dtype) -> None:
+    for client in range(CLIENTS):
+        good = an_upload(client, dtype)
+        check(good)
+        check(replace(good, class_counts=None))
+        for mutant, named in mutants(good):
+            assert_refused(mutant, named)
 
 
-def test_each_mutation_is_refused() -> None:
-    for mutation in MUTATIONS:
-        for dtype in (torch.float32, torch.half):
-            assert_refused(mutation, client=1, dtype=dtype)
-
-
-@given(BROKEN_NUMBERS, st.integers(0, CLIENTS - 1), st.sampled_from([torch.float32, torch.half]))
-def test_any_mutation_of_any_client_is_refused(mutation: Mutation, client: int, dtype: torch.dtype) -> None:
-    assert_refused(mutation, client, dtype)
+@given(st.data(), st.sampled_from(FLOATING), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_any_broken_number_is_refused(data: st.DataObject, key: str, value: float) -> None:
+    good = an_upload(dtype=data.draw(st.sampled_from([torch.float32, torch.float16])))
+    place = torch.tensor(data.draw(st.integers(0, good.weights[key].numel() - 1)))
+    broken = good.weights[key].flatten().index_fill(0, place, value).view_as(good.weights[key])
+    assert_refused(weighing(good, **{key: broken}), f"infinity in '{key}'")
+    images = data.draw(st.integers(max_value=0))
+    assert_refused(replace(good, num_examples=images), f"on {images} images")
+    client = data.draw(st.integers(max_value=-1) | st.integers(min_value=CLIENTS))
+    assert_refused(replace(good, client=client), "clients 0 to 3")
 
 
 def test_mixed_precision_is_allowed_but_what_overflowed_is_not() -> None:
-    check(with_weight("head.bias", lambda tensor: tensor.half())(an_upload()))
-    with pytest.raises(UploadError, match=r"infinity in 'head\.bias'"):
-        check(with_weight("head.bias", lambda tensor: (tensor + 1e6).half())(an_upload()))  # float16 ends at 65504
+    bias = an_upload().weights["head.bias"]
+    check(weighing(an_upload(), **{"head.bias": bias.half()}))
+    assert_refused(
+        weighing(an_upload(), **{"head.bias": (bias + 1e6).half()}), "infinity in 'head.bias'"
+    )  # ends at 65504
 
 
 patterns = st.lists(st.integers(0, 4), max_size=3).flatmap(
@@ -217,31 +204,28 @@ def test_weights_on_disk_are_read_one_by_one_when_asked_for(tmp_path: Path, monk
     assert [everything[key].dtype for key in REFERENCE] == [tensor.dtype for tensor in REFERENCE.values()]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def replaced(path: Path) -> None:
     """By another client's whole file of the same size and age."""
-    before = path.stat()
-    save(an_upload(seed=1), path.with_name("other"))
-    os.utime(path.with_name("other"), ns=(before.st_atime_ns, before.st_mtime_ns))
-    path.with_name("other").replace(path)
+    before, other = path.stat(), path.with_name("other")
+    save(an_upload(seed=1), other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
     assert path.stat().st_size == before.st_size
 
 
 def test_a_file_that_changes_while_it_is_used_is_named(tmp_path: Path) -> None:
     path = tmp_path / "client_001.safetensors"
-    changes: dict[Callable[[Path], object], str] = {cut: "{} was changed", replaced: "{} was changed"}
-    for change, problem in (changes | {Path.unlink: "cannot read {}"}).items():
+    for change, problem in (
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), f"{path} was changed while"),
+        (replaced, f"{path} was changed while"),
+        (Path.unlink, f"cannot read {path}"),
+    ):
         save(an_upload(), path)
         weights = load(path).weights
         weights["head.bias"]
         change(path)
         for use in (lambda weights: weights["head.bias"], dict):
-            with pytest.raises(
-                RunError, match=f"{problem.format(path)}.*; set resume-from to its run folder to go on$"
-            ):
+            with pytest.raises(RunError, match=f"{problem}.*; set resume-from to its run folder to go on$"):
                 use(weights)
 
 
@@ -288,16 +272,156 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, req
 
 
 def test_a_digest_sees_everything_that_the_server_uses(tmp_path: Path) -> None:
-    upload, name = an_upload(), "head.weight"
+    upload = an_upload()
     save(upload, tmp_path / "u")
     assert digest(load(tmp_path / "u")) == digest(an_upload()) == digest(upload)
     assert digest(replace(upload, train_loss=9.0, fingerprint="x")) == digest(upload)
-    changed = [
-        replace(upload, client=2),
-        replace(upload, num_examples=11),
-        replace(upload, class_counts=(0, 3, 9)),
-        with_weight(name, lambda tensor: tensor.T.contiguous())(upload),
-        with_weight(name, lambda tensor: tensor * 2)(upload),
-        replace(upload, weights={key: value for key, value in upload.weights.items() if key != name}),
-    ]
+    changed = [replace(upload, **{name: value}) for name, value in {"client": 2, "num_examples": 11}.items()]
+    changed += [replace(upload, class_counts=(0, 3, 9)), without(upload, "head.weight")]
+    head = upload.weights["head.weight"]
+    changed += [weighing(upload, **{"head.weight": other}) for other in (head.T.contiguous(), head * 2)]
     assert len({digest(each) for each in [upload, *changed]}) == 7
+
+
+def with_statistics(variances: bool = False) -> Upload:
+    features = torch.randn(12, 4, generator=stream(0))
+    labels = torch.tensor([0] * 3 + [2] * 9)
+    return replace(an_upload(), statistics=moments.measure(features, labels, 3, variances=variances))
+
+
+def telling(upload: Upload, **sums: Tensor) -> Upload:
+    return replace(upload, statistics={**upload.statistics, **sums})
+
+
+def test_statistics_come_back_from_disk_bit_by_bit(tmp_path: Path) -> None:
+    sent = replace(with_statistics(variances=True), weights={"w": torch.tensor([1.5], dtype=torch.float16)})
+    save(sent, tmp_path / "u")
+    got = load(tmp_path / "u")
+    assert same(got.statistics, sent.statistics)
+    assert {tensor.dtype for tensor in got.statistics.values()} == {torch.float64}
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in got.weights.items()} == {
+        "w": (torch.float32, [1.5])
+    }
+    assert digest(got) == digest(replace(sent, weights={"w": torch.tensor([1.5])}))
+    assert got.num_bytes == sent.num_bytes == 2 + 8 * (12 + 10 + 12)
+    # A name of this form is a weight's own, unless there are statistics.
+    save(Upload(0, {"statistics/x": torch.ones(1)}, 1, 0.5, CODE), tmp_path / "v")
+    assert load(tmp_path / "v").weights.keys() == {"statistics/x"}
+    assert load(tmp_path / "v").statistics is None
+
+
+def test_the_digest_sees_every_sum() -> None:
+    upload = with_statistics(variances=True)
+    others = [telling(upload, **{name: tensor * (1 + 1e-15)}) for name, tensor in upload.statistics.items()]
+    others += [replace(upload, statistics=None), with_statistics()]
+    assert len({digest(each) for each in [upload, *others]}) == 6
+    assert digest(upload) == digest(with_statistics(variances=True))
+
+
+def test_what_was_asked_for_passes_and_what_is_corrupt_is_refused_by_name() -> None:
+    sound = with_statistics()
+    check(sound, "statistics")
+    check(with_statistics(variances=True), "variances")
+    check(replace(sound, statistics=None), "")
+    for upload, told in (
+        (replace(sound, statistics=None), r"are \[\], not \['moment', 'sums'\] \(upload.extras"),
+        (replace(sound, statistics={"sums": sound.statistics["sums"]}), r"are \['sums'\], not"),
+        (telling(sound, sums=sound.statistics["sums"] + 50), "are no sums of features: .* has a sum"),
+        (replace(sound, class_counts=(11, 0, 1)), "are no sums of features: .*negative eigenvalue"),
+        (replace(sound, class_counts=None), "statistics without class counts"),
+    ):
+        with pytest.raises(UploadError, match=f"^client 1: .*{told}"):
+            check(upload, "statistics")
+    with pytest.raises(UploadError, match=r"^client 1: its statistics are \['moment', 'sums'\], not \[\]"):
+        check(sound, "")
+
+
+def settings(**changes: Any) -> Config:
+    return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
+
+
+def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training() -> None:
+    """And they change nothing else in an upload."""
+    config = settings(**{"upload.extras": "variances", "upload.dtype": "float16"})
+    initial = initial_weights(config.model, config.seed)
+    upload = pipeline.train_client(config, 1, initial)
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial)
+    images = client_images(config, 1)[0]
+    features = moments.frozen_features(vit, images, config.model, torch.device("cpu"))
+    assert tuple(upload.statistics) == moments.names(config.upload) == ("sums", "moment", "squares")
+    assert same(upload.statistics, moments.measure(features, images.labels, 10, variances=True))
+    assert upload.class_counts == tuple(torch.bincount(images.labels, minlength=10).tolist())
+    without = pipeline.train_client(settings(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
+    assert (without.statistics, without.class_counts) == (None, None)
+    assert upload.train_loss == without.train_loss
+    assert same(upload.weights, without.weights)
+
+
+LDA = {"method": "lda", "upload.extras": "statistics"}
+
+
+@pytest.mark.parametrize("asked", [LDA, {"method": "regmean", "upload.extras": "variances, moments"}])
+def test_the_flower_path_gives_the_bits_of_the_straight_line(
+    tmp_path: Path, federate: Federate, asked: dict[str, Any]
+) -> None:
+    asked = asked | {"upload.dtype": "float16"}
+    flower = federate(LocalGrid(client_app, 3), **asked)
+    line = TINY | asked | {"partition.clients": 3, "out-dir": str(tmp_path)}
+    straight = pipeline.run(Config.from_flat(line), "line")
+    for ours, theirs in zip(flower.upload_paths().values(), straight.upload_paths().values(), strict=True):
+        assert digest(load(ours)) == digest(load(theirs))
+    assert same(*(load_tensors(folder.model_path)[0] for folder in (flower, straight)))
+    result, wanted = flower.read_result(), straight.read_result()
+    assert result["bytes_statistics"] == wanted["bytes_statistics"]
+    assert asked["method"] == "regmean" or result["bytes_statistics"] == [8 * (10 * 32 + 32 * 33 // 2)] * 3
+    sent = zip(result["bytes_statistics"], result["bytes_down"], strict=True)
+    assert result["bytes_up"] == [statistics + bytes_down // 2 for statistics, bytes_down in sent]
+    assert result["accuracy"] == wanted["accuracy"]
+
+
+def test_room_is_asked_for_with_directions(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that has room for three models and not for more."""
+    free = 3 * size(initial_weights(settings().model, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert federate(LocalGrid(client_app, 3), method="fedavg").finished
+    more = {"method": "fedavg", "upload.extras": "moments"}
+    federate(LocalGrid(client_app, 3), r"and 3 uploads take .* MB; make room there", **more)
+
+
+def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
+    federate: Federate, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tamper(reply: Message, client: int) -> list[Message]:
+        if client == 1:
+            tensors = reply.content["statistics"].to_torch_state_dict()
+            reply.content["statistics"] = ArrayRecord({**tensors, "moment": -tensors["moment"]})
+        return [reply]
+
+    folder = federate(LocalGrid(client_app, 3, tamper=tamper), r"2 of 3 uploads .* missing: client 1", **LDA)
+    (refused,) = folder.refused_path.glob("*.safetensors")
+    tensors, header = load_tensors(refused)
+    assert "client 1: its statistics are no sums of features" in header["reason"]
+    assert "client 1: its statistics are no sums of features" in caplog.text
+    assert {"sums", "moment", "head.weight"} <= set(tensors)  # nothing is lost
+
+
+def test_what_a_method_lacks_is_told_before_any_client_is_asked(tmp_path: Path) -> None:
+    """And leaves no folder, with Flower and without."""
+    for changes, told in (
+        ({"method": "lda"}, "needs the clients' statistics"),
+        ({"method": "ridge"}, "needs .*set upload.extras = 'statistics'"),
+        ({"method": "fedpft", "upload.extras": "statistics"}, "needs .*set upload.extras = 'variances'"),
+        ({"method": "feddf"}, "needs real images without labels; set feddf.path"),
+        ({"method": "regmean"}, "needs second .*set upload.extras = 'moments'"),
+        ({"flower.strategy": "fedavg", "upload.extras": "statistics"}, "fedavg averages all"),
+        ({"flower.strategy": "fedavg", "upload.extras": "counts, moments"}, "leave out all but counts, "),
+    ):
+        grid, flat = LocalGrid(client_app, 2), TINY | {"out-dir": str(tmp_path)} | changes
+        with pytest.raises(ConfigError, match=told):
+            server_app(grid, server_context(flat))
+        assert not grid.asked
+        if "method" in changes:
+            with pytest.raises(ConfigError, match=f"method = '{changes['method']}' {told}"):
+                pipeline.run(Config.from_flat(flat), "none")
+    assert not list(tmp_path.iterdir())
