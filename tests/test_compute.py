@@ -34,9 +34,7 @@ def test_the_peak_is_of_what_was_done_since() -> None:
     torch.ones(300 * MEGABYTE // 4)  # pages that were really written
     with_it = peak_memory(CPU)["ram"] or 0
     forget_peak(CPU)
-    after = peak_memory(CPU)["ram"] or 0
-    assert with_it - before > 250 * MEGABYTE
-    assert with_it - after > 250 * MEGABYTE
+    assert with_it - max(before, peak_memory(CPU)["ram"] or 0) > 250 * MEGABYTE
     assert peak_memory(CPU)["gpu"] is None
 
 

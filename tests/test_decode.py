@@ -286,27 +286,25 @@ def test_of_an_animation_the_first_frame_is_used_and_counted(caplog: pytest.LogC
     assert caplog.messages
 
 
-def test_images_of_one_size_keep_it_if_it_is_modest() -> None:
+def test_images_of_one_size_keep_it_if_it_is_modest_and_others_are_resized_one_by_one() -> None:
     for side in (128, 129):
         pictures = noise(2, side, side)
         wanted = pictures if side == 128 else list(map(resized, pictures))
         assert np.array_equal(decoded(*map(encode, pictures))[:, 0].numpy(), wanted)
         assert decoded(encode(pictures[0]), img_size=65).shape[-1] == side  # up to twice the model's side it is
+    alike, others = noise(2, 20, 12, 3), [noise(12, 20, 3), noise(1, 40_000, 3), noise(SIDE, SIDE, 3)]
+    for mixed in ([*alike, *others], [*others, *alike], others[1:]):
+        pixels = decoded(*map(encode, mixed), in_chans=3).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(pixels, list(map(resized, mixed)))
+    assert decoded(*map(encode, alike)).shape == (2, 1, 20, 12)
 
 
 def resized(picture: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def test_images_of_several_sizes_are_resized_one_by_one() -> None:
-    alike, others = noise(2, 20, 12, 3), [noise(12, 20, 3), noise(1, 40_000, 3), noise(SIDE, SIDE, 3)]
-    for pictures in ([*alike, *others], [*others, *alike], others[1:]):
-        pixels = decoded(*map(encode, pictures), in_chans=3).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(pixels, list(map(resized, pictures)))
-    assert decoded(*map(encode, alike)).shape == (2, 1, 20, 12)
-
-
 def test_memory_follows_the_models_size() -> None:
+    """A large JPEG is decoded in part, and differs by less than rounding."""
     for others in (28, 600):
         large, other = (encode(np.zeros((side, side, 3), dtype=np.uint8)) for side in (600, others))
         tracemalloc.start()
@@ -314,23 +312,13 @@ def test_memory_follows_the_models_size() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1000 * 1000  # at their own sizes they are 22 MB; Pillow's one image at a time is not in it
-
-
-def test_a_large_jpeg_is_decoded_in_part_and_differs_by_less_than_rounding() -> None:
     file = encode(Image.fromarray(noise(40, 50, 3)).resize((1500, 1200), Image.Resampling.BICUBIC), "JPEG", quality=90)
     whole = np.asarray(Image.open(io.BytesIO(file)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     assert np.abs(decoded(file, in_chans=3)[0].permute(1, 2, 0).numpy().astype(int) - whole).max() <= 2
 
 
-def test_a_decompression_bomb_is_refused_and_half_of_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above it Pillow warns, above twice of it it raises
-    assert decoded(encode(np.zeros((8, 8), dtype=np.uint8))).shape == (1, 1, 8, 8)
-    with pytest.raises(DataError, match=r"^row 0: not a readable image .*decompression bomb.*$"):
-        decoded(encode(np.zeros((12, 12), dtype=np.uint8)))
-
-
-def test_whatever_pillow_raises_names_the_file() -> None:
-    """Of AVIF it is a RuntimeError, of ICNS an AssertionError, of BLP one of its own."""
+def test_whatever_pillow_raises_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of AVIF it is a RuntimeError, of ICNS an AssertionError, of BLP one of its own; of half a bomb nothing."""
     for form in ("AVIF", "JPEG", "PNG", "TIFF", "WEBP", "BLP", "GIF", "ICNS"):
         rng = np.random.default_rng(0)
         picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
@@ -349,6 +337,10 @@ def test_whatever_pillow_raises_names_the_file() -> None:
                 messages.append(str(error))
         assert len(messages) > 5
         assert all(message.startswith("row 0: not a readable image (") for message in messages), form
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above it Pillow warns, above twice of it it raises
+    assert decoded(encode(np.zeros((8, 8), dtype=np.uint8))).shape == (1, 1, 8, 8)
+    with pytest.raises(DataError, match=r"^row 0: not a readable image .*decompression bomb.*$"):
+        decoded(encode(np.zeros((12, 12), dtype=np.uint8)))
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -358,15 +350,6 @@ def test_to_uint8_is_the_inverse_of_prepare_and_clamps(in_chans: int) -> None:
     assert torch.equal(to_uint8(prepare(pixels, model).requires_grad_(), model), pixels)
     images = torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 1, 1, 3)
     assert to_uint8(images, small()).flatten().tolist() == [0, 128, 255]
-
-
-def test_normalisation_by_hand() -> None:
-    # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
-    assert prepare(torch.tensor([[[[51]]]], dtype=torch.uint8), small(1)).item() == pytest.approx(-0.6, abs=1e-5)
-    # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
-    colour = torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    wanted = [2.248908, -2.035714, -0.915556]
-    assert prepare(colour, small(1, 3)).flatten().tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_pixels_are_normalised_as_the_models_weights_were_trained() -> None:
@@ -382,6 +365,11 @@ def test_pixels_are_normalised_as_the_models_weights_were_trained() -> None:
     ):
         found = normalisation(ModelConfig(name=name, in_chans=in_chans))
         torch.testing.assert_close(torch.stack(found), torch.tensor(wanted))
+    # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
+    assert prepare(torch.tensor([[[[51]]]], dtype=torch.uint8), small(1)).item() == pytest.approx(-0.6, abs=1e-5)
+    # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
+    colour = prepare(torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1), small(1, 3))
+    assert colour.flatten().tolist() == pytest.approx([2.248908, -2.035714, -0.915556], abs=1e-5)
 
 
 def test_resizing_agrees_with_pillow_and_keeps_a_flat_image_flat() -> None:

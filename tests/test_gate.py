@@ -70,10 +70,6 @@ def test_the_result_holds_the_settings_that_the_method_read(
     assert folder.config.inversion.mode == "sparse"  # what was asked for
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
 @pytest.fixture
 def copy(run: RunFolder, tmp_path: Path) -> RunFolder:
     """Of the run without its fusions, to be damaged."""
@@ -102,7 +98,7 @@ def test_a_model_that_diverges_is_not_written(copy: RunFolder, method: str) -> N
         with pytest.raises(RunError, match=r"the student diverged: NaN or infinity in '.*'; lower distill\.lr"):
             pipeline.fuse(copy, method, DISTILL)
     (made,) = (copy.path / "fused").iterdir()
-    assert not {"model.safetensors", "result.json"} & names(made)
+    assert not {"model.safetensors", "result.json"} & {path.name for path in made.iterdir()}
 
 
 def test_answers_that_are_no_numbers_are_no_result(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

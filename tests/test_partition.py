@@ -121,15 +121,13 @@ def test_what_is_held_out_depends_on_size_seed_and_client_only() -> None:
 
 
 def test_the_table_by_hand() -> None:
+    """Of many classes it stays narrow."""
     assert table(torch.tensor([[1, 20], [300, 0]]), ("cat", "a very long name")).splitlines() == [
         "client  cat  a very lon  all",
         "     0    1          20   21",
         "     1  300           0  300",
         "   all  301          20  321",
     ]
-
-
-def test_the_table_of_many_classes_stays_narrow() -> None:
     counts = torch.zeros(2, 100, dtype=torch.int64)
     counts[0, 5], counts[0, 6], counts[1, 99] = 3, 4, 12
     assert table(counts, tuple(f"class {label}" for label in range(100))).splitlines() == [

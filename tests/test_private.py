@@ -212,7 +212,8 @@ def test_an_empty_draw_and_the_pull_to_the_start(tiny: DataSet, monkeypatch: pyt
         torch.testing.assert_close(step, unpulled - 0.5 * 0.1 * unpulled / 1.45, atol=1e-6, rtol=1e-3)
 
 
-def test_what_would_tell_beside_the_noise_is_refused() -> None:
+def test_what_would_tell_beside_the_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is a missing library."""
     tells = "reveals something of the images without noise"
     for changes, message in (
         ({"upload.extras": "counts"}, f'upload.extras = "counts" {tells}'),
@@ -224,9 +225,6 @@ def test_what_would_tell_beside_the_noise_is_refused() -> None:
         Config.from_flat(changes)
         with pytest.raises(ConfigError, match=message):
             Config.from_flat({"privacy.epsilon": 3.0} | ALONE | changes)
-
-
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     require_opacus(Config())
     with pytest.raises(ConfigError, match=r"privacy.epsilon = 3.0 needs opacus at every client; run there: pip inst"):

@@ -107,12 +107,10 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert mixed[4] == "clients alone, mean             50.00"
 
 
-def test_the_widths_are_stable_and_lines_stay_short() -> None:
+def test_lines_stay_short() -> None:
     names = [f"{'long ' * (number % 4)}class {number}" for number in range(100)]
-    made = a_result(per_class=dict.fromkeys(names, 100.0), local=[100.0] * 20)
-    lines = accuracy_table(made).splitlines()
-    head, cells = lines[: lines.index("")], lines[lines.index("") + 2 :]
-    assert {len(line) for line in head} == {37}
+    lines = accuracy_table(a_result(per_class=dict.fromkeys(names, 100.0), local=[100.0] * 20)).splitlines()
+    cells = lines[lines.index("") + 2 :]
     assert len({len(line) for line in cells[:-1]}) == 1
-    assert max(map(len, cells)) <= 100
+    assert max(map(len, lines)) <= 100
     assert sum(line.count("100.00") for line in cells) == 100

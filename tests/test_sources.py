@@ -1,4 +1,4 @@
-"""Every source to the same bytes that its own library reads; every bad input refused by name."""
+"""Every source to the same bytes and labels that its own library reads; every bad input refused by name."""
 
 import functools
 import importlib
@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_decode import Pixels, encode
-from test_layout import FEATURES, folders
+from test_layout import FEATURES, a_table, folders, picture, write_splits
+from tiny import SIZES, small
 
 from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, DataConfig, ModelConfig
 from fedmitr_flwr.data import decode, flower_datasets, sources
 from fedmitr_flwr.data.images import Images
-from fedmitr_flwr.data.sources import load
+from fedmitr_flwr.data.own import Place, load_own, load_own_test
+from fedmitr_flwr.data.sources import load, open_split
 from fedmitr_flwr.resolve import resolve
 
 UNREADABLE = "not a readable image"
@@ -56,8 +61,8 @@ def write(file: Path, columns: dict[str, Any], features: datasets.Features | Non
     pq.write_table(table, file, row_group_size=3)
 
 
-def at(source: str, path: Path | str, **settings: Any) -> DataConfig:
-    return DataConfig(source=source, path=str(path), **settings)
+def at(source: str, path: Path | str, **choice: Any) -> DataConfig:
+    return DataConfig(source=source, path=str(path), **choice)
 
 
 parquet, image_folder, hub = (functools.partial(at, source) for source in ("parquet", "imagefolder", "hub"))
@@ -211,21 +216,6 @@ def test_of_two_image_columns_the_typed_or_configured_one_is_read(tmp_path: Path
     assert torch.equal(load(write_both(tmp_path / "b", columns, features), model()).train.pixels, chw(front))
 
 
-def test_the_label_column_is_found_or_configured(tmp_path: Path) -> None:
-    kinds = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.ClassLabel(2)}
-    for number, (wrong, label, configured, features) in enumerate(
-        [
-            ("index", "label", "", None),
-            ("coarse_label", "fine_label", "", None),
-            ("label", "kind", "kind", None),
-            ("label", "kind", "", datasets.Features(kinds)),  # a ClassLabel wins over other integers
-        ]
-    ):
-        folder = tmp_path / str(number)
-        write_both(folder, {"image": column(pictures(2)), wrong: [1, 1], label: [1, 0]}, features)
-        assert load(parquet(folder, label_column=configured), model()).train.labels.tolist() == [1, 0]
-
-
 LABELLED = {"image": column(pictures(4)), "label": [0, 1, 0, 1]}
 
 
@@ -240,9 +230,9 @@ def test_columns_and_rows_that_cannot_be_meant_are_refused(tmp_path: Path) -> No
         (LABELLED | {"label": [0, -1, 0, 0]}, {}, "row 1: label -1 is outside 0..1; remove the rows without a label"),
         ({"image": [*one, *column([None])], "label": [0, 1]}, {}, "train.parquet row 1 has no image"),
     ]
-    for number, (columns, settings, named) in enumerate(cases):
+    for number, (columns, choice, named) in enumerate(cases):
         write_both(tmp_path / str(number), columns, features=None)
-        assert named in refusal(parquet(tmp_path / str(number), **settings))
+        assert named in refusal(parquet(tmp_path / str(number), **choice))
 
 
 def test_class_names_must_agree_with_the_model_and_the_test_split(tmp_path: Path) -> None:
@@ -333,23 +323,16 @@ def test_what_is_wrong_with_a_hub_data_set_is_one_line(data_set: Path) -> None:
     assert "has no split 'test' (or testing, " in refusal(hub(data_set / "alone"))
 
 
-def test_telemetry_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_is_off_unless_asked_for_and_plots_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     for before, after in (("1", "1"), ("0", "0"), (None, "0")):
         monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", before or "")
         if before is None:
             monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
         importlib.reload(flower_datasets)
         assert os.environ["FLWR_TELEMETRY_ENABLED"] == after
-
-
-def test_plots_of_flwr_datasets_are_imported_by_the_first_plot() -> None:
-    code = """
-import sys
-from fedmitr_flwr.data.flower_datasets import ImportedLater, IidPartitioner
-assert not {"seaborn", "matplotlib.pyplot", "scipy.stats"} & set(sys.modules)
-assert ImportedLater("json").loads("[3]") == [3]
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert flower_datasets.ImportedLater("json").loads("[3]") == [3]
+    code = "import sys, fedmitr_flwr.data.flower_datasets; sys.exit('seaborn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -367,3 +350,182 @@ def test_real_data_byte_by_byte(shared: Path, name: str, shape: tuple[int, int, 
             assert image.format == form
             assert data.test.pixels[i].permute(1, 2, 0).numpy().tobytes() == image.tobytes()
         assert data.test.labels[i] == table.column("label")[row].as_py()
+
+
+TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+WHOLE = (pa.int8(), pa.uint16(), pa.int64(), pa.uint64(), pa.dictionary(pa.int8(), pa.int64()))
+FLOATS = (pa.float32(), pa.float64(), pa.decimal128(5, 1))
+NOT_IN_DATASETS = (pa.string_view(), pa.binary_view())
+
+names = st.lists(
+    st.text("abcXYZ é高", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True
+)
+
+
+def labelled(kind: pa.DataType, values: list[object]) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        return pa.array(values, kind.value_type).dictionary_encode().cast(kind)
+    return pa.array(values, kind)
+
+
+@settings(derandomize=True, max_examples=40)
+@given(
+    kind=st.sampled_from([*TEXT, *WHOLE, *FLOATS, pa.bool_(), "ClassLabel"]),
+    source=st.sampled_from(["parquet", "hub", "own", "own test"]),
+    called=names,
+    image=st.sampled_from([pa.binary(), pa.large_binary(), pa.binary_view()]),
+    draw=st.data(),
+)
+def test_labels_of_every_type_in_every_source(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: object,
+    source: str,
+    called: list[str],
+    image: object,
+    draw: st.DataObject,
+) -> None:
+    numbers = st.lists(st.integers(0, len(called) - 1), min_size=2, max_size=8)
+    rows = {"train": draw.draw(numbers), "test": draw.draw(numbers)}
+    rows["train"][0] = len(called) - 1  # so that there are as many numbers as names
+    expected = called  # by number
+    if kind in TEXT:
+        expected = sorted({called[row] for split in rows.values() for row in split})
+    elif kind == pa.bool_():
+        rows = {split: [row % 2 for row in given] for split, given in rows.items()}
+        called = expected = ["False", "True"]
+    folder = tmp_path_factory.mktemp("labels")
+    for split, given_rows in rows.items():
+        values: list[object] = [called[row] if kind in TEXT else row for row in given_rows]
+        values = [bool(value) for value in values] if kind == pa.bool_() else values
+        labels = labelled(pa.int64() if kind == "ClassLabel" else kind, values)
+        table = pa.table({"image": pa.array([picture(row) for row in given_rows], image), "label": labels})
+        if kind == "ClassLabel":
+            kinds = {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=called)}
+            table = table.replace_schema_metadata(datasets.Features(kinds).arrow_schema.metadata)
+        if source != "hub" or {image, kind} & {*NOT_IN_DATASETS}:
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            datasets.Dataset(table).save_to_disk(str(folder / split))
+            (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    if source.startswith("own"):  # by name, whatever the numbers
+        by_name = kind in TEXT or kind in ("ClassLabel", pa.bool_())
+        known = called[::-1] if by_name else [str(number) for number in range(len(called))]
+        flat = SIZES | {"partition.scheme": "own", "partition.min-size": 1, "model.num-classes": len(known)}
+        config = Config.from_flat(flat | {"data.classes": "|".join(known), "data.path": str(folder)})
+        at = "train" if source == "own" else "test"
+        images = load_own(Place(str(folder)), config) if at == "train" else load_own_test(config.data, config.model)
+        found = [known[label] for label in images.labels.tolist()]
+        assert found == [called[row] if by_name else str(row) for row in rows[at]]
+        assert images.pixels[:, 0, 0, 0].tolist() == rows[at]  # each label at its own picture
+        return
+    for split, given_rows in rows.items():
+        opened = open_split(DataConfig(path=str(folder)), split)
+        labels = given_rows if kind not in TEXT else [expected.index(called[row]) for row in given_rows]
+        assert opened.labels.tolist() == labels
+        assert opened.labels.dtype == np.int64
+        assert opened.classes == (None if kind in (*WHOLE, *FLOATS) else tuple(expected))
+    images = load(DataConfig(path=str(folder)), small(num_classes=len(expected))).train
+    assert images.pixels[:, 0, 0, 0].tolist() == rows["train"]
+
+
+def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(tmp_path: Path) -> None:
+    cases: list[tuple[object, str]] = [
+        ([0.0, 0.5, 1.0], "row 1: label 0.5 is no whole number"),
+        ([0.0, 1.0, float("nan")], r"row 2 has no label \(NaN\)"),
+        ([0.0, float("inf"), 1.0], "row 1: label inf is no whole number"),
+        (["a", " ", "b"], r"row 1 has no label \(empty text\)"),
+        ([0, None, 1], "row 1 has no label"),
+        (pa.array([0, 2**63 + 1, 1], pa.uint64()), "labels that cannot be read"),
+        (pa.array([b"\xff"] * 3).cast(pa.string(), safe=False), "labels that are not UTF-8"),
+        ([[0], [1], [0]], r"column 'NAMED' \(list<.*\) does not hold labels; set .*-column to one of: fold \(int64\)$"),
+    ]
+    for number, (labels, problem) in enumerate(cases):
+        named = ("label", "Class", "TARGET")[number % 3]
+        table = pa.table({"image": [picture()] * 3, named: labels, "fold": [0, 1, 0]})
+        with pytest.raises(DataError, match=problem.replace("NAMED", named)):
+            open_split(write_splits(tmp_path / str(number), table), "train")
+
+
+def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The one that is configured, a ClassLabel, one of such a name, or the only one that can be."""
+    features = datasets.Features({"image": datasets.Image(), "a": datasets.Value("int64"), "b": datasets.ClassLabel(2)})
+    for number, (wrong, right, configured, known) in enumerate(
+        [
+            ("index", "label", "", None),
+            ("coarse_label", "fine_label", "", None),
+            ("label", "kind", "kind", None),
+            ("a", "b", "", features),
+        ]
+    ):
+        folder = tmp_path / f"found-{number}"
+        write_both(folder, {"image": column(pictures(2)), wrong: [1, 1], right: [1, 0]}, known)
+        assert load(parquet(folder, label_column=configured), model()).train.labels.tolist() == [1, 0]
+    many = {"image": [picture(row) for row in range(12)], "file": [f"{row}.png" for row in range(12)]}
+    kinds = {"species": ["b", "a"] * 6, "fold": [0, 1, 2] * 4, "weight": [0.5] * 12, "size": [2.0, 3.0, 2.0] * 4}
+    several, none = "several columns with labels; .* one of: ", "no column with labels; none of its columns would do: "
+    for columns, problem in {
+        "species": "",  # text is no worse than numbers
+        "species weight": "",
+        "species fold": rf"{several}species \(string\), fold \(int64\)$",
+        "fold size": rf"{several}fold \(int64\), size \(double\)$",
+        "weight": f"{none}image",
+        "": rf"{none}.*file \(string\)",
+    }.items():
+        data = write_splits(tmp_path / f"{columns}.", pa.table(many | {name: kinds[name] for name in columns.split()}))
+        if problem:
+            with pytest.raises(DataError, match=problem):
+                open_split(data, "train")
+        else:
+            assert open_split(data, "train").classes == ("a", "b")
+            assert f"{data.path}/train.parquet: labels are read from the column 'species'" in caplog.text
+
+
+def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path: Path) -> None:
+    for test, problem in (
+        (
+            a_table([0, 1]).rename_columns(["image", "fold"]),
+            r"test\.parquet has no column 'label'; label them, or judge",
+        ),
+        (a_table(["a", "b"]), "labels are numbers here and text in the test split"),
+    ):
+        data = write_splits(tmp_path, a_table([0, 1, 1, 0]), test)
+        with pytest.raises(DataError, match=problem):
+            open_split(data, "test")
+
+
+def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path: Path) -> None:
+    data = write_splits(tmp_path, a_table(["b", "d", "b"]), a_table(["c", "b"]))
+    opened = [open_split(data, split) for split in ("train", "test")]
+    assert [split.classes for split in opened] == [("b", "c", "d")] * 2
+    assert [split.labels.tolist() for split in opened] == [[0, 2, 0], [1, 0]]
+    assert open_split(DataConfig(path=str(tmp_path), validation=0.5), "train").classes == ("b", "d")
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, none in enumerate((-1, None, float("nan"))):
+        folder = tmp_path / str(number)
+        data = write_splits(folder, a_table([0, 1, 1, 0]))
+        (folder / "test.parquet").rename(folder / "validation.parquet")
+        pq.write_table(a_table([none] * 3), folder / "test.parquet")
+        assert load(data, small(num_classes=2)).test.labels.tolist() == [0, 1, 1, 0]
+        line = "test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and"
+        assert f"{line} {folder}/val" in caplog.text
+        (folder / "validation.parquet").unlink()
+        with pytest.raises(
+            DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share .* data\.v"
+        ):
+            open_split(data, "test")
+
+
+def test_labels_that_begin_at_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_splits(tmp_path, a_table([1, 2, 2]))
+    with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\), but classes are numbered from 0; subtract 1"):
+        load(data, small(num_classes=2))
+    with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\)"):
+        resolve(Config(data=data))
+    pq.write_table(a_table([0, 1, 2**40]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="label 1099511627776 numbers no class"):
+        resolve(Config(data=replace(data, test_limit=1)))  # another setting, so that nothing is remembered
+    pq.write_table(a_table([1, 2, 2]), tmp_path / "train.parquet")
+    assert load(data, small(num_classes=3)).classes == ("0", "1", "2")
+    assert "labels begin at 1 (1 to 2), so class 0 has no image here" in caplog.text
