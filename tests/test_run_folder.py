@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -219,12 +218,9 @@ def test_the_quorum_line_names_the_missing_and_the_fix(run: RunFolder) -> None:
     run.config = config_in(run.path.parent, **{"flower.quorum": 0.5})
     assert [upload.client for upload in run.require_uploads()] == [0, 2]
     run.config = config_in(run.path.parent)
-    with pytest.raises(RunError) as caught:
+    fix = f"run with resume-from = '{run.path}' to ask only them, or lower flower.quorum"
+    with pytest.raises(RunError, match=f"^2 of 4 uploads are in .* and 4 are needed; missing: clients 1, 3; {fix}$"):
         run.require_uploads()
-    assert str(caught.value) == (
-        f"2 of 4 uploads are in {run.uploads_path} and 4 are needed; missing: clients 1, 3; "
-        f"run with resume-from = '{run.path}' to ask only them, or lower flower.quorum"
-    )
 
 
 def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) -> None:
@@ -289,16 +285,6 @@ def test_result_round_trip(run: RunFolder) -> None:
         run.result_path.write_text(content)
         with pytest.raises(RunError, match=rf"cannot read .*result\.json.*{reason}|{reason} .*result\.json"):
             run.read_result()
-
-
-def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000_000))
-    run.require_room(3, 10_000_000)
-    run.require_room(0, 10**12)
-    with pytest.raises(DiskError, match=r"has 30 MB free, and 4 uploads take 40 MB; make room there, or set out-dir"):
-        run.require_room(4, 10_000_000)
 
 
 def test_pieces_come_back_under_their_own_name_and_method_only(run: RunFolder) -> None:
