@@ -222,9 +222,8 @@ def test_the_command_for_a_pytorch_file_converts_it(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="PyTorch file") as refused:
         initial_weights(model(weights=str(tmp_path / "x.pth")), 0)
     command = str(refused.value).partition("convert it once: ")[2]
-    subprocess.run(
-        command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path, timeout=120
-    )
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=120)
     loaded = initial_weights(model(weights=str(tmp_path / "x.safetensors")), 0)
     assert same(loaded, there)
 

@@ -253,10 +253,9 @@ def test_shift_and_flip_by_hand(size: int, reach: int, flip: bool) -> None:
 
 def test_the_average_is_weighted_by_images_and_of_equal_uploads_it_is_the_upload() -> None:
     """Bit for bit, also for numbers of images of which the shares are no binary fractions."""
-    one, two = (
-        Upload(client, {"w": w}, 1 + 2 * client, 0.5, "") for client, w in enumerate(torch.tensor([[0, 8.0], [4, -4]]))
-    )
-    assert average([one, two])["w"].tolist() == [3.0, -1.0]
+    weights = torch.tensor([[0.0, 8.0], [4.0, -4.0]])
+    two = [Upload(client, {"w": weights[client]}, 1 + 2 * client, 0.5, "") for client in (0, 1)]
+    assert average(two)["w"].tolist() == [3.0, -1.0]
     for clients in (1, 2, 3, 7):
         alike = [an_upload(settings(), client, 10 + 3 * client, seed=5) for client in range(clients)]
         mean = average(alike)

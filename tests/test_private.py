@@ -53,9 +53,8 @@ def whispering(**changes: Any) -> Config:
 
 def steps_of(vit: VisionTransformer, config: Config) -> list[torch.Tensor]:
     """How far each weight moved."""
-    return [
-        new.detach() - old.detach() for new, old in zip(vit.parameters(), a_vit(config, 1).parameters(), strict=True)
-    ]
+    pairs = zip(vit.parameters(), a_vit(config, 1).parameters(), strict=True)
+    return [new.detach() - old.detach() for new, old in pairs]
 
 
 def trained(config: Config, images: Images, secret_seed: int = 0, mu: float = 0.0) -> tuple[list[torch.Tensor], float]:
@@ -244,9 +243,7 @@ def replies(node: dict[str, Any], **asked: Any) -> list[Message]:
 
 def test_a_node_may_want_more_privacy_than_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     too_much = "this node wants privacy.epsilon of at most 2, and the server's is {} (0: none)"
-    too_likely = (
-        "this node wants privacy.delta of at most {}, and the server's is {}; lower it there, or raise the node"
-    )
+    too_likely = "this node wants privacy.delta of at most {}, and the server's is {}; lower it there, or raise"
     cases: list[tuple[dict[str, Any], float, float, str]] = [
         ({"max-epsilon": 2.0}, 8.0, 1e-5, too_much.format(8)),
         ({"max-epsilon": 2}, 0.0, 1e-5, too_much.format(0)),

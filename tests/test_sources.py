@@ -4,6 +4,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -86,9 +87,8 @@ def drawn(total: int, limit: int, *names: object) -> torch.Tensor:
 def refusal(data: DataConfig, shape: ModelConfig | None = None) -> str:
     with pytest.raises(DataError) as caught:
         load(data, shape or model())
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def with_labels(images: Images) -> list[list[int]]:
@@ -129,7 +129,6 @@ def test_a_share_of_each_class_of_the_training_images_is_set_aside() -> None:
     before = torch.bincount(everything.train.labels).tolist()
     assert torch.bincount(data.test.labels).tolist() == [round(0.2 * count) for count in before]
     assert with_labels(everything.train) == sorted(with_labels(data.train) + with_labels(data.test))
-    assert data.classes == everything.classes
     labels = everything.train.labels.numpy()
     small, large = sources._aside(labels, 0.2), sources._aside(labels, 0.4)
     assert small.sum() < large.sum()
@@ -139,9 +138,8 @@ def test_a_share_of_each_class_of_the_training_images_is_set_aside() -> None:
     assert np.array_equal(np.flatnonzero(small & (labels == 3)), wanted)
     # round(0.9 · 4) would be all four of class 0, and 1 the only one of class 1.
     assert sources._aside(np.array([0, 1, 0, 0, 0]), 0.9).tolist().count(True) == 3
-    assert "data.validation = 0.001 sets no image of any class aside; raise it" in refusal(
-        DataConfig(validation=0.001), DIGITS
-    )
+    none = DataConfig(validation=0.001)
+    assert "data.validation = 0.001 sets no image of any class aside; raise it" in refusal(none, DIGITS)
 
 
 def test_a_test_split_that_is_not_needed_is_not_even_looked_for(tmp_path: Path) -> None:
@@ -315,8 +313,7 @@ def test_a_data_set_saved_to_disk_is_loaded_by_hub_and_refused_elsewhere(data_se
 
 def test_what_is_wrong_with_a_hub_data_set_is_one_line(data_set: Path) -> None:
     message = refusal(hub("nobody/no-such-data-set"))  # conftest switches the Hub off
-    assert "'nobody/no-such-data-set'" in message
-    assert "check the name and the network" in message
+    assert re.search("'nobody/no-such-data-set'.*check the name and the network", message)
     write_both(data_set, {"image": column([*pictures(2), b"x"]), "label": [0, 1, 0]})
     assert f"split 'train', row 2: {UNREADABLE}" in refusal(hub(data_set))
     write(data_set / "alone" / "train.parquet", {"image": column(pictures(2)), "label": [0, 1]})
@@ -357,9 +354,8 @@ WHOLE = (pa.int8(), pa.uint16(), pa.int64(), pa.uint64(), pa.dictionary(pa.int8(
 FLOATS = (pa.float32(), pa.float64(), pa.decimal128(5, 1))
 NOT_IN_DATASETS = (pa.string_view(), pa.binary_view())
 
-names = st.lists(
-    st.text("abcXYZ é高", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True
-)
+name = st.text("abcXYZ é高", min_size=1, max_size=5).map(str.strip).filter(bool)
+names = st.lists(name, min_size=2, max_size=4, unique=True)
 
 
 def labelled(kind: pa.DataType, values: list[object]) -> pa.Array:
@@ -431,19 +427,18 @@ def test_labels_of_every_type_in_every_source(
 def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(tmp_path: Path) -> None:
     cases: list[tuple[object, str]] = [
         ([0.0, 0.5, 1.0], "row 1: label 0.5 is no whole number"),
-        ([0.0, 1.0, float("nan")], r"row 2 has no label \(NaN\)"),
+        ([0.0, 1.0, float("nan")], "row 2 has no label (NaN)"),
         ([0.0, float("inf"), 1.0], "row 1: label inf is no whole number"),
-        (["a", " ", "b"], r"row 1 has no label \(empty text\)"),
+        (["a", " ", "b"], "row 1 has no label (empty text)"),
         ([0, None, 1], "row 1 has no label"),
         (pa.array([0, 2**63 + 1, 1], pa.uint64()), "labels that cannot be read"),
         (pa.array([b"\xff"] * 3).cast(pa.string(), safe=False), "labels that are not UTF-8"),
-        ([[0], [1], [0]], r"column 'NAMED' \(list<.*\) does not hold labels; set .*-column to one of: fold \(int64\)$"),
+        ([[0], [1], [0]], "does not hold labels; set data.label-column to one of: fold (int64)"),
     ]
     for number, (labels, problem) in enumerate(cases):
         named = ("label", "Class", "TARGET")[number % 3]
         table = pa.table({"image": [picture()] * 3, named: labels, "fold": [0, 1, 0]})
-        with pytest.raises(DataError, match=problem.replace("NAMED", named)):
-            open_split(write_splits(tmp_path / str(number), table), "train")
+        assert problem in refusal(write_splits(tmp_path / str(number), table))
 
 
 def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -462,30 +457,27 @@ def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert load(parquet(folder, label_column=configured), model()).train.labels.tolist() == [1, 0]
     many = {"image": [picture(row) for row in range(12)], "file": [f"{row}.png" for row in range(12)]}
     kinds = {"species": ["b", "a"] * 6, "fold": [0, 1, 2] * 4, "weight": [0.5] * 12, "size": [2.0, 3.0, 2.0] * 4}
-    several, none = "several columns with labels; .* one of: ", "no column with labels; none of its columns would do: "
+    several, none = "several columns with labels", "no column with labels; none of its columns would do: "
     for columns, problem in {
         "species": "",  # text is no worse than numbers
         "species weight": "",
-        "species fold": rf"{several}species \(string\), fold \(int64\)$",
-        "fold size": rf"{several}fold \(int64\), size \(double\)$",
+        "species fold": f"{several}; set data.label-column to one of: species (string), fold (int64)",
+        "fold size": f"{several}; set data.label-column to one of: fold (int64), size (double)",
         "weight": f"{none}image",
-        "": rf"{none}.*file \(string\)",
+        "": none,
     }.items():
         data = write_splits(tmp_path / f"{columns}.", pa.table(many | {name: kinds[name] for name in columns.split()}))
         if problem:
-            with pytest.raises(DataError, match=problem):
-                open_split(data, "train")
+            assert problem in refusal(data)
         else:
             assert open_split(data, "train").classes == ("a", "b")
             assert f"{data.path}/train.parquet: labels are read from the column 'species'" in caplog.text
 
 
 def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path: Path) -> None:
+    other = a_table([0, 1]).rename_columns(["image", "fold"])
     for test, problem in (
-        (
-            a_table([0, 1]).rename_columns(["image", "fold"]),
-            r"test\.parquet has no column 'label'; label them, or judge",
-        ),
+        (other, "test.parquet has no column 'label'; label them, or judge"),
         (a_table(["a", "b"]), "labels are numbers here and text in the test split"),
     ):
         data = write_splits(tmp_path, a_table([0, 1, 1, 0]), test)
@@ -507,25 +499,22 @@ def test_a_test_split_without_labels_is_passed_over(tmp_path: Path, caplog: pyte
         data = write_splits(folder, a_table([0, 1, 1, 0]))
         (folder / "test.parquet").rename(folder / "validation.parquet")
         pq.write_table(a_table([none] * 3), folder / "test.parquet")
-        assert load(data, small(num_classes=2)).test.labels.tolist() == [0, 1, 1, 0]
+        assert load(data, model()).test.labels.tolist() == [0, 1, 1, 0]
         line = "test.parquet has no labels: of 3 rows, none has one in 'label'; it is passed over, and"
         assert f"{line} {folder}/val" in caplog.text
         (folder / "validation.parquet").unlink()
-        with pytest.raises(
-            DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share .* data\.v"
-        ):
+        with pytest.raises(DataError, match=r"test\.parquet has no labels: .*; label them, or judge on a share"):
             open_split(data, "test")
 
 
 def test_labels_that_begin_at_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_splits(tmp_path, a_table([1, 2, 2]))
-    with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\), but classes are numbered from 0; subtract 1"):
-        load(data, small(num_classes=2))
+    assert "labels begin at 1 (1 to 2), but classes are numbered from 0; subtract 1" in refusal(data)
     with pytest.raises(DataError, match=r"labels begin at 1 \(1 to 2\)"):
         resolve(Config(data=data))
     pq.write_table(a_table([0, 1, 2**40]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="label 1099511627776 numbers no class"):
         resolve(Config(data=replace(data, test_limit=1)))  # another setting, so that nothing is remembered
     pq.write_table(a_table([1, 2, 2]), tmp_path / "train.parquet")
-    assert load(data, small(num_classes=3)).classes == ("0", "1", "2")
+    assert load(data, model(3)).classes == ("0", "1", "2")
     assert "labels begin at 1 (1 to 2), so class 0 has no image here" in caplog.text
