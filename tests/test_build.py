@@ -97,15 +97,14 @@ def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(first) == list(again)
     assert same(first, again)
-    assert not torch.equal(first["patch_embed.proj.weight"], other["patch_embed.proj.weight"])
-    assert not torch.equal(first["pos_embed"], other["pos_embed"])
+    for key in ("patch_embed.proj.weight", "pos_embed"):
+        assert not torch.equal(first[key], other[key])
 
 
 def test_the_small_model_keeps_signals_and_gradients_alive() -> None:
     weights = initial_weights(model(depth=4, width=64), 0)
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight"):
-        fan_in = weights[name][0].numel()
-        assert weights[name].std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
+        assert weights[name].std().item() == pytest.approx(weights[name][0].numel() ** -0.5, rel=0.1)
     assert (weights["blocks.0.attn.qkv.bias"] == 0).all()
     assert weights["pos_embed"].std().item() == pytest.approx(0.2, rel=0.1)
 
@@ -120,14 +119,19 @@ def test_weights_serve_images_of_another_size_and_without_colour(tmp_path: Path)
     assert torch.allclose(loaded[kernel], there[kernel].sum(1, keepdim=True), atol=1e-6)
 
 
-def test_without_a_head_of_these_classes_it_stays_as_drawn(tmp_path: Path) -> None:
+def test_a_file_that_fits_is_loaded_whole_and_half_precision_becomes_float32(tmp_path: Path) -> None:
+    """Without a head of these classes it stays as drawn."""
+    path, there = weights_file(tmp_path)
+    assert same(initial_weights(model(weights=str(path)), 0), there)
+    save_file({key: tensor.half() for key, tensor in there.items()}, path)
+    loaded = initial_weights(model(weights=str(path)), 0)
+    assert same(loaded, {key: tensor.half().float() for key, tensor in there.items()})
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    fresh = {key: tensor for key, tensor in initial_weights(model(), 3).items() if key.startswith("head.")}
     path, there = weights_file(tmp_path, num_classes=7)
-    fresh = initial_weights(model(), 3)
-    for headless in (False, True):
-        if headless:
-            save_file({key: tensor for key, tensor in there.items() if not key.startswith("head.")}, path)
-        loaded = initial_weights(model(weights=str(path)), 3)
-        assert same(loaded, there | {key: fresh[key] for key in fresh if key.startswith("head.")})
+    for file in (there, {key: there[key] for key in there.keys() - fresh.keys()}):
+        save_file(file, path)
+        assert same(initial_weights(model(weights=str(path)), 3), there | fresh)
 
 
 def refused(reason: str, **changes: object) -> None:
@@ -144,25 +148,28 @@ def test_what_the_hub_does_not_give_is_an_error_with_a_fix() -> None:
     refused(r"there are none for model\.name = 'small'", weights="timm")
 
 
-def test_a_file_that_fits_is_loaded_whole_and_half_precision_becomes_float32(tmp_path: Path) -> None:
-    path, there = weights_file(tmp_path)
-    assert same(initial_weights(model(weights=str(path)), 0), there)
-    save_file({key: tensor.half() for key, tensor in there.items()}, path)
-    loaded = initial_weights(model(weights=str(path)), 0)
-    assert same(loaded, {key: tensor.half().float() for key, tensor in there.items()})
-    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
-
-
-def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_a_file_of_other_tensors_is_refused_by_name(tmp_path: Path) -> None:
     shapes: dict[str, dict[str, object]] = {
         r"blocks\.0\.attn\.proj\.bias is \(32,\), not \(16,\) \(and \d+ more\)": {"width": 32},
         r"blocks\.1\..* is missing \(and \d+ more\)": {"depth": 1},
         r"blocks\.2\..* is not in the model \(and \d+ more\)": {"depth": 3},
         r"its patches are 4 x 4 px, and model\.patch-size = 2": {"patch_size": 4},
     }
-    for reason, there in shapes.items():
-        path, _ = weights_file(tmp_path, **there)
+    for reason, other in shapes.items():
+        path, _ = weights_file(tmp_path, **other)
         refused(rf"{path}' do not fit model\.name = 'small': {reason}", weights=str(path))
+    path, there = weights_file(tmp_path)
+    changes: dict[str, dict[str, Tensor]] = {
+        r"norm\.weight in .* has NaN or infinity": {"norm.weight": torch.tensor([math.nan])},
+        r"head\.bias in .* has NaN or infinity": {"head.bias": torch.tensor([math.inf]).half()},
+        r"holds 2 models": {"module.patch_embed.proj.weight": torch.ones(1)},
+        r"norm\.weight has whole numbers \(int8\)": {"norm.weight": torch.ones(16, dtype=torch.int8)},
+        r"student\.cls_token is not in the model": {"student.cls_token": torch.ones(1)},
+        r"do not fit model\.name = 'small'": {"pos_embed": torch.ones(1, 12, 16)},
+    }
+    for reason, changed in changes.items():
+        save_file(there | changed, path)
+        refused(reason, weights=str(path))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "state_dict.model.", "module.backbone."])
@@ -178,21 +185,6 @@ def test_a_wrappers_prefix_is_left_out_with_a_line(
         loaded = initial_weights(model(weights=str(path)), 0)
     assert same(loaded, there)
     assert f"begin with '{prefix}', which is left out" in caplog.text
-
-
-def test_a_file_of_other_tensors_is_refused_by_name(tmp_path: Path) -> None:
-    path, there = weights_file(tmp_path)
-    changes: dict[str, dict[str, Tensor]] = {
-        r"norm\.weight in .* has NaN or infinity": {"norm.weight": torch.tensor([math.nan])},
-        r"head\.bias in .* has NaN or infinity": {"head.bias": torch.tensor([math.inf]).half()},
-        r"holds 2 models": {"module.patch_embed.proj.weight": torch.ones(1)},
-        r"norm\.weight has whole numbers \(int8\)": {"norm.weight": torch.ones(16, dtype=torch.int8)},
-        r"student\.cls_token is not in the model": {"student.cls_token": torch.ones(1)},
-        r"do not fit model\.name = 'small'": {"pos_embed": torch.ones(1, 12, 16)},
-    }
-    for reason, changed in changes.items():
-        save_file(there | changed, path)
-        refused(reason, weights=str(path))
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def test_the_result_holds_the_settings_that_the_method_read(
     (config,) = given
     assert made == []
     assert folder.read_result()["config"] == config.to_flat() == methods.in_force(config).to_flat()
-    forced = method in ("adi", "dense", "coboosting")
-    assert (config.inversion.mode, config.relabel.mode) == (("dense", "none") if forced else ("sparse", "tokens"))
+    assert config.inversion.mode == ("dense" if method in ("adi", "dense", "coboosting") else "sparse")
     assert folder.config.inversion.mode == "sparse"  # what was asked for
 
 
@@ -101,16 +100,8 @@ def test_a_model_that_diverges_is_not_written(copy: RunFolder, method: str) -> N
     assert not {"model.safetensors", "result.json"} & {path.name for path in made.iterdir()}
 
 
-def test_answers_that_are_no_numbers_are_no_result(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a method that keeps several models, there are no weights to look at."""
-    evaluate = pipeline.evaluate_on
-    monkeypatch.setattr(pipeline, "evaluate_on", lambda *what: replace(evaluate(*what), loss=float("nan")))
-    with pytest.raises(RunError, match=r"its loss on the evaluation's images is nan; look at the uploads"):
-        pipeline.fuse(run, "ensemble", {})
-
-
-def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder) -> None:
-    """An upload in memory is probed right after the training, by `fedmitr run` and bench."""
+def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload in memory is probed right after the training; where a method keeps several models, its loss is seen."""
     upload = run.load_uploads()[0]
     whole = replace(upload, weights=dict(upload.weights))
     assert gate.admit(whole, run.config) is whole
@@ -122,6 +113,10 @@ def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder) -> No
         gate.admit(replace(whole, weights=huge), run.config)
     with pytest.raises(UploadError, match="client 0: it ran other code"):
         gate.admit(whole, run.config, fingerprint="0" * 12)
+    evaluate = pipeline.evaluate_on
+    monkeypatch.setattr(pipeline, "evaluate_on", lambda *what: replace(evaluate(*what), loss=float("nan")))
+    with pytest.raises(RunError, match=r"its loss on the evaluation's images is nan; look at the uploads"):
+        pipeline.fuse(run, "ensemble", {})
 
 
 def test_a_start_with_nan_leaves_no_folder(tmp_path: Path) -> None:
@@ -153,12 +148,9 @@ def test_an_upload_on_disk_passes_the_gate_of_one_that_arrives(
 ) -> None:
     cases: list[tuple[dict[str, object], str]] = [
         ({HEAD: torch.full((10,), torch.nan)}, f"client 1: NaN or infinity in '{HEAD}'"),
-        ({HEAD: torch.zeros(11)}, rf"client 1: {HEAD} has the shape \(11,\), not \(10,\)"),
         ({HEAD: torch.zeros(10, dtype=torch.float64)}, f"client 1: {HEAD} is float64; it must be float32 or float16"),
         ({"norm.weight": torch.full((16,), 3e38)}, "client 1: its model gives NaN or infinity"),
-        ({"num_examples": -5}, "client 1: it trained on -5 images"),
         ({"num_examples": 10**30}, "client 1: it says that it trained on 1000"),
-        ({"train_loss": float("nan")}, "client 1: its training loss is nan"),
         ({"train_loss": 10**400}, "client 1: .* is not an upload"),
         ({"class_counts": [1, "x"]}, "client 1: .* is not an upload"),
         ({"class_counts": [10**20] * 10}, "client 1: its class counts"),

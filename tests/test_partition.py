@@ -41,27 +41,25 @@ def test_dirichlet_is_more_skewed_for_smaller_alpha_and_iid_sizes_differ_by_one_
     assert sum(sizes) == 1999
 
 
-def test_classes_per_client_gives_exactly_that_many_and_leaves_no_class_out() -> None:
-    for clients, classes in ((5, 2), (10, 1), (4, 3), (2, 9), (20, 3), (3, 10)):
+def test_classes_per_client_gives_exactly_that_many_and_leaves_no_class_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Where there are enough clients; if not, it is said which. Classes without an image are never dealt."""
+
+    def dealt(clients: int, classes: int = 2, labels: torch.Tensor = LABELS) -> torch.Tensor:
         wanted = config("classes-per-client", clients=clients, classes_per_client=classes)
-        counts = split(LABELS, wanted, Y, seed=4).counts
+        counts = split(labels, wanted, Y, seed=4).counts
         assert ((counts > 0).sum(1) == classes).all()
+        return counts
+
+    for clients, classes in ((5, 2), (10, 1), (4, 3), (2, 9), (20, 3), (3, 10)):
+        counts = dealt(clients, classes)
         assert counts.sum(0).tolist() == [200] * Y  # clients * classes >= Y
         holders = (counts > 0).sum(0)
         assert holders.max() - holders.min() <= 1
-
-
-def test_classes_per_client_says_which_classes_nobody_holds(caplog: pytest.LogCaptureFixture) -> None:
-    """Classes without an image are never dealt."""
     with caplog.at_level(logging.WARNING, "fedmitr"):
-        counts = split(LABELS, config("classes-per-client", clients=3), Y, seed=0).counts
-    unused = [label for label in range(Y) if counts[:, label].sum() == 0]
+        unused = (dealt(3).sum(0) == 0).nonzero().flatten().tolist()
     assert len(unused) == Y - 6
     assert str(unused) in caplog.text
-    labels = torch.tensor([1, 4, 7]).repeat(100)
-    counts = split(labels, config("classes-per-client", clients=3), Y, seed=0).counts
-    assert ((counts > 0).sum(1) == 2).all()
-    assert counts.sum(0).nonzero().flatten().tolist() == [1, 4, 7]
+    assert dealt(3, labels=torch.tensor([1, 4, 7]).repeat(100)).sum(0).nonzero().flatten().tolist() == [1, 4, 7]
 
 
 @given(st.integers(2, 12), st.sampled_from(SCHEMES), st.integers(0, 2**40), st.integers(12, 300))

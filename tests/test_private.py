@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
-from local_grid import TINY, LocalGrid, complaint, server_context
+from local_grid import TINY, Federate, LocalGrid, complaint
 from timm.models.vision_transformer import VisionTransformer
 from tiny import a_vit, same, settings, small
 
@@ -25,11 +25,9 @@ from fedmitr_flwr.common.errors import ConfigError, RunError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import DataSet, Images, prepare
-from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit import optim
 from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
-from server_app.app import app as server_app
 from server_app.records import order
 
 pytest.importorskip("opacus", reason="an optional library")
@@ -169,16 +167,6 @@ def test_nothing_is_drawn_from_what_the_server_knows(tiny: DataSet, monkeypatch:
     assert not torch.equal(one.weights["head.weight"], start["head.weight"])
 
 
-def test_the_noise_is_as_large_as_the_accountant_was_told(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each weight: clip · multiplier / images, in one step of full batches; nearly 2,000 weights say how much."""
-    monkeypatch.setattr(private, "noise_for", lambda *_: 3.0)
-    config = whispering(**{"privacy.clip": 1e-6})  # the images themselves hardly count
-    flat = torch.cat([step.flatten() for step in trained(config, tiny.train)[0]]).double()
-    expected = 1e-6 * 3.0 / 60
-    assert flat.std().item() == pytest.approx(expected, rel=0.1)
-    assert abs(flat.mean().item()) < 5 * expected / math.sqrt(len(flat))
-
-
 def rdp_epsilon(noise: float, steps: int, delta: float) -> float:
     """Of the Gaussian mechanism without sampling (Mironov 2017; conversion by Balle et al. 2020), on a grid of α."""
     alphas = np.linspace(1.01, 200, 200_000)
@@ -186,7 +174,11 @@ def rdp_epsilon(noise: float, steps: int, delta: float) -> float:
     return float((rdp + np.log((alphas - 1) / alphas) - (np.log(delta) + np.log(alphas)) / (alphas - 1)).min())
 
 
-def test_what_is_spent_by_formula_and_no_more_than_was_allowed(tiny: DataSet) -> None:
+def test_the_noise_is_as_large_as_the_accountant_was_told(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each weight: clip · multiplier / images, in one step of full batches; nearly 2,000 weights say how much.
+
+    What is spent is by formula, and no more than was allowed.
+    """
     for noise, steps, delta in ((4.0, 10, 1e-5), (10.0, 100, 1e-6)):
         assert epsilon_of(noise, 1.0, steps, delta) == pytest.approx(rdp_epsilon(noise, steps, delta), rel=0.02)
         assert epsilon_of(noise, 0.1, steps, delta) < epsilon_of(noise, 1.0, steps, delta)  # hidden among others
@@ -197,6 +189,12 @@ def test_what_is_spent_by_formula_and_no_more_than_was_allowed(tiny: DataSet) ->
         assert noise_for(config, 0.25, 80) > noise
     with pytest.raises(ConfigError, match=rf"promises nothing to one of {len(tiny.train)} images; use less than 1 / "):
         trained(whispering(**{"privacy.delta": 0.1}), tiny.train)
+    monkeypatch.setattr(private, "noise_for", lambda *_: 3.0)
+    silent = whispering(**{"privacy.clip": 1e-6})  # the images themselves hardly count
+    flat = torch.cat([step.flatten() for step in trained(silent, tiny.train)[0]]).double()
+    expected = 1e-6 * 3.0 / 60
+    assert flat.std().item() == pytest.approx(expected, rel=0.1)
+    assert abs(flat.mean().item()) < 5 * expected / math.sqrt(len(flat))
 
 
 @pytest.mark.usefixtures("silent")
@@ -273,12 +271,10 @@ def test_a_node_s_limit_bounds_all_runs_together(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "work").stat().st_mode) == 0o700
 
 
-def test_what_was_spent_is_in_the_run(tmp_path: Any) -> None:
-    flat = TINY | ALONE | {"out-dir": str(tmp_path), "privacy.epsilon": 8.0}
-    server_app(LocalGrid(client_app, 3), server_context(flat))
-    (path,) = tmp_path.iterdir()
-    result = RunFolder.open(path).read_result()
-    assert all(7.5 < spent <= 8.0 for spent in result["epsilon"])
-    assert [upload.epsilon for upload in RunFolder.open(path).load_uploads()] == result["epsilon"]
+def test_what_was_spent_is_in_the_run(federate: Federate) -> None:
+    run = federate(LocalGrid(client_app, 3), **ALONE, **{"privacy.epsilon": 8.0})
+    spent = run.read_result()["epsilon"]
+    assert all(7.5 < each <= 8.0 for each in spent)
+    assert [upload.epsilon for upload in run.load_uploads()] == spent
     with pytest.raises(RunError, match=r"privacy\.epsilon"):
-        pipeline.fuse(RunFolder.open(path), "fedavg", {"privacy.epsilon": 0.0})
+        pipeline.fuse(run, "fedavg", {"privacy.epsilon": 0.0})

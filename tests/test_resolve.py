@@ -61,6 +61,19 @@ def test_digits_have_the_sizes_that_they_always_had() -> None:
     assert {side: patch_of(side) for side in by_hand} == by_hand
 
 
+def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path) -> None:
+    own: dict[str, object] = {"partition.scheme": "own"}
+    at_clients, named = own | {"evaluate.where": "clients"}, {"data.classes": "class0 | class1 | other"}
+    flat = folder(tmp_path, "L", (28, 28)) | own
+    for given, wanted in (
+        (flat, (28, 4, 1, 2)),
+        (flat | named, (28, 4, 1, 3)),
+        (flat | at_clients | named, (32, 4, 3, 3)),
+        (at_clients, (8, 2, 1, 10)),
+    ):
+        assert sizes(resolve(Config.from_flat(given)).model) == wanted
+
+
 def test_sizes_follow_from_the_name_and_the_data(tmp_path: Path) -> None:
     cases: list[tuple[str, list[tuple[int, int]], dict[str, object], tuple[int, ...]]] = [
         ("RGB", [(32, 32)], {}, (32, 4, 3, 2)),
@@ -85,20 +98,9 @@ def test_sizes_follow_from_the_name_and_the_data(tmp_path: Path) -> None:
         assert sizes(resolve(Config.from_flat(flat)).model) == wanted
 
 
-def test_own_clients_data_is_looked_at_where_the_server_has_some(tmp_path: Path) -> None:
-    own: dict[str, object] = {"partition.scheme": "own"}
-    at_clients = own | {"evaluate.where": "clients"}
-    named = {"data.classes": "class0 | class1 | other"}
-    flat = folder(tmp_path, "L", (28, 28)) | own
-    assert sizes(resolve(Config.from_flat(flat)).model) == (28, 4, 1, 2)
-    assert sizes(resolve(Config.from_flat(flat | named)).model) == (28, 4, 1, 3)
-    assert sizes(resolve(Config.from_flat(flat | at_clients | named)).model) == (32, 4, 3, 3)
-    assert sizes(resolve(Config.from_flat(at_clients)).model) == (8, 2, 1, 10)
-
-
 def test_contradictions_are_refused_by_naming_both(tmp_path: Path) -> None:
     vit = {"model.name": TIMM}
-    cases: list[tuple[dict[str, object], str]] = [
+    for given, message in (
         (vit | {"model.patch-size": 8}, "but model.name = 'test_vit' has patches of 16"),
         (vit | {"model.width": 128}, "is of model.name = 'small', but model.name = 'test_vit' has"),
         (vit | {"model.depth": 2}, "model.depth = 2 is of model.name = 'small'"),
@@ -107,12 +109,9 @@ def test_contradictions_are_refused_by_naming_both(tmp_path: Path) -> None:
         ({"model.num-classes": 12}, "model.num-classes = 12, but digits has 10 classes"),
         ({"model.name": "test_vit2"}, "model.name = 'test_vit2' pools by 'avg'"),
         ({"model.name": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
-    ]
-    for given, message in cases:
-        with pytest.raises(UserError) as refused:
+    ):
+        with pytest.raises(UserError, match=f"^.*{message}.*$"):
             pipeline.run(Config.from_flat(given | {"out-dir": str(tmp_path / "out")}))
-        assert message in str(refused.value)
-        assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -170,13 +169,14 @@ def test_how_a_model_is_trained_follows_from_its_weights(tmp_path: Path) -> None
     weights = {"model.weights": str(tmp_path / "none")}
     assert recipe_of() == recipe_of(**named) == tuple(SCRATCH.values())
     assert recipe_of(**weights) == recipe_of(**weights, **named) == GIVEN
-    for name, settings_of_results in {
+    results = {
         "digits": SCRATCH | {"distill.epochs-per-round": 50},
-        "fashion_mnist": SCRATCH | {"local.epochs": 20, "data.flip": "true"},
         "cifar10_deit": dict(zip(RECIPE, GIVEN, strict=True)),
-    }.items():  # as they stood in these files before they were chosen by the weights
+    }
+    results["fashion_mnist"] = SCRATCH | {"local.epochs": 20, "data.flip": "true"}
+    for name, flat in results.items():  # as they stood in these files before they were chosen by the weights
         config = Config.from_file(ROOT / "configs" / f"{name}.toml")
-        assert recipe.settled(config) == Config.from_flat(settings_of_results, base=config)
+        assert recipe.settled(config) == Config.from_flat(flat, base=config)
 
 
 @pytest.mark.parametrize("weights", ["none", "timm"])

@@ -99,20 +99,10 @@ def test_other_folders_are_no_runs(tmp_path: Path) -> None:
 def test_settings_of_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused."""
-    text = Config().to_toml().replace("seed = 0", "seed = 7").replace('relabel.mode = "tokens"\n', "")
-    sealed_file(tmp_path, text + 'distill.gone = "x"\n')
-    with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
-        RunFolder.open(tmp_path)
-    monkeypatch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
-    assert RunFolder.open(tmp_path).config == recipe.settled(Config(seed=7))
-    retired, absent = caplog.messages
-    assert retired.endswith("settings of an older version, ignored: distill.gone")
-    assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
+    """What has another name now is taken; what is gone is named, with today's default in its place, or refused.
 
-
-def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What has another name now is taken; what is gone is named, with today's default in its place, or refused."""
+    Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused.
+    """
 
     def opened(*changes: tuple[str, str]) -> Config:
         caplog.clear()
@@ -122,6 +112,15 @@ def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCapt
             text = text.replace(now, then)
         return RunFolder.open(sealed_file(tmp_path, text)).config
 
+    unknown = ("seed = 0", 'seed = 7\ndistill.gone = "x"'), ('relabel.mode = "tokens"\n', "")
+    with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
+        opened(*unknown)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
+        assert opened(*unknown) == recipe.settled(Config(seed=7))
+    retired, absent = caplog.messages
+    assert retired.endswith("settings of an older version, ignored: distill.gone")
+    assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
     assert opened(('upload.extras = ""', "upload.directions = 8")).upload.extras == ""
     assert caplog.messages[0].endswith("moments in 8 directions are left aside, for this version uses 32")
     rebirths = 'inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4'
@@ -288,23 +287,22 @@ def test_result_round_trip(run: RunFolder) -> None:
 
 
 def test_pieces_come_back_under_their_own_name_and_method_only(run: RunFolder) -> None:
+    """And nothing is kept without a folder."""
     of = "piece", ("seed",)
     nowhere = Checkpoints(None, run.config, [an_upload(0)], torch.device("cpu"))
     nowhere.save(*of, {"x": torch.ones(1)})
-    assert nowhere.load(*of) is None
     kept = replace(nowhere, folder=run.work_path)
-    assert kept.load(*of) is None
-    kept.save(*of, {"x": torch.tensor([1.5])}, words=["a"], number=0.1)
-    assert kept.load(*of) == ({"x": torch.tensor([1.5])}, {"words": ["a"], "number": 0.1})
+    assert [each.load(*of) for each in (nowhere, kept)] == [None, None]
+    kept.save(*of, {}, words=["a"], number=0.1)
+    assert kept.load(*of) == ({}, {"words": ["a"], "number": 0.1})
     assert kept.load("piece", ("seed", "model.")) is None
-    (run.work_path / "piece.safetensors").rename(run.work_path / "other.safetensors")
-    assert kept.load("other", ("seed",)) is None
-    kept.save(*of, {})
     settings = {"seed": 3}, {"method": "fedavg"}, {"model.depth": 3}
     seed, method, depth = (replace(kept, config=Config.from_flat(changes, run.config)) for changes in settings)
     others = [seed, method, replace(kept, device=torch.device("cuda")), replace(kept, threads=kept.threads + 1)]
     assert [other.load(*of) for other in others] == [None] * 4
-    assert depth.load(*of) == ({}, {})
+    assert depth.load(*of) == kept.load(*of)
+    (run.work_path / "piece.safetensors").rename(run.work_path / "other.safetensors")
+    assert kept.load("other", ("seed",)) is None
 
 
 def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:

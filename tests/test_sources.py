@@ -69,6 +69,9 @@ def at(source: str, path: Path | str, **choice: Any) -> DataConfig:
 parquet, image_folder, hub = (functools.partial(at, source) for source in ("parquet", "imagefolder", "hub"))
 
 
+LABELLED = {"image": column(pictures(4)), "label": [0, 1, 0, 1]}
+
+
 def write_both(folder: Path, columns: dict[str, Any], features: datasets.Features | None = FEATURES) -> DataConfig:
     for name in ("train", "test"):
         write(folder / f"{name}.parquet", columns, features)
@@ -181,13 +184,21 @@ def test_shards_are_read_in_order_also_from_a_data_folder(tmp_path: Path) -> Non
     assert data.test.labels.tolist() == [1]
 
 
-def test_a_bad_shard_and_a_bad_row_within_it_are_named(tmp_path: Path) -> None:
-    second = tmp_path / "train-00001-of-00002.parquet"
-    write(tmp_path / "train-00000-of-00002.parquet", {"image": column(pictures(4)), "label": [0, 1, 0, 1]})
+def test_missing_and_corrupt_parquet_files_are_named(tmp_path: Path) -> None:
+    """And bad shards, and bad rows within them."""
+    assert str(tmp_path / "gone") in refusal(parquet(tmp_path / "gone"))
+    assert "train*.parquet" in refusal(parquet(tmp_path))
+    assert "no images" in refusal(write_both(tmp_path / "empty", {"image": [], "label": []}))
+    data = write_both(tmp_path, LABELLED)
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(whole[:-200])
+    assert "train.parquet is not a readable Parquet file" in refusal(data)
+    second = tmp_path / "shards" / "train-00001-of-00002.parquet"
+    write(tmp_path / "shards" / "train-00000-of-00002.parquet", LABELLED)
     write(second, {"image": column([*pictures(1), b"x"]), "label": [0, 1]})
-    assert f"{second} row 1: {UNREADABLE}" in refusal(parquet(tmp_path))
+    assert f"{second} row 1: {UNREADABLE}" in refusal(parquet(tmp_path / "shards"))
     write(second, {"image": column(pictures(1))}, features=None)
-    assert f"{second} has other columns" in refusal(parquet(tmp_path))
+    assert f"{second} has other columns" in refusal(parquet(tmp_path / "shards"))
     dds = b"DDS " + struct.pack("<I", 124) + bytes(120)  # of this one Pillow says so by a NotImplementedError
     data = write_both(tmp_path / "dds", {"image": column([dds]), "label": [0]})
     with pytest.raises(DataError, match=f"train.parquet row 0: {UNREADABLE}"):
@@ -212,9 +223,6 @@ def test_of_two_image_columns_the_typed_or_configured_one_is_read(tmp_path: Path
     features = datasets.Features({**FEATURES, "thumbnail": datasets.Value("binary")})
     columns = {"image": column(front), "label": [0, 1], "thumbnail": [b"", b""]}
     assert torch.equal(load(write_both(tmp_path / "b", columns, features), model()).train.pixels, chw(front))
-
-
-LABELLED = {"image": column(pictures(4)), "label": [0, 1, 0, 1]}
 
 
 def test_columns_and_rows_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
@@ -243,16 +251,6 @@ def test_class_names_must_agree_with_the_model_and_the_test_split(tmp_path: Path
     assert load(data, model()).classes == ("cat", "dog")
 
 
-def test_missing_and_corrupt_parquet_files_are_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "gone") in refusal(parquet(tmp_path / "gone"))
-    assert "train*.parquet" in refusal(parquet(tmp_path))
-    assert "no images" in refusal(write_both(tmp_path / "empty", {"image": [], "label": []}))
-    data = write_both(tmp_path, LABELLED)
-    whole = (tmp_path / "train.parquet").read_bytes()
-    (tmp_path / "train.parquet").write_bytes(whole[:-200])
-    assert "train.parquet is not a readable Parquet file" in refusal(data)
-
-
 def test_an_image_folder_sorts_its_classes_by_name_and_names_its_files(tmp_path: Path) -> None:
     data = load(image_folder(folders(tmp_path, number=3)), model(in_chans=1))
     assert data.classes == ("cat", "dog")
@@ -263,18 +261,13 @@ def test_an_image_folder_sorts_its_classes_by_name_and_names_its_files(tmp_path:
     broken = tmp_path / "train" / "dog" / "9.png"
     broken.write_bytes(b"x")
     assert f"{broken}: {UNREADABLE}" in refusal(image_folder(tmp_path), model(3))
-
-
-def test_folders_that_are_no_image_folder_are_refused(tmp_path: Path) -> None:
-    for number, (gone, made, named) in enumerate(
-        [
-            ("test", "spare", "has no folder test/"),
-            ("test/dog", "test/emu", "the class 'emu' is not in"),
-            ("train/dog", "train/emu", "emu: no image files"),
-            ("train", "train", "train: no class folders"),
-        ]
+    for gone, made, named in (
+        ("test", "spare", "has no folder test/"),
+        ("test/dog", "test/emu", "the class 'emu' is not in"),
+        ("train/dog", "train/emu", "emu: no image files"),
+        ("train", "train", "train: no class folders"),
     ):
-        folder = folders(tmp_path / str(number))
+        folder = folders(tmp_path / named.replace("/", ""))
         shutil.rmtree(folder / gone)
         (folder / made).mkdir()
         assert named in refusal(image_folder(folder))
@@ -475,6 +468,7 @@ def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path: Path) -> None:
+    """Text classes are of train and test, unless the test is not read."""
     other = a_table([0, 1]).rename_columns(["image", "fold"])
     for test, problem in (
         (other, "test.parquet has no column 'label'; label them, or judge"),
@@ -483,9 +477,6 @@ def test_the_test_split_s_labels_are_in_train_s_column_and_of_its_kind(tmp_path:
         data = write_splits(tmp_path, a_table([0, 1, 1, 0]), test)
         with pytest.raises(DataError, match=problem):
             open_split(data, "test")
-
-
-def test_text_classes_are_of_train_and_test_unless_the_test_is_not_read(tmp_path: Path) -> None:
     data = write_splits(tmp_path, a_table(["b", "d", "b"]), a_table(["c", "b"]))
     opened = [open_split(data, split) for split in ("train", "test")]
     assert [split.classes for split in opened] == [("b", "c", "d")] * 2
