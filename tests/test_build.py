@@ -76,11 +76,9 @@ def test_plain_timm_builds_the_same_network(shape: dict[str, object], built: tup
     with torch.no_grad():
         assert torch.equal(plain(images), ours(images))
     shown = resolve_model_data_config(plain)  # as timm reads it from the arguments, whose names these are
-    mean, std = normalisation(wanted)
     assert shown["input_size"] == [wanted.in_chans, wanted.img_size, wanted.img_size]
     assert (shown["interpolation"], shown["crop_pct"], shown["crop_mode"]) == ("bilinear", 1.0, "squash")
-    assert torch.equal(torch.tensor(shown["mean"]), mean)
-    assert torch.equal(torch.tensor(shown["std"]), std)
+    assert torch.equal(torch.tensor([shown["mean"], shown["std"]]), torch.stack(normalisation(wanted)))
     assert ours(images).shape == (2, wanted.num_classes)
     assert (ours.embed_dim, len(ours.blocks), ours.blocks[0].attn.num_heads) == built
     assert not ours.training

@@ -136,9 +136,8 @@ def refusal(flat: dict[str, object]) -> str:
 def test_wrong_types_are_named_in_plain_words() -> None:
     number, whole, choice = "it must be a number", "it must be a whole number", "it must be true or false"
     for key, value, message in (
-        ("local.lr", "fast", f"local.lr = 'fast' is text; {number}"),
+        ("local.lr", True, f"local.lr = True is a truth value; {number}"),
         ("local.epochs", 2.5, f"local.epochs = 2.5 is a decimal number; {whole}"),
-        ("local.epochs", False, f"local.epochs = False is a truth value; {whole}"),
         ("local.epochs", [1], f"local.epochs = [1] is a list; {whole}"),
         ("local.epochs", "many", f"local.epochs = 'many' is text; {whole}"),
         ("local.augment", "yes", f"local.augment = 'yes' is text; {choice}"),
@@ -249,7 +248,6 @@ def test_old_settings_are_taken_as_today_s() -> None:
         counts: "upload.extras = 'counts'",
         "upload.directions": "upload.extras = 'moments'",
         "strategy.eta": "flower.options = 'eta=...', or 'server_learning_rate=...' for fedavgm",
-        "distill.passes": "distill.epochs-per-round",
     }.items():
         assert refusal({key: 1}) == f"config key {key!r} was renamed; write {now}"
 

@@ -158,7 +158,6 @@ def test_what_is_transparent_is_white(caplog: pytest.LogCaptureFixture) -> None:
     for file, levels in (
         (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), [255]),
         (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 128))), [127]),
-        (encode(Image.new("LA", (1, 1), (0, 128))), [127]),
         (with_tag(half, EXTRA_SAMPLES, 1), [50 + 127]),  # premultiplied
         (png(b"\x0f", 8, 1, 0, chunk(b"tRNS", b"\0\0")), [255] * 8),  # the samples are 00001111, and 0 is transparent
         (png(b"\x1b", 4, 2, 0, chunk(b"tRNS", b"\0\1")), [0, 255, 170, 255]),  # 0 1 2 3

@@ -28,9 +28,7 @@ from fedmitr_flwr.uploads import gate
 from fedmitr_flwr.uploads.upload import load
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0"
-CPU = torch.device("cpu")
 SMALL = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedavg"}
-ALL = {"upload.extras": "variances, moments"}  # what any method needs
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     with pytest.MonkeyPatch.context() as patch:
         for picture in ("save_images", "save_partition"):
             patch.setattr(pipeline, picture, lambda *_: None)
-        proxy = {"data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
-        out = str(tmp_path_factory.mktemp("runs"))
-        yield pipeline.run(settings(**SMALL | ALL | proxy | {"out-dir": out}), "first")
+        needed = {"upload.extras": "variances, moments", "data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
+        out = {"out-dir": str(tmp_path_factory.mktemp("runs"))}
+        yield pipeline.run(settings(**SMALL | needed | out), "first")
 
 
 @pytest.mark.parametrize("method", methods.available())
@@ -76,7 +74,6 @@ def copy(run: RunFolder, tmp_path: Path) -> RunFolder:
 
 
 LOCAL = {"local.optimizer": "sgd", "local.lr": 1e30, "local.epochs": 3}
-DISTILL = {"distill.lr": 1e30, "distill.epochs-per-round": 3}
 
 
 def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
@@ -95,7 +92,7 @@ def test_a_model_that_diverges_is_not_written(copy: RunFolder, method: str) -> N
             train_centrally(diverging)
     else:
         with pytest.raises(RunError, match=r"the student diverged: NaN or infinity in '.*'; lower distill\.lr"):
-            pipeline.fuse(copy, method, DISTILL)
+            pipeline.fuse(copy, method, {"distill.lr": 1e30, "distill.epochs-per-round": 3})
     (made,) = (copy.path / "fused").iterdir()
     assert not {"model.safetensors", "result.json"} & {path.name for path in made.iterdir()}
 

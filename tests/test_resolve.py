@@ -27,7 +27,6 @@ from server_app.records import order
 
 ROOT = Path(__file__).parents[1]
 TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary
-REASONS = ("pools by 'avg'", "HybridEmbed", "a Eva")
 
 
 def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, each: int = 4) -> dict[str, object]:
@@ -106,7 +105,6 @@ def test_contradictions_are_refused_by_naming_both(tmp_path: Path) -> None:
         (vit | {"model.depth": 2}, "model.depth = 2 is of model.name = 'small'"),
         (vit | {"model.img-size": 100}, "use a multiple of model.patch-size = 16"),
         ({"model.num-classes": 3}, "model.num-classes = 3, but digits has 10 classes"),
-        ({"model.num-classes": 12}, "model.num-classes = 12, but digits has 10 classes"),
         ({"model.name": "test_vit2"}, "model.name = 'test_vit2' pools by 'avg'"),
         ({"model.name": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
     ):
@@ -152,7 +150,8 @@ def test_the_committed_sweep_is_of_this_code() -> None:
     if committed["versions"]["timm"] != timm.__version__:
         pytest.skip(f"the sweep is of timm {committed['versions']['timm']}, and {timm.__version__} is installed")
     sweep = runpy.run_path(str(ROOT / "benchmarks/timm_vits.py"))["sweep"]
-    of_reasons = [next(name for name in sorted(refused, key=len) if reason in refused[name]) for reason in REASONS]
+    reasons = ("pools by 'avg'", "HybridEmbed", "a Eva")
+    of_reasons = [next(name for name in sorted(refused, key=len) if reason in refused[name]) for reason in reasons]
     again = sweep([TIMM, *of_reasons])
     assert again["equal"] == [TIMM]
     assert again["refused"] == {name: refused[name] for name in of_reasons}

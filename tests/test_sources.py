@@ -121,7 +121,6 @@ def test_limits_are_drawn_once_from_their_own_stream() -> None:
         for ours, expected in ((limited.train, whole.train.subset(train)), (limited.test, whole.test.subset(judged))):
             assert torch.equal(ours.pixels, expected.pixels)
             assert torch.equal(ours.labels, expected.labels)
-    assert len(load(DataConfig(train_limit=5000), DIGITS).train) == 1437
     wider = ModelConfig(num_classes=10, in_chans=1, img_size=8, width=128)  # a second load costs nothing
     assert load(DataConfig(validation=0.2), wider, with_test=False).train is whole.train
 
@@ -150,7 +149,6 @@ def test_a_test_split_that_is_not_needed_is_not_even_looked_for(tmp_path: Path) 
     write(tmp_path / "train.parquet", {"image": column(images), "label": labels})
     data = load(parquet(tmp_path), model(), with_test=False)
     assert (len(data.train), len(data.test)) == (10, 0)
-    assert data.test.pixels.shape[1:] == data.train.pixels.shape[1:]
     assert "test*.parquet" in refusal(parquet(tmp_path))
     (tmp_path / "test.parquet").write_bytes(b"nobody reads this")
     data = load(parquet(tmp_path, validation=0.4), model())
