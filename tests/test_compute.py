@@ -73,7 +73,7 @@ def test_jobs_share_the_threads() -> None:
             assert torch.get_num_threads() == cores
 
 
-def test_the_next_item_is_made_while_one_is_in_use_and_no_more() -> None:
+def test_the_next_item_is_made_while_one_is_in_use() -> None:
     """What fails ahead fails in its turn."""
     made: list[int] = []
     second = Event()
@@ -99,7 +99,7 @@ def test_the_next_item_is_made_while_one_is_in_use_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_results_come_as_they_are_done_and_who_is_still_at_work_learns_that_it_is_over(fails: bool) -> None:
+def test_who_is_still_at_work_learns_that_it_is_over(fails: bool) -> None:
     """Another has failed, or no one asks any longer. It would wait for ten seconds, and then fail the assertion."""
     learned = []
 

@@ -175,7 +175,6 @@ def test_bytes_that_were_altered_are_noticed(copy: RunFolder) -> None:
     count = f'\\"num_examples\\": {load(path).num_examples}'.encode()
     other = count[:-1] + b"%d" % ((count[-1] + 1) % 2)
     for altered in (content[:-1] + bytes([content[-1] ^ 1]), content.replace(count, other)):
-        assert altered != content
         path.write_bytes(altered)
         with pytest.raises(UploadError, match=r"^client 2: .*client_002\.safetensors was altered .*; delete it and"):
             copy.load_uploads()

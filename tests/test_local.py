@@ -233,8 +233,8 @@ def test_shift_and_flip_by_hand(size: int, reach: int, flip: bool) -> None:
     assert (found == 1).all()
 
 
-def test_the_average_is_weighted_by_images_and_of_equal_uploads_it_is_the_upload() -> None:
-    """Bit for bit, also for numbers of images of which the shares are no binary fractions."""
+def test_the_average_is_weighted_by_images() -> None:
+    """Of equal uploads it is the upload, bit for bit, also where the shares are no binary fractions."""
     weights = torch.tensor([[0.0, 8.0], [4.0, -4.0]])
     two = [Upload(client, {"w": weights[client]}, 1 + 2 * client, 0.5, "") for client in (0, 1)]
     assert average(two)["w"].tolist() == [3.0, -1.0]

@@ -24,7 +24,7 @@ def a_parameter(*values: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor([values]))
 
 
-def test_steps_of_sgd_with_momentum_and_of_adamw_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sgd_with_momentum_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradient 1 at each step, lr 1/2, 3/8 and 1/8, momentum 0.9: velocities 1, 1.9, 2.71.
 
     AdamW's first step has the length of the learning rate. A gradient (3, 4) over two parameters is cut from length 5.
