@@ -145,18 +145,18 @@ def mutate(path: Path, how: str, rng: random.Random) -> None:
 
 
 ANY_FILE = ["flip", "overwrite", "cut", "exchange", "append", "empty", *NO_FILES, "another_file"]
-PIECE = [*ANY_FILE, "flip", "flip", "an_odd_header", "an_odd_header", "odd_tensors"]
-UPLOAD = [*ANY_FILE, *["flip"] * 5, *["an_odd_header"] * 12, *["odd_tensors"] * 4, "renamed"]
-RESULT = [*ANY_FILE, *["flip"] * 8, *["an_odd_value"] * 16, "cut at a line", "without a line", "deep"]
+PIECE = [*ANY_FILE, "an_odd_header", "an_odd_header", "odd_tensors"]
+UPLOAD = [*ANY_FILE, *["flip"] * 3, *["an_odd_header"] * 10, *["odd_tensors"] * 3, "renamed"]
+RESULT = [*ANY_FILE, *["flip"] * 3, *["an_odd_value"] * 12, "cut at a line", "without a line", "deep"]
 # File, what is done to it, and by which command the folder is then looked at.
 TABLE = [
-    ("config.toml", [*ANY_FILE, *["flip"] * 4, *["cut at a line", "without a line"] * 3], "fuse"),
+    ("config.toml", [*ANY_FILE, *["flip", "cut at a line", "without a line"] * 2], "fuse"),
     ("uploads/client_000.safetensors", UPLOAD, "fuse"),
     ("uploads/client_001.safetensors", ANY_FILE, "fuse"),
     ("fused/begun/work/images-0-0.safetensors", PIECE, "begun"),
     ("fused/begun/work/student.safetensors", PIECE, "begun"),
     ("result.json", RESULT, "report"),
-    ("metrics.jsonl", [*ANY_FILE, *["an_odd_value"] * 16, "cut at a line", "deep"], "report"),
+    ("metrics.jsonl", [*ANY_FILE, *["an_odd_value"] * 8, "cut at a line", "deep"], "report"),
 ]
 
 
@@ -182,7 +182,7 @@ def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
             status, found = tried(what, command, name, how)
             assert status == 2 or found == wanted[command][1] or name == "metrics.jsonl", what
             statuses.append(status)
-    assert len(statuses) > 150
+    assert len(statuses) > 120
     assert 0.5 < statuses.count(2) / len(statuses) < 1  # some mutations change nothing that counts
 
 

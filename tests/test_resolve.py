@@ -119,6 +119,7 @@ def test_a_timm_name_weights_and_a_folder_are_enough(tmp_path: Path) -> None:
     flat = folder(tmp_path / "data", "RGB", (40, 30), each=4) | {"method": "fedavg", "device": "cpu"}
     flat |= {"model.name": TIMM, "model.weights": str(tmp_path / "start.safetensors"), "out-dir": str(tmp_path)}
     short = {"local.epochs": 1, "partition.clients": 2, "partition.scheme": "iid", "partition.min-size": 2}
+    short |= {"ensemble.weights": "size", "screen.mode": "off"}
     run = pipeline.run(Config.from_flat(flat | short), "run")
     assert sizes(Config.from_file(run.path / "config.toml").model) == (160, 16, 3, 2)
     assert run.read_result()["config"]["model.img-size"] == 160

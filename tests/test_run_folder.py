@@ -50,8 +50,7 @@ def test_a_new_folder_holds_the_complete_config_and_opens_again(
     opened = RunFolder.open(str(created.path))
     assert opened.path == created.path == tmp_path / "deep" / "er" / "run one"
     assert opened.config == config
-    assert not opened.finished
-    assert opened.load_uploads() == []
+    assert (opened.finished, opened.load_uploads()) == (False, [])
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for out_dir, place in (("", "fedmitr-runs"), ("~/other", "other"), ("runs", "runs")):

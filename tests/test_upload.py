@@ -336,10 +336,11 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
     assert same(upload.weights, without.weights)
 
 
-LDA = {"method": "lda", "upload.extras": "statistics"}
+FAST = {"ensemble.weights": "size", "screen.mode": "off"}
+LDA = FAST | {"method": "lda", "upload.extras": "statistics"}
 
 
-@pytest.mark.parametrize("asked", [LDA, {"method": "regmean", "upload.extras": "variances, moments"}])
+@pytest.mark.parametrize("asked", [LDA, FAST | {"method": "regmean", "upload.extras": "variances, moments"}])
 def test_the_flower_path_gives_the_bits_of_the_straight_line(
     tmp_path: Path, federate: Federate, asked: dict[str, Any]
 ) -> None:
@@ -362,8 +363,8 @@ def test_room_is_asked_for_with_directions(federate: Federate, monkeypatch: pyte
     """On a disk that has room for three models and not for more."""
     free = 3 * size(initial_weights(settings().model, 0))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    assert federate(LocalGrid(client_app, 3), method="fedavg").finished
-    more = {"method": "fedavg", "upload.extras": "moments"}
+    assert federate(LocalGrid(client_app, 3), **FAST).finished
+    more = FAST | {"upload.extras": "moments"}
     federate(LocalGrid(client_app, 3), r"and 3 uploads take .* MB; make room there", **more)
 
 
