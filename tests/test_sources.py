@@ -434,13 +434,13 @@ def test_unusable_labels_are_refused_by_row_and_no_other_column_is_taken(tmp_pat
 
 def test_which_column_has_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The one that is configured, a ClassLabel, one of such a name, or the only one that can be."""
-    features = datasets.Features({"image": datasets.Image(), "a": datasets.Value("int64"), "b": datasets.ClassLabel(2)})
+    typed = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.ClassLabel(2)}
     for number, (wrong, right, configured, known) in enumerate(
         [
             ("index", "label", "", None),
             ("coarse_label", "fine_label", "", None),
             ("label", "kind", "kind", None),
-            ("a", "b", "", features),
+            ("label", "kind", "", datasets.Features(typed)),
         ]
     ):
         folder = tmp_path / f"found-{number}"
