@@ -1,4 +1,4 @@
-"""Decoded bytes against Pillow's upright, flattened image made in another way; what is scaled, resized and counted."""
+"""From encoded bytes, as Pillow shows them upright and flattened, to the model's input, normalised by hand."""
 
 import io
 import logging
@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import small
 
 from fedmitr_flwr.common.errors import DataError
+from fedmitr_flwr.config import ModelConfig
 from fedmitr_flwr.data.decode import Rows, decode
+from fedmitr_flwr.data.images import DataSet, Images, prepare, to_uint8
+from fedmitr_flwr.vit.names import normalisation
 
 Pixels = NDArray[np.uint8]
 SIDE = 8
 EXIF_6 = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"  # Orientation = 6 and nothing else
 BITS_PER_SAMPLE, PHOTOMETRIC, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 338, 339  # TIFF tags
-XMP_6 = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 UPRIGHT = {  # from a stored array (H, W, C), by the EXIF standard
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -150,14 +153,12 @@ def _in_mode(rgba: Image.Image, mode: str) -> Image.Image:
     return rgba.convert("RGB").convert(mode)
 
 
-@pytest.mark.parametrize(
-    ("file", "levels"),
-    [
-        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), 255),
-        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 128))), 127),
-        (encode(Image.new("RGBA", (1, 1), (90, 90, 90, 255))), 90),
-        (encode(Image.new("LA", (1, 1), (0, 128))), 127),
-        (with_tag(encode(Image.new("LA", (1, 1), (50, 128)), "TIFF"), EXTRA_SAMPLES, 1), 50 + 127),  # premultiplied
+def test_what_is_transparent_is_white(caplog: pytest.LogCaptureFixture) -> None:
+    half = encode(Image.new("LA", (1, 1), (50, 128)), "TIFF")
+    for file, levels in (
+        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), [255]),
+        (encode(Image.new("RGBA", (1, 1), (0, 0, 0, 128))), [127]),
+        (with_tag(half, EXTRA_SAMPLES, 1), [50 + 127]),  # premultiplied
         (png(b"\x0f", 8, 1, 0, chunk(b"tRNS", b"\0\0")), [255] * 8),  # the samples are 00001111, and 0 is transparent
         (png(b"\x1b", 4, 2, 0, chunk(b"tRNS", b"\0\1")), [0, 255, 170, 255]),  # 0 1 2 3
         (png(b"\x25", 2, 4, 0, chunk(b"tRNS", b"\0\2")), [255, 85]),  # 2 5
@@ -165,39 +166,30 @@ def _in_mode(rgba: Image.Image, mode: str) -> Image.Image:
         (png(b"\x03\xe8\xf0\0", 2, 16, 0, chunk(b"tRNS", b"\x03\xe8")), [255, 240]),  # 1000 61440
         (png(b"\1\0" * 3 + b"\x40\0" * 3, 2, 16, 2, chunk(b"tRNS", b"\1\0" * 3)), [255, 64]),
         (png(b"\0\0\0\0\x80\0\xff\xff", 2, 16, 4), [255, 128]),  # grey and alpha of 16 bits
-    ],
-)
-def test_what_is_transparent_is_white(file: bytes, levels: int | list[int]) -> None:
-    assert flat(file) == (levels if isinstance(levels, list) else [levels])
-    assert flat(file, 3) == [[level] * 3 for level in flat(file)]
-
-
-def test_images_of_which_nothing_shows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    clear, half = (encode(Image.new("RGBA", (2, 2), (9, 9, 9, alpha))) for alpha in (0, 1))
-    decoded(half, clear, clear)
+    ):
+        assert flat(file) == levels
+        assert flat(file, 3) == [[level] * 3 for level in levels]
+    caplog.clear()
+    clear, hardly = (encode(Image.new("RGBA", (2, 2), (9, 9, 9, alpha))) for alpha in (0, 1))
+    decoded(hardly, clear, clear)
     (line,) = caplog.messages
     assert line.startswith("2 of 3 images are transparent everywhere, and so all white")
-
-
-def test_colour_becomes_luminance() -> None:
-    """ITU-R 601: 0.299 R + 0.587 G + 0.114 B."""
-    assert flat(encode(np.array([[(255, 0, 0), (0, 255, 0), (10, 20, 30)]], dtype=np.uint8))) == [76, 150, 18]
 
 
 def test_orientation_is_found_wherever_a_format_keeps_it_and_applied_once() -> None:
     late = png(bytes(range(6)), 6, 8, 0, after=chunk(b"eXIf", EXIF_6[6:]))
     assert decoded(late)[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    text, picture = PngInfo(), noise(4, 6, 3)
-    text.add_itxt("XML:com.adobe.xmp", XMP_6)
+    text, picture, xmp = PngInfo(), noise(4, 6, 3), '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text.add_itxt("XML:com.adobe.xmp", xmp)
     for file in (
         encode(picture, "PNG", pnginfo=text),
-        encode(picture, "WEBP", lossless=True, xmp=XMP_6.encode()),
-        encode(picture, "TIFF", tiffinfo={274: 6, 700: XMP_6.encode()}),
+        encode(picture, "WEBP", lossless=True, xmp=xmp.encode()),
+        encode(picture, "TIFF", tiffinfo={274: 6, 700: xmp.encode()}),
         encode(picture, "TIFF", compression="tiff_lzw", tiffinfo={274: 6}),
     ):
         assert np.array_equal(decoded(file, in_chans=3)[0].permute(1, 2, 0).numpy(), np.rot90(picture, -1))
     for form in ("JPEG", "AVIF"):
-        assert decoded(encode(picture, form, xmp=XMP_6.encode()), in_chans=3).shape == (1, 3, 6, 4)
+        assert decoded(encode(picture, form, xmp=xmp.encode()), in_chans=3).shape == (1, 3, 6, 4)
 
 
 def test_broken_exif_kills_no_picture_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,40 +209,33 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize(
-    ("values", "bits", "grey"),
-    [
+def test_sixteen_bits_are_scaled_by_what_the_split_uses(caplog: pytest.LogCaptureFixture) -> None:
+    """There is one scale for a split of several sizes and depths."""
+    for values, bits, grey in (
         ((0, 320, 3680), 12, [0, 20, 230]),
         ((0, 255), 8, [0, 255]),
         ((4, 1023), 10, [1, 255]),
         ((64, 16383), 14, [1, 255]),
         ((256, 16384), 16, [1, 64]),
         ((0, 0), 16, [0, 0]),
-    ],
-)
-def test_sixteen_bits_are_scaled_by_what_the_split_uses(
-    values: tuple[int, ...], bits: int, grey: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    tiff = encode(np.array([values], dtype=">u2"), "TIFF")
-    raw = np.array(values, dtype=">u2").tobytes()
-    pgm = b"P5 %d 1 65535\n" % len(values) + raw
-    plain = b"P2 %d 1 65535\n" % len(values) + b" ".join(b"%d" % value for value in values)
-    for file in (grey16(*values), tiff, pgm, plain):
-        assert flat(file) == grey
-        assert flat(file, 3) == [[level] * 3 for level in grey]
-    assert len(warnings_of(caplog)) == (8 if bits < 16 else 0)
-    for line in warnings_of(caplog):
+    ):
+        caplog.clear()
+        tiff = encode(np.array([values], dtype=">u2"), "TIFF")
+        pgm = b"P5 %d 1 65535\n" % len(values) + np.array(values, dtype=">u2").tobytes()
+        plain = b"P2 %d 1 65535\n" % len(values) + b" ".join(b"%d" % value for value in values)
+        for file in (grey16(*values), tiff, pgm, plain):
+            assert flat(file) == grey
+            assert flat(file, 3) == [[level] * 3 for level in grey]
         scale = f"(largest: {max(values)}): 0..{2**bits - 1} becomes 0..255, 256 levels"
-        assert line.startswith(f"1 of 1 images have 16 bits but use {bits} {scale}")
-
-
-def test_one_scale_for_a_split_of_several_sizes_and_depths() -> None:
+        said = [line.startswith(f"1 of 1 images have 16 bits but use {bits} {scale}") for line in warnings_of(caplog)]
+        assert said == [True] * (8 if bits < 16 else 0)
     pixels = decoded(grey16(160), encode(np.full((1, 1), 77, dtype=np.uint8)), grey16(4095, 0, 0), grey16(1023))
     assert pixels.shape == (4, 1, SIDE, SIDE)
     assert pixels[:, 0, 0, 0].tolist() == [10, 77, 255, 63]
 
 
 def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixture) -> None:
+    """Colours of 16 bits that use fewer are warned of."""
     assert flat(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 900)) == [0, 56]
     assert flat(b"P2 2 1 1000\n0 500") == [0, 128]
     packed = encode(np.array([[0x1000, 0x00FF]], dtype="<u2"), "TIFF")  # of 12 bits: 0x001, 0x0FF
@@ -258,9 +243,6 @@ def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixt
     assert not caplog.messages
     white_is_zero = encode(np.array([[0, 1024, 65535]], dtype=np.uint16), "TIFF")
     assert flat(with_tag(white_is_zero, PHOTOMETRIC, 0)) == [255, 251, 0]
-
-
-def test_colours_of_sixteen_bits_that_use_fewer_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     dark, full = struct.pack(">3H", 100, 4095, 0), struct.pack(">3H", 256, 65535, 0)
     for file in (png(full, 1, 16, 2), b"P6 1 1 65535\n" + full):
         assert flat(file, 3) == [[1, 255, 0]]
@@ -271,101 +253,135 @@ def test_colours_of_sixteen_bits_that_use_fewer_are_warned_of(caplog: pytest.Log
         assert line.startswith("1 of 1 images have colours of 16 bits but use 12 or fewer; 16 levels of 256 are left")
 
 
-@pytest.mark.parametrize(
-    ("file", "kind"),
-    [
-        (encode(np.ones((2, 2), dtype=np.float32), "TIFF"), "samples of Pillow's mode F"),
-        (encode(np.ones((2, 2), dtype=np.float32), "PPM"), "samples of Pillow's mode F"),
-        (encode(np.ones((2, 2), dtype=np.int32), "TIFF"), "signed samples"),
-        (with_tag(encode(np.ones((2, 2), dtype=np.uint16), "TIFF", tiffinfo={339: 1}), SAMPLE_FORMAT, 2), "signed"),
-        (with_tag(encode(np.ones((2, 2), dtype=np.uint8), "TIFF", tiffinfo={339: 1}), SAMPLE_FORMAT, 2), "signed"),
-    ],
-)
-def test_samples_without_a_range_are_refused(file: bytes, kind: str) -> None:
-    with pytest.raises(DataError, match=f"row 1: .*{kind}.* no fixed range; save it with 8 or 16 unsigned bits"):
-        decoded(encode(np.zeros((2, 2), dtype=np.uint8)), file)
+def test_samples_without_a_range_are_refused() -> None:
+    fraction, signed = np.ones((2, 2), dtype=np.float32), np.ones((2, 2), dtype=np.int32)
+    tagged = (encode(np.ones((2, 2), dtype=kind), "TIFF", tiffinfo={339: 1}) for kind in (np.uint16, np.uint8))
+    files = {
+        "samples of Pillow's mode F": [encode(fraction, "TIFF"), encode(fraction, "PPM")],
+        "signed": [encode(signed, "TIFF"), *(with_tag(file, SAMPLE_FORMAT, 2) for file in tagged)],
+    }
+    for kind, file in ((kind, file) for kind, each in files.items() for file in each):
+        with pytest.raises(DataError, match=f"row 1: .*{kind}.* no fixed range; save it with 8 or 16 unsigned bits"):
+            decoded(encode(np.zeros((2, 2), dtype=np.uint8)), file)
 
 
-@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_of_an_animation_the_first_frame_is_used_and_counted(
-    form: str, mode: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    first, *others = (Image.new(mode, (8, 8), colour) for colour in ("white", "black", "red"))
-    file = encode(first, form, save_all=True, append_images=others)
-    assert int(decoded(encode(others[0], "GIF"), file, file)[1:].min()) >= 254
+def test_of_an_animation_the_first_frame_is_used_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    forms = {"GIF": "L", "PNG": "RGB", "WEBP": "RGB", "TIFF": "L", "AVIF": "RGB", "MPO": "RGB"}
     line = "2 of 3 images are animated or have several pages; the first frame is used (the first: row 1)"
-    assert caplog.messages == ([line] if form != "MPO" else [])  # a camera's second image is none to train on
-
-
-def test_a_broken_second_frame_leaves_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    for form, mode in forms.items():
+        caplog.clear()
+        first, *others = (Image.new(mode, (8, 8), colour) for colour in ("white", "black", "red"))
+        file = encode(first, form, save_all=True, append_images=others)
+        assert int(decoded(encode(others[0], "GIF"), file, file)[1:].min()) >= 254
+        assert caplog.messages == ([line] if form != "MPO" else [])  # a camera's second image is none to train on
+    caplog.clear()
     first = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     file = encode(first, "GIF", save_all=True, append_images=[first.rotate(90)])
-    for end in range(-60, -1, 7):
+    for end in range(-60, -1, 7):  # a broken second frame
         assert np.array_equal(decoded(file[:end])[0, 0].numpy(), np.asarray(first))
     assert caplog.messages
 
 
-@pytest.mark.parametrize(("side", "kept"), [(128, True), (129, False)])
-def test_images_of_one_size_keep_it_if_it_is_modest(side: int, kept: bool) -> None:
-    pictures = noise(2, side, side)
-    pixels = decoded(*map(encode, pictures))
-    assert np.array_equal(pixels[:, 0].numpy(), pictures if kept else list(map(resized, pictures)))
-    assert decoded(encode(pictures[0]), img_size=65).shape[-1] == side  # up to twice the model's side it is
+def test_images_of_one_size_keep_it_if_it_is_modest_and_others_are_resized_one_by_one() -> None:
+    for side in (128, 129):
+        pictures = noise(2, side, side)
+        wanted = pictures if side == 128 else list(map(resized, pictures))
+        assert np.array_equal(decoded(*map(encode, pictures))[:, 0].numpy(), wanted)
+        assert decoded(encode(pictures[0]), img_size=65).shape[-1] == side  # up to twice the model's side it is
+    alike, others = noise(2, 20, 12, 3), [noise(12, 20, 3), noise(1, 40_000, 3), noise(SIDE, SIDE, 3)]
+    for mixed in ([*alike, *others], [*others, *alike], others[1:]):
+        pixels = decoded(*map(encode, mixed), in_chans=3).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(pixels, list(map(resized, mixed)))
+    assert decoded(*map(encode, alike)).shape == (2, 1, 20, 12)
 
 
 def resized(picture: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def test_images_of_several_sizes_are_resized_one_by_one() -> None:
-    small, others = noise(2, 20, 12, 3), [noise(12, 20, 3), noise(1, 40_000, 3), noise(SIDE, SIDE, 3)]
-    for pictures in ([*small, *others], [*others, *small], others[1:]):
-        pixels = decoded(*map(encode, pictures), in_chans=3).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(pixels, list(map(resized, pictures)))
-    assert decoded(*map(encode, small)).shape == (2, 1, 20, 12)
-
-
-@pytest.mark.parametrize("others", [28, 1000])
-def test_memory_follows_the_models_size(others: int) -> None:
-    large, other = (encode(np.zeros((side, side, 3), dtype=np.uint8)) for side in (1000, others))
-    tracemalloc.start()
-    decoded(large, *[other] * 40, in_chans=3)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1000 * 1000  # at their own sizes they are 120 MB; Pillow's one image at a time is not in the figure
-
-
-def test_a_large_jpeg_is_decoded_in_part_and_differs_by_less_than_rounding() -> None:
+def test_memory_follows_the_models_size() -> None:
+    """A large JPEG is decoded in part, and differs by less than rounding."""
+    for others in (28, 600):
+        large, other = (encode(np.zeros((side, side, 3), dtype=np.uint8)) for side in (600, others))
+        tracemalloc.start()
+        decoded(large, *[other] * 20, in_chans=3)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1000 * 1000  # at their own sizes they are 22 MB; Pillow's one image at a time is not in it
     file = encode(Image.fromarray(noise(40, 50, 3)).resize((1500, 1200), Image.Resampling.BICUBIC), "JPEG", quality=90)
     whole = np.asarray(Image.open(io.BytesIO(file)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     assert np.abs(decoded(file, in_chans=3)[0].permute(1, 2, 0).numpy().astype(int) - whole).max() <= 2
 
 
-def test_a_decompression_bomb_is_refused_and_half_of_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_pillow_raises_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of AVIF it is a RuntimeError, of ICNS an AssertionError, of BLP one of its own; of half a bomb nothing."""
+    for form in ("AVIF", "JPEG", "PNG", "TIFF", "WEBP", "BLP", "GIF", "ICNS"):
+        rng = np.random.default_rng(0)
+        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        whole = encode(picture.quantize(8) if form in ("BLP", "GIF", "ICNS") else picture, form)
+        files = [b"", b"no image at all", whole[: len(whole) // 2]]
+        for _ in range(60):
+            altered = bytearray(whole)
+            for at in rng.integers(0, min(len(whole), 300), 5):
+                altered[at] = rng.integers(256)
+            files.append(bytes(altered))
+        messages = []
+        for file in files:
+            try:
+                decoded(file)
+            except DataError as error:
+                messages.append(str(error))
+        assert len(messages) > 5
+        assert all(message.startswith("row 0: not a readable image (") for message in messages), form
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above it Pillow warns, above twice of it it raises
     assert decoded(encode(np.zeros((8, 8), dtype=np.uint8))).shape == (1, 1, 8, 8)
     with pytest.raises(DataError, match=r"^row 0: not a readable image .*decompression bomb.*$"):
         decoded(encode(np.zeros((12, 12), dtype=np.uint8)))
 
 
-@pytest.mark.parametrize("form", ["AVIF", "JPEG", "PNG", "TIFF", "WEBP", "BLP", "GIF", "ICNS"])
-def test_whatever_pillow_raises_names_the_file(form: str) -> None:
-    """Of AVIF it is a RuntimeError, of ICNS an AssertionError, of BLP one of its own."""
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    whole = encode(picture.quantize(8) if form in ("BLP", "GIF", "ICNS") else picture, form)
-    files = [b"", b"no image at all", whole[: len(whole) // 2]]
-    for _ in range(60):
-        altered = bytearray(whole)
-        for at in rng.integers(0, min(len(whole), 300), 5):
-            altered[at] = rng.integers(256)
-        files.append(bytes(altered))
-    messages = []
-    for file in files:
-        try:
-            decoded(file)
-        except DataError as error:
-            messages.append(str(error))
-    assert len(messages) > 5
-    assert all(message.startswith("row 0: not a readable image (") for message in messages)
+def test_to_uint8_is_the_inverse_of_prepare_and_clamps() -> None:
+    """Resizing agrees with Pillow's, and keeps a flat image flat."""
+    for in_chans in (1, 3):
+        pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, in_chans, 1, 1)  # every value
+        model = small(16, in_chans)
+        assert torch.equal(to_uint8(prepare(pixels, model).requires_grad_(), model), pixels)
+    images = torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 1, 1, 3)
+    assert to_uint8(images, small()).flatten().tolist() == [0, 128, 255]
+    picture = noise(28, 28)
+    reference = torch.tensor(np.array(Image.fromarray(picture).resize((16, 16), Image.Resampling.BILINEAR))).int()
+    ours = to_uint8(prepare(torch.tensor(picture)[None, None], small(16)), small())[0, 0].int()
+    assert (ours - reference).abs().max() <= 1  # Pillow rounds each pass
+    flat = torch.full((2, 3, 20, 12), 77, dtype=torch.uint8)
+    assert (to_uint8(prepare(flat, small(8, 3)), small(8, 3)) == 77).all()
+
+
+def test_pixels_are_normalised_as_the_models_weights_were_trained() -> None:
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    clip = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for name, in_chans, wanted in (
+        ("small", 2, ((0.5,) * 2, (0.5,) * 2)),
+        ("small", 3, imagenet),
+        ("deit_tiny_patch16_224", 3, imagenet),
+        ("deit_tiny_patch16_224", 1, ((1.347 / 3,), (0.678 / 3,))),  # the mean over channels, by hand
+        ("vit_tiny_patch16_224", 3, ((0.5,) * 3, (0.5,) * 3)),  # augreg
+        ("vit_base_patch32_clip_224", 3, clip),
+    ):
+        found = normalisation(ModelConfig(name=name, in_chans=in_chans))
+        torch.testing.assert_close(torch.stack(found), torch.tensor(wanted))
+    # Half is taken off the 0..1 scale, and the rest divided by a half: 51 is 0.2, so -0.3, so -0.6.
+    assert prepare(torch.tensor([[[[51]]]], dtype=torch.uint8), small(1)).item() == pytest.approx(-0.6, abs=1e-5)
+    # ImageNet: (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
+    colour = prepare(torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1), small(1, 3))
+    assert colour.flatten().tolist() == pytest.approx([2.248908, -2.035714, -0.915556], abs=1e-5)
+
+
+def test_subset_follows_the_indices_and_copies(tiny: DataSet) -> None:
+    before = tiny.train.pixels.clone()
+    picked = tiny.train.subset(torch.tensor([5, 2]))
+    assert picked.labels.tolist() == [2, 2]
+    assert torch.equal(picked.pixels, before[[5, 2]])
+    picked.pixels.zero_()
+    assert torch.equal(tiny.train.pixels, before)
+    for pixels, labels in ((before, tiny.train.labels[:1]), (before.float(), tiny.train.labels)):  # do not match
+        with pytest.raises(AssertionError):
+            Images(pixels, labels)

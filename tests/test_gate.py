@@ -1,11 +1,12 @@
 """No upload enters and no model is written but through the gates; what is logged is what ran."""
 
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -16,20 +17,18 @@ from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.central import train_centrally
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import RunError, UploadError, UserError
-from fedmitr_flwr.common.files import load_tensors, reading, save_tensors
+from fedmitr_flwr.common.files import load_tensors, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
-from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.inversion import invert, scout
 from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads import gate
-from fedmitr_flwr.uploads.upload import Upload, load
+from fedmitr_flwr.uploads.upload import load
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0"
-CPU = torch.device("cpu")
 SMALL = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedavg"}
-ALL = {"upload.extras": "variances, moments"}  # what any method needs
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     with pytest.MonkeyPatch.context() as patch:
         for picture in ("save_images", "save_partition"):
             patch.setattr(pipeline, picture, lambda *_: None)
-        proxy = {"data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
-        out = str(tmp_path_factory.mktemp("runs"))
-        yield pipeline.run(settings(**SMALL | ALL | proxy | {"out-dir": out}), "first")
+        needed = {"upload.extras": "variances, moments", "data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
+        out = {"out-dir": str(tmp_path_factory.mktemp("runs"))}
+        yield pipeline.run(settings(**SMALL | needed | out), "first")
 
 
 @pytest.mark.parametrize("method", methods.available())
@@ -60,22 +59,21 @@ def test_the_result_holds_the_settings_that_the_method_read(
             return fuse(job)
 
     monkeypatch.setattr(module, "fuse", spy)
-    changes = {"inversion.mode": "sparse", "relabel.mode": "tokens"}
-    folder = pipeline.fuse(run, method, changes)
+    folder = pipeline.fuse(run, method, {"inversion.mode": "sparse", "relabel.mode": "tokens"})
     (config,) = given
     assert made == []
     assert folder.read_result()["config"] == config.to_flat() == methods.in_force(config).to_flat()
-    forced = method in ("adi", "dense", "coboosting")
-    assert (config.inversion.mode, config.relabel.mode) == (("dense", "none") if forced else ("sparse", "tokens"))
+    assert config.inversion.mode == ("dense" if method in ("adi", "dense", "coboosting") else "sparse")
     assert folder.config.inversion.mode == "sparse"  # what was asked for
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+@pytest.fixture
+def copy(run: RunFolder, tmp_path: Path) -> RunFolder:
+    """Of the run without its fusions, to be damaged."""
+    return RunFolder.open(shutil.copytree(run.path, tmp_path / "run", ignore=lambda *_: ["fused"]))
 
 
 LOCAL = {"local.optimizer": "sgd", "local.lr": 1e30, "local.epochs": 3}
-DISTILL = {"distill.lr": 1e30, "distill.epochs-per-round": 3}
 
 
 def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
@@ -87,41 +85,44 @@ def test_a_client_that_diverges_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedmitr", "dense", "feddf", "central"])
-def test_a_model_that_diverges_is_not_written(run: RunFolder, method: str, tmp_path: Path) -> None:
-    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+def test_a_model_that_diverges_is_not_written(copy: RunFolder, method: str) -> None:
     if method == "central":
         diverging = RunFolder(copy.path, Config.from_flat(LOCAL, base=copy.config))
         with pytest.raises(RunError, match=r"the model diverged: NaN or infinity in '.*'; lower local\.lr"):
             train_centrally(diverging)
     else:
         with pytest.raises(RunError, match=r"the student diverged: NaN or infinity in '.*'; lower distill\.lr"):
-            pipeline.fuse(copy, method, DISTILL)
-    (made,) = [path for path in (copy.path / "fused").iterdir() if path.name not in names(run.path / "fused")]
-    assert not {"model.safetensors", "result.json"} & names(made)
+            pipeline.fuse(copy, method, {"distill.lr": 1e30, "distill.epochs-per-round": 3})
+    (made,) = (copy.path / "fused").iterdir()
+    assert not {"model.safetensors", "result.json"} & {path.name for path in made.iterdir()}
 
 
-def test_answers_that_are_no_numbers_are_no_result(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a method that keeps several models, there are no weights to look at."""
+def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload in memory is probed right after the training; where a method keeps several models, its loss is seen."""
+    upload = run.load_uploads()[0]
+    whole = replace(upload, weights=dict(upload.weights))
+    assert gate.admit(whole, run.config) is whole
+    huge = {name: torch.full_like(tensor, 1e38) for name, tensor in whole.weights.items()}
+    gate.require_finite(huge, "")
+    with pytest.raises(RunError, match="its answers to noise are NaN or infinity; lower x"):
+        gate.require_model(huge, run.config.model, "lower x")
+    with pytest.raises(UploadError, match="client 0: its model gives NaN or infinity"):
+        gate.admit(replace(whole, weights=huge), run.config)
+    with pytest.raises(UploadError, match="client 0: it ran other code"):
+        gate.admit(whole, run.config, fingerprint="0" * 12)
     evaluate = pipeline.evaluate_on
     monkeypatch.setattr(pipeline, "evaluate_on", lambda *what: replace(evaluate(*what), loss=float("nan")))
     with pytest.raises(RunError, match=r"its loss on the evaluation's images is nan; look at the uploads"):
         pipeline.fuse(run, "ensemble", {})
 
 
-def test_finite_weights_whose_answers_are_not_are_no_model(run: RunFolder) -> None:
-    huge = {name: torch.full_like(tensor, 1e38) for name, tensor in load_tensors(run.model_path)[0].items()}
-    gate.require_finite(huge, "")
-    with pytest.raises(RunError, match="its answers to noise are NaN or infinity; lower x"):
-        gate.require_model(huge, run.config.model, "lower x")
-
-
-@pytest.mark.parametrize("command", ["run", "flower's"])
-def test_a_start_with_nan_leaves_no_folder(tmp_path: Path, command: str) -> None:
+def test_a_start_with_nan_leaves_no_folder(tmp_path: Path) -> None:
     start = pipeline.start_of(settings(**SMALL))
     save_tensors(tmp_path / "start.safetensors", start | {"head.bias": torch.full((10,), torch.nan)})
     config = settings(**SMALL | {"model.weights": str(tmp_path / "start.safetensors"), "out-dir": str(tmp_path / "o")})
-    with pytest.raises(UserError, match=r"model\.weights"):
-        pipeline.run(config) if command == "run" else pipeline.start_of(config)
+    for begin in (pipeline.run, pipeline.start_of):  # the latter is Flower's
+        with pytest.raises(UserError, match=r"model\.weights"):
+            begin(config)
     assert not (tmp_path / "o").exists()
 
 
@@ -139,52 +140,41 @@ def rewritten(path: Path, **header: object) -> None:
 HEAD = "head.bias"
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_an_upload_on_disk_passes_the_gate_of_one_that_arrives(
+    copy: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[dict[str, object], str]] = [
         ({HEAD: torch.full((10,), torch.nan)}, f"client 1: NaN or infinity in '{HEAD}'"),
-        ({HEAD: torch.zeros(11)}, rf"client 1: {HEAD} has the shape \(11,\), not \(10,\)"),
         ({HEAD: torch.zeros(10, dtype=torch.float64)}, f"client 1: {HEAD} is float64; it must be float32 or float16"),
         ({"norm.weight": torch.full((16,), 3e38)}, "client 1: its model gives NaN or infinity"),
-        ({"num_examples": -5}, "client 1: it trained on -5 images"),
         ({"num_examples": 10**30}, "client 1: it says that it trained on 1000"),
-        ({"train_loss": float("nan")}, "client 1: its training loss is nan"),
         ({"train_loss": 10**400}, "client 1: .* is not an upload"),
         ({"class_counts": [1, "x"]}, "client 1: .* is not an upload"),
         ({"class_counts": [10**20] * 10}, "client 1: its class counts"),
         ({"client": True}, "client 1: .* is not an upload"),
-        ({}, ""),
-    ],
-)
-def test_an_upload_on_disk_passes_the_gate_of_one_that_arrives(
-    run: RunFolder, tmp_path: Path, changes: dict[str, object], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run", ignore=lambda *_: ["fused"]))
+    ]
     path = copy.upload_paths()[1]
-    rewritten(path, **changes)
-    if not reason:
-        assert len(copy.load_uploads()) == 4
-        return
-    with pytest.raises(UserError, match=reason):
-        pipeline.fuse(copy, "fedavg", {})
+    whole = path.read_bytes()
+    rewritten(path)
+    assert len(copy.load_uploads()) == 4
     copy.result_path.unlink()
-    with pytest.raises(UserError, match=reason):
-        pipeline.continued(replace(copy.config, resume_from=str(copy.path)))
-    assert not (copy.path / "fused").exists()
-    assert main(["fuse", str(copy.path), "--method", "fedavg"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for changes, reason in cases:
+        path.write_bytes(whole)
+        rewritten(path, **changes)
+        assert main(["fuse", str(copy.path), "--method", "fedavg"]) == 2
+        assert re.fullmatch(rf"fedmitr: error: {reason}.*\n", capsys.readouterr().err), reason
+        with pytest.raises(UserError, match=reason):
+            pipeline.continued(replace(copy.config, resume_from=str(copy.path)))
+        assert not (copy.path / "fused").exists()
 
 
-def test_bytes_that_were_altered_are_noticed(run: RunFolder, tmp_path: Path) -> None:
-    """Contents, names and numbers that are all possible, but not what was written."""
-    copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "run", ignore=lambda *_: ["fused"]))
+def test_bytes_that_were_altered_are_noticed(copy: RunFolder) -> None:
+    """Contents and numbers that are all possible, but not what was written."""
     path = copy.upload_paths()[2]
     content = path.read_bytes()
     count = f'\\"num_examples\\": {load(path).num_examples}'.encode()
-    other = count[:-1] + b"%d" % (1 if count[-1:] == b"9" else int(count[-1:]) + 1)
+    other = count[:-1] + b"%d" % ((count[-1] + 1) % 2)
     for altered in (content[:-1] + bytes([content[-1] ^ 1]), content.replace(count, other)):
-        assert len(altered) == len(content)
-        assert altered != content
         path.write_bytes(altered)
         with pytest.raises(UploadError, match=r"^client 2: .*client_002\.safetensors was altered .*; delete it and"):
             copy.load_uploads()
@@ -193,24 +183,9 @@ def test_bytes_that_were_altered_are_noticed(run: RunFolder, tmp_path: Path) -> 
 def test_an_upload_that_may_not_be_read_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "client_000.safetensors"
     save_tensors(path, {"x": torch.ones(1)})
-
-    def denied(*_: Any) -> Any:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(RunError) as refused:
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(RunError, match=rf"^cannot read {path}: Permission denied; its owner can give you the permiss"):
         load(path)
-    assert str(refused.value) == (
-        f"cannot read {path}: Permission denied; its owner can give you the permission (chmod, chown)"
-    )
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
-def test_what_is_no_file_is_one_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    path = tmp_path / "x"
-    make(path)
-    with pytest.raises(RunError), reading(path):
-        pass
 
 
 def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
@@ -218,15 +193,14 @@ def test_a_run_folder_of_0_1_0_opens_fuses_and_reports(tmp_path: Path) -> None:
     assert old.config.flower.options == ""  # its 0 meant the strategy's own
     asked = upgraded(old.read_result()["config"])
     assert old.config == Config.from_flat({key: value for key, value in asked.items() if key not in RETIRED})
-    assert [upload.num_examples for upload in old.load_uploads()] == [79, 121]
+    first, second = old.load_uploads()
+    assert [first.num_examples, second.num_examples] == [79, 121]
     again = pipeline.fuse(old, "fedmitr", {})
     made, before = load_tensors(again.model_path)[0], load_tensors(old.model_path)[0]
     # Of another make of processor, training's rounding is another, and Muon amplifies it: 1e-3 was seen.
     assert all((made[name] - tensor).abs().max() < 0.02 for name, tensor in before.items())
-    average = load_tensors(pipeline.fuse(old, "fedavg", {}).model_path)[0]
-    first, second = (upload.weights for upload in old.load_uploads())
-    for name, tensor in average.items():
-        torch.testing.assert_close(tensor, first[name].lerp(second[name], 121 / 200))
+    for name, tensor in load_tensors(pipeline.fuse(old, "fedavg", {}).model_path)[0].items():
+        torch.testing.assert_close(tensor, first.weights[name].lerp(second.weights[name], 121 / 200))
     assert again.read_result()["accuracy"]["local"] == old.read_result()["accuracy"]["local"] == [9.0, 5.0]
     assert main(["report", str(old.path)]) == 0
     unread = (OLD / "config.toml").read_text().replace('data.path = ""', 'data.path = "photographs"')
@@ -251,8 +225,6 @@ def test_test_settings_and_paths_decide_no_upload(run: RunFolder, tmp_path: Path
     pipeline._require_same_start(begun, same)
     with pytest.raises(RunError, match=r"/other' is not known to be what the clients started from \('/a'\)"):
         pipeline._require_same_start(begun, other)
-    with pytest.raises(RunError, match=r"data\.train-limit = 7"):
-        pipeline.require_same_uploads(run.config, Config.from_flat({"data.train-limit": 7}, base=run.config), "")
 
 
 def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,38 +239,23 @@ def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.Mon
         return whole(ensemble, starts, *rest)
 
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    refine = "fedmitr_flwr.inversion.scout.Weigher.refine"
     monkeypatch.setattr(invert, "Trajectory", small_memory)
-    monkeypatch.setattr(refine, lambda *given: seen.append(given[1:3]))
-    pri = {"inversion.mode": "pri4", "distill.images-per-round": 16}
-    config = settings(**SMALL | pri | {"method": "fedmitr"})
-    uploads = [tiny.an_upload(config, client) for client in range(2)]
-    pool = methods.fuse(Job(uploads, config, CPU, lambda **_: None)).pool
+    monkeypatch.setattr(scout.Weigher, "refine", lambda *given: seen.append(given[1:3]))
+    config = settings(**SMALL | {"inversion.mode": "pri4", "distill.images-per-round": 16, "method": "fedmitr"})
+    pool = tiny.fused(config).pool
     assert tried == [4, 2, 2]
     ((images, targets),) = seen
     assert len(images.flatten(1).unique(dim=0)) == len(images) == 4
     assert sorted(targets.tolist()) == sorted(pool.targets.tolist())[::4]
 
 
-@pytest.mark.parametrize("broken", ["patches", "loss"])
-def test_images_that_diverged_teach_no_student(broken: str) -> None:
+def test_images_that_diverged_teach_no_student() -> None:
     """NaN in pixels, or a loss that never was a number, which leaves the first pixels."""
     config = settings(**SMALL | {"inversion.mode": "dense"})
     ensemble, targets = tiny.an_ensemble(config), torch.arange(3)
-    made = invert.invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(0))
-    assert made.require_finite() is made
-    getattr(made, broken).view(-1)[0] = torch.inf
-    with pytest.raises(RunError, match=r"the synthetic images diverged: NaN .* in pixels or loss; look at the uploads"):
-        made.require_finite()
-
-
-def test_an_upload_in_memory_is_probed(run: RunFolder) -> None:
-    """`fedmitr run`, bench: right after the training."""
-    upload = run.load_uploads()[0]
-    whole = replace(upload, weights=dict(upload.weights))
-    assert gate.admit(whole, run.config) is whole
-    bad: Upload = replace(whole, weights={name: torch.full_like(x, 1e38) for name, x in whole.weights.items()})
-    with pytest.raises(UploadError, match="client 0: its model gives NaN or infinity"):
-        gate.admit(bad, run.config)
-    with pytest.raises(UploadError, match="client 0: it ran other code"):
-        gate.admit(whole, run.config, fingerprint="0" * 12)
+    for broken in ("patches", "loss"):
+        made = invert.invert(ensemble, targets, config.inversion, config.model, flip=False, rng=stream(0))
+        assert made.require_finite() is made
+        getattr(made, broken).view(-1)[0] = torch.inf
+        with pytest.raises(RunError, match=r"the synthetic images diverged: NaN .* in pixels or loss; look at the upl"):
+            made.require_finite()

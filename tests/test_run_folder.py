@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -17,6 +16,8 @@ from fedmitr_flwr.common.errors import ConfigError, DiskError, RunError, UploadE
 from fedmitr_flwr.common.files import load_tensors, write_text
 from fedmitr_flwr.config import Config, recipe
 from fedmitr_flwr.config.limits import needed
+from fedmitr_flwr.methods import rounds
+from fedmitr_flwr.runs.checkpoints import Checkpoints
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.upload import Upload
 
@@ -35,137 +36,113 @@ def an_upload(client: int) -> Upload:
     return tiny.an_upload(config_in(Path()), client, 10 + client)
 
 
-def test_a_new_folder_holds_the_complete_config_and_opens_again(tmp_path: Path) -> None:
+def sealed_file(folder: Path, text: str) -> Path:
+    (folder / "config.toml").write_text(f"# checksum of what follows: {sha256(text.encode()).hexdigest()}\n{text}")
+    return folder
+
+
+def test_a_new_folder_holds_the_complete_config_and_opens_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place is of the home folder or of the current one."""
     config = config_in(tmp_path / "deep" / "er", seed=7, **{"data.path": 'a "b" ü\n'})
     created = RunFolder.create(config, "run one")
-    assert created.path == tmp_path / "deep" / "er" / "run one"
     opened = RunFolder.open(str(created.path))
-    assert opened.path == created.path
+    assert opened.path == created.path == tmp_path / "deep" / "er" / "run one"
     assert opened.config == config
-    assert not opened.finished
-    assert opened.load_uploads() == []
-
-
-def test_a_place_is_of_the_home_folder_or_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (opened.finished, opened.load_uploads()) == (False, [])
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert RunFolder.create(Config(), "x").path == tmp_path / "fedmitr-runs" / "x"
-    assert RunFolder.create(Config(out_dir="~/other"), "x").path == tmp_path / "other" / "x"
-    assert RunFolder.create(Config(out_dir="runs"), "x").path == tmp_path / "runs" / "x"
+    for out_dir, place in (("", "fedmitr-runs"), ("~/other", "other"), ("runs", "runs")):
+        assert RunFolder.create(Config(out_dir=out_dir), "x").path == tmp_path / place / "x"
 
 
-def test_an_existing_folder_is_left_alone(run: RunFolder) -> None:
+def test_an_existing_folder_is_left_alone_or_the_name_gets_a_number(run: RunFolder) -> None:
+    """Two runs without a name may begin within one second."""
     before = (run.path / "config.toml").read_text()
+    other = config_in(run.path.parent, seed=9)
     with pytest.raises(RunError, match=r"first exists; give another name"):
-        RunFolder.create(config_in(run.path.parent, seed=9), "first")
+        RunFolder.create(other, "first")
     assert (run.path / "config.toml").read_text() == before
+    assert [RunFolder.create(other, "first", or_next=True).path.name for _ in "ab"] == ["first-2", "first-3"]
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [*((name, "use one word") for name in ("", ".", "..", "a/b", "/etc")), ("a\x1b[31m", "leave out control")],
-)
-def test_names_that_are_paths_or_cannot_be_shown_are_refused(tmp_path: Path, name: str, why: str) -> None:
-    with pytest.raises(RunError, match=f"is no name for a run folder; {why}"):
-        RunFolder.create(config_in(tmp_path), name)
-
-
-def test_a_parent_that_cannot_hold_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
+def test_a_name_or_parent_that_cannot_hold_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, why in (*((name, "use one word") for name in ("", ".", "..", "a/b", "/etc")), ("a\x1b[31m", "leave out")):
+        with pytest.raises(RunError, match=f"is no name for a run folder; {why}"):
+            RunFolder.create(config_in(tmp_path), name)
+    with pytest.raises(RunError, match=r"File name too long; set the path to another path"):
+        RunFolder.open(tmp_path / ("x" * 300))
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match=r"cannot make the run folder .*Not a directory; set out-dir"):
         RunFolder.create(config_in(tmp_path / "file"), "x")
-    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(RunError, match=r"cannot make the run folder .*Permission denied; set out-dir to a folder that"):
         RunFolder.create(config_in(tmp_path), "x")
 
 
 def test_other_folders_are_no_runs(tmp_path: Path) -> None:
+    """Nor is one with a model of other heads: its weights would fit, and mean nothing."""
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(RunError, match=rf"{path} is not a run folder \(no config.toml\)"):
             RunFolder.open(path)
     (tmp_path / "config.toml").write_text("sead = 3")
     with pytest.raises(RunError, match=r"config\.toml is not whole: it has 1 settings and no checksum; restore it"):
         RunFolder.open(tmp_path)
-
-
-def sealed_file(folder: Path, text: str) -> Path:
-    (folder / "config.toml").write_text(f"# checksum of what follows: {sha256(text.encode()).hexdigest()}\n{text}")
-    return folder
+    assert RunFolder.open(sealed_file(tmp_path, Config().to_toml() + "model.heads = 4\n")).config == Config()
+    sealed_file(tmp_path, Config().to_toml() + "model.heads = 2\n")
+    with pytest.raises(ConfigError, match=r"model\.heads = 2 of model\.width = 64, and this version has .*; use the v"):
+        RunFolder.open(tmp_path)
 
 
 def test_settings_of_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused."""
-    text = Config().to_toml().replace("seed = 0", "seed = 7").replace('relabel.mode = "tokens"\n', "")
-    sealed_file(tmp_path, text + 'distill.gone = "x"\n')
+    """What has another name now is taken; what is gone is named, with today's default in its place, or refused.
+
+    Retired keys are named and ignored, absent ones named and at their defaults; a newer version's are refused.
+    """
+
+    def opened(*changes: tuple[str, str]) -> Config:
+        caplog.clear()
+        text = Config().to_toml()
+        for now, then in changes:
+            assert now in text
+            text = text.replace(now, then)
+        return RunFolder.open(sealed_file(tmp_path, text)).config
+
+    unknown = ("seed = 0", 'seed = 7\ndistill.gone = "x"'), ('relabel.mode = "tokens"\n', "")
     with pytest.raises(ConfigError, match=r"config\.toml: unknown config key 'distill\.gone'; a newer version made"):
-        RunFolder.open(tmp_path)
-    monkeypatch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
-    assert RunFolder.open(tmp_path).config == recipe.settled(Config(seed=7))
+        opened(*unknown)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmitr_flwr.runs.folder.RETIRED", {"distill.gone": "it is 1 for all"})
+        assert opened(*unknown) == recipe.settled(Config(seed=7))
     retired, absent = caplog.messages
     assert retired.endswith("settings of an older version, ignored: distill.gone")
     assert absent.endswith("settings that it was made without have their defaults: relabel.mode")
-
-
-def test_values_that_an_older_version_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What has another name now is taken; what is gone is named, with today's default in its place, or refused."""
-    moments = Config().to_toml().replace('upload.extras = ""', "upload.directions = 8")
-    assert RunFolder.open(sealed_file(tmp_path, moments)).config.upload.extras == ""
+    assert opened(('upload.extras = ""', "upload.directions = 8")).upload.extras == ""
     assert caplog.messages[0].endswith("moments in 8 directions are left aside, for this version uses 32")
-    caplog.clear()
-    text = Config().to_toml().replace('inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4')
-    found = RunFolder.open(sealed_file(tmp_path, text)).config
+    rebirths = 'inversion.mode = "sparse"', 'inversion.mode = "pri"\ninversion.rebirths = 4'
+    found = opened(rebirths)
     assert found == Config.from_flat({"inversion.mode": "pri4"})
     assert caplog.messages[0].endswith("settings of an older version, ignored: inversion.rebirths")
     older = "; an older version made this run, so use that one"
     with pytest.raises(ConfigError, match=rf"config\.toml: inversion\.mode = 'pri' is not possible; use .*{older}"):
-        RunFolder.open(sealed_file(tmp_path, text.replace("rebirths = 4", "rebirths = 7")))
-    joint = text.replace('ensemble.combine = "probs"', 'ensemble.combine = "joint"')
-    joint = joint.replace('relabel.mode = "tokens"', 'relabel.mode = "complement"')
-    caplog.clear()
-    assert RunFolder.open(sealed_file(tmp_path, joint)).config == recipe.settled(found)
+        opened(rebirths, ("rebirths = 4", "rebirths = 7"))
+    joint = ('combine = "probs"', 'combine = "joint"'), ('relabel.mode = "tokens"', 'relabel.mode = "complement"')
+    assert opened(rebirths, *joint) == recipe.settled(found)
     said = "choices of an older version, in whose place are today's defaults: ensemble.combine = 'joint', relabel.mode"
     assert said in caplog.messages[-1]
 
 
-@pytest.mark.parametrize(("heads", "opens"), [(4, True), (2, False)])
-def test_a_model_with_other_heads_is_no_model_of_this_version(tmp_path: Path, heads: int, opens: bool) -> None:
-    """Its weights would fit, and mean nothing."""
-    sealed_file(tmp_path, Config().to_toml() + f"model.heads = {heads}\n")
-    if opens:
-        assert RunFolder.open(tmp_path).config == Config()
-        return
-    with pytest.raises(ConfigError, match=r"model\.heads = 2 of model\.width = 64, and this version has .*; use the v"):
-        RunFolder.open(tmp_path)
-
-
 def test_a_folder_has_one_writer_and_no_stale_lock(run: RunFolder) -> None:
-    """Within a process, too; what is killed holds nothing."""
+    """Within a process, too; the file that is left behind by what was killed locks nothing."""
+    (run.path / ".lock").touch()
     other = RunFolder.open(run.path)
     with run.locked(), run.at_work(), pytest.raises(RunError, match=r"another process is at work in .*first; wait"):
         other.locked().__enter__()
-    script = (
-        "import os, signal, sys; from fedmitr_flwr.runs.folder import RunFolder\n"
-        "with RunFolder.open(sys.argv[1]).locked(): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", script, str(run.path)], check=False).returncode == -9
-    assert (run.path / ".lock").exists()
     with other.locked(), pytest.raises(RunError, match="another process"):
         run.locked().__enter__()
-
-
-def test_only_the_owner_may_look(run: RunFolder) -> None:
-    run.save_upload(an_upload(0))
-    run.log_metrics(stage="x")
-    run.save_model({"head.bias": torch.ones(1)}, {})
-    assert run.path.stat().st_mode & 0o777 == 0o700
-    files = [path for path in run.path.rglob("*") if path.is_file()]
-    assert len(files) == 5
-    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
 def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: None) -> None:
@@ -178,33 +155,24 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert RunFolder.open(RunFolder.create(config_in(tmp_path), "x").path).config == config_in(tmp_path)
 
 
-def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
-    """Two runs without a name may begin within one second."""
-    names = [RunFolder.create(config_in(tmp_path), "x", or_next=True).path.name for _ in range(3)]
-    assert names == ["x", "x-2", "x-3"]
-
-
-def test_without_a_home_folder_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def none(_: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", none)
-    with pytest.raises(RunError, match=r"cannot look at '~/fedmitr-runs': Could not .*; set out-dir to a path that"):
-        RunFolder.create(Config(), "x")
-    monkeypatch.undo()
-    with pytest.raises(RunError, match=r"File name too long; set the path to another path"):
-        RunFolder.open(tmp_path / ("x" * 300))
-
-
-def test_names_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file's folder is written out behind the rename."""
+def test_a_file_is_written_out_with_its_name_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A file's folder is written out behind the rename, for a power cut; only a full disk asks for room."""
     done: list[str] = []
-    sync, replace = os.fsync, Path.replace
+    sync, rename = os.fsync, Path.replace
     inode = {tmp_path.stat().st_ino: "folder"}
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(inode.get(os.fstat(fd).st_ino, "file")), sync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda own, to: (done.append("rename"), replace(own, to))[1])
-    write_text(tmp_path / "x", "text")
+    with monkeypatch.context() as spies:
+        spies.setattr(os, "fsync", lambda fd: (done.append(inode.get(os.fstat(fd).st_ino, "file")), sync(fd)))
+        spies.setattr(Path, "replace", lambda own, to: (done.append("rename"), rename(own, to))[1])
+        write_text(tmp_path / "x", "text")
     assert done == ["file", "rename", "folder"]
+    with pytest.raises(DiskError, match=r"No such file or directory.*; mend that, and go on with resume-from"):
+        write_text(tmp_path / "none" / "x", "y")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(DiskError, match=r"No space left on device; make room there, and go on with resume-from"):
+        write_text(tmp_path / "y", "y")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
 def test_uploads_come_back_in_the_clients_order(run: RunFolder) -> None:
@@ -216,77 +184,62 @@ def test_uploads_come_back_in_the_clients_order(run: RunFolder) -> None:
     assert list(run.upload_paths()) == [0, 2, 3]
     assert [(upload.client, upload.num_examples) for upload in run.load_uploads()] == [(0, 10), (2, 12), (3, 13)]
     assert run.missing() == [1]
+    with pytest.raises(RunError, match="client 3 has uploaded already"):
+        run.save_upload(an_upload(3))
+    path.rename(run.save_upload(an_upload(12)))
+    with pytest.raises(RunError, match=r"client_012\.safetensors holds the upload of client 3"):
+        run.load_uploads()
+    (run.uploads_path / "client_012.safetensors").unlink()
     run.save_upload(an_upload(12))
     with pytest.raises(UploadError, match=r"client 12: there are only the clients 0 to 3"):
         run.load_uploads()
 
 
-def test_a_client_uploads_once_and_under_its_own_number(run: RunFolder) -> None:
-    path = run.save_upload(an_upload(1))
-    with pytest.raises(RunError, match="client 1 has uploaded already"):
-        run.save_upload(an_upload(1))
-    path.rename(run.uploads_path / "client_000.safetensors")
-    with pytest.raises(RunError, match=r"client_000\.safetensors holds the upload of client 1"):
-        run.load_uploads()
-
-
 def test_a_refused_upload_is_kept_with_its_reason(run: RunFolder) -> None:
     weights = {"w": torch.tensor([float("nan"), 1.0])}
-    first = run.refuse_upload("client 3", weights, "client 3: NaN in 'w'", {"metrics": "{}"})
-    second = run.refuse_upload("client 3", {}, "again")
-    assert (first.name, second.name) == ("client_3.safetensors", "client_3-2.safetensors")
-    tensors, header = load_tensors(first)
+    paths = [run.refuse_upload("client 3", weights, "client 3: NaN in 'w'", {"metrics": "{}"})]
+    paths += [run.refuse_upload(who, {}, "again") for who in ("client 3", "../../etc")]
+    assert [path.name for path in paths] == ["client_3.safetensors", "client_3-2.safetensors", "etc.safetensors"]
+    assert {path.parent for path in paths} == {run.refused_path}
+    tensors, header = load_tensors(paths[0])
     assert header == {"from": "client 3", "reason": "client 3: NaN in 'w'", "said": {"metrics": "{}"}}
     assert tensors["w"][1] == 1
-    assert run.refuse_upload("../../etc", {}, "x").parent == run.refused_path
     assert run.upload_paths() == {}
 
 
-@pytest.mark.parametrize(
-    ("quorum", "clients", "fewest"),
-    [(1.0, 4, 4), (0.75, 4, 3), (0.5, 4, 2), (0.51, 4, 3), (0.01, 4, 1), (0.07, 100, 7)],
-)
-def test_a_quorum_in_uploads(quorum: float, clients: int, fewest: int) -> None:
-    """0.07 * 100 is 7.000000000000001 in floating point: seven of a hundred are enough."""
-    assert needed(quorum, clients) == fewest
-
-
 def test_the_quorum_line_names_the_missing_and_the_fix(run: RunFolder) -> None:
+    fewest = {(1.0, 4): 4, (0.75, 4): 3, (0.5, 4): 2, (0.51, 4): 3, (0.01, 4): 1}
+    fewest[0.07, 100] = 7  # 0.07 * 100 is 7.000000000000001 in floating point
+    assert {of: needed(*of) for of in fewest} == fewest
     for client in (0, 2):
         run.save_upload(an_upload(client))
     run.config = config_in(run.path.parent, **{"flower.quorum": 0.5})
     assert [upload.client for upload in run.require_uploads()] == [0, 2]
     run.config = config_in(run.path.parent)
-    with pytest.raises(RunError) as caught:
+    fix = f"run with resume-from = '{run.path}' to ask only them, or lower flower.quorum"
+    with pytest.raises(RunError, match=f"^2 of 4 uploads are in .* and 4 are needed; missing: clients 1, 3; {fix}$"):
         run.require_uploads()
-    assert str(caught.value) == (
-        f"2 of 4 uploads are in {run.uploads_path} and 4 are needed; missing: clients 1, 3; "
-        f"run with resume-from = '{run.path}' to ask only them, or lower flower.quorum"
-    )
 
 
 def test_fusions_have_their_own_files_and_the_parents_uploads(run: RunFolder) -> None:
     run.save_upload(an_upload(0))
     fused = [run.sub("fedavg"), run.sub("fedavg"), run.sub("ensemble")]
-    assert [folder.path.relative_to(run.path).as_posix() for folder in fused] == [
-        "fused/fedavg-1",
-        "fused/fedavg-2",
-        "fused/ensemble-1",
-    ]
+    fused.append(fused[0].sub("fedavg"))
+    names = ["fedavg-1", "fedavg-2", "ensemble-1", "fedavg-3"]
+    assert [folder.path for folder in fused] == [run.path / "fused" / name for name in names]
     for folder in fused:
         again = RunFolder.open(folder.path)
         assert again.root == run.path
         assert list(again.upload_paths()) == [0]
         assert again.model_path.parent == folder.path
     assert RunFolder.open(fused[0].path).config == Config.from_flat({"method": "fedavg"}, run.config)
-    assert fused[0].sub("fedavg").path == run.path / "fused" / "fedavg-3"
     config = Config.from_flat({"method": "fedmitr", "relabel.mode": "drop"}, run.config)
     assert RunFolder.open(run.sub("fedmitr", config).path).config == config
     elsewhere = RunFolder.create(config_in(run.path.parent / "fused"), "x")  # a place of this name makes no fusion
     assert elsewhere.root == elsewhere.path
 
 
-def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:
+def test_metrics_are_appended_line_by_line(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     run.log_metrics(stage="distill", epoch=1, loss=torch.tensor(0.5), alive=(0.25, float("nan")))
     run.log_metrics(stage="distill", epoch=2, loss={3: (torch.arange(2), [float("-inf")])})
     lines = run.metrics_path.read_text().splitlines()
@@ -294,6 +247,24 @@ def test_metrics_are_appended_line_by_line(run: RunFolder) -> None:
         {"stage": "distill", "epoch": 1, "loss": 0.5, "alive": [0.25, None]},
         {"stage": "distill", "epoch": 2, "loss": {"3": [[0, 1], [None]]}},
     ]
+    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        run.log_metrics(loss=1.0)
+
+
+def test_the_model_and_its_arguments_are_for_the_owner_alone(run: RunFolder) -> None:
+    weights = {"head.bias": torch.tensor([1.5, -2.0])}
+    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
+    run.save_model(weights, arguments)
+    once = run.model_path.read_bytes()
+    run.save_model(weights, arguments)
+    assert run.model_path.read_bytes() == once
+    assert tiny.same(load_tensors(run.model_path)[0], weights)
+    assert json.loads((run.path / "model.json").read_text()) == arguments
+    run.save_upload(an_upload(0))
+    run.log_metrics(stage="x")
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (run.path, *run.path.rglob("*"))}
+    assert modes == {(True, 0o700), (False, 0o600)}
 
 
 def test_result_round_trip(run: RunFolder) -> None:
@@ -314,40 +285,31 @@ def test_result_round_trip(run: RunFolder) -> None:
             run.read_result()
 
 
-def test_the_model_and_its_arguments(run: RunFolder) -> None:
-    weights = {"head.bias": torch.tensor([1.5, -2.0])}
-    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
-    run.save_model(weights, arguments)
-    once = run.model_path.read_bytes()
-    run.save_model(weights, arguments)
-    assert run.model_path.read_bytes() == once
-    assert torch.equal(load_tensors(run.model_path)[0]["head.bias"], weights["head.bias"])
-    assert json.loads((run.path / "model.json").read_text()) == arguments
+def test_pieces_come_back_under_their_own_name_and_method_only(run: RunFolder) -> None:
+    """And nothing is kept without a folder."""
+    of = "piece", ("seed",)
+    nowhere = Checkpoints(None, run.config, [an_upload(0)], torch.device("cpu"))
+    nowhere.save(*of, {"x": torch.ones(1)})
+    kept = replace(nowhere, folder=run.work_path)
+    assert [each.load(*of) for each in (nowhere, kept)] == [None, None]
+    kept.save(*of, {}, words=["a"], number=0.1)
+    assert kept.load(*of) == ({}, {"words": ["a"], "number": 0.1})
+    assert kept.load("piece", ("seed", "model.")) is None
+    settings = {"seed": 3}, {"method": "fedavg"}, {"model.depth": 3}
+    seed, method, depth = (replace(kept, config=Config.from_flat(changes, run.config)) for changes in settings)
+    others = [seed, method, replace(kept, device=torch.device("cuda")), replace(kept, threads=kept.threads + 1)]
+    assert [other.load(*of) for other in others] == [None] * 4
+    assert depth.load(*of) == kept.load(*of)
+    (run.work_path / "piece.safetensors").rename(run.work_path / "other.safetensors")
+    assert kept.load("other", ("seed",)) is None
 
 
-def test_metrics_that_cannot_be_written_are_one_line(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left"):
-        run.log_metrics(loss=1.0)
-
-
-def test_uploads_that_do_not_fit_are_refused_before_anybody_is_asked(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000_000))
-    run.require_room(3, 10_000_000)
-    run.require_room(0, 10**12)
-    with pytest.raises(DiskError, match=r"has 30 MB free, and 4 uploads take 40 MB; make room there, or set out-dir"):
-        run.require_room(4, 10_000_000)
-
-
-def test_only_a_full_disk_asks_for_room(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    with pytest.raises(DiskError, match=r"No such file or directory.*; mend that, and go on with resume-from"):
-        write_text(tmp_path / "none" / "x", "y")
-    request.getfixturevalue("full_disk")
-    with pytest.raises(DiskError, match=r"No space left on device; make room there, and go on with resume-from"):
-        write_text(tmp_path / "x", "y")
-    assert not list(tmp_path.iterdir())
+def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
+    """A new setting belongs into one of these lists."""
+    elsewhere = ("device", "threads", "method")  # in every key already
+    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "strategy.", "feddf.")
+    no_piece += ("krum.", "screen.")  # the uploads themselves are in the key
+    in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")
+    for key in Config().to_flat():
+        assert key.startswith((*rounds.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
+    assert set(rounds.IMAGE_SETTINGS) < set(rounds.STUDENT_SETTINGS)

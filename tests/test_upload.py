@@ -1,23 +1,36 @@
-"""Uploads: what may enter the ensemble, and what comes back from disk."""
+"""Uploads and their statistics: what may enter the ensemble, what comes back from disk and over Flower."""
 
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
+from local_grid import TINY, Federate, LocalGrid, server_context
 from safetensors.torch import save_file
+from tiny import same
 from torch import Tensor
 
-from fedmitr_flwr.common.errors import RunError, UploadError
-from fedmitr_flwr.common.files import save_tensors
+from client_app.app import app as client_app
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.common.files import load_tensors, save_tensors
+from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.data.shares import client_images
+from fedmitr_flwr.statistics import moments
 from fedmitr_flwr.uploads.stored import StoredWeights
-from fedmitr_flwr.uploads.upload import Upload, digest, load, save, validate
+from fedmitr_flwr.uploads.upload import Upload, digest, load, save, size, validate
+from fedmitr_flwr.vit.build import build_vit, initial_weights
+from server_app.app import app as server_app
 
 CODE = "0123456789ab"
 CLIENTS, MOST = 4, 1000
@@ -39,117 +52,88 @@ def an_upload(client: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
     return Upload(client, weights, 12, 0.5, CODE, (3, 0, 9))
 
 
-def check(upload: Upload) -> None:
-    validate(upload, REFERENCE, CONFIG, CODE)
+def with_statistics(variances: bool = False) -> Upload:
+    features = torch.randn(12, 4, generator=stream(0))
+    labels = torch.tensor([0] * 3 + [2] * 9)
+    return replace(an_upload(), statistics=moments.measure(features, labels, 3, variances=variances))
 
 
-def with_weight(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Upload], Upload]:
-    return lambda upload: replace(upload, weights=upload.weights | {key: change(upload.weights[key])})
+def telling(upload: Upload, **sums: Tensor) -> Upload:
+    return replace(upload, statistics={**upload.statistics, **sums})
 
 
-def poisoned(value: float, place: int = -1) -> Callable[[Tensor], Tensor]:
-    """One element of the tensor becomes `value`."""
-
-    def change(tensor: Tensor) -> Tensor:
-        flat = tensor.flatten().clone()
-        flat[place % len(flat)] = value
-        return flat.view_as(tensor)
-
-    return change
+def check(upload: Upload, extras: str = "") -> None:
+    validate(upload, REFERENCE, Config.from_flat({"upload.extras": extras}, CONFIG), CODE)
 
 
-Mutation = tuple[Callable[[Upload], Upload], str]  # the change, and a word that the refusal must hold
+def weighing(upload: Upload, **weights: Tensor) -> Upload:
+    return replace(upload, weights=upload.weights | weights)
+
+
+def without(upload: Upload, name: str) -> Upload:
+    return replace(upload, weights={key: tensor for key, tensor in upload.weights.items() if key != name})
+
+
 FLOATING = [key for key, tensor in REFERENCE.items() if tensor.is_floating_point()]
 
 
-def of_key(key: str) -> list[Mutation]:
-    return [
-        (with_weight(key, lambda tensor: tensor[..., :-1]), key),
-        (with_weight(key, lambda tensor: tensor[None]), key),
-        (with_weight(key, lambda tensor: tensor.bfloat16()), key),
-        (with_weight(key, lambda tensor: tensor.double()), key),
-        (with_weight(key, lambda tensor: tensor.long()), key),
-        (lambda upload: replace(upload, weights={k: v for k, v in upload.weights.items() if k != key}), key),
-        (lambda upload: replace(upload, weights=upload.weights | {f"{key}.x": torch.ones(1)}), f"{key}.x"),
-    ]
+def mutants(good: Upload) -> Iterator[tuple[Upload, str]]:
+    """With a word that the refusal must hold."""
+    for key in FLOATING:
+        tensor = good.weights[key]
+        for other in (tensor[..., :-1], tensor[None], tensor.bfloat16(), tensor.double(), tensor.long()):
+            yield weighing(good, **{key: other}), key
+        yield without(good, key), key
+        yield weighing(good, **{f"{key}.x": torch.ones(1)}), f"{key}.x"
+    overflowed = (good.weights["head.bias"].float() + 1e6).half()
+    yield weighing(good, **{"head.bias": overflowed}), "infinity in 'head.bias'"
+    yield weighing(good, steps=good.weights["steps"].float()), "steps"
+    yield weighing(good, steps=good.weights["steps"].int()), "steps"
+    yield replace(good, weights={}), "lack 'cls_token', 'head.weight', 'head.bias' and 1 more"
+    for other in ("", CODE[::-1]):
+        yield replace(good, fingerprint=other), "other code"
+    for other in (math.nan, math.inf):
+        yield replace(good, train_loss=other), "training loss"
+    for other in (math.nan, -1.0):
+        yield replace(good, seconds=other), f"took {other} seconds"
+    for other in (10**12, MOST + 1):
+        yield replace(good, num_examples=other, class_counts=None), "screen.max-images is 1000"
+    for other in ((3, 9), (3, 0, 9, 0), (), (13, -1, 0), (3, 0, 8)):
+        yield replace(good, class_counts=other), "class counts"
 
 
-MUTATIONS: list[Mutation] = [
-    *(mutation for key in FLOATING for mutation in of_key(key)),
-    (with_weight("steps", lambda tensor: tensor.float()), "steps"),
-    (with_weight("steps", lambda tensor: tensor.int()), "steps"),
-    (lambda upload: replace(upload, weights={}), "lack 'cls_token', 'head.weight', 'head.bias' and 1 more"),
-    (lambda upload: replace(upload, fingerprint=""), "other code"),
-    (lambda upload: replace(upload, fingerprint=CODE[::-1]), "other code"),
-    (lambda upload: replace(upload, train_loss=math.nan), "training loss"),
-    (lambda upload: replace(upload, train_loss=math.inf), "training loss"),
-    (lambda upload: replace(upload, seconds=math.nan), "took nan seconds"),
-    (lambda upload: replace(upload, seconds=-1.0), "took -1.0 seconds"),
-    (lambda upload: replace(upload, num_examples=10**12), "screen.max-images is 1000"),
-    (lambda upload: replace(upload, num_examples=MOST + 1, class_counts=None), "screen.max-images is 1000"),
-    (lambda upload: replace(upload, class_counts=(3, 9)), "class counts"),
-    (lambda upload: replace(upload, class_counts=(3, 0, 9, 0)), "class counts"),
-    (lambda upload: replace(upload, class_counts=()), "class counts"),
-    (lambda upload: replace(upload, class_counts=(13, -1, 0)), "class counts"),
-    (lambda upload: replace(upload, class_counts=(3, 0, 8)), "class counts"),
-]
-BROKEN_NUMBERS: st.SearchStrategy[Mutation] = st.one_of(
-    st.tuples(st.sampled_from(FLOATING), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0)).map(
-        lambda drawn: (with_weight(drawn[0], poisoned(*drawn[1:])), f"infinity in '{drawn[0]}'")
-    ),
-    st.integers(max_value=0).map(lambda n: (lambda upload: replace(upload, num_examples=n), f"on {n} images")),
-    (st.integers(max_value=-1) | st.integers(min_value=CLIENTS)).map(
-        lambda n: (lambda upload: replace(upload, client=n), "clients 0 to 3")
-    ),
-)
-
-
-def assert_refused(mutation: Mutation, client: int, dtype: torch.dtype) -> None:
+def assert_refused(mutant: Upload, named: str) -> None:
     """In one line that names the client and the thing."""
-    change, named = mutation
-    mutant = change(an_upload(client, dtype))
     with pytest.raises(UploadError) as caught:
         check(mutant)
-    message = str(caught.value)
-    assert message.startswith(f"client {mutant.client}: ")
-    assert named in message
-    assert "\n" not in message
+    assert re.fullmatch(f"client {mutant.client}: .*{re.escape(named)}.*", str(caught.value))
 
 
-@given(
-    st.integers(0, CLIENTS - 1), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 2**32), st.booleans()
-)
-def test_a_good_upload_passes(client: int, dtype: torch.dtype, seed: int, counted: bool) -> None:
-    upload = an_upload(client, dtype, seed)
-    check(upload if counted else replace(upload, class_counts=None))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_good_upload_passes_and_each_mutation_is_refused(dtype: torch.dtype) -> None:
+    """Precision may be mixed, but nothing may have overflowed: float16 ends at 65504."""
+    for client in range(CLIENTS):
+        good = an_upload(client, dtype)
+        check(good)
+        check(replace(good, class_counts=None))
+        check(weighing(good, **{"head.bias": good.weights["head.bias"].half()}))
+        for mutant, named in mutants(good):
+            assert_refused(mutant, named)
 
 
-def test_each_mutation_is_refused() -> None:
-    for mutation in MUTATIONS:
-        assert_refused(mutation, client=1, dtype=torch.float32)
+@given(st.data(), st.sampled_from(FLOATING), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_any_broken_number_is_refused(data: st.DataObject, key: str, value: float) -> None:
+    good = an_upload(dtype=data.draw(st.sampled_from([torch.float32, torch.float16])))
+    place = torch.tensor(data.draw(st.integers(0, good.weights[key].numel() - 1)))
+    broken = good.weights[key].flatten().index_fill(0, place, value).view_as(good.weights[key])
+    assert_refused(weighing(good, **{key: broken}), f"infinity in '{key}'")
+    images = data.draw(st.integers(max_value=0))
+    assert_refused(replace(good, num_examples=images), f"on {images} images")
+    client = data.draw(st.integers(max_value=-1) | st.integers(min_value=CLIENTS))
+    assert_refused(replace(good, client=client), "clients 0 to 3")
 
 
-@given(
-    st.sampled_from(MUTATIONS) | BROKEN_NUMBERS,
-    st.integers(0, CLIENTS - 1),
-    st.sampled_from([torch.float32, torch.half]),
-)
-def test_any_mutation_of_any_client_is_refused(mutation: Mutation, client: int, dtype: torch.dtype) -> None:
-    assert_refused(mutation, client, dtype)
-
-
-def test_mixed_precision_is_allowed_but_what_overflowed_is_not() -> None:
-    upload = an_upload()
-    check(with_weight("head.bias", lambda tensor: tensor.half())(upload))
-    with pytest.raises(UploadError, match=r"infinity in 'head\.bias'"):
-        check(with_weight("head.bias", lambda tensor: (tensor + 1e6).half())(upload))  # float16 ends at 65504
-
-
-patterns = st.lists(st.integers(0, 4), max_size=3).flatmap(
-    lambda shape: st.integers(0, 2**32).map(
-        lambda seed: torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(seed)).int()
-    )
-)
+patterns = st.lists(st.integers(-(2**31), 2**31 - 1)).map(lambda bits: torch.tensor(bits, dtype=torch.int32))
 names = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__")
 uploads = st.builds(
     Upload,
@@ -176,16 +160,20 @@ def test_float32_round_trip_is_exact_for_every_bit_pattern(
         assert getattr(got, name) == getattr(sent, name), name
 
 
-def test_every_finite_float16_comes_back_as_the_same_number_in_float32(tmp_path: Path) -> None:
+def test_every_type_of_tensor_comes_back(tmp_path: Path) -> None:
+    """Every finite float16 as the same number in float32."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
-    every = every[torch.isfinite(every)]
-    upload = Upload(0, {"w": every, "n": torch.tensor(3)}, 1, 0.0, CODE)
-    save(upload, tmp_path / "u.safetensors")
-    got = load(tmp_path / "u.safetensors")
-    assert got.weights["w"].dtype == torch.float32
-    assert torch.equal(got.weights["w"].half().view(torch.int16), every.view(torch.int16))
-    assert got.weights["n"].dtype == torch.int64
-    assert got.num_bytes == upload.num_bytes == 2 * len(every) + 8  # not what the cast made of it
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    weights = {str(kind): torch.tensor([[0, 1], [1, 1]]).to(kind) for kind in whole} | {"none": torch.ones(0, 3)}
+    floats = {str(kind): torch.tensor([0.5, -3.0]).to(kind) for kind in (torch.float64, torch.bfloat16)}
+    floats |= {"float16": every[torch.isfinite(every)]}
+    sent = replace(an_upload(), weights=weights | floats)
+    save(sent, tmp_path / "u")
+    got = load(tmp_path / "u")
+    assert got.num_bytes == sent.num_bytes  # not what the cast made of it
+    for name, tensor in (weights | {name: tensor.float() for name, tensor in floats.items()}).items():
+        assert got.weights[name].dtype == tensor.dtype
+        assert torch.equal(got.weights[name], tensor)
 
 
 def test_views_of_one_storage_and_parameters_are_written_too(tmp_path: Path) -> None:
@@ -196,113 +184,65 @@ def test_views_of_one_storage_and_parameters_are_written_too(tmp_path: Path) -> 
     assert got["a"].tolist() == [[0, 2], [1, 3]]
     assert got["b"].tolist() == [2, 3, 4, 5]
     assert not got["c"].requires_grad
+    got["b"].zero_()  # what was read is the reader's own
+    assert got["b"].tolist() == [2, 3, 4, 5]
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors that were read from files."""
-    names: list[str] = []
+def test_weights_on_disk_are_read_one_by_one_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
     get = StoredWeights.__getitem__
-
-    def spy(weights: StoredWeights, name: str) -> Tensor:
-        names.append(name)
-        return get(weights, name)
-
-    monkeypatch.setattr(StoredWeights, "__getitem__", spy)
-    return names
-
-
-def test_weights_on_disk_are_read_one_by_one_when_asked_for(tmp_path: Path, read: list[str]) -> None:
+    monkeypatch.setattr(StoredWeights, "__getitem__", lambda own, name: (read.append(name), get(own, name))[1])
     sent = an_upload(dtype=torch.float16)
     save(sent, tmp_path / "u")
     got = load(tmp_path / "u")
     assert got.num_bytes == sent.num_bytes == 19 * 2 + 8  # 4 + 12 + 3 floats of 2 bytes and one int64
     assert got.weights.keys() == REFERENCE.keys()
     assert len(got.weights) == len(REFERENCE)
-    assert "head.bias" in got.weights
-    assert "head.bios" not in got.weights
-    assert isinstance(got.weights, StoredWeights)
+    assert ["head.bias" in got.weights, "head.bios" in got.weights] == [True, False]
     assert read == []
     assert torch.equal(got.weights["head.bias"], sent.weights["head.bias"].float())
     assert read == ["head.bias"]
     with pytest.raises(KeyError):
         got.weights["head.bios"]
-    everything = dict(got.weights)
-    assert sorted(read[2:]) == sorted(REFERENCE)
-    assert {key: tensor.dtype for key, tensor in everything.items()} == {
-        key: tensor.dtype for key, tensor in REFERENCE.items()
+    assert {key: tensor.dtype for key, tensor in got.weights.items()} == {
+        key: REFERENCE[key].dtype for key in REFERENCE
     }
-
-
-def test_what_was_read_is_the_readers_own_and_a_module_takes_it(tmp_path: Path) -> None:
-    layer, other = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    save(replace(an_upload(), weights=layer.state_dict()), tmp_path / "u")
-    before = (tmp_path / "u").read_bytes()
-    weights = load(tmp_path / "u").weights
-    weights["weight"].zero_()
-    other.load_state_dict(weights)
-    assert torch.equal(other.weight, layer.weight)
-    assert torch.equal(other.bias, layer.bias)
-    assert (tmp_path / "u").read_bytes() == before
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    assert sorted(read[2:]) == sorted(REFERENCE)
 
 
 def replaced(path: Path) -> None:
     """By another client's whole file of the same size and age."""
-    before = path.stat()
-    save(an_upload(seed=1), path.with_name("other"))
-    os.utime(path.with_name("other"), ns=(before.st_atime_ns, before.st_mtime_ns))
-    path.with_name("other").replace(path)
+    before, other = path.stat(), path.with_name("other")
+    save(an_upload(seed=1), other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
     assert path.stat().st_size == before.st_size
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [(cut, "{} was changed while"), (replaced, "{} was changed while"), (Path.unlink, "cannot read {}")],
-)
-def test_a_file_that_changes_while_it_is_used_is_named(
-    tmp_path: Path, change: Callable[[Path], object], problem: str
-) -> None:
+def test_a_file_that_changes_while_it_is_used_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "client_001.safetensors"
+    for change, problem in (
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), f"{path} was changed while"),
+        (replaced, f"{path} was changed while"),
+        (Path.unlink, f"cannot read {path}"),
+    ):
+        save(an_upload(), path)
+        weights = load(path).weights
+        weights["head.bias"]
+        change(path)
+        for use in (lambda weights: weights["head.bias"], dict):
+            with pytest.raises(RunError, match=f"{problem}.*; set resume-from to its run folder to go on$"):
+                use(weights)
+
+
+def test_cut_and_other_files_are_no_uploads(tmp_path: Path) -> None:
     path = tmp_path / "client_001.safetensors"
     save(an_upload(), path)
-    weights = load(path).weights
-    weights["head.bias"]
-    change(path)
-    for use in (lambda: weights["head.bias"], lambda: dict(weights)):
-        with pytest.raises(RunError) as caught:
-            use()
-        assert problem.format(path) in str(caught.value)
-        assert str(caught.value).endswith("; set resume-from to its run folder to go on")
-
-
-def test_every_type_of_tensor_comes_back(tmp_path: Path) -> None:
-    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-    weights = {str(kind): torch.tensor([[0, 1], [1, 1]]).to(kind) for kind in whole}
-    floats = {str(kind): torch.tensor([0.5, -3.0]).to(kind) for kind in (torch.float64, torch.bfloat16, torch.float16)}
-    save(replace(an_upload(), weights=weights | floats | {"none": torch.ones(0, 3)}), tmp_path / "u")
-    got = load(tmp_path / "u").weights
-    for name, tensor in weights.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name], tensor)
-    for name in floats:
-        assert got[name].dtype == torch.float32
-        assert got[name].tolist() == [0.5, -3.0]
-    assert got["none"].shape == (0, 3)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_cut_file_is_named_with_the_fix(tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "client_001.safetensors"
-    save(an_upload(), path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(RunError, match=r"client_001\.safetensors is corrupt.*resume-from"):
-        load(path)
-
-
-def test_other_files_are_no_uploads(tmp_path: Path) -> None:
+    whole = path.read_bytes()
+    for keep in (0, 4, 100, -1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(RunError, match=r"client_001\.safetensors is corrupt.*resume-from"):
+            load(path)
     with pytest.raises(RunError, match="does not exist"):
         load(tmp_path / "none")
     save_tensors(tmp_path / "pool", {"x": torch.ones(1)}, {"what": "a pool"})
@@ -323,22 +263,144 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, req
     with pytest.raises(RunError, match=r"cannot write .*u\.safetensors.*No space left"):
         save(an_upload(seed=1), path)
     assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["u.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_digest_sees_everything_that_the_server_uses(tmp_path: Path) -> None:
-    upload = an_upload()
+    upload = with_statistics(variances=True)
     save(upload, tmp_path / "u")
-    assert digest(load(tmp_path / "u")) == digest(an_upload()) == digest(upload)
+    assert digest(load(tmp_path / "u")) == digest(with_statistics(variances=True)) == digest(upload)
     assert digest(replace(upload, train_loss=9.0, fingerprint="x")) == digest(upload)
-    name = "head.weight"
-    turned = upload.weights | {name: upload.weights[name].T.contiguous()}
-    changed = [
-        replace(upload, client=2),
-        replace(upload, num_examples=11),
-        replace(upload, class_counts=(0, 3, 9)),
-        replace(upload, weights=turned),
-        replace(upload, weights={key: value for key, value in upload.weights.items() if key != name}),
-        replace(upload, weights=upload.weights | {name: upload.weights[name] * 2}),
-    ]
-    assert len({digest(each) for each in [upload, *changed]}) == 7
+    changed = [replace(upload, **{name: value}) for name, value in {"client": 2, "num_examples": 11}.items()]
+    changed += [replace(upload, class_counts=(0, 3, 9)), without(upload, "head.weight")]
+    head = upload.weights["head.weight"]
+    changed += [weighing(upload, **{"head.weight": other}) for other in (head.T.contiguous(), head * 2)]
+    changed += [telling(upload, **{name: tensor * (1 + 1e-15)}) for name, tensor in upload.statistics.items()]
+    changed += [replace(upload, statistics=None), with_statistics()]
+    assert len({digest(each) for each in [upload, *changed]}) == 1 + len(changed)
+
+
+def test_statistics_come_back_from_disk_bit_by_bit(tmp_path: Path) -> None:
+    sent = replace(with_statistics(variances=True), weights={"w": torch.tensor([1.5], dtype=torch.float16)})
+    save(sent, tmp_path / "u")
+    got = load(tmp_path / "u")
+    assert same(got.statistics, sent.statistics)
+    assert {tensor.dtype for tensor in got.statistics.values()} == {torch.float64}
+    assert got.weights.keys() == {"w"}
+    assert (got.weights["w"].dtype, got.weights["w"].tolist()) == (torch.float32, [1.5])
+    assert digest(got) == digest(replace(sent, weights={"w": torch.tensor([1.5])}))
+    assert got.num_bytes == sent.num_bytes == 2 + 8 * (12 + 10 + 12)
+    # A name of this form is a weight's own, unless there are statistics.
+    save(Upload(0, {"statistics/x": torch.ones(1)}, 1, 0.5, CODE), tmp_path / "v")
+    assert load(tmp_path / "v").weights.keys() == {"statistics/x"}
+    assert load(tmp_path / "v").statistics is None
+
+
+def test_what_was_asked_for_passes_and_what_is_corrupt_is_refused_by_name() -> None:
+    sound = with_statistics()
+    check(sound, "statistics")
+    check(with_statistics(variances=True), "variances")
+    check(replace(sound, statistics=None), "")
+    for upload, told in (
+        (replace(sound, statistics=None), r"are \[\], not \['moment', 'sums'\] \(upload.extras"),
+        (replace(sound, statistics={"sums": sound.statistics["sums"]}), r"are \['sums'\], not"),
+        (telling(sound, sums=sound.statistics["sums"] + 50), "are no sums of features: .* has a sum"),
+        (replace(sound, class_counts=(11, 0, 1)), "are no sums of features: .*negative eigenvalue"),
+        (replace(sound, class_counts=None), "statistics without class counts"),
+    ):
+        with pytest.raises(UploadError, match=f"^client 1: .*{told}"):
+            check(upload, "statistics")
+    with pytest.raises(UploadError, match=r"^client 1: its statistics are \['moment', 'sums'\], not \[\]"):
+        check(sound, "")
+
+
+def settings(**changes: Any) -> Config:
+    return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
+
+
+def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training() -> None:
+    """And they change nothing else in an upload."""
+    config = settings(**{"upload.extras": "variances", "upload.dtype": "float16"})
+    initial = initial_weights(config.model, config.seed)
+    upload = pipeline.train_client(config, 1, initial)
+    vit = build_vit(config.model)
+    vit.load_state_dict(initial)
+    images = client_images(config, 1)[0]
+    features = moments.frozen_features(vit, images, config.model, torch.device("cpu"))
+    assert tuple(upload.statistics) == moments.names(config.upload) == ("sums", "moment", "squares")
+    assert same(upload.statistics, moments.measure(features, images.labels, 10, variances=True))
+    assert upload.class_counts == tuple(torch.bincount(images.labels, minlength=10).tolist())
+    without = pipeline.train_client(settings(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
+    assert (without.statistics, without.class_counts) == (None, None)
+    assert upload.train_loss == without.train_loss
+    assert same(upload.weights, without.weights)
+
+
+FAST = {"ensemble.weights": "size", "screen.mode": "off"}
+LDA = FAST | {"method": "lda", "upload.extras": "statistics"}
+
+
+@pytest.mark.parametrize("asked", [LDA, FAST | {"method": "regmean", "upload.extras": "variances, moments"}])
+def test_the_flower_path_gives_the_bits_of_the_straight_line(
+    tmp_path: Path, federate: Federate, asked: dict[str, Any]
+) -> None:
+    asked = asked | {"upload.dtype": "float16"}
+    flower = federate(LocalGrid(client_app, 3), **asked)
+    line = TINY | asked | {"partition.clients": 3, "out-dir": str(tmp_path)}
+    straight = pipeline.run(Config.from_flat(line), "line")
+    for ours, theirs in zip(flower.upload_paths().values(), straight.upload_paths().values(), strict=True):
+        assert digest(load(ours)) == digest(load(theirs))
+    assert same(*(load_tensors(folder.model_path)[0] for folder in (flower, straight)))
+    result, wanted = flower.read_result(), straight.read_result()
+    assert result["bytes_statistics"] == wanted["bytes_statistics"]
+    assert asked["method"] == "regmean" or result["bytes_statistics"] == [8 * (10 * 32 + 32 * 33 // 2)] * 3
+    sent = zip(result["bytes_statistics"], result["bytes_down"], strict=True)
+    assert result["bytes_up"] == [statistics + bytes_down // 2 for statistics, bytes_down in sent]
+    assert result["accuracy"] == wanted["accuracy"]
+
+
+def test_room_is_asked_for_with_directions(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that has room for three models and not for more."""
+    free = 3 * size(initial_weights(settings().model, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert federate(LocalGrid(client_app, 3), **FAST).finished
+    more = FAST | {"upload.extras": "moments"}
+    federate(LocalGrid(client_app, 3), r"and 3 uploads take .* MB; make room there", **more)
+
+
+def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(
+    federate: Federate, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tamper(reply: Message, client: int) -> list[Message]:
+        if client == 1:
+            tensors = reply.content["statistics"].to_torch_state_dict()
+            reply.content["statistics"] = ArrayRecord({**tensors, "moment": -tensors["moment"]})
+        return [reply]
+
+    folder = federate(LocalGrid(client_app, 3, tamper=tamper), r"2 of 3 uploads .* missing: client 1", **LDA)
+    (refused,) = folder.refused_path.glob("*.safetensors")
+    tensors, header = load_tensors(refused)
+    assert "client 1: its statistics are no sums of features" in header["reason"]
+    assert "client 1: its statistics are no sums of features" in caplog.text
+    assert {"sums", "moment", "head.weight"} <= set(tensors)  # nothing is lost
+
+
+def test_what_a_method_lacks_is_told_before_any_client_is_asked(tmp_path: Path) -> None:
+    """And leaves no folder, with Flower and without."""
+    for changes, told in (
+        ({"method": "lda"}, "needs the clients' statistics"),
+        ({"method": "ridge"}, "needs .*set upload.extras = 'statistics'"),
+        ({"method": "fedpft", "upload.extras": "statistics"}, "needs .*set upload.extras = 'variances'"),
+        ({"method": "feddf"}, "needs real images without labels; set feddf.path"),
+        ({"method": "regmean"}, "needs second .*set upload.extras = 'moments'"),
+        ({"flower.strategy": "fedavg", "upload.extras": "statistics"}, "fedavg averages all"),
+        ({"flower.strategy": "fedavg", "upload.extras": "counts, moments"}, "leave out all but counts, "),
+    ):
+        grid, flat = LocalGrid(client_app, 2), TINY | {"out-dir": str(tmp_path)} | changes
+        with pytest.raises(ConfigError, match=told):
+            server_app(grid, server_context(flat))
+        assert not grid.asked
+        if "method" in changes:
+            with pytest.raises(ConfigError, match=f"method = '{changes['method']}' {told}"):
+                pipeline.run(Config.from_flat(flat), "none")
+    assert not list(tmp_path.iterdir())
