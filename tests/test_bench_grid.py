@@ -1,6 +1,5 @@
 """Bench files: what they say, counted by hand, and what is refused by name."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from fedmitr_flwr.config.text import PATHS, PLACES
 from fedmitr_flwr.report.words import measure
 
 ROOT = Path(__file__).parents[1]
-
-Write = Callable[[str], Path]
 
 FULL = """
 datasets = {digits = {}, small = {data.train-limit = 600, model.width = 32}}
@@ -41,22 +38,17 @@ local.lr = [0.01, 0.1]
 """
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def put(text: str) -> Path:
-        path = tmp_path / "bench.toml"
-        path.write_text(text)
-        return path
-
-    return put
+def put(folder: Path, text: str) -> Path:
+    (folder / "bench.toml").write_text(text)
+    return folder / "bench.toml"
 
 
 @pytest.fixture
-def full(write: Write) -> Bench:
-    return read(write(FULL))
+def full(tmp_path: Path) -> Bench:
+    return read(put(tmp_path, FULL))
 
 
-def test_the_cells_are_counted_by_hand_and_have_the_settings_of_their_place(full: Bench, write: Write) -> None:
+def test_the_cells_are_counted_by_hand_and_have_the_settings_of_their_place(full: Bench, tmp_path: Path) -> None:
     made = cells(full)
     found = {
         (each.data, each.skew.name, each.clients, each.seed, each.label, each.rounds): each.config for each in made
@@ -79,7 +71,7 @@ def test_the_cells_are_counted_by_hand_and_have_the_settings_of_their_place(full
     # uploads are shared by what decides them only
     assert len({cell.group for cell in made if not cell.variant.flower}) == 2 * 2 * 2 * 4
     assert len({cell.key for cell in made}) == len(made)
-    some = [read(write(FULL), {"device": device, "grid.methods": ["fedavg"]}) for device in ("cpu", "cuda")]
+    some = [read(put(tmp_path, FULL), {"device": device, "grid.methods": ["fedavg"]}) for device in ("cpu", "cuda")]
     assert len({cells(bench)[0].group for bench in some}) == 2
     assert {cell.config.screen.mode for cell in made} == {"off"}  # or they were screened again for every method
 
@@ -96,26 +88,26 @@ def test_tuning_is_at_its_own_place_on_validation_images(full: Bench) -> None:
     assert all(cell.config.data.validation == 0 for cell in cells(full))
 
 
-def test_a_whole_grid_may_be_judged_by_validation_images(write: Write) -> None:
+def test_a_whole_grid_may_be_judged_by_validation_images(tmp_path: Path) -> None:
     text = "[settings]\ndata.validation = 0.2\n[grid]\nmethods = ['fedavg', 'central']\n[methods.central]"
-    made = cells(read(write(text), {"data.flip": True}))
+    made = cells(read(put(tmp_path, text), {"data.flip": True}))
     assert {cell.config.data.validation for cell in made} == {0.2}
     assert {measure(cell.config.to_flat()) for cell in made} == {"Validation accuracy"}
 
 
-def test_a_data_set_may_have_places_of_its_own(write: Write) -> None:
+def test_a_data_set_may_have_places_of_its_own(tmp_path: Path) -> None:
     text = "[datasets.a]\nplaces = [{alpha = 0.05, clients = 7}, {classes = 2, clients = 3}, {}]\n[datasets.b]\n"
     text += "[grid]\nclients = [4]\nseed = [1, 2]\nmethods = ['fedavg']"
-    made = [(cell.seed, cell.data, cell.clients, cell.skew.name) for cell in cells(read(write(text)))]
+    made = [(cell.seed, cell.data, cell.clients, cell.skew.name) for cell in cells(read(put(tmp_path, text)))]
     own = [("a", 7, "Dirichlet 0.05"), ("a", 3, "2 classes"), ("a", 5, "IID"), ("b", 4, "Dirichlet 0.3")]
     assert made == [(seed, *place) for seed in (1, 2) for place in own]
 
 
-def test_axes_that_no_data_set_reads_are_refused(write: Write) -> None:
+def test_axes_that_no_data_set_reads_are_refused(tmp_path: Path) -> None:
     text = "[datasets.a]\nplaces = [{alpha = 0.05}]\n[grid]\nmethods = ['fedavg']\n"
     with pytest.raises(ConfigError, match=r"grid\.clients is not read by data sets with places .* \(a\); remove it"):
-        read(write(text + "clients = [5]"))
-    both = write(text.replace("[grid]", "[datasets.b]\n[grid]") + "clients = [5]")
+        read(put(tmp_path, text + "clients = [5]"))
+    both = put(tmp_path, text.replace("[grid]", "[datasets.b]\n[grid]") + "clients = [5]")
     assert len(cells(read(both))) == 2
     with pytest.raises(ConfigError, match=r"grid\.alpha is not read by .* \(a\); remove it"):
         read(both, {"grid.alpha": [0.1]})
@@ -131,20 +123,20 @@ def test_what_was_chosen_is_set(full: Bench) -> None:
     assert all(cell.facts["tuned"] == choice for cell in tuned)
 
 
-def test_a_method_is_told_what_it_asks_for(write: Write) -> None:
+def test_a_method_is_told_what_it_asks_for(tmp_path: Path) -> None:
     text = '[grid]\nmethods = ["fedmitr", "lda", "fedpft", "counts", "regmean"]\n'
     text += '[methods.counts]\nmethod = "fedmitr"\nensemble.weights = "counts"'
-    made = cells(read(write(text)))
+    made = cells(read(put(tmp_path, text)))
     told = {"fedmitr": "", "lda": "statistics", "fedpft": "variances", "counts": "counts", "regmean": "moments"}
     assert {cell.label: cell.config.upload.extras for cell in made} == told
     assert len({cell.group for cell in made}) == 1
     # a data set's settings may be those of FedMITR with more: its rivals are told less, and RegMean what it needs
     text = '[settings]\nupload.extras = "counts"\n[grid]\nmethods = ["fedmitr", "regmean"]\n'
-    assert [cell.config.upload.extras for cell in cells(read(write(text)))] == ["counts", "moments"]
+    assert [cell.config.upload.extras for cell in cells(read(put(tmp_path, text)))] == ["counts", "moments"]
 
 
-def test_words_of_the_command_line_win(write: Write) -> None:
-    path = write(FULL)
+def test_words_of_the_command_line_win(tmp_path: Path) -> None:
+    path = put(tmp_path, FULL)
     bench = read(path, {"grid.seed": [7], "tune.seed": 8, "local.epochs": 9, "model.width": 16})
     assert bench.tune is not None
     assert bench.tune.seed == 8
@@ -167,23 +159,25 @@ def test_words_of_the_command_line_win(write: Write) -> None:
         read(path, {"grid.partition": ["dirichlet"], "grid.classes": [3]})
 
 
-def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(write: Write, tmp_path: Path) -> None:
+def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(tmp_path: Path) -> None:
     """A base file gives settings, but no axes of the grid."""
     base = "seed = 5\nmethod = 'fedavg'\npartition.alpha = 0.7\n"
     base += "local.epochs = 4\nlocal.lr = 0.1\nmodel.width = 16\ndistill.epochs-per-round = 9\n"
     (tmp_path / "base.toml").write_text(base)
     (tmp_path / "small.toml").write_text("local.epochs = 5\nlocal.lr = 0.2\nmodel.width = 32\n")
     text = 'base = "base.toml"\n[settings]\nlocal.epochs = 6\nlocal.lr = 0.3\n[datasets.a]\nconfig = "small.toml"\n'
-    (only,) = cells(read(write(text + 'local.lr = 0.4\nscreen.mode = "exclude"\n[grid]\nmethods = ["fedmitr"]')))
+    (only,) = cells(
+        read(put(tmp_path, text + 'local.lr = 0.4\nscreen.mode = "exclude"\n[grid]\nmethods = ["fedmitr"]'))
+    )
     config = only.config
     assert (config.local.epochs, config.local.lr) == (6, 0.4)
     assert (config.model.width, config.distill.epochs_per_round, config.screen.mode) == (32, 9, "exclude")
     assert (config.seed, config.method, config.partition.alpha) == (0, "fedmitr", 0.3)
 
 
-def test_a_setting_that_there_was_not_yet_counts_as_its_default(write: Write) -> None:
+def test_a_setting_that_there_was_not_yet_counts_as_its_default(tmp_path: Path) -> None:
     text = "[grid]\nmethods = ['fedmitr']\n[settings]\n"
-    (same,), (other,) = (cells(read(write(text + more))) for more in ("", "local.average = 0.5"))
+    (same,), (other,) = (cells(read(put(tmp_path, text + more))) for more in ("", "local.average = 0.5"))
     before = {name: value for name, value in same.config.to_flat().items() if name != "local.average"}
     assert same.is_of(before)
     assert not other.is_of(before)
@@ -232,29 +226,29 @@ WRONG_CELL = [
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG)
-def test_what_is_wrong_is_named(write: Write, text: str, message: str) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read(write(text.replace("#", ONE)))
+        read(put(tmp_path, text.replace("#", ONE)))
     assert message in str(caught.value)
     assert "bench.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_run_is_known_before_anything_runs(write: Write) -> None:
+def test_what_cannot_run_is_known_before_anything_runs(tmp_path: Path) -> None:
     for text, message in WRONG_CELL:
         with pytest.raises(ConfigError, match=message):
-            cells(read(write(text.replace("#", ONE))))
+            cells(read(put(tmp_path, text.replace("#", ONE))))
 
 
-def test_uploads_of_its_own_are_a_method_s_that_says_so(write: Write) -> None:
+def test_uploads_of_its_own_are_a_method_s_that_says_so(tmp_path: Path) -> None:
     text = '[grid]\nmethods = ["fedmitr", "plain"]\n[methods.plain]\nmethod = "fedmitr"\nlocal.outliers = 0.0\n'
     with pytest.raises(ConfigError, match=r"local\.outliers of 'plain' changes the uploads .*: own-uploads = true"):
-        cells(read(write(text)))
-    shared, own = cells(read(write(text + "own-uploads = true")))
+        cells(read(put(tmp_path, text)))
+    shared, own = cells(read(put(tmp_path, text + "own-uploads = true")))
     assert (shared.config.local.outliers, own.config.local.outliers) == (1.0, 0.0)
     assert shared.group != own.group
     with pytest.raises(ConfigError, match=r"methods\.plain\.own-uploads = 1 is not possible; use true or false"):
-        read(write(text + "own-uploads = 1"))
+        read(put(tmp_path, text + "own-uploads = 1"))
 
 
 def test_the_names_of_flower_s_strategies_are_those_of_the_app() -> None:

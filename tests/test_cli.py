@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return found[1]
 
 
-def test_run_ends_with_the_table_and_the_folder_which_is_its_user_s_alone(
+def test_run_ends_with_the_table_and_the_folder(
     calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = os.umask(0o022)

@@ -161,7 +161,7 @@ def test_a_test_split_without_classes_is_passed_over(tmp_path: Path, caplog: pyt
         assert f"test has no folders of the classes and is passed over; {root}/val is the test split" in caplog.text
 
 
-def test_class_folders_in_two_spellings_or_no_utf_8(tmp_path: Path) -> None:
+def test_class_folders_of_one_name_in_two_spellings(tmp_path: Path) -> None:
     root = folders(tmp_path)
     (root / "train" / "cat").rename(root / "train" / "caf\u00e9")  # one letter
     (root / "test" / "cat").rename(root / "test" / "cafe\u0301")  # two

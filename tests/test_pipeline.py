@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import weakref
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pyarrow.parquet as pq
 import pytest
@@ -131,7 +131,7 @@ def on_clients(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return watched(tmp_path_factory.mktemp("on-clients"), method="fedavg", **where)
 
 
-def test_every_file_is_there_with_its_content(done: RunFolder) -> None:
+def test_every_file_is_there(done: RunFolder) -> None:
     names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
     files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png"}
     models = {"model.json", "model.safetensors", "pool.safetensors"}
@@ -220,27 +220,18 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
     assert first.read_result()["accuracy"] == again.read_result()["accuracy"]
 
 
-def test_every_client_and_round_has_its_own_stream_and_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seeds, numbers = [], []
-
-    def spy(vit: Any, _images: Any, _config: Config, rng: torch.Generator, *_rest: Any) -> float:
-        assert same(vit.state_dict(), start)
-        seeds.append(rng.initial_seed())
-        numbers.append(torch.get_num_threads())
-        return 0.5
-
-    monkeypatch.setattr(pipeline, "train_local", spy)
-    config = a_config(tmp_path, **{"local.threads": 2})
+def test_every_client_and_round_has_its_own_stream_and_number_of_threads(tmp_path: Path) -> None:
+    config, numbers = a_config(tmp_path, **{"local.threads": 2}), []
     start = initial_weights(config.model, 77)
-    for client in range(3):
-        for server_round in (1, 2):
+    spy = Mock(side_effect=lambda *_: numbers.append(torch.get_num_threads()) or 0.5)
+    with patch.object(pipeline, "train_local", spy):
+        for client, server_round in product(range(3), (1, 2)):
             upload = pipeline.train_client(config, client, start, server_round=server_round)
             assert same(upload.weights, start)
-    pipeline.train_client(a_config(tmp_path, seed=1), 0, start)
+        pipeline.train_client(a_config(tmp_path, seed=1), 0, start)
+        pipeline.train_client(config.with_clients(2), 1, start)  # how many others there are changes no draw
+    seeds = [call.args[3].initial_seed() for call in spy.call_args_list]
     assert len(set(seeds)) == 7
-    pipeline.train_client(config.with_clients(2), 1, start)  # the draws do not depend on how many others there are
     assert seeds[-1] == seeds[2]
     assert numbers == [2] * 6 + [1, 2]
     assert torch.get_num_threads() == 1
@@ -258,7 +249,7 @@ def test_fuse_uses_the_uploads_of_a_run(done: RunFolder, trained: list[int]) -> 
     assert pipeline.fuse(folder, "ensemble", {}).path == done.path / "fused" / "ensemble-1"
 
 
-def test_fusing_as_the_run_did_gives_its_bytes_and_other_settings_others(done: RunFolder) -> None:
+def test_fusing_as_the_run_did_gives_its_bytes(done: RunFolder) -> None:
     changes = {"inversion.mode": "pri4", "relabel.mode": "none", "ensemble.combine": "probs", "distill.rounds": 2}
     folders = [done, pipeline.fuse(done, "fedmitr", {})]
     torch.manual_seed(3)
@@ -271,7 +262,7 @@ def test_fusing_as_the_run_did_gives_its_bytes_and_other_settings_others(done: R
     assert changes.items() <= result["config"].items()
 
 
-def test_a_fusion_that_cannot_work_or_would_change_the_uploads_makes_no_folder(done: RunFolder) -> None:
+def test_a_fusion_that_cannot_work_makes_no_folder(done: RunFolder) -> None:
     before = sorted(done.path.rglob("*"))
     others = {"seed": 1, "model.width": 32, "partition.clients": 4, "partition.scheme": "dirichlet", "local.epochs": 2}
     others |= {"data.train-limit": 50, "data.validation": 0.2, "upload.dtype": "float16", "evaluate.where": "clients"}
@@ -289,9 +280,7 @@ def test_a_fusion_that_cannot_work_or_would_change_the_uploads_makes_no_folder(d
     assert sorted(done.path.rglob("*")) == before
 
 
-def test_below_the_quorum_nothing_is_fused_and_resume_asks_only_the_missing_client(
-    averaged: SimpleNamespace, tmp_path: Path, trained: list[int]
-) -> None:
+def test_resume_asks_only_the_missing_client(averaged: SimpleNamespace, tmp_path: Path, trained: list[int]) -> None:
     run = without_upload(averaged.run, tmp_path / "run", **{"flower.quorum": 0.7})
     with pytest.raises(RunError, match=r"2 of 3 uploads .* 3 are needed; missing: client 1"):
         pipeline.serve(run)
@@ -306,7 +295,7 @@ def test_below_the_quorum_nothing_is_fused_and_resume_asks_only_the_missing_clie
     assert resumed.read_result()["accuracy"] == averaged.run.read_result()["accuracy"]
 
 
-def test_resume_of_what_has_ended_or_was_otherwise_is_refused_and_with_another_method_is_fine(
+def test_resume_with_another_list_of_clients_is_refused(
     averaged: SimpleNamespace, tmp_path: Path, trained: list[int]
 ) -> None:
     """The places in the list of clients are the numbers under which the uploads lie."""
@@ -388,9 +377,7 @@ def as_sets(*groups: list[torch.Tensor]) -> list[set[tuple[int, ...]]]:
     return [{tuple(pixels.flatten().tolist()) for pixels in torch.cat(group)} for group in groups]
 
 
-def test_held_out_images_are_never_trained_on_and_the_test_split_stays_closed(
-    averaged: SimpleNamespace, on_clients: SimpleNamespace
-) -> None:
+def test_held_out_images_are_never_trained_on(averaged: SimpleNamespace, on_clients: SimpleNamespace) -> None:
     own, held = as_sets(on_clients.trained, on_clients.judged)
     assert len(own) + len(held) == len(own | held) == 60
     assert (on_clients.splits, averaged.splits) == ({"train"}, {"train", "test"})
