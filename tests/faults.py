@@ -25,21 +25,11 @@ PATIENCE = 900.0  # seconds for one step on a machine that is busy with other th
 DEADLINE = 120.0  # in which `a` is done on any machine, and `b`, which is slowed down, on none
 NAMES = ("a", "b")
 DIGITS = tuple("0123456789")
-SETTINGS: dict[str, Any] = TINY | {
-    "method": "fedmitr",
-    "data.train-limit": 0,
-    "partition.scheme": "own",
-    "partition.clients": len(NAMES),
-    "flower.clients": " | ".join(NAMES),
-    "flower.node-wait": PATIENCE,
-    "flower.upload-timeout": PATIENCE,
-    "local.epochs": 400,
-    "inversion.steps": 150,
-    "inversion.batch-size": 10,
-    "distill.rounds": 2,
-    "distill.images-per-round": 20,
-    "distill.epochs-per-round": 40,
-}
+SETTINGS: dict[str, Any] = TINY | {"method": "fedmitr", "data.train-limit": 0, "local.epochs": 400}
+SETTINGS |= {"partition.scheme": "own", "partition.clients": len(NAMES), "flower.clients": " | ".join(NAMES)}
+SETTINGS |= {"flower.node-wait": PATIENCE, "flower.upload-timeout": PATIENCE}
+SETTINGS |= {"inversion.steps": 150, "inversion.batch-size": 10}
+SETTINGS |= {"distill.rounds": 2, "distill.images-per-round": 20, "distill.epochs-per-round": 40}
 
 
 @dataclass

@@ -1,18 +1,27 @@
-"""Tables of a bench: means, deviations and tests by hand; what is bold, marked, left out; one file of all results."""
+"""Tables and figures of a bench: numbers by hand; what is bold, marked, left out; nothing on top of anything."""
 
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_fakes import an_entry, results
+from bench_fakes import PLACES, an_entry, results
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
+from fedmitr_flwr.bench import figures
 from fedmitr_flwr.bench.command import bench
+from fedmitr_flwr.bench.figures import OURS, draw, points, recall, scatter, skew, styles
+from fedmitr_flwr.bench.markup import spread as as_text
 from fedmitr_flwr.bench.results import load, save
-from fedmitr_flwr.bench.rows import p_value, reference_of, rows
+from fedmitr_flwr.bench.rows import Row, p_value, reference_of, rows
+from fedmitr_flwr.bench.spec import STRATEGIES
 from fedmitr_flwr.bench.stats import Spread, holm, paired_p
 from fedmitr_flwr.bench.table import as_csv, markdown
 from fedmitr_flwr.common.errors import ConfigError, RunError
@@ -36,9 +45,9 @@ def spread(*values: float) -> Spread:
 
 def test_mean_and_sample_deviation_by_hand() -> None:
     # mean (50 + 54 + 64) / 3 = 56; squares 36 + 4 + 64 = 104; 104 / (3 - 1) = 52; √52 = 7.2111
-    assert spread(*LDA).mean == 56.0
-    assert spread(*LDA).std == pytest.approx(7.2111, abs=1e-4)
+    assert (spread(*LDA).mean, spread(*LDA).std) == (56.0, pytest.approx(7.2111, abs=1e-4))
     assert (spread(50.0).std, spread(50.0).n) == (None, 1)
+    assert (as_text([50.0, 54.0, 64.0]), as_text([50.0, None]), as_text([None])) == ("56.0 ± 7.2 (3)", "50.0 (1)", "-")
 
 
 def test_the_paired_test_by_hand() -> None:
@@ -137,10 +146,11 @@ def test_the_csv_has_the_numbers_unrounded() -> None:
 
 def test_a_row_has_its_reference_at_its_own_place() -> None:
     found = rows(results([*three_methods(), *three_methods(partition="IID")]))
-    pairs = [(row, reference_of(found, row.place, "fedmitr")) for row in found]
-    assert all(reference is not None and reference.place == row.place for row, reference in pairs)
-    p_values = [p_value(row, reference) for row, reference in pairs if row.label == "lda"]
-    assert p_values == [pytest.approx(0.09643, abs=1e-5)] * 2
+    for row in found:
+        reference = reference_of(found, row.place, "fedmitr")
+        assert reference is not None
+        assert reference.place == row.place
+        assert row.label != "lda" or p_value(row, reference) == pytest.approx(0.09643, abs=1e-5)
 
 
 def test_recall_is_a_mean_over_seeds_that_have_the_class() -> None:
@@ -168,7 +178,114 @@ def test_what_holds_no_results_is_refused(tmp_path: Path) -> None:
             load(tmp_path / "results.jsonl")
     with pytest.raises(RunError, match=r"is not a folder of `fedmitr bench`"):
         load(tmp_path)
-    with pytest.raises(ConfigError, match="give a bench file"):
-        bench(None, {})
     with pytest.raises(ConfigError, match="not both"):
         bench(tmp_path, {}, table=tmp_path)
+
+
+ONE_SHOT = ("fedavg", "adi", "dense", "coboosting", "fedmitr", "lda", "ridge", "fedpft", "ensemble", "feddf", "central")
+VARIANTS = ("fedmitr-dense", "fedmitr-pri", "fedmitr-none", "fedmitr-drop")
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Row]:
+    """A whole grid: all methods and strategies, four places, two seeds."""
+    made = []
+    for place, (partition, _) in enumerate(PLACES.items()):
+        for number, label in enumerate((*ONE_SHOT, *VARIANTS)):
+            spent = {"server_seconds": 0.1 * 10 ** (number % 4)}
+            made += [an_entry(label, 20.0 + 15 * place + number + seed, seed, partition, **spent) for seed in (0, 1)]
+        for number, name in enumerate(STRATEGIES):
+            for rounds in (1, 10):
+                made.append(an_entry(f"flower:{name}", 30.0 + 15 * place + number, 0, partition, rounds))
+    return rows(results(made))
+
+
+TWO = [an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]  # at one place
+
+
+def drawn(name: str, found: list[Row], title: str = "digits") -> tuple[Figure, RendererBase]:
+    """A figure, laid out."""
+    looks = styles(found, "fedmitr")
+    if name in ("bytes", "seconds"):
+        costs = {"bytes": ("bytes_up", 1e6, "MB"), "seconds": ("server_seconds", 1.0, "s")}
+        figure = scatter(found, looks, *costs[name], title)
+    else:
+        figure = skew(found, looks, title) if name == "skew" else recall(found, found[0].place)
+    assert figure is not None
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure, canvas.get_renderer()  # type: ignore[no-untyped-call]
+
+
+def test_points_by_hand() -> None:
+    entries = [an_entry("fedmitr", 50.0, 0), an_entry("fedmitr", 54.0, 1), an_entry("fedavg", 40.0)]
+    entries += [an_entry("flower:krum", 30.0, rounds=5), an_entry("flower:krum", 20.0, rounds=1)]
+    assert points(rows(results(entries)), lambda row: row.cost("bytes_up")) == {  # not of clients alone: no bytes
+        "fedmitr": [(2e6, 52.0, pytest.approx(math.sqrt(8), abs=1e-9))],  # (2² + 2²) / 1
+        "fedavg": [(2e6, 40.0, 0.0)],
+        "flower:krum": [(2e6, 20.0, 0.0), (1e7, 30.0, 0.0)],
+    }
+
+
+def test_points_of_equal_cost_have_equal_places(many: list[Row]) -> None:
+    figure, _ = drawn("bytes", [row for row in many if row.cost("bytes_up") == 2e6])
+    drawn_at = [line.get_xdata()[0] for line in figure.axes[0].get_lines() if line.get_marker() not in ("None", "")]
+    assert len(drawn_at) > 10
+    assert set(drawn_at) == {2.0}
+
+
+def test_every_method_looks_different(many: list[Row]) -> None:
+    looks = styles(many, "fedmitr")
+    assert len(set(looks.values())) == len(looks) == len(ONE_SHOT) + len(VARIANTS) + len(STRATEGIES) + 2
+    assert {label for label, style in looks.items() if style.colour == OURS} == {"fedmitr", *VARIANTS}
+    assert {label for label, style in looks.items() if style.hollow} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", ["bytes", "seconds", "skew"])
+def test_nothing_is_on_top_of_anything(many: list[Row], name: str) -> None:
+    figure, renderer = drawn(name, many)
+    legend = figure.legends[0].get_window_extent(renderer)
+    axes = [axis.get_tightbbox(renderer) for axis in figure.axes]
+    for number, axis in enumerate(axes):
+        assert not any(axis.overlaps(other) for other in (legend, *axes[:number]))
+    assert 0 <= legend.x0 <= legend.x1 <= figure.bbox.width
+    assert legend.y0 >= -1  # of a pixel
+
+
+@pytest.mark.parametrize("name", ["bytes", "seconds", "recall"])
+def test_a_small_picture_holds_its_title(name: str) -> None:
+    figure, renderer = drawn(name, rows(results(TWO)), "a data set with a long name, 10 clients")
+    box = figure._suptitle.get_window_extent(renderer)  # type: ignore[attr-defined]
+    assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+
+
+def test_skew_is_in_order_and_has_the_rounds_with_most(many: list[Row]) -> None:
+    figure, _ = drawn("skew", many)
+    (axis,) = figure.axes
+    wanted = ["2 classes", "Dirichlet 0.1", "Dirichlet 0.5", "IID"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == wanted
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "flower:krum, 10 rounds" in names
+    assert "fedmitr-dense" not in names
+    ours = [line for line in axis.get_lines() if to_hex(line.get_color()).upper() == OURS and line.get_marker() == "*"]
+    heights = sorted(tuple(line.get_ydata()) for line in ours)
+    assert heights == [(24.5, 39.5), (54.5,), (69.5,)]  # fedmitr is number 4: 20 + 15 place + 4, mean of + 0 and + 1
+    two = rows(results(TWO))
+    assert skew(two, styles(two, "fedmitr"), "digits") is None  # of one place
+
+
+def test_the_heat_map_is_the_recall() -> None:
+    (axis, _) = drawn("recall", rows(results(TWO)))[0].axes
+    assert axis.images[0].get_array().tolist() == [[60.0, 40.0], [40.0, 20.0]]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["fedmitr", "fedavg"]
+    assert [text.get_text() for text in axis.texts] == ["60", "40", "40", "20"]
+
+
+def test_all_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[str] = []
+    monkeypatch.setattr(figures, "save", lambda _, path: saved.append(path.name))
+    made = [an_entry(label, 50.0, 0, partition) for label in ("fedmitr", "lda") for partition in ("2 classes", "IID")]
+    (tmp_path / "digits-K4-recall-dirichlet-0.1.png").write_bytes(b"of an earlier grid")
+    assert draw(results(made), tmp_path) == 5
+    assert not list(tmp_path.iterdir())
+    assert saved == [f"digits-K4-{name}.png" for name in ("bytes", "seconds", "skew", "recall-2-classes", "recall-iid")]

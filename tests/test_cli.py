@@ -3,14 +3,17 @@
 import io
 import logging
 import os
-import signal
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 import pytest
+from tiny import as_before
 
 from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
@@ -19,22 +22,18 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 
+ROOT = Path(__file__).parents[1]
 Call = tuple[object, ...]
 
 
 @pytest.fixture(autouse=True)
-def _quiet_logging() -> Iterator[None]:
-    """`main` sets up logging for its process; give the tests theirs back."""
-    root, ours = logging.getLogger(), logging.getLogger("fedmitr")
-    handlers, level = root.handlers[:], ours.level
-    yield
-    root.handlers[:] = handlers
-    ours.setLevel(level)
+def _quiet() -> Iterator[None]:
+    with as_before():
+        yield
 
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What was asked of pipeline.py."""
     made: list[Call] = []
 
     def finish(folder: RunFolder) -> RunFolder:
@@ -56,54 +55,61 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that must fail; its one line."""
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert err.startswith("fedmitr: error: ")
-    return err.removeprefix("fedmitr: error: ").strip()
+    found = re.fullmatch("fedmitr: error: (.*)\n", err)
+    assert found, err
+    return found[1]
 
 
 def test_run_ends_with_the_table_and_the_folder(
     calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "--name", "first"]) == 0
+    before = os.umask(0o022)
+    try:
+        assert main(["run", "--name", "first"]) == 0
+    finally:
+        os.umask(before)
     assert calls == [("run", Config(), "first")]
     lines = capsys.readouterr().out.splitlines()
     assert "fedmitr (student)               61.00" in lines
     assert lines[-1] == f"run folder: {tmp_path / 'first'}"
+    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    folders, files = ("first", "first/uploads", "first/uploads/refused"), ("first/config.toml", "first/result.json")
+    assert modes == dict.fromkeys(folders, "0o700") | dict.fromkeys(files, "0o600")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_settings_stand_anywhere_and_win_over_the_file(calls: list[Call], tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text("seed = 1\n[local]\nlr = 0.25\nepochs = 3\n")
+    wanted = Config.from_flat({"seed": 2, "local.lr": 0.5, "local.epochs": 3})
+    for words in (
         "-c FILE seed=2 local.lr=0.5 --name n",
         "seed=2 -c FILE local.lr=0.5 --name n",
         "seed=2 local.lr=0.5 --name n --config FILE",
         "--name n seed=2 -c FILE local.lr=0.5",
         "--name=n seed=1 --config=FILE seed=2 local.lr=0.5",
-    ],
-)
-def test_settings_stand_anywhere_and_win_over_the_file(calls: list[Call], tmp_path: Path, words: str) -> None:
-    file = tmp_path / "file.toml"
-    file.write_text("seed = 1\n[local]\nlr = 0.25\nepochs = 3\n")
-    assert main(["run", *words.replace("FILE", str(file)).split()]) == 0
-    wanted = Config.from_flat({"seed": 2, "local.lr": 0.5, "local.epochs": 3})
-    assert calls.pop() == ("run", wanted, "n")
+    ):
+        assert main(["run", *words.replace("FILE", str(file)).split()]) == 0
+        assert calls.pop() == ("run", wanted, "n")
+        shutil.rmtree(tmp_path / "n")
     file.write_text("data.source = 'parquet'\n")  # the command line gives what it needs
     assert main(["run", "-c", str(file), "data.path=/data"]) == 0
     assert calls == [("run", Config.from_flat({"data.source": "parquet", "data.path": "/data"}), None)]
 
 
 def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunFolder.create(Config(out_dir=str(tmp_path), seed=9), "first")
+    run = RunFolder.create(Config.from_flat({"out-dir": str(tmp_path), "model.patch-size": 4}), "first")
     file = tmp_path / "file.toml"
     file.write_text("distill.rounds = 2\n")
     assert main(["fuse", str(run.path), "--method", "fedavg", "-c", str(file), "relabel.mode=drop"]) == 0
     assert calls == [("fuse", run.path, "fedavg", {"distill.rounds": 2, "relabel.mode": "drop"})]
     assert capsys.readouterr().out.splitlines()[-1] == f"run folder: {run.path / 'fused' / 'fedavg-1'}"
+    calls.clear()
+    line = refused(capsys, "fuse", str(run.path), "--method", "fedavg", "model.img-size=10")
+    assert "use a multiple of model.patch-size = 4" in line  # settings are checked on top of the run's own
+    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -124,6 +130,10 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("central nowhere", "nowhere is not a run folder (no config.toml)"),
         ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
+        ("bench", "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
+        ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
+        ("bench --table nowhere", "nowhere; give the path of one"),
+        ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
         ("", "are required: run | fuse | central | bench | report | methods; see fedmitr --help"),
         ("train", "argument run | fuse | central | bench | report | methods: invalid choice: 'train'"),
     ],
@@ -143,139 +153,64 @@ def test_a_bad_file_is_named(calls: list[Call], tmp_path: Path, capsys: pytest.C
     assert calls == []
 
 
-def test_fuse_checks_settings_on_top_of_the_runs_own(
-    calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = Config.from_flat({"out-dir": str(tmp_path), "model.patch-size": 4})
-    run = RunFolder.create(config, "first")
-    line = refused(capsys, "fuse", str(run.path), "--method", "fedavg", "model.img-size=10")
-    assert "use a multiple of model.patch-size = 4" in line
-    assert calls == []
+def test_a_user_without_a_home_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError("Could not determine home directory.")
+    with patch.object(Path, "expanduser", side_effect=error):
+        assert "HOME is not set" in refused(capsys, "run", "out-dir=~/runs")
 
 
-def test_what_a_command_writes_is_its_user_s_alone(calls: list[Call], tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        assert main(["run", "--name", "first"]) == 0
-    finally:
-        os.umask(before)
-    assert calls
-    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
-    assert modes == {
-        **dict.fromkeys(("first", "first/uploads", "first/uploads/refused"), "0o700"),
-        **dict.fromkeys(("first/config.toml", "first/result.json"), "0o600"),
-    }
-
-
-def test_a_user_without_a_home_gets_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_home(_: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", no_home)
-    assert "HOME is not set" in refused(capsys, "run", "out-dir=~/runs")
-
-
-def ending_in(monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str = "") -> None:
-    """The run will log this line and raise this error."""
+def ended(capsys: pytest.CaptureFixture[str], error: BaseException, said: str = "") -> tuple[int, str]:
+    """Status and last line of a run that logs this line and raises this error."""
 
     def run(*_: object) -> None:
         logging.getLogger("fedmitr").info("%s", said)
         raise error
 
-    monkeypatch.setattr(pipeline, "run", run)
+    with patch.object(pipeline, "run", run):
+        return main(["run"]), capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_the_pipeline_refuses_is_one_printable_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ending_in(monkeypatch, DataError("class 'a\x1b]0;owned\x07\u202eb' is unknown,\n  in two lines"))
-    assert main(["run"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        r"fedmitr: error: class 'a\x1b]0;owned\x07\u202eb' is unknown, in two lines"
-    )
-    ending_in(monkeypatch, ZeroDivisionError())
+def test_what_the_pipeline_refuses_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    error = DataError("class 'a\x1b]0;owned\x07\u202eb' is unknown,\n  in two lines")
+    line = r"fedmitr: error: class 'a\x1b]0;owned\x07\u202eb' is unknown, in two lines"
+    assert ended(capsys, error) == (2, line)
     with pytest.raises(ZeroDivisionError):
-        main(["run"])  # a mistake of ours keeps its traceback
+        ended(capsys, ZeroDivisionError())  # a mistake of ours keeps its traceback
 
 
-@pytest.mark.parametrize(
-    ("said", "goes_on"),
-    [
-        ("training", ""),
-        ("run folder: /runs/a\x1bb", r"; go on with: fedmitr run ... resume-from=/runs/a\x1bb"),
-    ],
-)
-def test_an_interrupted_run_says_how_it_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str, goes_on: str
-) -> None:
-    ending_in(monkeypatch, KeyboardInterrupt(), said)
-    assert main(["run"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == f"fedmitr: interrupted{goes_on}"
+def test_an_interrupted_run_says_how_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(capsys, KeyboardInterrupt(), "training") == (130, "fedmitr: interrupted")
+    line = r"fedmitr: interrupted; go on with: fedmitr run ... resume-from=/runs/a\x1bb"
+    assert ended(capsys, KeyboardInterrupt(), "run folder: /runs/a\x1bb") == (130, line)
 
 
 def test_methods_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == methods.available()
-    assert {"fedavg", "ensemble", "fedmitr"} <= set(methods.available())
+    assert {"fedavg", "ensemble", "fedmitr"} <= {line.split()[0] for line in lines} == set(methods.available())
     assert all(len(line.split()) > 2 for line in lines)
 
 
 def python(*words: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent, check=False, **streams)
-
-
-def test_as_a_module_with_bad_input() -> None:
-    done = python("-m", "fedmitr_flwr", "run", "local.batchsize=3")
-    line = "fedmitr: error: unknown config key 'local.batchsize'; did you mean local.batch-size?\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, check=False, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def test_help_does_without_torch() -> None:
-    done = python(
-        "-c",
-        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
-        "from fedmitr_flwr.cli import main\n"
-        "main(['--help'])",
-    )
+    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from fedmitr_flwr.cli import main"
+    done = python("-c", f"{code}; main(['--help'])")
     assert done.returncode == 0, done.stderr
-    assert "flwr run ." in done.stdout
-    assert "fedmitr fuse" in done.stdout
+    assert re.search(r"flwr run \.(.|\n)*fedmitr fuse", done.stdout)
 
 
 def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[object] = []
-
-    def bench(*given: object, **options: object) -> int:
-        asked.append((*given, options))
-        return 1
-
+    bench = Mock(return_value=1)
     monkeypatch.setitem(sys.modules, "fedmitr_flwr.bench.command", SimpleNamespace(bench=bench))
     words = ["bench", "file.toml", "grid.seed=[1, 2]", "--out", str(tmp_path), "local.epochs=3", "--any-code"]
     assert main([*words, "--known", "r.jsonl"]) == 1
     settings = {"grid.seed": [1, 2], "local.epochs": 3}
     switches = {"known": Path("r.jsonl"), "any_code": True, "verbose": False}
-    assert asked == [(Path("file.toml"), settings, tmp_path, None, switches)]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("bench", "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
-        ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
-        ("bench --table nowhere", "nowhere; give the path of one"),
-        ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
-    ],
-)
-def test_bench_and_report_name_what_is_wrong(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert message in refused(capsys, *words.split())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    bench.assert_called_once_with(Path("file.toml"), settings, tmp_path, None, **switches)
 
 
 def test_a_reader_that_left_is_no_error() -> None:
@@ -286,11 +221,8 @@ def test_a_reader_that_left_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_letters_that_the_terminal_lacks_are_escaped(
-    encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for encoding in ("ascii", "cp1252")]
     monkeypatch.setattr("sys.stdout", streams[0])
     monkeypatch.setattr("sys.stderr", streams[1])
     monkeypatch.setattr(cli, "_methods", lambda _: print("高い"))

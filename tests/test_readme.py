@@ -1,46 +1,43 @@
-"""README.md against the program: its commands run, its bad input is refused in its words, its method works.
+"""README.md and docs/ against the program: commands run, functions and links lead somewhere, defaults hold.
 
 Commands run as they stand there, on a budget that takes seconds: `SMALL` is put behind each.
 """
 
-import importlib.util
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import an_upload, settings
+from tiny import an_upload, as_before, settings
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
+from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.earlier import RENAMED, RETIRED
+from fedmitr_flwr.config.text import parse_assignment
 from fedmitr_flwr.methods.contract import Job
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 
-IMAGES = [
-    "ensemble.weights=size",
-    "inversion.steps=4",
-    "distill.rounds=1",
-    "distill.images-per-round=20",
-    "distill.epochs-per-round=1",
-]
-TRAINING = ["local.epochs=1", "partition.clients=2", "partition.min-size=2"]
-SMALL = {
-    "run": [*IMAGES, *TRAINING],
-    "fuse": IMAGES,
-    "bench": [*IMAGES, "local.epochs=1", 'grid.methods=["fedavg"]'],
-}
+IMAGES = ["ensemble.weights=size", "inversion.steps=4", "distill.rounds=1"]
+IMAGES += ["distill.images-per-round=10", "distill.epochs-per-round=1"]
+TRAINING = ["local.epochs=1", "data.train-limit=500", "data.test-limit=50"]
+SMALL = {"run": [*IMAGES, *TRAINING, "partition.clients=2", "partition.min-size=2"], "fuse": IMAGES}
+SMALL["bench"] = [*IMAGES, *TRAINING, 'grid.methods=["fedavg"]']
 NOT_RUN = ("pip install -e .", "make ")  # targets of make have to exist
 
 
@@ -49,30 +46,21 @@ def blocks(mark: str, language: str = r"\w+") -> list[tuple[str, str]]:
     return re.findall(rf"^<!-- {mark} -->\n```({language})\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def a_home(folder: Path) -> dict[str, str]:
-    """The environment of a user with an empty home, one thread, and this checkout as the program `fedmitr`."""
-    home, programs = folder / "home", folder / "bin"
-    home.mkdir()
-    programs.mkdir()
-    shim = programs / "fedmitr"
-    cases = "".join(f'  {command}) set -- "$@" {shlex.join(words)};;\n' for command, words in SMALL.items())
-    shim.write_text(
-        f'#!/bin/sh\ncase "$1" in\n{cases}esac\nexec "{sys.executable}" -m fedmitr_flwr "$@"\n', encoding="utf-8"
-    )
-    shim.chmod(0o755)
-    return {
-        **os.environ,
-        "HOME": str(home),
-        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user with an empty home, in a folder with what the commands name of the checkout."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with as_before():
+        yield tmp_path
 
 
-def ran(language: str, text: str, folder: Path, environment: dict[str, str]) -> None:
-    command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(text: str) -> None:
+    """Run lines of `fedmitr` in this process."""
+    for line in text.splitlines():
+        program, command, *words = map(os.path.expanduser, shlex.split(line))
+        assert (program, main([command, *words, *SMALL.get(command, ())])) == ("fedmitr", 0)
 
 
 def test_every_command_is_run_by_a_test() -> None:
@@ -83,83 +71,69 @@ def test_every_command_is_run_by_a_test() -> None:
     assert set(re.findall(r"`make ([a-z-]+)`", README)) <= set(targets)
 
 
-@pytest.mark.slow
-def test_the_marked_commands_run(tmp_path: Path) -> None:
-    environment = a_home(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")  # the checkout, in which the commands are given
-    marked = blocks("run")
-    assert [language for language, _ in marked] == ["bash", "python", "bash"]
-    for language, text in marked:
-        ran(language, text, tmp_path, environment)
-    first = tmp_path / "home" / "fedmitr-runs" / "first"
+def test_the_marked_commands_run(home: Path) -> None:
+    first = home / "fedmitr-runs" / "first"
+    for language, text in blocks("run"):
+        if language == "python":
+            exec(text, {})
+        else:
+            run(text)
     there = {path.name for path in first.iterdir()} - {".lock"}  # by which one process at a time writes there
     told = set(re.findall(r"`([\w.]+/?)`", RUN_FOLDER.partition("**Resume.**")[0].partition("|---|")[2]))
     # refused/ is in uploads/, work/ is gone when a run has ended, and central/ comes with its command
     assert there - {"central"} == {name.rstrip("/") for name in told} - {"refused", "work"}
     assert {path.name for path in (first / "fused").iterdir()} >= {"fedavg-1", "fedmitr-1"}
+    assert (home / "fedmitr-runs" / "bench-smoke" / "table.md").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["run: data", "run: pretrained"])
-def test_the_commands_for_own_images_run(tmp_path: Path, mark: str) -> None:
+def test_the_commands_for_own_images_run(home: Path, mark: str) -> None:
     """On a folder of drawn images; weights come from a file, and at 32 px, since nothing is fetched here."""
-    ((language, text),) = blocks(mark)
-    some_images(tmp_path / "path" / "to" / "images")
+    ((_, text),) = blocks(mark)
+    some_images(home / "path" / "to" / "images")
     if "model.weights=timm" in text:
-        weights = tmp_path / "weights.safetensors"
-        save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), weights)
-        text = text.replace("model.weights=timm", f"model.weights={weights} model.img-size=32")
-    ran(language, text, tmp_path, a_home(tmp_path))
+        save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), "weights.safetensors")
+        text = text.replace("model.weights=timm", "model.weights=weights.safetensors model.img-size=32")
+    run(text)
 
 
 def some_images(folder: Path) -> None:
-    """A dozen of each of two classes, and two for the test."""
     for split, count in (("train", 12), ("test", 2)):
         for number, name in enumerate(("cat", "dog")):
-            there = folder / split / name
-            there.mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for image in range(count):
                 noise = torch.randint(100 * number, 100 + 100 * number, (32, 32, 3), dtype=torch.uint8)
-                Image.fromarray(noise.numpy()).save(there / f"{image}.png")
-
-
-def _flower_run() -> ModuleType:
-    """scripts/ is no package; the wrapper's own SuperLink, with ports and FLWR_HOME of its own, is what we need."""
-    spec = importlib.util.spec_from_file_location("readme_flower_run", ROOT / "scripts" / "flower_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+                Image.fromarray(noise.numpy()).save(folder / split / name / f"{image}.png")
 
 
 @pytest.mark.slow
-def test_the_flower_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flower_command_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a SuperLink of our own, so that none is left behind. Its environment is what the README exports."""
-    wrapper = _flower_run()
+    wrapper = runpy.run_path(str(ROOT / "scripts" / "flower_run.py"))
     ((_, text),) = blocks("run: flower", "bash")
-    for name, value in a_home(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(wrapper.signal, "signal", lambda *_: None)  # `stop` would make this process deaf to Ctrl-C
-    options = wrapper._parse([f"--flwr-home={tmp_path / 'flwr'}", "--offline"])
-    with wrapper.super_link(options, wrapper.settings(options)) as environment:
-        command = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-        log = done.stdout + done.stderr
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = wrapper["_parse"]([f"--flwr-home={home / 'flwr'}", "--offline"])
+    with wrapper["super_link"](options, wrapper["settings"](options)) as environment:
+
+        def bash(text: str) -> str:
+            words = ["bash", "-euo", "pipefail", "-c", text]
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout + done.stderr
+
+        log = bash(text)
         found = re.search(r"Successfully started run (\d+)", log)
         assert found, log
-        query = ["flwr", "list", "--run-id", found[1], "--format", "json"]
-        listed = subprocess.run(query, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert "finished:completed" in listed.stdout, log
-    (folder,) = (tmp_path / "home" / "fedmitr-runs").iterdir()
+        assert "finished:completed" in bash(f"flwr list --run-id {found[1]} --format json"), log
+    (folder,) = (home / "fedmitr-runs").iterdir()
     assert folder.name == f"fedavg-{found[1]}"
     assert len(list((folder / "uploads").glob("client_*.safetensors"))) == 3
 
 
-def test_bad_input_is_refused_in_the_readme_s_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.usefixtures("home")
+def test_bad_input_is_refused_in_the_readme_s_words(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"^```console\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     examples = re.findall(r"^\$ fedmitr (.*)\n(.*)\n", block, re.MULTILINE)
     assert examples
@@ -168,15 +142,11 @@ def test_bad_input_is_refused_in_the_readme_s_words(
         assert capsys.readouterr().err.splitlines()[-1] == told
 
 
-def test_the_picture_fades_halted_patches_to_blue(tmp_path: Path) -> None:
+def test_the_picture_fades_halted_patches_to_blue() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "picture.py"))
-    alive = torch.ones(20, 16, dtype=torch.bool)
-    alive[10, 0] = False  # the first image of class 0
-    pool = {
-        "images": torch.ones(20, 1, 8, 8),
-        "alive": alive,
-        "targets": torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 1, *[0] * 10]),
-    }
+    targets = torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 1, *[0] * 10])
+    pool = {"images": torch.ones(20, 1, 8, 8), "alive": torch.ones(20, 16, dtype=torch.bool), "targets": targets}
+    pool["alive"][10, 0] = False  # the first image of class 0
     (_, real), (_, inverted), (_, halted) = script["rows"](pool)
     assert real.shape == inverted.shape == halted.shape == (10, 8, 8, 3)
     assert (inverted == 1).all()
@@ -184,10 +154,6 @@ def test_the_picture_fades_halted_patches_to_blue(tmp_path: Path) -> None:
     assert red[:2, :2].all()  # a patch is 2 x 2 pixels
     assert red.sum() == 4
     assert (halted[1:] == 1).all()
-    save_file(pool, tmp_path / "pool.safetensors")
-    script["main"](tmp_path, tmp_path / "images.png")
-    with Image.open(tmp_path / "images.png") as image:
-        assert image.size == (1000, 310)
 
 
 def test_the_example_of_a_method_is_a_method(tmp_path: Path) -> None:
@@ -204,3 +170,61 @@ def test_the_example_of_a_method_is_a_method(tmp_path: Path) -> None:
         assert (low <= weight).all()
         assert (weight <= high).all()
     assert fused.predict(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+METHOD = ROOT / "docs" / "fedmitr.md"
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").glob("*.md")]
+# What was tried, decided and measured, by the settings of that day.
+RECORDS = ("CHANGELOG.md", "docs/adr/", "docs/benchmark.md")
+
+_FUNCTION = re.compile(r"`([\w/]+)\.py:([\w.]+)`")
+_ROW = re.compile(r"^\| `([a-z]+\.[a-z-]+)` \| (`?)([^|`]+)\2 \|", re.MULTILINE)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_KEY = re.compile(r"\b([a-z]+(?:-[a-z]+)?\.[a-z][a-z-]*[a-z])\b")
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_function_that_the_method_s_document_names_exists() -> None:
+    text, defaults = METHOD.read_text(encoding="utf-8"), Config().to_flat()
+    functions, rows = _FUNCTION.findall(text), _ROW.findall(text.partition("## 5.")[2])
+    assert min(len(functions), len(rows)) >= 20
+    for file, name in functions:
+        module = import_module(f"fedmitr_flwr.{file.replace('/', '.')}")
+        assert callable(reduce(getattr, name.split("."), module)), f"{file}.py:{name}"
+    for key, quoted, value in rows:
+        assert defaults[key] == (value.strip() if quoted else parse_assignment(f"v={value.strip()}")[1]), key
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_relative_links_resolve(path: Path) -> None:
+    for link, image in _LINK.findall(path.read_text(encoding="utf-8")):
+        target, _, anchor = (link or image).partition("#")
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        there = (path.parent / unquote(target)).resolve() if target else path
+        assert there.exists(), f"{link or image} of {path.name}"
+        headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(slug, headings), f"{link} of {path.name}"
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "LOG.md"], ids=named)
+def test_every_config_key_exists(path: Path) -> None:
+    """But in the log, and in tables that are made from results: these have the settings of their day."""
+    known = set(Config().to_flat())
+    if named(path).startswith(RECORDS):
+        known |= RETIRED.keys() | RENAMED.keys()
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    past = r"https?://\S+|```(?:python|console)\n.*?```|<!-- (\w+) -->.*?<!-- /\1 -->"
+    text = re.sub(past, "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for key in _KEY.findall(text):
+        section, _, leaf = key.partition(".")
+        if section in sections and leaf not in ("py", "md", "toml", "safetensors", "json", "png", "jsonl", "parquet"):
+            assert key in known, f"{key} of {path.name}"

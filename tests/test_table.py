@@ -1,29 +1,35 @@
-"""Tables of README.md and docs/: figures by hand, refused files, and documents that are up to date."""
+"""Scripts of benchmarks/: tables by hand, refused files, documents that are up to date, attacks and class sets."""
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import bench_fakes
 import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from tiny import same, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the scripts run
 
 import table as results_table
+from cifar100_sets import COARSE, FINE, SUPERCLASSES, classes_of, subset
+from security import attacks, document
 
-from fedmitr_flwr.bench.markup import spread
+from deploy import demo
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.vit.build import initial_weights
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = {
-    "README.md": ["glance"],
-    "results.md": ["studies", "bench", "ablation"],
-    "performance.md": ["speed", "routing"],
-    "security.md": ["hostile", "privacy"],
-}
+FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # tests/faults.py has the name `faults`
+DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
+DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
 
 
 class Folder:
@@ -48,7 +54,6 @@ class Folder:
         return (self.path / name).read_text(encoding="utf-8")
 
     def made(self, name: str) -> str:
-        """The document after all blocks were written."""
         assert self.run() == 0
         return self.read(name)
 
@@ -68,24 +73,13 @@ def facts(**settings: object) -> dict[str, Any]:
 
 
 def row(seed: int, student: float, relabel: str = "tokens", fedavg: float = 40.0) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "inversion.mode": "sparse",
-        "relabel.mode": relabel,
-        "accuracy": {"student": student, "fedavg": fedavg, "ensemble": 80.0, "local": [20.0, None, 30.0]},
-        "seconds": {"inversion": 10.0, "distillation": 5.5},
-    }
+    accuracy = {"student": student, "fedavg": fedavg, "ensemble": 80.0, "local": [20.0, None, 30.0]}
+    told = {"seed": seed, "inversion.mode": "sparse", "relabel.mode": relabel, "accuracy": accuracy}
+    return told | {"seconds": {"inversion": 10.0, "distillation": 5.5}}
 
 
 def a_study(rows: list[dict[str, Any]], **settings: object) -> dict[str, Any]:
     return {"command": "python benchmarks/digits.py --seeds 0,1,2", **facts(**settings), "rows": rows}
-
-
-def test_mean_and_sample_deviation() -> None:
-    # mean (50 + 54 + 64) / 3 = 56; squares 36 + 4 + 64 = 104; 104 / (3 - 1) = 52; √52 = 7.211
-    assert spread([50.0, 54.0, 64.0]) == "56.0 ± 7.2 (3)"
-    assert spread([50.0, None]) == "50.0 (1)"
-    assert spread([None]) == "-"
 
 
 def test_a_study_becomes_a_line_and_its_grid_a_table(folder: Folder) -> None:
@@ -133,14 +127,13 @@ def test_check_sees_what_is_out_of_date_and_changes_nothing(folder: Folder, caps
 
 
 def test_a_document_without_its_marks_is_refused(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    for document, marks in DOCUMENTS.items():
-        for mark in marks:
-            text = folder.read(document)
-            (folder.path / document).write_text(text.replace(f"<!-- /{mark} -->", ""), encoding="utf-8")
-            assert folder.run() == 2
-            assert f"{document} has no <!-- {mark} -->" in capsys.readouterr().err
-            (folder.path / document).write_text(text, encoding="utf-8")
-            assert all("old" in folder.read(name) for name in DOCUMENTS)
+    for name, mark in ((name, mark) for name, marks in DOCUMENTS.items() for mark in marks):
+        text = folder.read(name)
+        (folder.path / name).write_text(text.replace(f"<!-- /{mark} -->", ""), encoding="utf-8")
+        assert folder.run() == 2
+        assert f"{name} has no <!-- {mark} -->" in capsys.readouterr().err
+        (folder.path / name).write_text(text, encoding="utf-8")
+        assert all("old" in folder.read(name) for name in DOCUMENTS)
 
 
 def speed_row(mode: str = "dense", **other: Any) -> dict[str, Any]:
@@ -173,34 +166,6 @@ def test_speeds_become_a_table(folder: Folder) -> None:
     assert "| 2 | pri7 | 56 | 11.4 (11, 1234) | 4.91 | 12.3 | 13.1 | 94 % | 47 % | - | - |" in text
     assert "A large product of matrices: 368 GFLOP/s (float32)." in text
     assert "Command: `python benchmarks/inversion_speed.py --teachers 2`\n\nMachine: Example CPU, 2 cores." in text
-
-
-def test_settings_are_shown_where_rows_of_as_many_teachers_differ(folder: Folder) -> None:
-    alike = [speed_row(teachers=1, teachers_each=1.0), speed_row()]
-    folder.write("speed/a.json", speeds(*alike))
-    text = folder.made("performance.md")
-    assert ", K = 1, 2\n" in text
-    assert "| Loss |\n" in text
-    folder.write("speed/a.json", speeds(*alike, speed_row(route=0.5, teachers_each=1.25, compile=True)))
-    text = folder.made("performance.md")
-    assert "| Loss | Route | Teachers asked | Compiled |\n" in text
-    assert "| 0.168 | 0 | 1 | False |\n" in text
-    assert "| 0.168 | 0.5 | 1.25 | True |\n" in text
-
-
-def routed(seed: int, threshold: float, asked: float, student: float) -> dict[str, Any]:
-    arm = {"seed": seed, "ensemble.weights": "counts", "inversion.route": threshold, "teachers_asked": asked}
-    return arm | {"accuracy": {"student": student, "ensemble": 60.0}, "seconds": {"inversion": 100 * asked}}
-
-
-def test_routes_become_a_table(folder: Folder) -> None:
-    rows = [routed(0, 0.1, 0.25, 40.0), routed(1, 0.1, 0.25, 42.0), routed(0, 0.0, 1.0, 41.0)]
-    command = "python benchmarks/routing.py --seeds 0,1"
-    folder.write("routing/a.json", {"command": command, **facts(**{"partition.clients": 10}), "rows": rows})
-    text = folder.made("performance.md")
-    assert "digits, Dirichlet 0.3, 10 clients, seeds 0, 1; mean ± sample standard deviation." in text
-    assert "| counts | 0.1 | 25.0 ± 0.0 | 41.0 ± 1.4 | 60.0 ± 0.0 | 25.0 ± 0.0 |" in text
-    assert "| counts | 0 | 100.0 | 41.0 | 60.0 | 100.0 |" in text
 
 
 OTHER_UPLOADS = a_study([row(0, 50.0), row(0, 50.0, "none", fedavg=41.0)])
@@ -266,6 +231,7 @@ def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(fold
 
 def test_the_documents_are_up_to_date() -> None:
     assert results_table.main(["--check"]) == 0
+    assert (ROOT / "docs" / "faults.md").read_text(encoding="utf-8") == FAULTS["document"]()
 
 
 def test_no_committed_result_names_a_folder_of_a_machine() -> None:
@@ -274,3 +240,115 @@ def test_no_committed_result_names_a_folder_of_a_machine() -> None:
     assert found
     for path in found:
         assert not folder.search(path.read_text(encoding="utf-8")), path
+
+
+def honest() -> tuple[Config, Upload]:
+    config = settings()
+    return config, pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
+
+
+def test_attacks_on_the_update() -> None:
+    config, upload = honest()
+    start = initial_weights(config.model, config.seed)
+    scaled, reversed_ = (attack(upload, config).weights for attack in (attacks.scaled, attacks.reversed_))
+    for name, before in start.items():
+        update = upload.weights[name] - before
+        torch.testing.assert_close(scaled[name] - before, 100 * update, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(reversed_[name] - before, -update, atol=1e-6, rtol=1e-5)
+    drawn = [attacks.random(upload, config).weights["head.weight"] for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], start["head.weight"])
+
+
+def test_permuted_labels_are_the_only_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, upload = honest()
+    permuted = attacks.permuted(upload, config)
+    assert not torch.equal(permuted.weights["head.weight"], upload.weights["head.weight"])
+    # With the labels as they were, the same call gives the honest upload.
+    draw = torch.randperm
+    as_they_are = lambda count, **how: torch.arange(10) if count == 10 else draw(count, **how)  # noqa: E731
+    monkeypatch.setattr(attacks.torch, "randperm", as_they_are)
+    assert same(attacks.permuted(upload, config).weights, upload.weights)
+
+
+def test_the_hostile_table() -> None:
+    cells = [(0, "none", 0, 80.0, []), (1, "none", 0, 82.0, [7])]
+    cells += [(0, "scaled", 2, 10.0, [0, 1]), (1, "scaled", 2, 12.0, [1, 4, 5])]
+    keys = ("seed", "attack", "hostile", "accuracy", "excluded")
+    rows = [dict(zip(keys, cell, strict=True)) for cell in cells]
+    rows = [row | {"accuracy": dict.fromkeys(document.DEFENCES, row["accuracy"])} for row in rows]
+    text = document._hostile({"command": "python benchmarks/x.py", **facts(), "rows": rows})
+    columns = len(document.DEFENCES)
+    assert f"| none {'| 81.0 ± 1.4 (2) ' * columns}| 0 of 0, 1 |" in text
+    assert f"| 2 scaled {'| 11.0 ± 1.4 (2) ' * columns}| 3 of 4, 2 |" in text
+    assert text[0].startswith("Seeds 0, 1; ")
+    assert "Command: `python benchmarks/x.py`" in text
+
+
+def fault(name: str, **other: Any) -> dict[str, Any]:
+    row = {"fault": name, "reads": [], "disk": [], "status": 1, "goes_on": "resume-from", "asked": ["b"]}
+    return row | {"trained": ["a", "b", "b"], "same_bits": True, "code": "0123456789ab"} | other
+
+
+def test_a_fault_becomes_a_line() -> None:
+    disk = ["config.toml", "metrics.jsonl", "uploads/client_0.safetensors", "work/images-0-0.safetensors"]
+    flower_s = ["Exit Code: 201", "client 1 failed", "1 of 2 uploads are in RUN/uploads and 2 are needed"]
+    rows = [
+        fault("nothing"),
+        fault("disk full", reads=["client 1:  no room | wait", "again"], disk=disk),
+        fault("restart", disk=["config.toml", "result.json"], asked=[], trained=[]),
+        fault("killed", reads=flower_s, disk=["config.toml"], asked=["a", "b"], trained=["b", "a"]),
+    ]
+    assert FAULTS["fault_lines"](rows)[2:] == [
+        "| disk full | `client 1: no room \\| wait`<br>`again` | `uploads/client_0.safetensors`<br>"
+        "`work/images-0-0.safetensors` | resume-from | b | a, b 2x |",
+        "| restart | nothing | everything | resume-from | none | none |",
+        "| killed | `client 1 failed` | no upload | resume-from | a, b | a, b |",
+    ]
+
+
+def test_a_demonstration_tells_what_it_took_and_no_path(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    config = {"model.name": "vit_base", "model.img-size": 224, "method": "fedavg", "partition.clients": 4}
+    config |= {"out-dir": "/home/somebody", "resume-from": "/home/somebody/run"}
+    result = {"bytes_up": [343_000_000, 343_400_000], "config": config, "accuracy": {"student": 10.0}}
+    result |= {"fingerprint": "0123456789ab", "versions": {"python": "3.11.9"}, "machine": {"device": "cpu"}}
+    peaks = {"flwr-serverapp": 1_234_000_000, "flower-superlink": 987_000_000, "flwr-clientapp": 2_500_000_000}
+    log = b"a\nflower_run: run folder: /x y/z\n"
+    assert demo.passed_on(log.splitlines(keepends=True)) == "/x y/z"
+    assert demo.passed_on([b"a"]) == ""
+    assert capfdbinary.readouterr().out == log + b"a"
+    said = demo.told(result, peaks, 123.21)
+    assert "somebody" not in json.dumps(said)
+    assert FAULTS["memory_lines"]([said])[2:] == ["| vit_base, 224 px | fedavg | 4 | 343 | 1.23 | 0.99 | 2.50 | 123 |"]
+
+
+def test_every_fault_was_tried() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    faults = "SuperNode killed, ClientApp process killed, client raises, client slower than, SuperLink restarted, "
+    faults += (
+        "ServerApp killed while uploads come in, ServerApp killed in inversion, ServerApp killed in distillation, "
+    )
+    faults += "disk of the run folder full, Ray actor killed"
+    assert all(fault in text for fault in faults.split(", "))
+
+
+def test_each_of_the_hundred_classes_has_one_superclass() -> None:
+    fine = [name for names in SUPERCLASSES.values() for name in names.split()]
+    assert len(SUPERCLASSES) == 20
+    assert len(set(fine)) == len(fine) == 100
+    for name in (*COARSE, *FINE):
+        assert f"{len(set(classes_of(name).values()))}" == name.removeprefix("coarse").removeprefix("fine")
+
+
+def test_images_keep_their_class_and_at_most_so_many_are_taken() -> None:
+    names = ["bear", "beaver", "rose", "trout", "ray"]
+    features = Features({"image": Value("int64"), "label": ClassLabel(names=names)})
+    images = Dataset.from_dict({"image": list(range(10)), "label": [0, 1, 2, 3, 4] * 2}, features=features)
+    whole = subset(images, "fine20", None)  # no bear and no rose
+    assert [(row["image"], whole.features["label"].names[row["label"]]) for row in whole] == [
+        (1, "beaver"), (3, "trout"), (4, "ray"), (6, "beaver"), (8, "trout"), (9, "ray")
+    ]  # fmt: skip
+    few = subset(images, "coarse5", 1)
+    assert [(row["image"], few.features["label"].names[row["label"]]) for row in few] == [
+        (2, "flowers"), (3, "fish"), (4, "fish")
+    ]  # fmt: skip

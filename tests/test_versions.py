@@ -1,13 +1,16 @@
-"""Client and server of different code or different Flower: neither works with the other, and says what to do."""
+"""The bundle that Flower ships is the code; client and server of other code or another Flower say what to do."""
 
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from local_grid import TINY, LocalGrid, complaint
 
 from client_app.app import app as client_app
@@ -19,6 +22,7 @@ from server_app.clients import meet
 from server_app.records import order
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("fedmitr_flwr", "server_app", "client_app")
 
 
 def test_older_is_by_the_first_two_numbers_and_not_by_letter() -> None:
@@ -26,30 +30,27 @@ def test_older_is_by_the_first_two_numbers_and_not_by_letter() -> None:
     versions |= dict.fromkeys(("", "none", "1"), (0, 0))
     assert {version: release(version) for version in versions} == versions
     assert too_old("1.9.0", "1.41.0")
-    assert too_old("1.41.5", "1.41.0") is None
-    assert too_old("1.41.0", "1.41.2") is None  # the last number is repairs
-    assert too_old("2.0.0", "1.41.0") is None
+    for newer in ("1.41.5", "1.41.0", "2.0.0"):
+        assert too_old(newer, "1.41.2") is None  # the last number is repairs
     require(FLWR)
 
 
-@pytest.mark.parametrize("app", ["client_app", "server_app"])
-def test_an_app_under_an_older_flower_says_so_before_it_imports_from_it(app: str) -> None:
-    code = (
-        "import sys, types; old = sys.modules['flwr'] = types.ModuleType('flwr'); old.__version__ = '1.30.0'\n"
-        f"import {app}.app"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        "ImportError: this app cannot be loaded: flwr 1.30.0 is too old; run there: pip install "
-        f"'flwr[simulation]~={FLWR}'"
-    )
+def test_an_app_under_an_older_flower_says_so_before_it_imports_from_it() -> None:
+    old = "import sys, types; old = sys.modules['flwr'] = types.ModuleType('flwr'); old.__version__ = '1.30.0'\n"
+    told = f"this app cannot be loaded: flwr 1.30.0 is too old; run there: pip install 'flwr[simulation]~={FLWR}'"
+    for app in ("client_app", "server_app"):
+        code = f"{old}import {app}.app"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.stderr.strip().splitlines()[-1] == f"ImportError: {told}"
+
+
+Change = Callable[[Message], Message]
 
 
 class OtherCards(LocalGrid):
     """Client 1 says something else of itself, as another version of the app might."""
 
-    def __init__(self, change: Callable[[Message], Message]) -> None:
+    def __init__(self, change: Change) -> None:
         super().__init__(client_app, 3)
         self.change = change
 
@@ -58,25 +59,19 @@ class OtherCards(LocalGrid):
         return [self.change(r) if r.metadata.src_node_id == self.node(1) else r for r in replies]
 
 
-def flwr(version: str | None) -> Callable[[Message], Message]:
+def says(where: str, **changes: Any) -> Change:
+    """Something else in this record; None: nothing."""
+
     def change(reply: Message) -> Message:
-        texts = dict(reply.content["name"]) | {"flwr": version}
-        reply.content["name"] = ConfigRecord({key: text for key, text in texts.items() if text is not None})
+        record = reply.content[where]
+        told = dict(record) | {key.replace("_", "-"): value for key, value in changes.items()}
+        reply.content[where] = type(record)({key: value for key, value in told.items() if value is not None})
         return reply
 
     return change
 
 
-def card(**changes: Any) -> Callable[[Message], Message]:
-    def change(reply: Message) -> Message:
-        said = dict(reply.content["card"]) | {key.replace("_", "-"): value for key, value in changes.items()}
-        reply.content["card"] = MetricRecord(said)
-        return reply
-
-    return change
-
-
-def without(name: str) -> Callable[[Message], Message]:
+def without(name: str) -> Change:
     def change(reply: Message) -> Message:
         del reply.content[name]
         return reply
@@ -90,14 +85,16 @@ def cannot_load(reply: Message) -> Message:
     return error
 
 
-OTHERS: dict[str, tuple[Callable[[Message], Message], str]] = {
-    "older flower": (flwr("1.39.0"), r"client 1 \(node 1007\): flwr 1.39.0 is too old; run there: pip install 'flwr"),
-    "no version": (flwr(None), r"client 1 \(node 1007\): flwr of an unknown version is too old"),
-    "other code": (card(fingerprint=0xABC), r"client 1 \(node 1007\) runs other code \(000000000abc\).*restart"),
-    "no card": (without("card"), "node 1007 does not say who it is as this app does; restart the SuperLink"),
-    "no texts": (without("name"), "node 1007 does not say who it is"),
-    "a list for a number": (card(partition_id=[1, 2]), "node 1007 does not say who it is"),
-    "infinity for a number": (card(partition_id=float("inf")), "node 1007 does not say who it is"),
+WHO = r"client 1 \(node 1007\)"
+SILENT = "node 1007 does not say who it is"
+OTHERS: dict[str, tuple[Change, str]] = {
+    "older flower": (says("name", flwr="1.39.0"), rf"{WHO}: flwr 1.39.0 is too old; run there: pip install 'flwr"),
+    "no version": (says("name", flwr=None), rf"{WHO}: flwr of an unknown version is too old"),
+    "other code": (says("card", fingerprint=0xABC), rf"{WHO} runs other code \(000000000abc\).*restart"),
+    "no card": (without("card"), f"{SILENT} as this app does; restart the SuperLink"),
+    "no texts": (without("name"), SILENT),
+    "a list for a number": (says("card", partition_id=[1, 2]), SILENT),
+    "infinity for a number": (says("card", partition_id=float("inf")), SILENT),
     "not loaded": (cannot_load, "node 1007 cannot take part: .*its SuperNode's log says why: .* flwr >= 1.41.0"),
 }
 
@@ -115,10 +112,8 @@ def test_the_server_refuses_before_anybody_trains(name: str) -> None:
 @pytest.mark.parametrize("kind", ["query.describe", "train", "evaluate"])
 def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_settings(kind: str) -> None:
     grid = LocalGrid(client_app, 2)
-    record = ConfigRecord(
-        dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
-    )
-    content = RecordDict({"arrays": ArrayRecord(), "config": record})
+    told = dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
+    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord(told)})
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
     assert complaint(reply) == (
         f"the server runs other code (0123456789ab) than this client ({core()}); restart the SuperLink and its "
@@ -126,5 +121,29 @@ def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_setting
     )
 
 
-def test_equal_sides_meet() -> None:
-    assert meet(LocalGrid(client_app, 3), Config.from_flat(TINY)).number == 3
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names in the bundle. Built from a copy, because Flower wants a folder name without underscores and dots."""
+    copy = tmp_path_factory.mktemp("fab") / "fedmitr-flwr"
+    copy.mkdir()
+    for name in ("pyproject.toml", ".gitignore", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for folder in (*PACKAGES, "tests", "configs", "scripts"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    program = Path(sys.executable).with_name("flwr")
+    environment = os.environ | {"FLWR_HOME": str(copy.parent / "home")}
+    built = subprocess.run([program, "build"], cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (fab,) = copy.glob("*.fab")
+    with zipfile.ZipFile(fab) as archive:
+        return archive.namelist()
+
+
+def test_it_holds_every_module_of_the_three_packages(bundle: list[str]) -> None:
+    modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    assert len(modules) > 20
+    assert modules - set(bundle) == set()
+    others = [name for name in bundle if not name.startswith(tuple(f"{package}/" for package in PACKAGES))]
+    assert set(others) <= {"pyproject.toml", "LICENSE", "README.md", ".gitignore", ".info/CONTENT"}
+    assert not [name for name in bundle if "test" in name]

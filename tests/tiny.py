@@ -1,6 +1,9 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +167,20 @@ def timeless(path: Path) -> object:
     tensors, header = load_tensors(path)
     header.pop("seconds", None)
     return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}, header
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """What `fedmitr` sets for its process is given back: handlers of logs and signals, and levels."""
+    root, signals = (
+        logging.getLogger(),
+        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
+    )
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmitr", "fedmitr.bench"))}
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in levels.items():
+        logger.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
