@@ -202,7 +202,7 @@ def test_the_method_weighs_anew_by_its_pool_and_says_how_in_the_end(monkeypatch:
 
 
 def test_routing_asks_half_of_two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scout, "IMAGES_PER_CLASS", 4)
+    monkeypatch.setattr(scout, "IMAGES_PER_CLASS", 2)
     routed, shares = {"inversion.route": 0.9, "distill.rounds": 2, "inversion.batch-size": 5}, list[list[float]]()
     for changes in (routed, {}):
         log: list[dict[str, Any]] = []

@@ -77,7 +77,7 @@ def test_the_student_comes_to_agree_with_its_teachers(plain: Plain | None, monke
     """On images of noise, of which the first seven patches are dense."""
     monkeypatch.setattr(losses, "HIGH", 0.0)
     monkeypatch.setattr(module, "BATCH", 32)
-    config = settings(**{"distill.epochs-per-round": 15, "distill.lr": 3e-3})
+    config = settings(**{"distill.epochs-per-round": 10, "distill.lr": 3e-3})
     ensemble, patches = alone(8), patchify(some_images(config, 128).clamp(-1, 1), 2)
     every = all_positions(patches)
     pool = Pool(patches, every, every < 7, every < 7, torch.arange(128) % 10, torch.zeros(128), 2)
