@@ -1,7 +1,7 @@
 """RegMean: second moments of what layers are given, their way from client to server, and what is merged by them."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import RunError, UploadError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import Config, UploadConfig
+from fedmitr_flwr.config import UploadConfig
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.merging.average import average
@@ -22,19 +22,19 @@ from fedmitr_flwr.merging.regmean import regmean
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.inputs import REST, leading, like, measure, moment, second_moments, widths
 from fedmitr_flwr.uploads.upload import Upload, narrowed, validate
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.build import initial_weights, vit_of
 from fedmitr_flwr.vit.tokens import patchify
 
-CONFIG = settings()
-DIRECTIONS = 3  # of 17 and more inputs: there are others
+CONFIG, SENT = settings(), settings(**{"upload.extras": "moments", "upload.dtype": "float16"})
 CPU = torch.device("cpu")
 LAYERS = ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"]
+QKV = "inputs/blocks.0.attn.qkv"
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def _few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmitr_flwr.statistics.inputs.DIRECTIONS", DIRECTIONS)
+    monkeypatch.setattr("fedmitr_flwr.statistics.inputs.DIRECTIONS", 3)  # of 17 and more inputs
 
 
 def a_moment(width: int) -> np.ndarray:
@@ -42,16 +42,14 @@ def a_moment(width: int) -> np.ndarray:
     return x.T @ x / len(x)
 
 
-def linear(moments: Sequence[np.ndarray]) -> list[Upload]:
+def linear(*moments: np.ndarray) -> list[Upload]:
     """Uploads of 10 and 30 images, of one layer with 4 inputs and the constant, 3 outputs."""
     made = []
     for client, moment_II in enumerate(moments):
-        weights = {
-            "a.weight": torch.randn(3, 4, generator=stream(client)),
-            "a.bias": torch.randn(3, generator=stream(9, client)),
-        }
+        layer_OI = torch.randn(3, 5, generator=stream(client))
         rows, rest = leading(torch.from_numpy(moment_II), 5)
         told = {"inputs/a": rows, REST: rest[None]}
+        weights = {"a.weight": layer_OI[:, :4], "a.bias": layer_OI[:, 4]}
         made.append(Upload(client, weights, 10 + 20 * client, 0.5, "0" * 12, statistics=told))
     return made
 
@@ -92,79 +90,56 @@ def test_few_directions_have_its_leading_eigenvalues_and_its_trace(kept: int) ->
     rows, rest = leading(torch.from_numpy(wanted), kept)
     assert rows.shape == (kept, 6)
     values, vectors = np.linalg.eigh(wanted)
-    others = values[: 6 - kept]
-    mean = others.mean() if len(others) else 0.0
-    others[:] = mean
+    values[: 6 - kept] = mean = values[: 6 - kept].mean() if kept < 6 else 0.0
     assert rest.item() == pytest.approx(mean)
     np.testing.assert_allclose(moment(rows, rest).numpy(), vectors * values @ vectors.T, atol=1e-5)
-
-
-@pytest.mark.parametrize("scale", [0.3, 3.3, 0.17])
-def test_equal_eigenvalues_are_no_roots_of_what_is_below_0(scale: float) -> None:
-    """Their mean may be rounded to more than each of them."""
-    wanted = scale * torch.eye(11, dtype=torch.float64)
-    rows, rest = leading(wanted, 2)
-    torch.testing.assert_close(moment(rows, rest), wanted, atol=1e-6, rtol=0)
+    for scale in (0.3, 3.3, 0.17):  # the mean of equal eigenvalues may be rounded to more than each of them
+        wanted = scale * torch.eye(11, dtype=torch.float64)
+        torch.testing.assert_close(moment(*leading(wanted, 2)), wanted, atol=1e-6, rtol=0)
 
 
 def test_a_layer_is_merged_by_the_closed_form() -> None:
     """Against numpy: (Σ n_k W_k G_k / tr G_k) (Σ n_k G_k / tr G_k)^-1."""
     moments = [a_moment(5), 7 * a_moment(5)]
-    uploads = linear(moments)
+    uploads = linear(*moments)
     shares = [upload.num_examples * one / np.trace(one) for upload, one in zip(uploads, moments, strict=True)]
     cross = sum(joined(upload.weights) @ one for upload, one in zip(uploads, shares, strict=True))
     np.testing.assert_allclose(joined(regmean(uploads)), cross @ np.linalg.inv(sum(shares)), atol=1e-4)
 
 
-def test_equal_moments_give_the_average() -> None:
-    uploads = linear([a_moment(5)] * 2)
-    np.testing.assert_allclose(joined(regmean(uploads)), joined(average(uploads)), atol=1e-4)
+def test_equal_moments_give_the_average_and_what_nobody_was_given_stays_averaged() -> None:
+    full, empty = a_moment(5), np.zeros((5, 5))
+    empty[:3, :3] = a_moment(3)
+    for moment_II in (full, empty):
+        uploads = linear(moment_II, moment_II)
+        np.testing.assert_allclose(joined(regmean(uploads)), joined(average(uploads)), atol=1e-4)
 
 
 def test_each_client_is_answered_as_its_own_layer_does_where_only_it_has_inputs() -> None:
     """Inputs of one lie in the first two places, of the other in the others: nothing has to give way."""
     moments = [np.zeros((5, 5)), np.zeros((5, 5))]
     moments[0][:2, :2], moments[1][2:, 2:] = a_moment(2), a_moment(3)
-    uploads = linear(moments)
+    uploads = linear(*moments)
     merged = joined(regmean(uploads))
     np.testing.assert_allclose(merged[:, :2], joined(uploads[0].weights)[:, :2], atol=1e-4)
     np.testing.assert_allclose(merged[:, 2:], joined(uploads[1].weights)[:, 2:], atol=1e-4)
 
 
-def test_what_nobody_was_given_stays_averaged() -> None:
-    empty = np.zeros((5, 5))
-    empty[:3, :3] = a_moment(3)
-    uploads = linear([empty] * 2)
-    np.testing.assert_allclose(joined(regmean(uploads))[:, 3:], joined(average(uploads))[:, 3:], atol=1e-4)
-
-
-def an_upload_of(config: Config, client: int, weights: int) -> Upload:
-    """What client `client` would send, had it trained to the weights of number `weights`."""
-    vit, images = a_vit(config, weights), client_images(config, client)[0]
-    statistics = measure(vit, images, config.model, CPU)
-    return replace(an_upload(config, weights, 10 + client), client=client, statistics=statistics)
-
-
-def test_equal_clients_are_merged_to_themselves() -> None:
-    config = settings(**{"upload.extras": "moments"})
-    merged = regmean([an_upload_of(config, client, 5) for client in range(2)])
-    for name, tensor in a_vit(config, 5).state_dict().items():
-        torch.testing.assert_close(merged[name], tensor, atol=1e-4, rtol=0)
-
-
-def test_norms_tokens_and_positions_are_averaged() -> None:
-    config = settings(**{"upload.extras": "moments"})
-    uploads = [an_upload_of(config, client, client) for client in range(2)]
-    merged, mean = regmean(uploads), average(uploads)
+def test_equal_clients_are_merged_to_themselves_and_of_others_norms_tokens_and_positions_are_averaged() -> None:
+    for seeds in ((5, 5), (0, 1)):
+        uploads = []
+        for client, seed in enumerate(seeds):
+            told = measure(a_vit(CONFIG, seed), client_images(CONFIG, client)[0], CONFIG.model, CPU)
+            uploads.append(replace(an_upload(CONFIG, client, 10 + client, seed=seed), statistics=told))
+        merged, mean = regmean(uploads), average(uploads)
+        if seeds == (5, 5):
+            torch.testing.assert_close(merged, mean, atol=1e-4, rtol=0)
     solved = {f"{layer}.{kind}" for layer in widths(mean) for kind in ("weight", "bias")}
-    differ = {name for name in mean if not torch.equal(merged[name], mean[name])}
-    assert differ == solved
+    assert {name for name in mean if not torch.equal(merged[name], mean[name])} == solved
     assert merged.keys() == mean.keys()
 
 
-SENT = settings(**{"upload.extras": "moments", "upload.dtype": "float16"})
-
-
+@cache
 def sent() -> Upload:
     return pipeline.train_client(SENT, 0, initial_weights(SENT.model, SENT.seed))
 
@@ -177,54 +152,39 @@ def test_a_client_measures_the_model_that_it_sends() -> None:
     upload = sent()
     check(upload)
     assert upload.class_counts is None
-    wanted = like(upload.weights)
-    assert {name: tensor.shape for name, tensor in upload.statistics.items()} == {
-        name: tensor.shape for name, tensor in wanted.items()
-    }
     plain = pipeline.train_client(settings(), 0, initial_weights(SENT.model, SENT.seed))
-    assert all(torch.equal(upload.weights[name], tensor.half()) for name, tensor in plain.weights.items())
+    assert same(upload.weights, {name: tensor.half() for name, tensor in plain.weights.items()})
+    own = measure(vit_of(SENT.model, plain.weights), client_images(SENT, 0)[0], SENT.model, CPU)
+    assert same(upload.statistics, {name: tensor.half() for name, tensor in own.items()})
+    wanted = like(upload.weights)
+    assert all(tensor.shape == wanted[name].shape for name, tensor in upload.statistics.items())
     assert upload.num_bytes == plain.num_bytes // 2 + 2 * sum(tensor.numel() for tensor in wanted.values())
-    vit = a_vit(SENT, 0)
-    vit.load_state_dict(plain.weights)
-    own = measure(vit, client_images(SENT, 0)[0], SENT.model, CPU)
-    assert all(torch.equal(upload.statistics[name], tensor.half()) for name, tensor in own.items())
 
 
-QKV = "inputs/blocks.0.attn.qkv"
-NOTHING = torch.zeros(3, 17, dtype=torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda told: {**told, REST: -told[REST]}, "inputs/rest has a negative number; do not edit uploads"),
-        (lambda told: {**told, REST: 0 * told[REST], QKV: NOTHING}, f"{QKV} says that the layer was given nothing"),
-        (lambda told: {**told, QKV: told[QKV][:2]}, rf"{QKV} has the shape \(2, 17\), not \(3, 17\)"),
-        (lambda told: {**told, QKV: told[QKV].double()}, f"{QKV} is float64; it must be float32 or float16"),
-        (lambda told: {**told, QKV: told[QKV] * float("nan")}, f"NaN or infinity in '{QKV}'"),
-        (lambda told: {name: told[name] for name in told if name != QKV}, r"its statistics are \['inputs/bl"),
-        (lambda told: {**told, "sums": torch.ones(1)}, r"its statistics are \[.*\(.*upload.extras"),
-        (lambda _: None, r"its statistics are \[\], not \['inputs/"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_second_moments_is_refused_by_name(
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None], problem: str
-) -> None:
-    upload = sent()
-    with pytest.raises(UploadError, match=f"^client 0: .*{problem}"):
-        check(replace(upload, statistics=change(dict(upload.statistics))))
-
-
-def test_unasked_directions_are_refused_and_narrowed_away() -> None:
-    upload = sent()
+def test_what_cannot_be_second_moments_is_refused_by_name() -> None:
+    told = sent().statistics
+    nothing = torch.zeros(3, 17, dtype=torch.float16)
+    for statistics, problem in (
+        ({**told, REST: -told[REST]}, "inputs/rest has a negative number; do not edit uploads"),
+        ({**told, REST: 0 * told[REST], QKV: nothing}, f"{QKV} says that the layer was given nothing"),
+        ({**told, QKV: told[QKV][:2]}, rf"{QKV} has the shape \(2, 17\), not \(3, 17\)"),
+        ({**told, QKV: told[QKV].double()}, f"{QKV} is float64; it must be float32 or float16"),
+        ({**told, QKV: told[QKV] * float("nan")}, f"NaN or infinity in '{QKV}'"),
+        ({name: told[name] for name in told if name != QKV}, r"its statistics are \['inputs/bl"),
+        ({**told, "sums": torch.ones(1)}, r"its statistics are \[.*\(.*upload.extras"),
+        (None, r"its statistics are \[\], not \['inputs/"),
+    ):
+        with pytest.raises(UploadError, match=f"^client 0: .*{problem}"):
+            check(replace(sent(), statistics=statistics))
     with pytest.raises(UploadError, match=r"its statistics are \['inputs/.*, not \[\]"):
-        check(upload, UploadConfig(dtype="float16"))
-    assert narrowed(upload, UploadConfig()).statistics is None
-    assert narrowed(upload, SENT.upload).statistics == upload.statistics
+        check(sent(), UploadConfig(dtype="float16"))
+    assert narrowed(sent(), UploadConfig()).statistics is None
+    assert narrowed(sent(), SENT.upload).statistics == sent().statistics
 
 
-def test_the_whole_line(tmp_path: Path) -> None:
+def test_the_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run by RegMean, fused again without what it needed: fewer bytes, and no way back."""
+    monkeypatch.setattr(pipeline, "save_partition", lambda *_: None)
     folder = pipeline.run(settings(method="regmean", **{"upload.extras": "moments", "out-dir": str(tmp_path)}))
     result = folder.read_result()
     sizes = [4 * sum(tensor.numel() for tensor in like(initial_weights(CONFIG.model, 0)).values())] * 2

@@ -4,52 +4,50 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings
+from tiny import an_upload, fused, settings, some_images
 from torch import Tensor
 
-from fedmitr_flwr import methods
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.merging import task_vectors
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.merging.task_vectors import HOLD, tsv, wudi
 from fedmitr_flwr.methods import ties
-from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import initial_weights
+from fedmitr_flwr.vit.build import initial_weights, vit_of
 
+Merge = Callable[..., dict[str, Tensor]]
 LAYER = "blocks.0.mlp.fc1.weight"
 SIZES = (10, 30, 20)
-
-
-def of_layer(updates: Sequence[Tensor]) -> tuple[list[Upload], dict[str, Tensor]]:
-    """Uploads of one matrix, and where they started from."""
-    start = {LAYER: torch.randn(updates[0].shape, generator=stream(99), dtype=torch.float64)}
-    return [
-        Upload(client, {LAYER: start[LAYER] + update}, SIZES[client], 0.5, "") for client, update in enumerate(updates)
-    ], start
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=stream(seed), dtype=torch.float64)
 
 
-def merged_update(merge: Callable[..., dict[str, Tensor]], updates: Sequence[Tensor]) -> Tensor:
-    uploads, start = of_layer(updates)
+def merged_update(merge: Merge, updates: Sequence[Tensor]) -> Tensor:
+    """Of one matrix, from a start of its own."""
+    start = {LAYER: drawn(*updates[0].shape, seed=99)}
+    uploads = [
+        Upload(client, {LAYER: start[LAYER] + own}, SIZES[client], 0.5, "") for client, own in enumerate(updates)
+    ]
     return merge(uploads, start)[LAYER] - start[LAYER]
+
+
+def two_uploads() -> list[Upload]:
+    return [an_upload(settings(), client, 10 + 20 * client) for client in range(2)]
 
 
 def test_wudi_is_where_its_loss_is_least() -> None:
     """The loss of the paper with the ridge, written out; its gradient by autograd is 0 at the closed form."""
     updates = list(drawn(3, 5, 4))
     found = merged_update(wudi, updates).requires_grad_()
-    shares = torch.tensor(SIZES, dtype=torch.float64) / sum(SIZES)
-    mean = sum(share * update for share, update in zip(shares, updates, strict=True))
-    norms = [update.square().sum() for update in updates]
-    interference = sum(
-        ((found - update) @ update.T).square().sum() / norm for update, norm in zip(updates, norms, strict=True)
-    )
-    rho = HOLD * sum((update.T @ update / norm).trace() for update, norm in zip(updates, norms, strict=True)) / 4
-    (interference + rho * (found - mean).square().sum()).backward()
+    mean = sum(size / sum(SIZES) * update for size, update in zip(SIZES, updates, strict=True))
+    interference, traces = torch.zeros(()), torch.zeros(())
+    for update in updates:
+        norm = update.square().sum()
+        interference = interference + ((found - update) @ update.T).square().sum() / norm
+        traces = traces + (update.T @ update / norm).trace()
+    (interference + HOLD * traces / 4 * (found - mean).square().sum()).backward()
     torch.testing.assert_close(found.grad, torch.zeros(5, 4, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
@@ -73,26 +71,14 @@ def test_tsv_keeps_the_leading_directions_of_each_client() -> None:
 
 
 @pytest.mark.parametrize("merge", [wudi, tsv])
-def test_where_no_client_moved_nothing_moves(merge: Callable[..., dict[str, Tensor]]) -> None:
-    assert not merged_update(merge, [torch.zeros(5, 4)] * 2).any()
-
-
-@pytest.mark.parametrize("merge", [wudi, tsv])
-def test_one_client_gets_its_own_layer_and_others_are_averaged(merge: Callable[..., dict[str, Tensor]]) -> None:
-    update = drawn(5, 4)
-    torch.testing.assert_close(merged_update(merge, [update]), update)
-    config = settings()
-    uploads, start = (
-        [an_upload(config, client, 10 + 20 * client) for client in range(2)],
-        initial_weights(config.model, 0),
-    )
-    found, mean = merge(uploads, start), average(uploads)
-    alike = {name for name in found if torch.allclose(found[name], mean[name], atol=1e-6)}
-    matrices = {
-        f"blocks.{b}.{layer}.weight" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    }
-    assert set(found) - alike == matrices
-    assert all(found[name].dtype == torch.float32 for name in found)
+def test_one_client_gets_its_own_layer_and_others_are_averaged(merge: Merge) -> None:
+    assert not merged_update(merge, [torch.zeros(5, 4)] * 2).any()  # where no client moved
+    torch.testing.assert_close(merged_update(merge, [drawn(5, 4)]), drawn(5, 4))
+    found, mean = merge(two_uploads(), initial_weights(settings().model, 0)), average(two_uploads())
+    differ = {name for name in found if not torch.allclose(found[name], mean[name], atol=1e-6)}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert differ == {f"blocks.{b}.{layer}.weight" for b in (0, 1) for layer in layers}
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
 
 
 def test_ties_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,18 +92,13 @@ def test_ties_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["wudi", "tsv", "ties", "task_arithmetic"])
+@torch.no_grad()
 def test_the_methods_give_one_model(name: str) -> None:
     config = settings(method=name)
-    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
-    made = methods.fuse(Job(uploads, config, torch.device("cpu"), lambda **_: None))
-    assert made.weights is not None
+    made, images = fused(config), some_images(config, 2)
     assert all(tensor.isfinite().all() for tensor in made.weights.values())
     if name == "task_arithmetic":
-        start = initial_weights(config.model, config.seed)
-        update = sum(upload.weights["head.weight"] - start["head.weight"] for upload in uploads)
-        torch.testing.assert_close(made.weights["head.weight"], start["head.weight"] + 0.3 * update)
-    vit = a_vit(config, 0)
-    vit.load_state_dict(dict(made.weights))
-    images = drawn(2, 1, 8, 8).float()
-    with torch.no_grad():
-        torch.testing.assert_close(made.predict(images), vit(images))
+        start = initial_weights(config.model, config.seed)["head.weight"]
+        update = sum(upload.weights["head.weight"] - start for upload in two_uploads())
+        torch.testing.assert_close(made.weights["head.weight"], start + 0.3 * update)
+    torch.testing.assert_close(made.predict(images), vit_of(config.model, made.weights)(images))

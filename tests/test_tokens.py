@@ -1,11 +1,9 @@
 """A ViT on some of its patches: all of them are timm's own forward, absent ones are as if masked out of attention."""
 
-from functools import cache
-
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import a_vit, settings
+from tiny import a_vit, settings, some_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,35 +20,22 @@ from fedmitr_flwr.vit.tokens import (
     unpatchify,
 )
 
-
-def shape(name: str, img_size: int, patch_size: int) -> dict[str, object]:
-    return {"model.name": name, "model.img-size": img_size, "model.patch-size": patch_size, "model.in-chans": 3}
-
-
-MODELS = {
-    "small": {},
-    "deit": shape("deit_tiny_patch16_224", 32, 8),
-    "registers": shape("vit_small_patch14_reg4_dinov2", 28, 14),  # four between [CLS] and patches, without positions
-    "deit3": shape("deit3_small_patch16_224", 32, 16),  # no position for [CLS], layer scale
-    "clip": shape("vit_xsmall_patch16_clip_224", 32, 8),  # a norm before the blocks
+Model = tuple[Config, VisionTransformer, Tensor]
+MODELS = {  # sides of an image and of a patch, channels
+    "small": (8, 2, 1),
+    "deit_tiny_patch16_224": (32, 8, 3),
+    "vit_small_patch14_reg4_dinov2": (28, 14, 3),  # four registers between [CLS] and patches, without positions
+    "deit3_small_patch16_224": (32, 16, 3),  # no position for [CLS], layer scale
+    "vit_xsmall_patch16_clip_224": (32, 8, 3),  # a norm before the blocks
 }
 
 
-@cache
-def a_model(name: str) -> tuple[Config, VisionTransformer]:
-    """In double precision, so that only an error can make a difference."""
-    config = settings(**MODELS[name])
-    return config, a_vit(config, seed=5).double()
-
-
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> tuple[Config, VisionTransformer]:
-    return a_model(request.param)
-
-
-def images_for(config: Config) -> Tensor:
-    shape = (2, config.model.in_chans, config.model.img_size, config.model.img_size)
-    return torch.randn(shape, generator=stream(1), dtype=torch.float64)
+@pytest.fixture(params=MODELS, scope="module")
+def model(request: pytest.FixtureRequest) -> Model:
+    """With two images, all in double precision, so that only an error can make a difference."""
+    sizes = dict(zip(("model.img-size", "model.patch-size", "model.in-chans"), MODELS[request.param], strict=True))
+    config = settings(**sizes, **{"model.name": request.param})
+    return config, a_vit(config, seed=5).double(), some_images(config, 2).double()
 
 
 def masked_forward(vit: VisionTransformer, images: Tensor, ids_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,25 +61,20 @@ def masked_forward(vit: VisionTransformer, images: Tensor, ids_BK: Tensor) -> tu
 
 
 @torch.no_grad()
-def test_all_patches_are_the_vit_itself(model: tuple[Config, VisionTransformer]) -> None:
-    config, vit = model
-    images = images_for(config)
+def test_all_patches_are_the_vit_itself(model: Model) -> None:
+    config, vit, images = model
     patches = patchify(images, config.model.patch_size)
-    given = forward_tokens(vit, patches, all_positions(patches))
-    wanted = vit(images)
+    given, wanted = forward_tokens(vit, patches, all_positions(patches)), vit(images)
     assert wanted.std() > 0.01  # the images matter
     assert not torch.allclose(wanted[0], wanted[1])
     torch.testing.assert_close(given.cls, wanted)
-    tokens = vit.head(vit.forward_features(images)[:, vit.num_prefix_tokens :])
-    torch.testing.assert_close(given.patches, tokens)
-    assert given.patches.shape == (2, config.model.num_patches, config.model.num_classes)
+    torch.testing.assert_close(given.patches, vit.head(vit.forward_features(images)[:, vit.num_prefix_tokens :]))
 
 
 @torch.no_grad()
-def test_some_patches_are_a_dense_forward_with_the_others_masked_out(model: tuple[Config, VisionTransformer]) -> None:
+def test_some_patches_are_a_dense_forward_with_the_others_masked_out(model: Model) -> None:
     """In any order: each patch has the place that it is given."""
-    config, vit = model
-    images = images_for(config)
+    config, vit, images = model
     ids = torch.rand(2, config.model.num_patches, generator=stream(2)).argsort(1)[:, :3]
     patches = take(patchify(images, config.model.patch_size), ids)
     given = forward_tokens(vit, patches, ids)
@@ -108,18 +88,15 @@ def test_some_patches_are_a_dense_forward_with_the_others_masked_out(model: tupl
 
 
 @torch.no_grad()
-def test_forward_cls_is_timms_own_softmax_matrix(model: tuple[Config, VisionTransformer]) -> None:
-    config, vit = model
-    images = images_for(config)
+def test_forward_cls_is_timms_own_softmax_matrix(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, vit, images = model
     patches = patchify(images, config.model.patch_size)
     logits, attention = forward_cls(vit, patches, all_positions(patches))
     last, seen = vit.blocks[-1].attn, []
+    monkeypatch.setattr(last, "fused_attn", False)  # without fusion the matrix passes through the dropout
     hook = last.attn_drop.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    fused, last.fused_attn = last.fused_attn, False  # without fusion the matrix passes through the dropout
-    wanted = vit(images)
-    last.fused_attn = fused
+    torch.testing.assert_close(logits, vit(images))
     hook.remove()
-    torch.testing.assert_close(logits, wanted)
     torch.testing.assert_close(attention, seen[0].mean(1)[:, 0, vit.num_prefix_tokens :])
     assert (attention.sum(1) < 1).all()  # the rest is [CLS] and registers
 
@@ -127,35 +104,25 @@ def test_forward_cls_is_timms_own_softmax_matrix(model: tuple[Config, VisionTran
 def test_patchify_reads_row_by_row_and_is_what_the_convolution_sees() -> None:
     images = torch.randn(2, 3, 8, 8, generator=stream(0))
     patches = patchify(images, 4)
-    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        corner = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        assert torch.equal(patches[:, 2 * row + column], corner.flatten(1))
+    assert torch.equal(patches[:, 1], images[:, :, :4, 4:].flatten(1))
     kernel = torch.randn(5, 3, 4, 4, generator=stream(1))
     embedded = F.conv2d(images, kernel, stride=4).flatten(2).transpose(1, 2)
     torch.testing.assert_close(patches @ kernel.flatten(1).T, embedded, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("channels", "size", "patch"), [(1, 8, 2), (3, 8, 4), (3, 28, 14), (1, 6, 6)])
-def test_unpatchify_is_the_inverse(channels: int, size: int, patch: int) -> None:
-    images = torch.randn(2, channels, size, size, generator=stream(0))
-    patches = patchify(images, patch)
-    assert patches.shape == (2, (size // patch) ** 2, channels * patch**2)
-    assert torch.equal(unpatchify(patches, patch), images)
+    for patch in (1, 2, 4, 8):
+        assert torch.equal(unpatchify(patchify(images, patch), patch), images)
 
 
 def test_take_and_put() -> None:
-    values = torch.arange(12.0).reshape(2, 3, 2)
-    ids = torch.tensor([[2, 0], [1, 2]])
+    values, ids = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[2, 0], [1, 2]])
     assert take(values, ids).tolist() == [[[4, 5], [0, 1]], [[8, 9], [10, 11]]]
     assert take(values[..., 0], ids).tolist() == [[4, 0], [8, 10]]
-    before = values.clone()
     changed = put(values, ids, -torch.ones(2, 2, 2))
     assert changed.tolist() == [[[-1, -1], [2, 3], [-1, -1]], [[6, 7], [-1, -1], [-1, -1]]]
-    assert torch.equal(values, before)
-    assert torch.equal(put(values, ids, take(values, ids)), values)
+    assert torch.equal(values, torch.arange(12.0).reshape(2, 3, 2))
 
 
 def test_a_flipped_image_is_torchs_own() -> None:
+    """And given patches move as they do within the whole image."""
     images = torch.randn(300, 3, 8, 8, generator=stream(0))
     patches = patchify(images, 2)
     given, positions = random_flip(patches, all_positions(patches), 4, 2, stream(1))
@@ -164,12 +131,7 @@ def test_a_flipped_image_is_torchs_own() -> None:
     kept, mirrored = ((result == each).flatten(1).all(1) for each in (images, images.flip(-1)))
     assert (kept ^ mirrored).all()
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
-
-
-def test_given_patches_move_as_they_do_within_the_whole_image() -> None:
-    patches = torch.randn(20, 16, 12, generator=stream(0))
-    ids = torch.rand(20, 16, generator=stream(1)).argsort(1)[:, :5]
-    whole, places = random_flip(patches, all_positions(patches), 4, 2, stream(2))
-    some, there = random_flip(take(patches, ids), ids, 4, 2, stream(2))
-    assert torch.equal(some, take(whole, ids))
-    assert torch.equal(there, take(places, ids))
+    ids = torch.rand(300, 16, generator=stream(2)).argsort(1)[:, :5]
+    some, there = random_flip(take(patches, ids), ids, 4, 2, stream(1))
+    assert torch.equal(some, take(given, ids))
+    assert torch.equal(there, take(positions, ids))
