@@ -1,15 +1,17 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedmitr_flwr import methods
+from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
@@ -164,3 +166,12 @@ def timeless(path: Path) -> object:
     tensors, header = load_tensors(path)
     header.pop("seconds", None)
     return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}, header
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Runs leave empty files in place of their pictures, which take longer to draw than all else in a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_images", "save_partition"):
+            patch.setattr(pipeline, name, lambda *given: given[-1].touch())
+        yield
