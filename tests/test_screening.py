@@ -1,6 +1,7 @@
 """Screening: by hand on vectors, and on small models of which some were trained honestly and some were not."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -212,6 +213,7 @@ def test_each_attack_is_found_and_no_other_client(
     config, uploads = learned[0], attacked(learned, name)
     check, images = (ATTACKS[name][1], 0) if name in ATTACKS else ("answers", 4)
     lines: list[dict[str, Any]] = []
+    caplog.set_level(logging.WARNING, "fedmitr")
     outcome = screen(uploads, config, CPU, lambda **values: lines.append(values), images)
     assert [(finding.client, finding.check) for finding in outcome.findings] == [(1, check)]
     assert outcome.excluded == [1]

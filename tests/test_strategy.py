@@ -218,7 +218,8 @@ def test_one_shot_is_one_round_whatever_is_asked(tmp_path: Path, by_position: bo
     strategy = OneShot(RunFolder.create(config, "run"), {0: grid.node(0), 1: grid.node(1)})
     given: list[Any] = [grid, ArrayRecord(dict(initial_weights(config.model, config.seed)))]
     named = {"train_config": order(config)}
-    strategy.start(*given, 3, **named) if by_position else strategy.start(*given, num_rounds=3, **named)
+    with undrawn():
+        strategy.start(*given, 3, **named) if by_position else strategy.start(*given, num_rounds=3, **named)
     assert grid.clients_asked("train") == [0, 1]
 
 
