@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
-from tiny import RECIPE
+from tiny import RECIPE, undrawn
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import UserError
@@ -34,14 +34,14 @@ def server_context(run_config: dict[str, Any], run_id: int = 1) -> Context:
 def federate(out: Path, grid: "LocalGrid", fails: str = "", **changes: Any) -> RunFolder | None:
     """Run the whole federation with changed settings; gives the newest run folder, also after a failure."""
     context = server_context(TINY | {"out-dir": str(out)} | changes, run_id=1 + len(list(out.glob("*"))))
-    with pytest.raises(UserError, match=fails) if fails else nullcontext():
+    with undrawn(), pytest.raises(UserError, match=fails) if fails else nullcontext():
         server_app(grid, context)
     found = sorted(out.glob("*"), key=lambda path: path.stat().st_mtime)
     return RunFolder.open(found[-1]) if found else None
 
 
 def complaint(reply: Message) -> str:
-    """What a client says is wrong: the text of its error or, where it describes itself, of its card; or nothing."""
+    """What a client says is wrong: in its error or, where it describes itself, on its card; or nothing."""
     return reply.error.reason if reply.has_error() else str(reply.content.get("name", {}).get("trouble", ""))
 
 
@@ -54,17 +54,19 @@ class LocalGrid(Grid):
         count: int,
         *,
         tamper: Tamper | None = None,
+        cards: Tamper | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """Make the nodes.
 
         Args:
             client_app: run for every message.
-            count: nodes; node 1000 + 7 * i is client i, so that the two cannot be mistaken for each other.
+            count: of nodes.
             tamper: (reply, client) -> the replies that arrive in its place: none, one or several.
+            cards: the same for what the nodes say of themselves.
             rng: decides how late each reply is, and so in which order they arrive.
         """
-        self.client_app, self.tamper, self.rng = client_app, tamper, rng
+        self.client_app, self.tamper, self.cards, self.rng = client_app, tamper, cards, rng
         self.contexts = {
             node: Context(1, node, {"partition-id": i, "num-partitions": count}, RecordDict(), {})
             for i, node in enumerate(map(self.node, range(count)))
@@ -76,6 +78,7 @@ class LocalGrid(Grid):
 
     @staticmethod
     def node(client: int) -> int:
+        """It cannot be mistaken for the client's number."""
         return 1000 + 7 * client
 
     @staticmethod
@@ -111,7 +114,8 @@ class LocalGrid(Grid):
         except Exception as error:  # as Flower does
             reply = Message(Error(code=2, reason=repr(error)), reply_to=message)
         describes = told.message_type == "query.describe"
-        self._arrived[sent] = list(self.tamper(reply, client) if self.tamper and not describes else [reply])
+        tamper = self.cards if describes else self.tamper
+        self._arrived[sent] = list(tamper(reply, client)) if tamper else [reply]
         self._late[sent] = self.rng.randrange(3) if self.rng and not describes else 0
         return sent
 
@@ -143,24 +147,8 @@ def named(names: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]
     return [{"client-name": name, "data-path": str(path)} for name, path in zip(names, folders, strict=True)]
 
 
-TINY: dict[str, Any] = {
-    "method": "fedavg",
-    "device": "cpu",
-    "threads": 1,
-    "data.train-limit": 150,
-    "data.test-limit": 40,
-    "partition.scheme": "iid",
-    "model.img-size": 8,
-    "model.in-chans": 1,
-    "model.num-classes": 10,
-    "model.width": 32,
-    "model.depth": 1,
-    "model.patch-size": 4,
-    **RECIPE,
-    "inversion.steps": 4,
-    "inversion.batch-size": 10,
-    "inversion.stops": "0.3,0.6",
-    "distill.rounds": 1,
-    "distill.images-per-round": 10,
-    "flower.node-wait": 1.0,
-}
+TINY: dict[str, Any] = RECIPE | {"method": "fedavg", "device": "cpu", "threads": 1, "flower.node-wait": 1.0}
+TINY |= {"data.train-limit": 150, "data.test-limit": 40, "partition.scheme": "iid"}
+TINY |= {"model.img-size": 8, "model.in-chans": 1, "model.num-classes": 10, "model.patch-size": 4}
+TINY |= {"model.width": 32, "model.depth": 1, "inversion.steps": 4, "inversion.batch-size": 10}
+TINY |= {"inversion.stops": "0.3,0.6", "distill.rounds": 1, "distill.images-per-round": 10}

@@ -2,26 +2,12 @@
 
 import ast
 import re
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fedmitr_flwr").rglob("*.py"))
 FRAMEWORK = "flwr|ray|server_app|client_app"
-
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-for name in sys.argv[1:]:
-    sys.modules[name] = None  # importing it raises ImportError
-import fedmitr_flwr
-count = 0
-for module in pkgutil.walk_packages(fedmitr_flwr.__path__, "fedmitr_flwr."):
-    importlib.import_module(module.name)
-    count += 1
-print(count)
-"""
 
 
 def test_no_file_imports_the_framework() -> None:
@@ -46,12 +32,4 @@ def test_no_two_folders_import_each_other_in_a_circle() -> None:
         names.intersection_update(wanted.keys() - {own})
     assert sum(map(len, wanted.values())) > 50  # the test looks where there is something to see
     tuple(TopologicalSorter(wanted).static_order())  # raises CycleError, which names the circle
-
-
-def test_every_module_imports_without_the_framework() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, "flwr", "ray"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    # walk_packages does not count the top package itself.
-    assert int(done.stdout) == len(FILES) - 1, "a folder without __init__.py?"
+    assert {path.parent for path in FILES} == {path.parent for path in root.rglob("__init__.py")}

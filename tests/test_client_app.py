@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import TINY, LocalGrid, complaint
+from tiny import same
 
 from client_app.app import KEYS, discreet
 from client_app.app import app as client_app
@@ -19,7 +20,7 @@ from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.vit.build import initial_weights
-from server_app.records import addressed, order, read_upload
+from server_app.records import UPLOAD, addressed, order, read_upload
 
 
 def ask(
@@ -40,8 +41,7 @@ def settings(**changes: Any) -> Config:
 
 def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
     reply = ask("train", settings())
-    kinds = {name: type(record) for name, record in reply.content.items()}
-    assert kinds == {"arrays": ArrayRecord, "metrics": MetricRecord}
+    assert {name: type(record) for name, record in reply.content.items()} == UPLOAD
     metrics = reply.content["metrics"]
     assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint", "seconds"}
     assert metrics["num-examples"] == 75  # half of 150
@@ -53,31 +53,24 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
 def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
     config = settings(**{"upload.dtype": dtype, "upload.extras": "counts"})
     made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
-    read = read_upload(ask("train", config, client=1), 1, config)
+    reply = ask("train", config, client=1)
+    read = read_upload(reply, 1, config)
     assert all(tensor.dtype == getattr(torch, dtype) for tensor in read.weights.values())
     assert list(read.weights) == list(made.weights)
-    assert all(torch.equal(read.weights[key], made.weights[key]) for key in made.weights)
+    assert same(read.weights, made.weights)
     for name in ("client", "num_examples", "train_loss", "fingerprint", "class_counts", "num_bytes"):
         assert getattr(read, name) == getattr(made, name)
+    assert read_upload(reply, 1, settings()).class_counts is None  # they were not asked for
 
 
-def test_counts_that_were_not_asked_for_are_not_read() -> None:
-    reply = ask("train", settings(**{"upload.extras": "counts"}))
-    assert read_upload(reply, 0, settings()).class_counts is None
-
-
-def test_without_arrays_the_seed_gives_the_start() -> None:
+def test_the_start_the_round_and_a_proximal_term_decide_the_training() -> None:
+    """Without arrays the seed gives the start."""
     config = settings(seed=3)
-    public = ArrayRecord(dict(initial_weights(config.model, 3)))
-    other = ArrayRecord(dict(initial_weights(config.model, 4)))
-    without, same, different = (ask("train", config, arrays) for arrays in (None, public, other))
-    assert weights(without) == weights(same) != weights(different)
-
-
-def test_a_round_and_a_proximal_term_change_the_training() -> None:
-    plain, second, prox = (ask("train", settings(), **told) for told in ({}, {"server_round": 2}, {"proximal_mu": 5.0}))
-    assert weights(plain) == weights(ask("train", settings(), server_round=1))
-    assert len({weights(plain), weights(second), weights(prox)}) == 3
+    public, other = (ArrayRecord(dict(initial_weights(config.model, seed))) for seed in (3, 4))
+    plain = weights(ask("train", config))
+    assert plain == weights(ask("train", config, public)) == weights(ask("train", config, server_round=1))
+    others = [ask("train", config, other), ask("train", config, server_round=2), ask("train", config, proximal_mu=5.0)]
+    assert len({plain, *map(weights, others)}) == 4
 
 
 def weights(reply: Message) -> bytes:
@@ -109,7 +102,6 @@ def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> No
         (DataError("no column 'label' in '/secret folder/part 0.parquet'"), "no column 'label' in <path>"),
         (DataError(r"cannot read C:\Users\ann\x.png"), "cannot read <path>"),
         (RuntimeError("image of patient 17: /data/17.png"), "RuntimeError"),
-        (KeyError("ann"), "KeyError"),
     ],
 )
 def test_an_error_tells_neither_data_nor_paths(
@@ -153,22 +145,18 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
 @pytest.mark.parametrize(
     ("node", "told"),
     [
-        ({"max-epsilon": 0}, "this node's max-epsilon = 0 is not possible; use a number above 0, or leave it out for "),
-        ({"max-epsilon": -1.0}, "this node's max-epsilon = -1.0 is not possible"),
-        ({"max-epsilon": float("nan")}, "this node's max-epsilon = nan is not possible"),
-        ({"max-epsilon": "8"}, "this node's max-epsilon = '8' is not possible"),
-        ({"max-epsilon": True}, "this node's max-epsilon = True is not possible"),
-        ({"max-epsilon": 8, "max-delta": 0}, "this node's max-delta = 0 is not possible; .* leave it out for 1e-05"),
-        ({"max-delta": 1e-5}, "this node's max-delta limits nothing by itself; give a max-epsilon with it"),
-        (
-            {"max_epsilon": 8},
-            "this node's --node-config has 'max_epsilon', which nothing reads; use client-name, .*max",
-        ),
+        ({"max-epsilon": 0}, "max-epsilon = 0 is not possible; use a number above 0, or leave it out for no limit"),
+        ({"max-epsilon": float("nan")}, "max-epsilon = nan is not possible"),
+        ({"max-epsilon": "8"}, "max-epsilon = '8' is not possible"),
+        ({"max-epsilon": True}, "max-epsilon = True is not possible"),
+        ({"max-epsilon": 8, "max-delta": 0}, "max-delta = 0 is not possible; .* leave it out for 1e-05"),
+        ({"max-delta": 1e-5}, "max-delta limits nothing by itself; give a max-epsilon with it"),
+        ({"max_epsilon": 8}, "--node-config has 'max_epsilon', which nothing reads; use client-name, .*max"),
     ],
 )
 def test_a_node_whose_limit_would_not_hold_takes_no_part(node: dict[str, Any], told: str) -> None:
     for kind in ("query.describe", "train"):
-        assert re.match(told, complaint(ask(kind, settings(), node=node)))
+        assert re.match(f"this node's {told}", complaint(ask(kind, settings(), node=node)))
 
 
 def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
@@ -190,39 +178,27 @@ SERVER: dict[str, Any] = {
     "resume-from": "/srv/secret-run",
     "model.weights": "/srv/secret-models/start.safetensors",
     "data.source": "parquet",
-    "data.path": "/srv/secret-data",
+    "data.path": "/srv/data",
     "flower.clients": "hospital-a | factory",
     "feddf.path": "/srv/secret-proxy",
-    "local.lr": 0.5,
-    "upload.dtype": "float16",
-    "seed": 7,
 }
+KNOWN = {"local.lr": 0.5, "upload.dtype": "float16", "seed": 7}
 
 
 @pytest.mark.parametrize("scheme", ["own", "iid"])
 def test_an_order_has_no_other_clients_name_and_no_server_path(scheme: str) -> None:
-    sent = order(Config.from_flat(SERVER | {"partition.scheme": scheme}))
-    text = sent["toml"].decode()
-    for secret in [
-        "hospital",
-        "factory",
-        "secret-out",
-        "secret-run",
-        "secret-models",
-        "secret-proxy",
-        "screen",
-        "krum",
-    ]:
-        assert secret not in text, secret
-    assert ("/srv/secret-data" in text) is (scheme != "own")  # shares of one data set are dealt out at the clients
-    read = Config.from_toml(text)
-    assert (read.local.lr, read.upload.dtype, read.seed, read.partition.scheme) == (0.5, "float16", 7, scheme)
-    assert read.model.weights == "start.safetensors"
+    known = KNOWN | {"partition.scheme": scheme}
+    text = order(Config.from_flat(SERVER | known))["toml"].decode()
+    assert not re.search("secret|hospital|factory|screen|krum", text)
+    assert ("/srv/data" in text) is (scheme != "own")  # shares of one data set are dealt out at the clients
+    read = Config.from_toml(text).to_flat()
+    assert {key: read[key] for key in known} == known
+    assert read["model.weights"] == "start.safetensors"
 
 
 def test_each_client_is_told_its_own_number() -> None:
     content = RecordDict({"config": ConfigRecord({"toml": b"", "server-round": 1})})  # one record for all messages
-    messages = [addressed(Message(content, node, "train"), client) for client, node in enumerate((11, 12))]
-    numbers = [message.content["config"] for message in messages]
-    assert [dict(each) for each in numbers] == [{"toml": b"", "server-round": 1, "client": client} for client in (0, 1)]
+    messages = [addressed(Message(content, 11 + client, "train"), client) for client in range(2)]
+    told = [dict(message.content["config"]) for message in messages]
+    assert told == [{"toml": b"", "server-round": 1, "client": client} for client in range(2)]
     assert "client" not in content["config"]

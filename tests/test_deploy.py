@@ -124,16 +124,13 @@ def test_a_client_raises(stage: Set, sites: dict[str, Path]) -> None:
     case.completed(case.resume(), "resume-from", ["b"], ["a", "b"])
 
 
+POWER = "SuperNode killed (its machine loses power) while its client trains"
+MEMORY = "ClientApp process killed (out of memory) while it trains"
+
+
 @pytest.mark.parametrize(
     ("fault", "program", "goes_on"),
-    [
-        (
-            "SuperNode killed (its machine loses power) while its client trains",
-            "",
-            "SuperNode started again, resume-from",
-        ),
-        ("ClientApp process killed (out of memory) while it trains", "flwr-clientapp", "resume-from"),
-    ],
+    [(POWER, "", "SuperNode started again, resume-from"), (MEMORY, "flwr-clientapp", "resume-from")],
 )
 def test_a_client_is_killed_in_training(
     stage: Set, federation: Federation, fault: str, program: str, goes_on: str

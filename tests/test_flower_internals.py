@@ -17,17 +17,6 @@ from fedmitr_flwr.common.process import begin, forward
 from server_app.grid import _DEAD_ACTOR, ObservedGrid
 
 
-def test_the_ids_of_a_message_can_be_set_in_its_metadata() -> None:
-    """`ObservedGrid._read` and `_failure` write them: a reply's own words do not decide which question it answers."""
-    question = Message(RecordDict(), 7, "train")
-    question.metadata.__dict__["_message_id"] = "asked"
-    reply = Message(Error(2, "no"), reply_to=question)
-    assert reply.metadata.reply_to_message_id == "asked"
-    reply.metadata.__dict__["_reply_to_message_id"] = "other"
-    assert reply.metadata.reply_to_message_id == "other"
-    assert reply.metadata.src_node_id == 7
-
-
 def test_the_grid_of_a_deployment_is_called_http_grid() -> None:
     """`ObservedGrid.sends_copies` tells it from a simulation's, whose messages are the very objects that were sent."""
     assert import_module("flwr.superlink.runtime.run_serverapp").HttpGrid is HttpGrid
@@ -43,20 +32,17 @@ def test_ray_names_the_dead_actor_in_the_error_that_flower_passes_on() -> None:
     assert found[1] == actor
 
 
-def test_what_the_core_logs_appears_once_where_flower_s_log_does(caplog: pytest.LogCaptureFixture) -> None:
-    flower, core = logging.getLogger("flwr"), logging.getLogger("fedmitr")
-    before = core.handlers[:], core.propagate, core.level, flower.handlers[:], flower.level
-    try:
-        flower.addHandler(caplog.handler)
-        flower.setLevel(logging.INFO)
-        begin(server_app.app.log)
-        forward("fedmitr", server_app.app.log)
-        logging.getLogger("fedmitr.any").info("a\x1b[31mb\n\tc %s", "\u202ed")
-        logging.getLogger("fedmitr.any").debug("not shown")
-    finally:
-        core.handlers[:], core.propagate, flower.handlers[:] = before[0], before[1], before[3]
-        core.setLevel(before[2])
-        flower.setLevel(before[4])
+def test_what_the_core_logs_appears_once_where_flower_s_log_does(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "handlers", [*flower.handlers, caplog.handler])
+    for name in ("flwr", "fedmitr"):
+        caplog.set_level(logging.INFO, name)
+    begin(server_app.app.log)
+    forward("fedmitr", server_app.app.log)
+    logging.getLogger("fedmitr.any").info("a\x1b[31mb\n\tc %s", "\u202ed")
+    logging.getLogger("fedmitr.any").debug("not shown")
     assert {record.getMessage() for record in caplog.records} == {"a\\x1b[31mb\n\tc \\u202ed"}
 
 

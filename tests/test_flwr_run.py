@@ -136,7 +136,6 @@ def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
     [
         ({"local.epochz": 3}, "unknown config key 'local.epochz'; did you mean local.epochs?"),
         ({"data.source": "parquet", "data.path": "nowhere"}, "nowhere"),
-        ({"resume-from": "nowhere"}, "is not a run folder"),
         ({"partition.clients": "3 --clients=4"}, "--clients 4 and partition.clients=3; give one of them"),
         ({"seed": "1 --client-gpus=-1"}, "--client-gpus -1 is not possible"),
         ({"seed": "1 --flwr-home=/proc/none"}, "--flwr-home: cannot make the folder /proc/none"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, settings
+from tiny import a_vit, an_upload, same, settings
 
 from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.uploads import cache as kept
@@ -17,12 +17,10 @@ CPU = torch.device("cpu")
 
 def equal(one: Upload, other: Upload) -> bool:
     """To the bit, with types."""
+    pairs = [(one.weights, other.weights), (one.statistics or {}, other.statistics or {})]
     facts = [replace(each, weights={}, statistics=None).__dict__ for each in (one, other)]
-    bits = [
-        {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
-        for tensors in (one.weights, other.weights, one.statistics or {}, other.statistics or {})
-    ]
-    return facts[0] == facts[1] and bits[0] == bits[1] and bits[2] == bits[3]
+    typed = all(a[name].dtype == b[name].dtype for a, b in pairs for name in a)
+    return all(same(*pair) for pair in pairs) and typed and facts[0] == facts[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

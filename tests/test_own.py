@@ -7,6 +7,7 @@ import re
 import tracemalloc
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,8 +32,8 @@ def settings(names: tuple[str, ...] = NAMES, **changes: object) -> Config:
     return Config.from_flat(flat | changes)
 
 
-def place(path: Path, **columns: str) -> Place:
-    return Place(str(path), **columns)
+def place(path: Path) -> Place:
+    return Place(str(path))
 
 
 def bag(images: Images) -> list[tuple[bytes, int]]:
@@ -58,7 +59,6 @@ ACCENTS = ("café", "thé", "eau")
 @pytest.mark.parametrize(
     ("inside", "written", "names"),
     [
-        ("", NAMES, NAMES),
         ("train", NAMES, NAMES),
         ("", NAMES, ("bottom", "top", "middle")),
         # An accent as a letter of its own, as some file systems write it.
@@ -106,17 +106,12 @@ def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
     assert not any(word in told for word in ("Top", "ward", str(tmp_path)))
     assert "40 images of classes that the server does not know: 'Top' (like 'top'?), 'ward 7'" in caplog.text
     assert "its classes: 'top', 'middle', 'bottom'; rename them" in caplog.text
+    found = load_own(place(tmp_path), settings(**{"data.unknown-classes": "skip"}))
+    assert bag(found) == bag(tiny.train.subset((tiny.train.labels == 1).nonzero().flatten()))
+    assert "they are left out" in caplog.text
     monkeypatch.setattr(own, "SHOWN", 1)
     assert refusal(place(tmp_path), settings()) == told
     assert "does not know: 'Top' (like 'top'?) and 1 more; its classes" in caplog.text
-
-
-def test_unknown_classes_may_be_left_out(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
-    as_folders(tmp_path, tiny.train, ("top", "middle", "ward 7"))
-    found = load_own(place(tmp_path), settings(**{"data.unknown-classes": "skip"}))
-    assert bag(found) == bag(tiny.train.subset((tiny.train.labels < 2).nonzero().flatten()))
-    assert "20 images of classes that the server does not know: 'ward 7'" in caplog.text
-    assert "they are left out" in caplog.text
 
 
 def test_a_test_split_beside_the_images_is_not_read_and_a_folder_of_parquet_files_is_no_class(
@@ -129,14 +124,14 @@ def test_a_test_split_beside_the_images_is_not_read_and_a_folder_of_parquet_file
 
 def test_columns_are_the_node_s_or_else_the_server_s(tmp_path: Path, tiny: DataSet) -> None:
     table = pq.read_table(as_parquet(tmp_path, tiny.train, NAMES, "text") / "train.parquet")
-    pq.write_table(table.append_column("site", pa.array(["x"] * 60)), tmp_path / "train.parquet")
-    table = table.rename_columns(["view", "finding"]).append_column("site", pa.array(["x"] * 60))
+    table = table.append_column("site", pa.array(["x"] * 60))
+    pq.write_table(table, tmp_path / "train.parquet")
     other = tmp_path / "other"
     other.mkdir()
-    pq.write_table(table, other / "all.parquet")
+    pq.write_table(table.rename_columns(["view", "finding", "site"]), other / "all.parquet")
     config = settings(**{"data.label-column": "label"})
-    assert torch.equal(load_own(place(tmp_path), config).labels, tiny.train.labels)
-    assert torch.equal(load_own(place(other, label_column="finding"), config).labels, tiny.train.labels)
+    for where in (place(tmp_path), Place(str(other), label_column="finding")):
+        assert torch.equal(load_own(where, config).labels, tiny.train.labels)
 
 
 def relabelled(folder: Path, images: Images, first: object, rest: object, name: str = "label") -> Path:
@@ -149,19 +144,13 @@ def relabelled(folder: Path, images: Images, first: object, rest: object, name: 
     return folder
 
 
-def few(folder: Path, images: Images) -> Path:
-    return as_folders(folder, images.subset(torch.arange(4)), NAMES)
-
-
 def both(folder: Path, images: Images) -> Path:
-    as_folders(folder, images, NAMES)
-    return as_parquet(folder, images, NAMES)
+    return as_parquet(as_folders(folder, images, NAMES), images, NAMES)
 
 
 def dicoms(folder: Path, images: Images) -> Path:
     """One class in a format that is not read."""
-    as_folders(folder, images, NAMES)
-    for file in (folder / "middle").iterdir():
+    for file in (as_folders(folder, images, NAMES) / "middle").iterdir():
         file.rename(file.with_suffix(".dcm"))
     return folder
 
@@ -171,7 +160,11 @@ def dicoms(folder: Path, images: Images) -> Path:
     [
         (lambda folder, _: folder / "nowhere", "this client's data-path is no folder", "there is no folder"),
         (lambda folder, _: folder, "cannot be read", r"neither \*.parquet nor folders of images"),
-        (few, "has 4 images, and partition.min-size = 10", ""),
+        (
+            lambda folder, images: as_folders(folder, images.subset(torch.arange(4)), NAMES),
+            "has 4 images, and partition.min-size = 10",
+            "",
+        ),
         (both, "cannot be read", "Parquet files and folders of images; keep one"),
         (lambda *of: relabelled(*of, -1, 0), "cannot be read", "train.parquet row 0: label -1 has no name"),
         (lambda *of: relabelled(*of, "x", "y", "ward"), "cannot be read", r"several .*: ward \(string\), patient"),
@@ -196,16 +189,13 @@ def test_a_folder_that_cannot_be_listed_is_no_absent_class(
     as_folders(tmp_path, tiny.train, NAMES)
     (tmp_path / "middle" / "2024").mkdir()
 
-    def refusing(real: Callable[..., object]) -> Callable[..., object]:
-        def listed(path: str | Path) -> object:
-            if Path(path) == tmp_path / closed:
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return real(path)
-
-        return listed
+    def listed(real: Callable[..., object], path: str | Path) -> object:
+        if Path(path) == tmp_path / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
 
     for name in ("scandir", "listdir"):
-        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+        monkeypatch.setattr(os, name, partial(listed, getattr(os, name)))
     told = refusal(place(tmp_path), settings())
     assert told.startswith("this client's images cannot be read")
     assert str(tmp_path) not in told
@@ -250,24 +240,19 @@ def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog
         ({"model.num-classes": 10, "evaluate.where": "clients"}, tuple("0123456789")),
         ({"model.num-classes": 3, "evaluate.where": "clients", "data.classes": "a | b | c"}, ("a", "b", "c")),
         ({"model.num-classes": 2, "data.classes": "cat | dog"}, ("cat", "dog")),
+        ({"model.num-classes": 3, "evaluate.where": "clients"}, None),
+        ({"data.source": "imagefolder", "data.path": "/nowhere", "evaluate.where": "clients"}, None),
     ],
 )
-def test_where_the_names_come_from(changes: dict[str, object], names: tuple[str, ...]) -> None:
-    config = Config.from_flat({"partition.scheme": "own", **changes})
-    assert named_classes(config).data.class_names == names
-    assert named_classes(named_classes(config)) == named_classes(config)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"model.num-classes": 3}, {"model.num-classes": 10, "data.source": "imagefolder", "data.path": "/nowhere"}],
-)
-def test_where_the_clients_evaluate_the_classes_must_be_named(changes: dict[str, object]) -> None:
-    config = Config.from_flat({"partition.scheme": "own", "evaluate.where": "clients", **changes})
-    with pytest.raises(
-        ConfigError, match=r"data\.classes is empty, but with evaluate\.where = 'clients' .*; set it to"
-    ):
-        named_classes(config)
+def test_where_the_names_come_from(changes: dict[str, object], names: tuple[str, ...] | None) -> None:
+    config = Config.from_flat({"partition.scheme": "own", "model.num-classes": 10, **changes})
+    if names is None:
+        told = r"data\.classes is empty, but with evaluate\.where = 'clients' .*; set it to"
+        with pytest.raises(ConfigError, match=told):
+            named_classes(config)
+    else:
+        assert named_classes(config).data.class_names == names
+        assert named_classes(named_classes(config)) == named_classes(config)
 
 
 @pytest.mark.parametrize("source", ["imagefolder", "parquet"])
@@ -288,26 +273,20 @@ def test_the_server_needs_no_train_split(tmp_path: Path, tiny: DataSet, source: 
 
 def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path, tiny: DataSet) -> None:
     as_folders(tmp_path / "test", tiny.test, NAMES)
+    as_folders(tmp_path / "bad" / "test", tiny.test, ("a|b", "c", "d"))
     flat = SIZES | {"partition.scheme": "own", "data.source": "imagefolder", "data.path": str(tmp_path)}
     with pytest.raises(DataError, match=r"are of 3 classes, but model\.num-classes = 10"):
         named_classes(Config.from_flat(flat | {"model.num-classes": 10}))
-    as_folders(tmp_path / "bad" / "test", tiny.test, ("a|b", "c", "d"))
     with pytest.raises(DataError, match=r"the class name 'a\|b' has a \| or a blank"):
         named_classes(Config.from_flat(flat | {"model.num-classes": 3, "data.path": str(tmp_path / "bad")}))
     named = Config.from_flat(flat | {"model.num-classes": 2, "data.classes": "top | middle"})
-    with pytest.raises(DataError) as caught:
+    told = rf"{tmp_path}, test split: 10 images .* does not know: 'bottom'; its .* data.unknown-classes = 'skip'"
+    with pytest.raises(DataError, match=told):
         load_own_test(named.data, named.model)
-    assert str(caught.value) == (
-        f"{tmp_path}, test split: 10 images of classes that data.classes does not know: 'bottom'; "
-        "its classes: 'top', 'middle'; rename them, or take them out, or set data.unknown-classes = 'skip'"
-    )
-    skipping = Config.from_flat({"data.unknown-classes": "skip"}, base=named)
+    skipping = Config.from_flat({"data.unknown-classes": "skip", "out-dir": str(tmp_path / "out")}, base=named)
     assert len(load_own_test(skipping.data, skipping.model)) == 20
-    unknown = Config.from_flat({"data.classes": "left | right"}, base=skipping)
-    with pytest.raises(
-        DataError, match=r"none of the 30 images is of a class of data\.classes \(left, right\); rename"
-    ):
-        pipeline.created(Config.from_flat({"out-dir": str(tmp_path / "out")}, base=unknown), "run")
+    with pytest.raises(DataError, match=r"none of the 30 images is of a class of data\.classes \(left, right\)"):
+        pipeline.created(Config.from_flat({"data.classes": "left | right"}, base=skipping), "run")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from scripts import processes
 from scripts.processes import MARK, stop
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="without /proc no processes are known")
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STOP_SECONDS", 1.5)
 
 
 def a_process(mark: str, *, session: bool, code: str = "import time; time.sleep(60)") -> "subprocess.Popen[bytes]":

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,25 +12,19 @@ from fedmitr_flwr.common import progress
 from fedmitr_flwr.common.progress import Progress
 
 
-class Clock:
-    """Stands in for the module's `time`."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> SimpleNamespace:
+    """Stands in for the module's `time`."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr("sys.stderr", io.StringIO())
     caplog.set_level(logging.INFO, "fedmitr")
     return clock
 
 
-def test_one_line_per_interval_with_rate_and_time_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_per_interval_with_rate_and_time_left(
+    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     with Progress("inversion", 1000, "images") as bar:
         for step in range(10):
             clock.now += 4
@@ -42,7 +38,13 @@ def test_one_line_per_interval_with_rate_and_time_left(clock: Clock, caplog: pyt
     ]
 
 
-def test_short_work_is_one_line_and_hours_are_shown(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_short_work_is_one_line_and_hours_are_shown(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        with Progress("wrong", 4, "epochs") as bar:
+            bar.update()
+            clock.now += 1
+            raise RuntimeError("boom")
+
     with Progress("client 3", 2, "epochs") as bar:
         bar.update()
         clock.now += 4
@@ -50,35 +52,21 @@ def test_short_work_is_one_line_and_hours_are_shown(clock: Clock, caplog: pytest
     with Progress("distil", 4, "epochs", every=3600) as bar:
         clock.now += 3600
         bar.update()
-    assert caplog.messages == [
-        "client 3: 2/2 epochs, loss=2.5, 0.5 epochs/s, done in 0:04",
-        "distil: 1/4 epochs, 0.000278 epochs/s, 3:00:00 left",
-        "distil: 1/4 epochs, 0.000278 epochs/s, done in 1:00:00",
-    ]
-
-
-def test_an_error_is_said_and_passed_on(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        with Progress("distil", 4, "epochs") as bar:
-            bar.update()
-            clock.now += 1
-            raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"):
-        fail()
-    assert caplog.messages == ["distil: 1/4 epochs, 1 epochs/s, stopped after 0:01"]
-
-
-def test_nothing_done_divides_by_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    with Progress("empty", 0, "images"):
+    with Progress("empty", 0, "images"):  # nothing done divides by nothing
         pass
     with Progress("slow", 5, "images", every=0) as bar:
         clock.now += 1
         bar.update(0)
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert caplog.messages == [
+        "client 3: 2/2 epochs, loss=2.5, 0.5 epochs/s, done in 0:04",
+        "distil: 1/4 epochs, 0.000278 epochs/s, 3:00:00 left",
+        "distil: 1/4 epochs, 0.000278 epochs/s, done in 1:00:00",
         "empty: 0/0 images, 0 images/s, done in 0:00",
         "slow: 0/5 images, 0 images/s",
         "slow: 0/5 images, 0 images/s, done in 0:01",
+        "wrong: 1/4 epochs, 1 epochs/s, stopped after 0:01",
     ]
 
 
@@ -91,7 +79,4 @@ def test_a_bar_on_a_terminal_and_no_lines(monkeypatch: pytest.MonkeyPatch, caplo
         bar.update(3, loss=0.25)
         bar.update(1, loss=0.125)
     assert caplog.messages == []
-    shown = terminal.getvalue()
-    assert "inversion" in shown
-    assert "4/4" in shown
-    assert "loss=0.125" in shown
+    assert re.search("inversion.*4/4.*loss=0.125", terminal.getvalue())

@@ -1,6 +1,7 @@
 """FedMedian and Krum: numbers by hand, Flower's own implementations, and what a hostile upload can do."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,8 @@ def test_the_median_is_numpys(rows: list[list[float]]) -> None:
     )
 
 
-@pytest.mark.parametrize("clients", [2, 5, 6])
-def test_fedmedian_is_the_median_of_every_number(clients: int) -> None:
-    uploads = [an_upload(settings(), client, 10 + client) for client in range(clients)]
+def test_fedmedian_is_the_median_of_every_number() -> None:
+    uploads = [an_upload(settings(), client, 10 + client) for client in range(6)]
     made, _ = made_by("fedmedian", uploads)
     for name, tensor in made.weights.items():
         every = np.stack([upload.weights[name].double().numpy() for upload in uploads])
@@ -53,10 +53,7 @@ def test_fedmedian_is_the_median_of_every_number(clients: int) -> None:
 def test_a_minority_cannot_drag_the_median_away() -> None:
     """Whatever two of five send, each number stays between those of the other three."""
     good = [an_upload(settings(), client) for client in range(3)]
-    evil = [
-        Upload(9, {name: factor * tensor for name, tensor in good[0].weights.items()}, 1, 0.0, "")
-        for factor in (1e6, -1e6)
-    ]
+    evil = [replace(good[0], weights={name: by * w for name, w in good[0].weights.items()}) for by in (1e6, -1e6)]
     made, _ = made_by("fedmedian", [evil[0], *good, evil[1]])
     for name, tensor in made.weights.items():
         honest = torch.stack([upload.weights[name] for upload in good])
@@ -90,8 +87,7 @@ def test_krum_is_flowers(hostile: int) -> None:
     (theirs,) = select_multikrum(replies, hostile, 1)
     made, lines = made_by("krum", uploads, **{"krum.hostile": hostile})
     assert same(dict(made.weights), dict(theirs["arrays"].to_torch_state_dict()))
-    (number,) = [number for number, reply in enumerate(replies) if reply is theirs]
-    assert lines == [{"stage": "krum", "client": number}]
+    assert lines == [{"stage": "krum", "client": [reply is theirs for reply in replies].index(True)}]
     assert same(dict(made.predict.state_dict()), dict(made.weights))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import settings
+from tiny import same, settings, undrawn
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -75,9 +75,8 @@ def test_similar_updates_are_not_strange(count: int, seed: int) -> None:
 def test_a_scaled_update_and_one_that_did_not_move_are_strange(count: int, seed: int, data: st.DataObject) -> None:
     rows = similar(count, seed)
     who = data.draw(st.integers(0, count - 1))
-    for factor in (100.0, 0.001):
-        assert found(arrows(*rows[:who], times(rows[who], factor), *rows[who + 1 :])) == {who: "norm"}
-    assert found(arrows(*rows[:who], [0.0] * 6, *rows[who + 1 :])) == {who: "norm"}
+    for factor, check in ((100.0, "norm"), (0.001, "norm"), (0.0, "norm"), (-1.0, "direction")):
+        assert found(arrows(*rows[:who], times(rows[who], factor), *rows[who + 1 :])) == {who: check}
 
 
 def test_two_of_ten_are_found_together() -> None:
@@ -85,13 +84,7 @@ def test_two_of_ten_are_found_together() -> None:
     for factors, check in (((-1, -1), "direction"), ((100, 90), "norm")):
         bad = [times(row, factor) for row, factor in zip(rows, factors, strict=False)]
         assert found(arrows(*bad, *rows[2:])) == {0: check, 1: check}
-
-
-@given(st.integers(3, 12), st.integers(0, 1000), st.data())
-def test_a_reversed_update_is_strange_and_the_others_are_not(count: int, seed: int, data: st.DataObject) -> None:
-    rows = similar(count, seed)
-    who = data.draw(st.integers(0, count - 1))
-    assert found(arrows(*rows[:who], times(rows[who], -1), *rows[who + 1 :])) == {who: "direction"}
+    assert found(arrows(times(rows[0], -1), *rows[1:3])) == {0: "direction"}  # one of three
 
 
 def test_a_client_with_many_images_may_go_a_longer_way() -> None:
@@ -120,14 +113,14 @@ def test_who_owns_more_than_ten_times_all_others_is_named() -> None:
 
 def test_what_no_honest_client_can_be_is_clear() -> None:
     """Limits: a length of e^2.5 = 12.2 times the median's, a mean cosine of -0.3, and nothing left of the start."""
-    same = [[1.0, 0, 0, 0, 0, 0]] * 4
+    equal = [[1.0, 0, 0, 0, 0, 0]] * 4
     for factor, clear in ((12.0, False), (12.4, True), (1 / 12.0, False), (1 / 12.4, True)):
-        found = strange_weights(arrows(*same, times(same[0], factor)), START)
+        found = strange_weights(arrows(*equal, times(equal[0], factor)), START)
         assert [each.clear for each in found if each.check == "norm"] == [clear], factor
     for cosine, clear in ((-0.29, False), (-0.31, True)):
         away = [cosine, (1 - cosine**2) ** 0.5, 0, 0, 0, 0]
-        units_KK = torch.tensor(away + same[0]).reshape(2, 6)[[1, 1, 1, 0]].double()
-        (finding,) = _directions(arrows(*same[:3], away), units_KK @ units_KK.T)
+        units_KK = torch.tensor(away + equal[0]).reshape(2, 6)[[1, 1, 1, 0]].double()
+        (finding,) = _directions(arrows(*equal[:3], away), units_KK @ units_KK.T)
         assert (finding.check, finding.clear) == ("direction", clear), cosine
     start = {"w": torch.randn(100, 100, generator=stream(0)), "head.weight": torch.ones(3, 3)}
     fresh = {"w": torch.randn(100, 100, generator=stream(1)), "head.weight": torch.ones(3, 3)}
@@ -143,12 +136,9 @@ def test_names_by_hand() -> None:
     targets = torch.tensor([0, 0, 1, 1, 2, 2])
     answers = torch.eye(3)[[1, 1, 0, 0, 2, 1]]
     names = Names.of(answers, targets)
-    assert names.right == pytest.approx(1 / 6)
-    assert names.chance == pytest.approx((2 / 6 + 3 / 6 + 1 / 6) / 3)
-    assert names.best == pytest.approx(5 / 6)
-    assert names.gain == pytest.approx(0.5)
-    assert names.kept == pytest.approx((1 / 6 - 1 / 3) / 0.5)
-    assert names.sure == pytest.approx(2 / 3)
+    chance = (2 / 6 + 3 / 6 + 1 / 6) / 3
+    assert (names.right, names.chance, names.best, names.gain) == pytest.approx((1 / 6, chance, 5 / 6, 0.5))
+    assert (names.kept, names.sure) == pytest.approx(((1 / 6 - 1 / 3) / 0.5, 2 / 3))
     wanted = math.log(3) / 3 + math.log(2) / 2 + math.log(6) / 6  # of its names 2, 3, 1
     assert names.information == pytest.approx(wanted)
     perfect = Names.of(torch.eye(3)[targets], targets)
@@ -162,16 +152,8 @@ def test_names_by_hand() -> None:
 
 # That each client has images of: bars at the top, in the middle, at the bottom.
 CLASSES = ((0, 1, 2), (0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (0, 2))
-LEARNED: dict[str, Any] = {
-    "model.width": 32,
-    "model.num-classes": 3,
-    "partition.clients": 6,
-    "local.epochs": 20,
-    "local.batch-size": 8,
-    "local.lr": 3e-3,
-    "ensemble.combine": "probs",
-    "screen.mode": "exclude",
-}
+LEARNED: dict[str, Any] = {"model.width": 32, "model.num-classes": 3, "partition.clients": 6, "screen.mode": "exclude"}
+LEARNED |= {"local.epochs": 20, "local.batch-size": 8, "local.lr": 3e-3, "ensemble.combine": "probs"}
 Learned = tuple[Config, list[Upload], Upload]
 
 
@@ -210,9 +192,16 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
 }
 
 
+def attacked(learned: Learned, name: str) -> list[Upload]:
+    """The uploads of which client 1's is not honest; "permuted": trained on other labels."""
+    config, uploads, turned = learned
+    bad = ATTACKS[name][0](config, uploads[1]) if name in ATTACKS else turned
+    return [uploads[0], bad, *uploads[2:]]
+
+
 def test_no_honest_client_is_strange(learned: Learned) -> None:
     config, uploads, _ = learned
-    outcome = screen(uploads, config, CPU)
+    outcome = screen(uploads, config, CPU, images=4)
     assert (outcome.findings, outcome.excluded) == ([], [])
     assert outcome.kept == uploads
 
@@ -221,13 +210,11 @@ def test_no_honest_client_is_strange(learned: Learned) -> None:
 def test_each_attack_is_found_and_no_other_client(
     learned: Learned, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, uploads, turned = learned
-    attack, check = ATTACKS.get(name, (lambda *_: turned, "answers"))
-    images = 4 if check == "answers" else 0
-    uploads = [uploads[0], attack(config, uploads[1]), *uploads[2:]]
+    config, uploads = learned[0], attacked(learned, name)
+    check, images = (ATTACKS[name][1], 0) if name in ATTACKS else ("answers", 4)
     lines: list[dict[str, Any]] = []
-    with caplog.at_level(logging.WARNING, "fedmitr"):
-        outcome = screen(uploads, config, CPU, lambda **values: lines.append(values), images)
+    caplog.set_level(logging.WARNING, "fedmitr")
+    outcome = screen(uploads, config, CPU, lambda **values: lines.append(values), images)
     assert [(finding.client, finding.check) for finding in outcome.findings] == [(1, check)]
     assert outcome.excluded == [1]
     assert outcome.kept == [uploads[0], *uploads[2:]]
@@ -241,11 +228,10 @@ def test_each_attack_is_found_and_no_other_client(
 
 def test_who_was_not_trained_is_found_by_its_answers_alone(learned: Learned) -> None:
     """Fresh weights are as far from the start as long training goes: their length need not tell."""
-    config, uploads, _ = learned
-    fresh = ATTACKS["random"][0](config, uploads[1])
-    (finding,) = strange_answers([uploads[0], fresh, *uploads[2:]], config, CPU)
+    uploads = attacked(learned, "random")
+    (finding,) = strange_answers(uploads, learned[0], CPU, images=4)
     assert (finding.client, finding.check) == (1, "unsure")
-    assert strange_answers([uploads[0], fresh, *uploads[2:4]], config, CPU) == []  # too few to judge
+    assert strange_answers(uploads[:4], learned[0], CPU) == []  # too few to judge
 
 
 @pytest.mark.parametrize("outliers", [0.0, 1.0])
@@ -254,7 +240,7 @@ def test_a_client_of_one_class_is_not_strange(learned: Learned, tiny: DataSet, o
     config, uploads, _ = learned
     config = Config.from_flat({"local.outliers": outliers, "local.epochs": 60}, base=config)
     one_class = learn(config, tiny, 1, tiny.train.labels == 1)
-    found = strange_answers([uploads[0], one_class, *uploads[2:]], config, CPU)
+    found = strange_answers([uploads[0], one_class, *uploads[2:]], config, CPU, images=4)
     assert 1 not in {finding.client for finding in found}
 
 
@@ -269,15 +255,11 @@ def normalised(client: int, images: int, classes: Sequence[int], width: int = 8)
 
 
 NORM = torch.ones(8).double(), torch.zeros(8).double()
-LIES: dict[str, Callable[[Upload], Upload]] = {
-    "exchanged": lambda upload: with_sums(upload, lambda own: own.sums.roll(1, 0)),
-    "turned": lambda upload: with_sums(upload, lambda own: -own.sums),
-    "zeros": lambda upload: with_sums(upload, lambda own: 0 * own.sums),
+LIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exchanged": lambda sums: sums.roll(1, 0),
+    "turned": lambda sums: -sums,
+    "zeros": lambda sums: 0 * sums,
 }
-
-
-def with_sums(upload: Upload, change: Callable[[Any], Tensor]) -> Upload:
-    return replace(upload, statistics={**upload.statistics, "sums": change(statistics_of(upload))})
 
 
 def test_statistics_that_contradict_all_others_are_clear_and_honest_ones_are_not() -> None:
@@ -286,7 +268,8 @@ def test_statistics_that_contradict_all_others_are_clear_and_honest_ones_are_not
     assert strange_sums(honest, NORM) == []
     assert strange_sums(honest[:2], NORM) == []
     for name, lie in LIES.items():
-        lying = [lie(honest[0]), *honest[1:]]
+        sums = lie(statistics_of(honest[0]).sums)
+        lying = [replace(honest[0], statistics={**honest[0].statistics, "sums": sums}), *honest[1:]]
         assert problem(lying[0].statistics, lying[0].class_counts, 8, NORM) is None, name  # sums that could be
         (finding,) = strange_sums(lying, NORM)
         assert (finding.client, finding.check, finding.clear) == (0, "sums", True), name
@@ -314,15 +297,21 @@ def _parts(upload: Upload) -> tuple[Tensor, ...]:
     return own.counts, own.sums, own.moment
 
 
-def test_by_default_only_what_is_clear_is_left_out(learned: Learned) -> None:
-    config, uploads, turned = learned
+def test_by_default_only_what_is_clear_is_left_out(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
     assert Config().screen.mode == "clear"
-    default = Config.from_flat({"screen.mode": "clear"}, base=config)
-    permuted = screen([uploads[0], turned, *uploads[2:]], default, CPU)
+    default, warn, off = (Config.from_flat({"screen.mode": mode}, base=learned[0]) for mode in ("clear", "warn", "off"))
+    turned, bad = attacked(learned, "permuted"), attacked(learned, "scaled")
+    permuted = screen(turned, default, CPU, images=4)
     assert [(finding.check, finding.clear) for finding in permuted.findings] == [("answers", False)]
-    assert permuted.kept == [uploads[0], turned, *uploads[2:]]
-    bad = ATTACKS["scaled"][0](config, uploads[1])
-    assert screen([uploads[0], bad, *uploads[2:]], default, CPU).excluded == [1]
+    assert permuted.kept == turned
+    assert screen(bad, default, CPU, images=0).excluded == [1]
+    caplog.clear()
+    nothing = screen(bad, off, CPU)
+    assert (nothing.kept, nothing.findings, caplog.text) == (bad, [], "")
+    warned = screen(bad, warn, CPU, images=0)
+    assert warned.kept == bad
+    assert [finding.client for finding in warned.findings] == [1]
+    assert "screen.mode = 'exclude' leaves it out" in caplog.text
 
 
 def test_honest_clients_of_little_training_point_apart_and_stay() -> None:
@@ -338,18 +327,6 @@ def test_honest_clients_of_little_training_point_apart_and_stay() -> None:
         assert found.excluded == [], found.findings
         lowest.append(mean_cosines(Measured.of(uploads, initial).cosines).min().item())
     assert min(lowest) < -0.05  # the test is of such
-
-
-def test_a_warning_excludes_no_client_and_off_does_not_look(learned: Learned, caplog: pytest.LogCaptureFixture) -> None:
-    config, uploads, _ = learned
-    uploads = [ATTACKS["scaled"][0](config, uploads[0]), *uploads[1:]]
-    warned = screen(uploads, settings(**LEARNED | {"screen.mode": "warn"}), CPU, images=0)
-    assert warned.kept == uploads
-    assert [finding.client for finding in warned.findings] == [0]
-    assert "screen.mode = 'exclude' leaves it out" in caplog.text
-    caplog.clear()
-    off = screen(uploads, settings(**LEARNED | {"screen.mode": "off"}), CPU)
-    assert (off.kept, off.findings, caplog.text) == (uploads, [], "")
 
 
 DIGITS: dict[str, Any] = {"screen.mode": "exclude", "method": "fedavg", "partition.clients": 5}
@@ -395,6 +372,8 @@ def saved(path: Path, uploads: Sequence[Upload], **changes: Any) -> RunFolder:
     folder = RunFolder.create(settings(**DIGITS | {"out-dir": str(path)} | changes), "run")
     for upload in uploads:
         folder.save_upload(upload)
+    with undrawn():
+        pipeline.serve(folder)
     return folder
 
 
@@ -403,11 +382,8 @@ def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path) -> None:
     """The same model as of the honest uploads alone; the strange one stays on disk."""
     honest = [moved(client) for client in range(4)]
     folder = saved(tmp_path / "poisoned", [*honest, moved(4, 100.0)])
-    pipeline.serve(folder)
     alone = saved(tmp_path / "alone", honest, **{"screen.mode": "off", "flower.quorum": 0.8})
-    pipeline.serve(alone)
-    ours, theirs = (load_tensors(run.model_path)[0] for run in (folder, alone))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(*(load_tensors(run.model_path)[0] for run in (folder, alone)))
     assert list(folder.upload_paths()) == [0, 1, 2, 3, 4]
     result = folder.read_result()
     assert result["screen"]["excluded"] == [4]
@@ -423,13 +399,3 @@ def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path) -> None:
     warned = pipeline.fuse(folder, "fedavg", {"screen.mode": "warn"}).read_result()
     assert (warned["screen"]["excluded"], len(warned["screen"]["findings"])) == ([], 1)
     assert warned["accuracy"]["fedavg"] != result["accuracy"]["fedavg"]
-
-
-def test_a_warning_does_not_change_a_bit(tmp_path: Path) -> None:
-    made = []
-    for mode in ("off", "warn"):
-        changes = {"screen.mode": mode, "method": "fedmitr", "partition.clients": 3}
-        folder = saved(tmp_path / mode, [moved(client) for client in range(3)], **changes)
-        pipeline.serve(folder)
-        made.append(load_tensors(folder.model_path)[0])
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
