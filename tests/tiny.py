@@ -173,10 +173,8 @@ def timeless(path: Path) -> object:
 @contextmanager
 def as_before() -> Iterator[None]:
     """What `fedmitr` sets for its process is given back: handlers of logs and signals, and levels."""
-    root, signals = (
-        logging.getLogger(),
-        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
-    )
+    root = logging.getLogger()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmitr", "fedmitr.bench"))}
     handlers = root.handlers[:]
     yield
