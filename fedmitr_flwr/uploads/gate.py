@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import DiskError, RunError, UploadError
 from ..config import Config, ModelConfig
-from ..vit.build import Weights, build_vit, initial_weights
+from ..vit.build import Weights, initial_weights, without_numbers
 from ..vit.probe import computes
 from .stored import StoredWeights
 from .upload import ASK_AGAIN, Upload, validate
@@ -24,8 +24,7 @@ from .upload import ASK_AGAIN, Upload, validate
 @lru_cache(maxsize=4)
 def shapes(model: ModelConfig) -> Weights:
     """The model's weights without their numbers; nothing is drawn, and no memory is taken."""
-    with torch.device("meta"):
-        return dict(build_vit(model).state_dict())
+    return dict(without_numbers(model).state_dict())
 
 
 @lru_cache(maxsize=4)

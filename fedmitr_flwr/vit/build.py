@@ -64,7 +64,7 @@ def _build(model: ModelConfig, seed: int, **other: Any) -> VisionTransformer:
     try:
         with seeded_init(seed, "init"):
             vit = timm.create_model(pretrained=False, **arguments | other)
-            if model.name == SMALL:
+            if model.name == SMALL and "weight_init" not in other:
                 _fan_in_init(vit)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         sizes = f"{model.img_size} px, patches of {model.patch_size} px, {model.in_chans} channels"
@@ -73,10 +73,17 @@ def _build(model: ModelConfig, seed: int, **other: Any) -> VisionTransformer:
     return vit.eval()
 
 
+def without_numbers(model: ModelConfig) -> VisionTransformer:
+    """The network on the meta device: shapes and no numbers, of which drawing them would take most of the time."""
+    if model.name != SMALL:
+        architecture(model.name)
+    with torch.device("meta"):
+        return _build(model, 0, weight_init="skip")
+
+
 def vit_of(model: ModelConfig, weights: Mapping[str, Tensor]) -> VisionTransformer:
     """The network around these very tensors, to be asked and not trained: nothing is drawn, and nothing is copied."""
-    with torch.device("meta"):
-        vit = build_vit(model)
+    vit = without_numbers(model)
     vit.load_state_dict(dict(weights), assign=True)
     return vit
 
