@@ -148,15 +148,15 @@ ANY_FILE = ["flip", "overwrite", "cut", "exchange", "append", "empty", *NO_FILES
 PIECE = [*ANY_FILE, "an_odd_header", "an_odd_header", "odd_tensors"]
 UPLOAD = [*ANY_FILE, *["flip"] * 3, *["an_odd_header"] * 10, *["odd_tensors"] * 3, "renamed"]
 RESULT = [*ANY_FILE, *["flip"] * 3, *["an_odd_value"] * 12, "cut at a line", "without a line", "deep"]
-# File, what is done to it, and by which command the folder is then looked at.
+# File, what is done to it, how often, and by which command the folder is then looked at.
 TABLE = [
-    ("config.toml", [*ANY_FILE, *["flip", "cut at a line", "without a line"] * 2], "fuse"),
-    ("uploads/client_000.safetensors", UPLOAD, "fuse"),
-    ("uploads/client_001.safetensors", ANY_FILE, "fuse"),
-    ("fused/begun/work/images-0-0.safetensors", PIECE, "begun"),
-    ("fused/begun/work/student.safetensors", PIECE, "begun"),
-    ("result.json", RESULT, "report"),
-    ("metrics.jsonl", [*ANY_FILE, *["an_odd_value"] * 8, "cut at a line", "deep"], "report"),
+    ("config.toml", [*ANY_FILE, *["flip", "cut at a line", "without a line"] * 2], 3, "fuse"),
+    ("uploads/client_000.safetensors", UPLOAD, 2, "fuse"),
+    ("uploads/client_001.safetensors", UPLOAD, 2, "fuse"),
+    ("fused/begun/work/images-0-0.safetensors", PIECE, 1, "begun"),
+    ("fused/begun/work/student.safetensors", PIECE, 1, "begun"),
+    ("result.json", RESULT, 3, "report"),
+    ("metrics.jsonl", [*ANY_FILE, *["an_odd_value"] * 8, "cut at a line", "deep"], 2, "report"),
 ]
 
 
@@ -176,13 +176,13 @@ def test_no_mutation_of_a_run_folder_gives_a_traceback_or_another_result(
     wanted = {command: tried(command, command) for command in ("fuse", "begun", "report")}
     assert all(status == 0 for status, _ in wanted.values())
     statuses = []
-    for name, mutations, command in TABLE:
-        for number, how in enumerate(mutations):
+    for name, mutations, times, command in TABLE:
+        for number, how in enumerate(mutations * times):
             what = f"{name}, {how} {number}, {command}"
             status, found = tried(what, command, name, how)
             assert status == 2 or found == wanted[command][1] or name == "metrics.jsonl", what
             statuses.append(status)
-    assert len(statuses) > 120
+    assert len(statuses) > 300
     assert 0.5 < statuses.count(2) / len(statuses) < 1  # some mutations change nothing that counts
 
 
