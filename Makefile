@@ -25,10 +25,10 @@ deploy-demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=fedmitr_flwr --cov=server_app --cov=client_app --cov-report=term:skip-covered
 
-# Real SuperNodes that are killed, and the like: an hour on a busy machine; ONLY=smoke is the short form.
+# Processes that are killed, disks that fill and the like: an hour on a busy machine; ONLY=smoke is the short form.
 ONLY ?= deploy
 test-deploy: $(STAMP)
-	$(BIN)/python -m pytest -v -m "deploy and $(ONLY)" tests/test_deploy.py
+	$(BIN)/python -m pytest -v -m "deploy and $(ONLY)" tests/test_deploy.py tests/test_flwr_run.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check

@@ -48,6 +48,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _pictures_are_empty() -> Iterator[None]:
+    """Drawing them takes longer than all else in a tiny run; `tiny.draw` has them drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_images", "save_partition"):
+            patch.setattr(f"fedmitr_flwr.pipeline.{name}", lambda *given: given[-1].touch())
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _imports_are_no_garbage() -> None:
     """What was imported so far is left out of collections, of which `return_memory` asks for one per client."""

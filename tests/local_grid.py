@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
-from tiny import RECIPE, undrawn
+from tiny import RECIPE
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import UserError
@@ -34,7 +34,7 @@ def server_context(run_config: dict[str, Any], run_id: int = 1) -> Context:
 def federate(out: Path, grid: "LocalGrid", fails: str = "", **changes: Any) -> RunFolder | None:
     """Run the whole federation with changed settings; gives the newest run folder, also after a failure."""
     context = server_context(TINY | {"out-dir": str(out)} | changes, run_id=1 + len(list(out.glob("*"))))
-    with undrawn(), pytest.raises(UserError, match=fails) if fails else nullcontext():
+    with pytest.raises(UserError, match=fails) if fails else nullcontext():
         server_app(grid, context)
     found = sorted(out.glob("*"), key=lambda path: path.stat().st_mtime)
     return RunFolder.open(found[-1]) if found else None

@@ -187,6 +187,8 @@ def only_it_is_asked_again(start: Start, folder: RunFolder, missing: int) -> Run
     return again
 
 
+@pytest.mark.deploy
+@pytest.mark.smoke
 def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_path: Path) -> None:
     run, folder, missing = a_killed_client(start)
     (kept,) = (tmp_path / "home").glob("superlink-*.log")
@@ -194,6 +196,8 @@ def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_
     only_it_is_asked_again(start, folder, missing)
 
 
+@pytest.mark.deploy
+@pytest.mark.smoke
 def test_a_killed_server_resumes_without_the_clients_and_gives_the_bits_of_the_straight_line(
     start: Start, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,11 @@ SMALL = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "f
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Clients that send all that there is, and real images for FedDF."""
-    with pytest.MonkeyPatch.context() as patch:
-        for picture in ("save_images", "save_partition"):
-            patch.setattr(pipeline, picture, lambda *_: None)
-        needed = {"upload.extras": "variances, moments", "data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
-        out = {"out-dir": str(tmp_path_factory.mktemp("runs"))}
-        yield pipeline.run(settings(**SMALL | needed | out), "first")
+    needed = {"upload.extras": "variances, moments", "data.proxy": 0.2, "partition.clients": 4, "krum.hostile": 0}
+    out = {"out-dir": str(tmp_path_factory.mktemp("runs"))}
+    return pipeline.run(settings(**SMALL | needed | out), "first")
 
 
 @pytest.mark.parametrize("method", methods.available())

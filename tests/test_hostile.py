@@ -25,7 +25,6 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_grid import TINY, LocalGrid, federate
-from tiny import undrawn
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
@@ -284,8 +283,7 @@ def run(out: Path, grid: LocalGrid) -> RunFolder:
     """One shot, with the real strategy and server phase."""
     folder = RunFolder.create(Config.from_flat(SETTINGS | {"out-dir": str(out)}), "run")
     strategy = OneShot(folder, {k: grid.node(k) for k in range(len(grid.contexts))})
-    with undrawn():
-        strategy.start(grid, start(), train_config=order(folder.config))
+    strategy.start(grid, start(), train_config=order(folder.config))
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, fused, same, settings, some_images, undrawn
+from tiny import a_vit, an_upload, fused, same, settings, some_images
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
@@ -57,8 +57,7 @@ def test_a_file_anywhere_is_a_method(first: Path, where: str, tmp_path: Path, mo
     else:
         (tmp_path / "own.toml").write_text('method = "first.py"\n')
         named = ["-c", str(tmp_path / "own.toml")]
-    with undrawn():
-        assert main(["run", *named, *SHORT, f"out-dir={tmp_path / 'runs'}"]) == 0
+    assert main(["run", *named, *SHORT, f"out-dir={tmp_path / 'runs'}"]) == 0
     (path,) = (tmp_path / "runs").iterdir()
     assert path.name.startswith("first-0-")
     folder = RunFolder.open(path)

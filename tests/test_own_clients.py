@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from flwr.app import Error, Message, RecordDict
 from local_grid import TINY, Federate, Sites, complaint, named
-from tiny import timeless, undrawn
+from tiny import timeless
 
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
@@ -54,8 +54,7 @@ def contents(folder: RunFolder) -> list[bytes]:
 def dealt(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The same experiment with shares of one data set, in one process."""
     out = str(tmp_path_factory.mktemp("dealt"))
-    with undrawn():
-        return pipeline.run(Config.from_flat(SHARED | {"out-dir": out}), "run")
+    return pipeline.run(Config.from_flat(SHARED | {"out-dir": out}), "run")
 
 
 @pytest.mark.parametrize("numbered", [False, True])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_layout import a_table, folders, parquet
 from timm.models.vision_transformer import VisionTransformer
-from tiny import an_upload, same, settings, timeless
+from tiny import an_upload, draw, same, settings, timeless
 
 from fedmitr_flwr import judge, pipeline
 from fedmitr_flwr.common.errors import ConfigError, RunError, UserError
@@ -30,7 +30,6 @@ from fedmitr_flwr.ensemble import teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.judge import ensemble_alone, evaluate_on
 from fedmitr_flwr.merging.average import average
-from fedmitr_flwr.report.figures import save_images, save_partition
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
@@ -71,13 +70,6 @@ def watched(folder: Path, name: str = "run", **changes: object) -> SimpleNamespa
     pixels = [[call.args[1].pixels for call in spy.call_args_list] for spy in (train, evaluate)]
     splits = {call.args[-1] for call in load_split.call_args_list}
     return SimpleNamespace(run=run, trained=pixels[0], judged=pixels[1], splits=splits)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than all else; those of whole modules are drawn."""
-    for name in ("save_images", "save_partition"):
-        monkeypatch.setattr(pipeline, name, lambda *given: given[-1].write_bytes(b"picture"))
 
 
 @pytest.fixture
@@ -428,8 +420,7 @@ def test_names_of_any_script_come_through_to_pictures_and_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One line for the letters that the font lacks; the page shows each name as it is, or escaped."""
-    monkeypatch.setattr(pipeline, "save_images", save_images)
-    monkeypatch.setattr(pipeline, "save_partition", save_partition)
+    draw(monkeypatch)
     names = {"cat": "a | $x^2$<b>\x1b[31m", "dog": "高い"}
     root = folders(tmp_path / "set", number=6)
     for path in [*root.glob("*/*")]:

@@ -199,9 +199,7 @@ def test_feddf_never_sees_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Two clients of two classes each; models are added to it."""
     own = {"partition.scheme": "classes-per-client", "partition.min-size": 1, "method": "fedavg"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "save_partition", lambda *_: None)
-        return pipeline.run(settings(**own, **{"out-dir": str(tmp_path_factory.mktemp("run"))}), "run")
+    return pipeline.run(settings(**own, **{"out-dir": str(tmp_path_factory.mktemp("run"))}), "run")
 
 
 def test_the_central_model_has_the_clients_settings_and_all_their_images(

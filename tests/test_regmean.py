@@ -182,9 +182,8 @@ def test_what_cannot_be_second_moments_is_refused_by_name() -> None:
     assert narrowed(sent(), SENT.upload).statistics == sent().statistics
 
 
-def test_the_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_line(tmp_path: Path) -> None:
     """Run by RegMean, fused again without what it needed: fewer bytes, and no way back."""
-    monkeypatch.setattr(pipeline, "save_partition", lambda *_: None)
     folder = pipeline.run(settings(method="regmean", **{"upload.extras": "moments", "out-dir": str(tmp_path)}))
     result = folder.read_result()
     sizes = [4 * sum(tensor.numel() for tensor in like(initial_weights(CONFIG.model, 0)).values())] * 2

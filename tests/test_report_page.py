@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from tiny import settings, small
+from tiny import draw, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import cli, pipeline
@@ -65,7 +65,9 @@ def a_run(folder: Path, **changes: object) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return a_run(tmp_path_factory.mktemp("page"), **{"distill.rounds": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        draw(patch)
+        return a_run(tmp_path_factory.mktemp("page"), **{"distill.rounds": 2})
 
 
 def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import settings, undrawn
+from tiny import settings
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import RunError
@@ -97,14 +96,11 @@ def known() -> dict[str, list[bytes]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that has its uploads; read only."""
     where = {"out-dir": str(tmp_path_factory.mktemp("trained")), "partition.clients": 3, "method": "fedavg"}
-    with undrawn():
-        return pipeline.run(settings(**SHAPE | where), "run")
+    return pipeline.run(settings(**SHAPE | where), "run")
 
 
 @pytest.fixture
-def phase(
-    trained: RunFolder, tmp_path: Path, known: dict[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Phase]:
+def phase(trained: RunFolder, tmp_path: Path, known: dict[str, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> Phase:
     """The inversion or distillation after the last that is `left` is killed in its middle."""
     phase = Phase(trained, tmp_path, known)
     invert, distil = fedmitr.invert, rounds.distil
@@ -135,8 +131,7 @@ def phase(
 
     monkeypatch.setattr(fedmitr, "invert", spy_invert)
     monkeypatch.setattr(rounds, "distil", spy_distil)
-    with undrawn():
-        yield phase
+    return phase
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import same, settings, undrawn
+from tiny import same, settings
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -372,8 +372,7 @@ def saved(path: Path, uploads: Sequence[Upload], **changes: Any) -> RunFolder:
     folder = RunFolder.create(settings(**DIGITS | {"out-dir": str(path)} | changes), "run")
     for upload in uploads:
         folder.save_upload(upload)
-    with undrawn():
-        pipeline.serve(folder)
+    pipeline.serve(folder)
     return folder
 
 

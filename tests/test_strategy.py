@@ -13,7 +13,6 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from local_grid import TINY, Federate, LocalGrid, Tamper, federate
-from tiny import undrawn
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
@@ -92,8 +91,7 @@ def test_the_flower_path_gives_the_bits_of_the_straight_line(
     assert sorted(arrived) == ["0", "1", "2", "3"] != arrived
     assert grid.clients_asked("evaluate") == [0, 1, 2, 3] * bool(changes)
     settings = TINY | changes | {"method": method, "partition.clients": 4, "out-dir": str(tmp_path / "line")}
-    with undrawn():
-        straight = pipeline.run(Config.from_flat(settings), "line")
+    straight = pipeline.run(Config.from_flat(settings), "line")
     assert all_bits(flower) == all_bits(straight)
     ours, theirs = flower.read_result(), straight.read_result()
     assert ours["accuracy"]["student"] is not None
@@ -218,8 +216,7 @@ def test_one_shot_is_one_round_whatever_is_asked(tmp_path: Path, by_position: bo
     strategy = OneShot(RunFolder.create(config, "run"), {0: grid.node(0), 1: grid.node(1)})
     given: list[Any] = [grid, ArrayRecord(dict(initial_weights(config.model, config.seed)))]
     named = {"train_config": order(config)}
-    with undrawn():
-        strategy.start(*given, 3, **named) if by_position else strategy.start(*given, num_rounds=3, **named)
+    strategy.start(*given, 3, **named) if by_position else strategy.start(*given, num_rounds=3, **named)
     assert grid.clients_asked("train") == [0, 1]
 
 
@@ -248,8 +245,7 @@ def test_flowers_strategies_tell_what_they_cost(federate: Federate) -> None:
     assert result["evaluated_on"] == {"where": "server", "split": "validation", "images": images}
     assert torch.tensor(result["confusion"]).sum() == images
     line = TINY | judged | {"partition.clients": 3, "out-dir": str(folder.path.parent)}
-    with undrawn():
-        straight = pipeline.run(Config.from_flat(line), "line").read_result()
+    straight = pipeline.run(Config.from_flat(line), "line").read_result()
     for key in ("counts", "partition_sha256"):
         assert result[key] == straight[key]
     assert set(straight) - set(result) == {"screen"}

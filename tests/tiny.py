@@ -19,6 +19,7 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
+from fedmitr_flwr.report import figures
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
 from fedmitr_flwr.vit.optim import Stepper
@@ -185,10 +186,7 @@ def as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@contextmanager
-def undrawn() -> Iterator[None]:
-    """Runs leave empty files in place of their pictures, which take longer to draw than all else in a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("save_images", "save_partition"):
-            patch.setattr(pipeline, name, lambda *given: given[-1].touch())
-        yield
+def draw(patch: pytest.MonkeyPatch) -> None:
+    """Pictures of runs are drawn, as they are not elsewhere (conftest.py)."""
+    for save in (figures.save_images, figures.save_partition):
+        patch.setattr(pipeline, save.__name__, save)
