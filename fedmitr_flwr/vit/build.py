@@ -74,7 +74,7 @@ def _build(model: ModelConfig, seed: int, **other: Any) -> VisionTransformer:
 
 
 def without_numbers(model: ModelConfig) -> VisionTransformer:
-    """The network on the meta device: shapes and no numbers, of which drawing them would take most of the time."""
+    """The network on the meta device, which has shapes only. Nothing is drawn: that would take most of the time."""
     if model.name != SMALL:
         architecture(model.name)
     with torch.device("meta"):
