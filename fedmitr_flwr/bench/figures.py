@@ -5,14 +5,16 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from ..report.figures import save, write_cells
+from ..report.figures import blank, save, write_cells
 from .results import Results
 from .rows import Place, Row, places, rows
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and a grid may be refused
+    from matplotlib.figure import Figure
 
 Point = tuple[float, float, float]  # x, mean accuracy, its standard deviation
 
@@ -99,7 +101,7 @@ def points(found: Sequence[Row], x_of: Callable[[Row], float | None]) -> dict[st
 
 def scatter(
     found: Sequence[Row], looks: Mapping[str, Style], cost: str, unit: float, x_label: str, title: str
-) -> Figure | None:
+) -> "Figure | None":
     """Accuracy against a cost on a logarithmic axis: one panel for each partition.
 
     Every point is where its numbers are, also where several lie on each other.
@@ -120,7 +122,7 @@ def scatter(
     return figure
 
 
-def skew(found: Sequence[Row], looks: Mapping[str, Style], title: str) -> Figure | None:
+def skew(found: Sequence[Row], looks: Mapping[str, Style], title: str) -> "Figure | None":
     """Accuracy against skew, from few classes per client to IID; lines join the Dirichlet partitions."""
     order = sorted(places(found), key=lambda place: _skewness(next(row for row in found if row.place == place)))
     if len(order) < 2:
@@ -151,15 +153,14 @@ def _skewness(row: Row) -> tuple[int, float]:
     return SCHEMES.index(place["scheme"]), place["value"] or 0.0
 
 
-def recall(found: Sequence[Row], place: Place) -> Figure | None:
+def recall(found: Sequence[Row], place: Place) -> "Figure | None":
     """A heat map of recall: one line for each method, with most rounds, and one column for each class."""
     shown = _longest([row for row in found if row.place == place and row.recall])
     if not shown:
         return None
     classes = list(dict.fromkeys(name for row in shown for name in row.recall))
     numbers = len(classes) <= 25
-    figure = Figure(figsize=(2.6 + (0.42 if numbers else 0.16) * len(classes), 1.2 + 0.27 * len(shown)))
-    figure.set_layout_engine("constrained")
+    figure = blank(2.6 + (0.42 if numbers else 0.16) * len(classes), 1.2 + 0.27 * len(shown))
     axis = figure.subplots()
     grid = np.array([[row.recall.get(name, math.nan) for name in classes] for row in shown])
     shades = axis.imshow(grid, cmap="cividis", aspect="auto", vmin=0, vmax=100)
@@ -181,10 +182,10 @@ def _longest(found: Sequence[Row]) -> list[Row]:
     return [row for row in found if row.rounds == most[row.label]]
 
 
-def _panels(count: int, size: tuple[float, float] = _PANEL) -> tuple[Figure, list[Any]]:
+def _panels(count: int, size: tuple[float, float] = _PANEL) -> "tuple[Figure, list[Any]]":
     across = min(count, _ACROSS)
     down = math.ceil(count / across)
-    figure = Figure(figsize=(max(size[0] * across, 6.4), size[1] * down + 1.4), layout="constrained")
+    figure = blank(max(size[0] * across, 6.4), size[1] * down + 1.4)
     axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flatten())
     for axis in axes[count:]:
         axis.remove()
@@ -210,7 +211,7 @@ def _plot(axis: Any, where: Sequence[Point], style: Style, label: str) -> None:
     )
 
 
-def _finish(figure: Figure, axes: Sequence[Any], title: str) -> None:
+def _finish(figure: "Figure", axes: Sequence[Any], title: str) -> None:
     """Grid, ticks, and one legend beside all panels."""
     handles: dict[str, Any] = {}
     for axis in axes:

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from scipy.stats import ttest_rel
-
 
 @dataclass(frozen=True)
 class Spread:
@@ -37,6 +35,8 @@ def paired_p(ours: Spread, theirs: Spread) -> float | None:
 
     None: fewer than two seeds, or the difference is the same for all, where the test says nothing.
     """
+    from scipy.stats import ttest_rel  # here: it takes a second to import, and a grid may be refused
+
     seeds = sorted(ours.by_seed.keys() & theirs.by_seed.keys())
     differences = {round(ours.by_seed[seed] - theirs.by_seed[seed], 9) for seed in seeds}
     if len(seeds) < 2 or len(differences) < 2:

@@ -1,7 +1,7 @@
 """The parts of flwr-datasets that we use, imported with its telemetry off unless the user asked for it.
 
-Its plots need seaborn, and seaborn SciPy's statistics: 80 MB and two seconds, for what nothing here draws. They are
-loaded by its first plot.
+Its plots need matplotlib and seaborn, and seaborn SciPy's statistics: 80 MB and two seconds, for what nothing here
+draws. They are loaded by its first plot.
 """
 
 import importlib
@@ -24,12 +24,12 @@ class ImportedLater(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-_standing_in = {name: ImportedLater(name) for name in ("seaborn", "matplotlib.pyplot") if name not in sys.modules}
-sys.modules.update(_standing_in)
+_PLOTS = "flwr_datasets.visualization"
+_found = sys.modules.setdefault(_PLOTS, ImportedLater(_PLOTS))
 try:
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 finally:
-    for _name in _standing_in:
-        del sys.modules[_name]  # others get the module itself
+    if isinstance(_found, ImportedLater):
+        del sys.modules[_PLOTS]  # others get the module itself
 
 __all__ = ["DirichletPartitioner", "IidPartitioner", "Partitioner", "PathologicalPartitioner"]

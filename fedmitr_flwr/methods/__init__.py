@@ -6,15 +6,14 @@ of the group `fedmitr_flwr.methods`.
 A method that needs more than the uploaded weights has `check(config: Config) -> None` as well. It is called before any
 client is asked, and raises ConfigError where the settings do not give what it needs. One that needs so many uploads has
 `check_clients(config: Config, clients: int) -> None`, called once their number is known and before any client trains.
-One that does not read some settings names them, or how they begin, in `UNREAD`, and those that no other method reads in
-`OWN_SETTINGS`; a run that is given one without effect says so. One that replaces settings has
-`settings(config: Config) -> Config`: its `fuse` is given, and result.json holds, what that returns.
+One that does not read some settings names them, or how they begin, in `UNREAD`; a run that is given one without effect
+says so. One that replaces settings has `settings(config: Config) -> Config`: its `fuse` is given, and result.json
+holds, what that returns.
 """
 
 import pkgutil
 from dataclasses import replace
 from importlib import import_module
-from itertools import chain
 from types import ModuleType
 
 from ..common import outside
@@ -25,8 +24,9 @@ from ..config.sections import ONE_SHOT
 from .contract import Fused, Job
 
 NOT_METHODS = {"contract", "rounds"}
-# What the server phase reads beside the methods' own settings: Flower's strategies have nothing to do with it.
-_SERVER_PHASE = ("method", "screen.mode", "ensemble.", "inversion.", "relabel.", "distill.")
+OWN_SECTIONS = ("feddf.", "krum.")  # of settings that only the method reads after which they are named
+# What the server phase reads: Flower's strategies have nothing to do with it.
+SERVER_PHASE = ("method", "screen.mode", "ensemble.", "inversion.", "relabel.", "distill.", *OWN_SECTIONS)
 
 
 def available() -> list[str]:
@@ -61,13 +61,11 @@ def unread(config: Config) -> dict[str, str]:
     Of a run by one of Flower's strategies, what is of the server phase.
     """
     replaced = in_force(config).to_flat()
-    own = {name: getattr(load(name), "OWN_SETTINGS", ()) for name in _own()}
     if config.flower.strategy != ONE_SHOT:
-        keys = [*_SERVER_PHASE, *chain.from_iterable(own.values())]
-        return dict.fromkeys(keys, f"flower.strategy = {config.flower.strategy!r}")
-    own.pop(config.method, None)
+        return dict.fromkeys(SERVER_PHASE, f"flower.strategy = {config.flower.strategy!r}")
     keys = [key for key, value in config.to_flat().items() if value != replaced[key]]
-    keys += [*getattr(load(config.method), "UNREAD", ()), *chain.from_iterable(own.values())]
+    keys += getattr(load(config.method), "UNREAD", ())
+    keys += [section for section in OWN_SECTIONS if section != f"{config.method}."]
     return dict.fromkeys(keys, f"method = {config.method!r}")
 
 

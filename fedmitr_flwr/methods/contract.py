@@ -16,7 +16,7 @@ from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
-from ..vit.build import Weights, vit_of
+from ..vit.build import Weights, initial_weights, vit_of
 
 # Settings that a method without synthetic images does not read. The others of `inversion.*` are also the ensemble's.
 OF_IMAGES = ("inversion.mode", "inversion.steps", "inversion.stops", "inversion.route", "relabel.", "distill.")
@@ -58,6 +58,11 @@ class Job:
     def checkpoints(self) -> Checkpoints:
         """Where a method keeps what it has finished, so that a later start need not do it again."""
         return Checkpoints(self.work, self.config, self.uploads, self.device)
+
+    @cached_property
+    def start(self) -> Weights:
+        """The weights that the clients started from."""
+        return initial_weights(self.config.model, self.config.seed)
 
 
 @dataclass(frozen=True)

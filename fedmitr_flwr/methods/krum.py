@@ -14,7 +14,6 @@ from .contract import OF_IMAGES, Fused, Job
 log = logging.getLogger("fedmitr")
 
 UNREAD = OF_IMAGES
-OWN_SETTINGS = ("krum.",)
 
 
 def check_clients(config: Config, clients: int) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..merging.task_vectors import merged
-from ..vit.build import initial_weights
 from .contract import OF_IMAGES, Fused, Job
 
 UNREAD = OF_IMAGES
@@ -15,9 +14,8 @@ DENSITY = 0.2  # of an update's numbers, the largest, that are kept [P]
 
 def fuse(job: Job) -> Fused:
     """Of each number, the mean of the large updates whose sign is that of their sum; all clients alike, at scale 1."""
-    start = initial_weights(job.config.model, job.config.seed)
-    limits_K = torch.stack([least_kept(upload.weights, start) for upload in job.uploads])
-    return Fused.of_weights(merged(job.uploads, start, lambda updates: elected_mean(updates, limits_K)), job)
+    limits_K = torch.stack([least_kept(upload.weights, job.start) for upload in job.uploads])
+    return Fused.of_weights(merged(job.uploads, job.start, lambda updates: elected_mean(updates, limits_K)), job)
 
 
 def least_kept(weights: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ From weights alone, without images. The equations are in merging/task_vectors.py
 """
 
 from ..merging.task_vectors import wudi
-from ..vit.build import initial_weights
 from .contract import OF_IMAGES, Fused, Job
 
 UNREAD = OF_IMAGES
@@ -12,5 +11,4 @@ UNREAD = OF_IMAGES
 
 def fuse(job: Job) -> Fused:
     """Merge the clients' updates of the weights that they started from."""
-    start = initial_weights(job.config.model, job.config.seed)
-    return Fused.of_weights(wudi(job.uploads, start), job)
+    return Fused.of_weights(wudi(job.uploads, job.start), job)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ..common.errors import printable
-from .figures import glyphs_in_one_line, write_cells
+from .figures import blank, glyphs_in_one_line, write_cells
 
 Curve = Mapping[str, Sequence[float]]
 
@@ -45,7 +45,7 @@ def accuracies(accuracy: Mapping[str, Any], method: str, names: Sequence[str] = 
     known = [(name, value, colour) for name, value, colour in bars if value is not None]
     if not known:
         return None
-    figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(known)), layout="constrained")
+    figure = blank(7.2, 0.9 + 0.32 * len(known))
     axis = figure.subplots()
     labels, values, colours = zip(*reversed(known), strict=True)
     drawn = axis.barh(range(len(known)), values, color=colours, height=0.7)
@@ -72,7 +72,7 @@ def confusion(counts_YY: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
     numbers = size <= _MOST_NUMBERS
     classes = [printable(name) for name in classes]
     side = 0.46 if numbers else 0.14
-    figure = Figure(figsize=(side * size + 2.6, side * size + 1.4), layout="constrained")
+    figure = blank(side * size + 2.6, side * size + 1.4)
     axis = figure.subplots()
     shares = np.array([[100 * count / sum(row) if sum(row) else math.nan for count in row] for row in counts_YY])
     shades = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -100,7 +100,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     count = len(panels) + bool(rounds)
     if not count:
         return None
-    figure = Figure(figsize=(3.7 * count, 3.0), layout="constrained")
+    figure = blank(3.7 * count, 3.0)
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, (stage, name) in zip(axes, panels, strict=False):
         _batches(axis, [line for line in batches.values() if line["stage"] == stage], stage, name)

@@ -9,18 +9,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..common.errors import printable, say_once
 from ..common.files import replacing
 from ..config import ModelConfig
 from ..data.images import to_uint8
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and what fails before anything is drawn needs none of it
+    from matplotlib.figure import Figure
 
 _FADED = 0.3  # how much of a halted patch is left
 _FADE_TO = (150, 180, 235)  # the rest: a light blue, since digits are black and white themselves
@@ -52,7 +53,7 @@ def save_images(
     pictures = _fade(to_uint8(images_BCHW[chosen].detach().cpu(), model), alive_BN[chosen].cpu())
     columns = min(10, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(max(1.15 * columns + 0.2, 5.2), 1.3 * rows + 0.5), layout="constrained")
+    figure = blank(max(1.15 * columns + 0.2, 5.2), 1.3 * rows + 0.5)
     alive = alive_BN.float().mean().item()
     shown = f"{len(chosen)} of {len(order)} synthetic images; {100 * alive:.0f} % of all patches alive"
     figure.suptitle(f"{shown}, halted ones faded to blue", fontsize=9)
@@ -83,8 +84,7 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
     clients, width = counts.shape
     numbers = width <= 25 and clients <= 40
     side = 0.5 if numbers else 0.16  # inches of one cell
-    figure = Figure(figsize=(max(4.5, side * width + 2.8), max(2.4, max(side * 0.7, 0.2) * clients + 1.6)))
-    figure.set_layout_engine("constrained")
+    figure = blank(max(4.5, side * width + 2.8), max(2.4, max(side * 0.7, 0.2) * clients + 1.6))
     axis = figure.subplots()
     shades = axis.imshow(counts.numpy(), cmap="Blues", aspect="auto", vmin=0)
     figure.colorbar(shades, ax=axis, label="images", shrink=0.9)
@@ -119,8 +119,17 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def save(figure: Figure, path: Path) -> None:
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: "Figure", path: Path) -> None:
     """Whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     with replacing(path) as temporary, glyphs_in_one_line():
         figure.savefig(temporary, format="png", dpi=130)
