@@ -72,8 +72,6 @@ def test_stages_by_hand() -> None:
 def test_bounds_of_long_runs() -> None:
     """Linear layers alone: by tokens; attention, which grows with their square, adds to it."""
     assert flops.Shape.of(timm.create_model("deit_tiny_patch16_224")) == DEIT_TINY
-    # 1.25 G multiply-accumulates for one image of 224 pixels, as the paper says (timm's table: 1.26).
-    assert DEIT_TINY.forward_flops(196, cls_only=False) / 2 == pytest.approx(1.25e9, rel=0.02)
     linear = flops.Shape(depth=1, width=8, attention=0, mlp=0, patch=8, prefix=0, classes=0)
     for mode, tokens, about in (("dense", 1, 1), ("sparse", 784_000 / 202_950, 4.41), ("pri4", 4 / (10 / 16), 6.71)):
         assert flops.bound(DEIT_TINY, big(mode), big("dense")) == pytest.approx(about, abs=0.01)

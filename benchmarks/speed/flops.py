@@ -51,36 +51,29 @@ class Shape:
             classes=vit.num_classes,
         )
 
-    def linear_macs(self, alive: int, *, cls_only: bool = True) -> int:
+    def linear_macs(self, alive: int) -> int:
         """Layers with weights, forward, one image: patch embedding, qkv, projection, MLP, and the head on [CLS].
 
-        Args:
-            alive: patches that are given.
-            cls_only: in the last block only [CLS] has a query, a projection and an MLP (no patch logits are wanted).
+        In the last block only [CLS] has a query, a projection and an MLP: no logits of the `alive` patches are wanted.
         """
         tokens = self.prefix + alive
         square = self.width * self.attention
         block = tokens * (4 * square + self.mlp)
-        last = tokens * 2 * square + 2 * square + self.mlp if cls_only else block
+        last = tokens * 2 * square + 2 * square + self.mlp
         return alive * self.patch * self.width + (self.depth - 1) * block + last + self.width * self.classes
 
-    def attention_macs(self, alive: int, *, cls_only: bool = True) -> int:
+    def attention_macs(self, alive: int) -> int:
         """QKᵀ and its product with V, forward, one image."""
         tokens = self.prefix + alive
-        queries = (self.depth - 1) * tokens + (1 if cls_only else tokens)
+        queries = (self.depth - 1) * tokens + 1
         return 2 * queries * tokens * self.attention
 
-    def forward_flops(self, alive: int, *, cls_only: bool = True) -> int:
-        """Of one image."""
-        return 2 * (self.linear_macs(alive, cls_only=cls_only) + self.attention_macs(alive, cls_only=cls_only))
-
-    def step_flops(self, alive: int, *, cls_only: bool = True) -> int:
+    def step_flops(self, alive: int) -> int:
         """Forward and backward to the pixels, one image.
 
         Backward, a layer with weights costs what it costs forward, a product of two activations twice that.
         """
-        linear = self.linear_macs(alive, cls_only=cls_only)
-        return 2 * (2 * linear + 3 * self.attention_macs(alive, cls_only=cls_only))
+        return 2 * (2 * self.linear_macs(alive) + 3 * self.attention_macs(alive))
 
     def run_flops(self, stages: Sequence[Stage]) -> int:
         """All optimisation steps of one image and one teacher; the passes that measure importance are not counted."""
