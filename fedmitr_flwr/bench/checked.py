@@ -48,14 +48,16 @@ def as_texts(value: object, where: str) -> tuple[str, ...]:
     return tuple(as_text(entry, where) for entry in as_list(value, where))
 
 
+def as_number(number: Any, where: str, kind: type, low: float, *, open_end: bool = False) -> Any:
+    fits = type(number) is kind or (kind is float and type(number) is int)
+    if not fits or number < low or (open_end and number == low):
+        name = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{where}: {number!r} is not possible; use {name} {'>' if open_end else '>='} {low}")
+    return kind(number)
+
+
 def as_numbers(value: object, where: str, kind: type, low: float, *, open_end: bool = False) -> tuple[Any, ...]:
-    numbers = as_list(value, where)
-    for number in numbers:
-        fits = type(number) is kind or (kind is float and type(number) is int)
-        if not fits or number < low or (open_end and number == low):
-            name = "whole numbers" if kind is int else "numbers"
-            raise ConfigError(f"{where}: {number!r} is not possible; use {name} {'>' if open_end else '>='} {low}")
-    return tuple(map(kind, numbers))
+    return tuple(as_number(number, where, kind, low, open_end=open_end) for number in as_list(value, where))
 
 
 def quoted(label: str) -> str:

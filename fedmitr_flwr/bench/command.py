@@ -29,16 +29,9 @@ def bench(
     any_code: bool = False,
     verbose: bool = False,
 ) -> int:
-    """Run `file`, or write the tables of the folder or file `table` into `out`; gives the exit status.
+    """Run the bench `file`, or write the tables of the folder or results.jsonl `table`; gives the exit status.
 
-    Args:
-        file: a bench file.
-        words: settings and axes of the command line.
-        out: the folder of the results; default: `bench-<name>` beside the run folders.
-        table: a bench's folder, or its results.jsonl, that is there already; nothing is run.
-        known: results of an earlier bench, a folder or a results.jsonl, whose cells are not run again.
-        any_code: keep what other versions of the code have made.
-        verbose: let every run tell what it does.
+    Results go to `out`, by default `bench-<name>` beside the run folders. The options are those of the command line.
     """
     if (file is None) == (table is None):
         raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")

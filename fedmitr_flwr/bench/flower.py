@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..common.errors import RunError
@@ -19,11 +20,7 @@ Runner = Callable[[Config, Path], Path]  # (config, folder to work in) -> the ru
 
 def runner(client_gpus: float = 0.0) -> Runner:
     """Run a config through Flower, with this share of a GPU for each client."""
-
-    def run(config: Config, scratch: Path) -> Path:
-        return _run(config, scratch, client_gpus)
-
-    return run
+    return partial(_run, client_gpus=client_gpus)
 
 
 def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
@@ -36,8 +33,8 @@ def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
         raise RunError(
             f"there is no {SCRIPT}: Flower's own strategies need a checkout of the project; run it from there"
         )
-    settings = replace(config, out_dir=str(scratch)).to_flat()
-    words = [f"{key}={toml_value(value)}" for key, value in settings.items()]
+    settings, defaults = replace(config, out_dir=str(scratch)).to_flat(), Config().to_flat()
+    words = [f"{key}={toml_value(value)}" for key, value in settings.items() if value != defaults[key]]
     command = [sys.executable, str(SCRIPT), *words]
     command += ["--clients", str(config.partition.clients), "--client-gpus", str(client_gpus)]
     log = scratch / "flower.log"

@@ -78,8 +78,8 @@ class Cell:
 
         Settings that begin like one of `but` may be others. One that there was not yet counts as today's default.
         """
-        own = self.in_force
-        compared = [key for key in own if not key.startswith((*PATHS, *PLACES, *but))]
+        own, unread = self.in_force, methods.SERVER_PHASE if self.variant.flower else ()
+        compared = [key for key in own if not key.startswith((*PATHS, *PLACES, *but, *unread))]
         theirs = upgraded(settings)
         return all(theirs.get(key, _KNOWN[key]) == own[key] for key in compared)
 
@@ -121,9 +121,7 @@ def _hash(settings: Mapping[str, object]) -> str:
 def cells(bench: Bench, choices: Mapping[tuple[str, str, int], Flat] | None = None) -> list[Cell]:
     """All cells, seed by seed, so that a grid that is stopped early has whole seeds; equal uploads lie together.
 
-    Args:
-        bench: the file.
-        choices: of `tune_cells`, by (data, label, rounds): `{"chosen": settings, "tried": [...]}`.
+    `choices` of `tune_cells` are by (data, label, rounds): `{"chosen": settings, "tried": [...]}`.
 
     Raises:
         ConfigError: a cell has an impossible setting. Cell and key are named.
@@ -161,7 +159,10 @@ def _config(
     place = {"seed": seed, "partition.clients": clients, **skew.settings}
     flower = {"method": "fedavg", "flower.strategy": variant.method, "flower.rounds": rounds}
     own = flower if variant.flower else {"method": variant.method}
-    flat = {**shared, **variant.settings, **bench.last, **more, **place, **own}
+    flat = {**shared, **variant.settings, **bench.last, **more, **place}
+    if variant.flower:  # of what it does not read, no other value makes another cell
+        flat = {key: value for key, value in flat.items() if not key.startswith(methods.SERVER_PHASE)}
+    flat |= own
     try:
         if not variant.flower and not variant.own_uploads:
             _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)

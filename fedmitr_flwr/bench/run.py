@@ -54,14 +54,7 @@ class Tally:
 def run(bench: Bench, store: Store, flower: Runner, known: Results | None = None) -> Tally:
     """Run all cells that are not finished, first those that settings are chosen by.
 
-    Args:
-        bench: the file.
-        store: where results go.
-        flower: runs a cell of Flower's own strategies.
-        known: results of an earlier bench, whose cells are not run again.
-
-    Returns:
-        How many there are and how many failed; tuning runs count.
+    Those of an earlier bench, whose results are `known`, are not run again. In what is given back, tuning runs count.
     """
     trials = tune_cells(bench)
     choices = dict(chosen_in(known, trials)) if known else {}

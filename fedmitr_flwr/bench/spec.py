@@ -13,7 +13,7 @@ from ..common.errors import ConfigError
 from ..common.outside import is_file
 from ..config import Config
 from ..config.text import flatten, located, read_document, read_flat, typed
-from .checked import as_list, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
+from .checked import as_list, as_number, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
 
@@ -109,11 +109,7 @@ class Bench:
 
 
 def read(path: Path, words: Flat | None = None) -> Bench:
-    """Parse a bench file.
-
-    Args:
-        path: of the file.
-        words: `key=value` of the command line: settings, `grid.seed=[100]` or `tune.seed=200`; they win over the file.
+    """Parse a bench file, under the `words` of the command line: settings, `grid.seed=[100]` or `tune.seed=200`.
 
     Raises:
         ConfigError: a key is unknown, or a value is not possible. File and key are named.
@@ -169,7 +165,7 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequen
     skews = _skews(axes, "grid")
     clients = as_numbers(axes.get("clients", [5]), "grid.clients", int, 2)
     own = {name: _own_places(as_table(tables[name], f"datasets.{name}"), f"datasets.{name}") for name in chosen}
-    places = {name: own[name] or _product(clients, skews) for name in chosen}
+    places = {name: own[name] or tuple(product(clients, skews)) for name in chosen}
     unread = [*(narrowed if any(own.values()) else ()), *(axes if all(own.values()) else ())]
     for axis in _PLACES:
         if axis in unread:
@@ -190,7 +186,7 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequen
         name=as_text(document.get("name", path.stem), "name"),
         reference=as_text(document.get("reference", "fedmitr"), "reference"),
         keep=require_one_of(as_text(document.get("keep", "all"), "keep"), ("all", "results"), "keep"),
-        client_gpus=as_numbers([document.get("client-gpus", 0.0)], "client-gpus", float, 0)[0],
+        client_gpus=as_number(document.get("client-gpus", 0.0), "client-gpus", float, 0),
         data={name: data[name] for name in chosen},
         places=places,
         seeds=seeds,
@@ -219,23 +215,21 @@ def _data(tables: Mapping[str, Any], document: Mapping[str, Any], path: Path, la
     return data
 
 
-def _product(clients: Sequence[int], skews: Sequence[Skew]) -> tuple[Place, ...]:
-    return tuple(product(clients, skews))
-
-
 def _own_places(table: Mapping[str, Any], where: str) -> tuple[Place, ...]:
     """Those that a data set names itself, in place of the grid's: `places = [{alpha = 0.05, clients = 7}, ...]`."""
     found: list[Place] = []
     for place in as_list(table["places"], f"{where}.places") if "places" in table else ():
         axes = as_table(place, f"{where}.places")
         require_known(axes, _PLACE, f"{where}.places.")
-        schemes = [_NUMBERS[axis] for axis in _NUMBERS if axis in axes] or ["iid"]
-        if len(schemes) > 1:
+        if axes.keys() >= _NUMBERS.keys():
             raise ConfigError(f"{where}.places: {place!r} has both alpha and classes; remove one")
-        lists: dict[str, Any] = {axis: [value] for axis, value in axes.items()}
-        clients = as_numbers(lists.get("clients", [5]), f"{where}.places.clients", int, 2)
-        numbers = {axis: values for axis, values in lists.items() if axis in _NUMBERS}
-        found += _product(clients, _skews({"partition": schemes, **numbers}, f"{where}.places"))
+        clients = as_number(axes.get("clients", 5), f"{where}.places.clients", int, 2)
+        skew = Skew("iid")
+        if "alpha" in axes:
+            skew = Skew("dirichlet", as_number(axes["alpha"], f"{where}.places.alpha", float, 0, open_end=True))
+        elif "classes" in axes:
+            skew = Skew("classes-per-client", as_number(axes["classes"], f"{where}.places.classes", int, 1))
+        found.append((clients, skew))
     return tuple(found)
 
 
@@ -295,10 +289,10 @@ def _tune(
 ) -> Tune:
     table = dict(as_table(given, "tune"))
     require_known(table, _TUNE, "tune.")
-    seed = as_numbers([table.get("seed", 100)], "tune.seed", int, 0)[0]
+    seed = as_number(table.get("seed", 100), "tune.seed", int, 0)
     if seed in seeds:
         raise ConfigError(f"tune.seed = {seed} is in grid.seed as well; choose on a seed that is not reported")
-    validation = as_numbers([table.get("validation", 0.2)], "tune.validation", float, 0, open_end=True)[0]
+    validation = as_number(table.get("validation", 0.2), "tune.validation", float, 0, open_end=True)
     single: dict[str, Any] = {key: [table[key]] for key in ("partition", "alpha", "classes") if key in table}
     skew = _skews(single, "tune")[0] if single else skews[0]
     tried = {}
@@ -308,7 +302,7 @@ def _tune(
         flat = {key: as_list(values, f"{where}.{key}") for key, values in flatten(as_table(axes, where)).items()}
         combinations = [dict(zip(flat, values, strict=True)) for values in product(*flat.values())]
         tried[label] = tuple(_settings(one, where, folder) for one in combinations)
-    wanted = as_numbers([table.get("clients", clients[0])], "tune.clients", int, 2)[0]
+    wanted = as_number(table.get("clients", clients[0]), "tune.clients", int, 2)
     return Tune(seed, validation, skew, wanted, tried)
 
 
