@@ -62,20 +62,14 @@ def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, de
         return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
     teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
     weights_KY = teacher_weights(teachers, classes, settings.weights)
-    answers_KMY = answers_of(teachers, images, config, device)
-    return graded(combine_answers(answers_KMY, weights_KY, settings.combine), images.labels, classes)
-
-
-def answers_of(teachers: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
-    """Each teacher's logits on all images (K, M, Y), with one teacher at a time in memory."""
-    model = config.model
 
     def answers(teacher: Upload) -> Tensor:
         return_memory()
-        one = Ensemble.of([teacher], model, config.ensemble).to(device)
-        return scores_of(lambda batch: one.answers(batch)[0], images, model, device)
+        one = Ensemble.of([teacher], config.model, settings).to(device)
+        return scores_of(lambda batch: one.answers(batch)[0], images, config.model, device)
 
-    return torch.stack(list(map(answers, teachers)))
+    answers_KMY = torch.stack(list(map(answers, teachers)))
+    return graded(combine_answers(answers_KMY, weights_KY, settings.combine), images.labels, classes)
 
 
 def lines(uploads: Sequence[Upload], config: Config) -> Lines:

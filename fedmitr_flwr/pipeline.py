@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from . import methods
@@ -97,7 +96,10 @@ def run(config: Config, name: str | None = None) -> RunFolder:
             take_upload(folder, client, initial)
         serve(folder)
         if config.evaluate.where == "clients":
-            weights = _global_weights(folder)
+            if not folder.model_path.exists():
+                fix = "use evaluate.where = 'server'"
+                raise RunError(f"method = {config.method!r} makes no single model to evaluate; {fix}")
+            weights = load_tensors(folder.model_path)[0]
             conclude_on_clients(folder, [evaluate_client(config, k, weights) for k in range(config.partition.clients)])
     return folder
 
@@ -165,19 +167,27 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     vit.load_state_dict(initial)
     log.info("client %d: training on %d images", client, len(images))
     started = time.perf_counter()
+    device, loss, epsilon = resolve_device(config.device), 0.0, None
+    dtype = getattr(torch, config.upload.dtype)
+    statistics: dict[str, Tensor] = {}
     with threads(config.local.threads):
-        frozen = _frozen_statistics(vit, images, config)  # first: of the weights that training changes
-        device, loss, epsilon = resolve_device(config.device), 0.0, None
+        if config.upload.statistics:  # first: of the weights that training changes
+            features = frozen_features(vit, images, config.model, device)
+            statistics |= measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
         if config.privacy.epsilon:  # the loss would tell of the images without noise
             epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
         else:
             rng = stream(config.seed, "local", server_round, client)
             loss = train_local(vit, images, config, rng, device, prox_mu)
             log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
-        _require_trained(vit, client)
-        extras = frozen | _input_statistics(vit, images, config)
+        try:  # what has diverged is not worth sending, and statistics cannot be had of it
+            require_finite(vit.state_dict(), "lower local.lr", "its training")
+        except RunError as error:
+            raise UploadError(f"client {client}: {error}") from error
+        if config.upload.moments:
+            moments = measure_inputs(vit, images, config.model, device)
+            statistics |= {name: _sent(tensor, dtype) for name, tensor in moments.items()}
     seconds = time.perf_counter() - started
-    dtype = getattr(torch, config.upload.dtype)
     counts = torch.bincount(images.labels, minlength=config.model.num_classes)
     return Upload(
         client=client,
@@ -187,17 +197,9 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
         fingerprint=core(),
         class_counts=tuple(counts.tolist()) if config.upload.counts else None,
         seconds=seconds,
-        statistics=extras or None,
+        statistics=statistics or None,
         epsilon=epsilon,
     )
-
-
-def _require_trained(vit: VisionTransformer, client: int) -> None:
-    """What has diverged is not worth sending, and statistics cannot be had of it."""
-    try:
-        require_finite(vit.state_dict(), "lower local.lr", "its training")
-    except RunError as error:
-        raise UploadError(f"client {client}: {error}") from error
 
 
 def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
@@ -306,7 +308,12 @@ def continued(config: Config) -> RunFolder:
     with folder.locked():
         if folder.finished and folder.read_result()["accuracy"]["student"] is not None:
             raise RunError(f"resume-from = {config.resume_from!r} has ended (result.json); use `fedmitr fuse`")
-        _require_same_order(folder.config, config)
+        if folder.config.flower.client_names != config.flower.client_names:
+            # Clients are numbered by their places there: in another list an upload would be somebody else's.
+            raise RunError(
+                f"flower.clients = {config.flower.clients!r}, but the run numbered its clients by "
+                f"{folder.config.flower.clients!r}; restore that list"
+            )
         require_same_uploads(folder.config, config, "resume with the same settings, or make a new run")
         _require_same_start(folder, config)
         uploads = RunFolder(folder.path, config).load_uploads()
@@ -314,15 +321,6 @@ def continued(config: Config) -> RunFolder:
     if stale := [upload.client for upload in uploads if upload.fingerprint != core()]:
         log.warning("the uploads of clients %s were made by another version of the code", stale)
     return folder
-
-
-def _require_same_order(before: Config, after: Config) -> None:
-    """Clients are numbered by their places in `flower.clients`: in another list an upload would be somebody else's."""
-    if before.flower.client_names != after.flower.client_names:
-        raise RunError(
-            f"flower.clients = {after.flower.clients!r}, but the run numbered its clients by "
-            f"{before.flower.clients!r}; restore that list"
-        )
 
 
 def _require_same_start(folder: RunFolder, config: Config) -> None:
@@ -342,20 +340,6 @@ def require_same_uploads(before: Config, after: Config, fix: str) -> None:
         moved = key in MOVABLE and (key != "model.weights" or not {old[key], new[key]} & {"none", "timm"})
         if key.startswith(UPLOAD_SETTINGS) and old[key] != new[key] and not (less or moved):
             raise RunError(f"{key} = {new[key]!r}, but the uploads were made with {old[key]!r}; {fix}")
-
-
-def _frozen_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
-    if not config.upload.statistics:
-        return {}
-    features = frozen_features(vit, images, config.model, resolve_device(config.device))
-    return measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
-
-
-def _input_statistics(vit: VisionTransformer, images: Images, config: Config) -> dict[str, Tensor]:
-    if not config.upload.moments:
-        return {}
-    measured = measure_inputs(vit, images, config.model, resolve_device(config.device))
-    return {name: _sent(tensor, getattr(torch, config.upload.dtype)) for name, tensor in measured.items()}
 
 
 def _sent(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -417,10 +401,3 @@ def dealt(config: Config) -> dict[str, Any]:
     """Who holds what, of one data set that the settings deal out; nothing where its training labels cannot be read."""
     parts = known_parts(config)
     return {"counts": parts.counts.tolist(), "partition_sha256": parts.sha256} if parts else {}
-
-
-def _global_weights(folder: RunFolder) -> Weights:
-    if not folder.model_path.exists():
-        fix = "use evaluate.where = 'server'"
-        raise RunError(f"method = {folder.config.method!r} makes no single model to evaluate; {fix}")
-    return load_tensors(folder.model_path)[0]

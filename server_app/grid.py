@@ -41,16 +41,12 @@ class ObservedGrid(Grid):
         quorum: float = 0.0,
         on_asked: Callable[[], None] | None = None,
     ) -> None:
-        """Wrap `inner`.
+        """Wrap `inner`, Flower's own, and look for replies every `poll` seconds.
 
-        Args:
-            inner: Flower's own grid.
-            on_reply: called with every reply that has content, and with the node that sent it. An UploadError makes
-                an error of that client of the reply; what else it raises is logged and kept from the other replies.
-            clients: node id -> client, for the log and for the order of the replies.
-            poll: seconds between two looks for replies.
-            quorum: share of the questions that `send_and_receive` must get good replies to.
-            on_asked: called before each look for replies, when all questions have been sent.
+        `on_reply` is called with every reply that has content, and with the node that sent it. An UploadError makes an
+        error of that client of the reply; what else it raises is logged and kept from the other replies. `on_asked` is
+        called before each look, when all questions have been sent. `clients`, node id -> client, are for the log and
+        for the order of replies; of the questions the share `quorum` must get good ones in `send_and_receive`.
         """
         self.inner, self.on_reply, self.poll, self.quorum = inner, on_reply, poll, quorum
         self.clients, self.on_asked = dict(clients or {}), on_asked

@@ -25,13 +25,7 @@ MOST = 10  # times the arrays of a model are kept of a refused upload, no more
 
 
 def checked(reply: Message, client: int, node: int, config: Config) -> Upload:
-    """The upload in a reply, if it may be used.
-
-    Args:
-        reply: to a train message.
-        client: whom the message was sent to.
-        node: where it was sent to.
-        config: of the run.
+    """The upload in a reply to a train message to this client's node, if it may be used.
 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.

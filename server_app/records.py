@@ -71,11 +71,6 @@ def room(start: Weights) -> int:
 def read_upload(reply: Message, client: int, config: Config) -> Upload:
     """One client's upload, as it was sent. What the settings do not ask for is not looked at.
 
-    Args:
-        reply: to a train message.
-        client: whom the message was sent to.
-        config: of the run.
-
     Raises:
         UploadError: the reply is no upload, or names another client.
     """

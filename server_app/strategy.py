@@ -31,12 +31,7 @@ class OneShot(Strategy):
     """Ask the clients whose upload is not on disk, keep what they send, and run the method on it."""
 
     def __init__(self, folder: RunFolder, nodes: Mapping[int, int]) -> None:
-        """Prepare one run.
-
-        Args:
-            folder: of the run; its config says how many clients there are.
-            nodes: client -> node id, of the clients that can be asked.
-        """
+        """`nodes` are, by client, those that can be asked; how many clients there are, the folder's config says."""
         self.folder, self.config = folder, folder.config
         self.shapes, self.collecting = shapes(folder.config.model), False
         self.nodes = dict(nodes)

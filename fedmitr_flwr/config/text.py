@@ -142,12 +142,9 @@ def read_flat(path: Path) -> dict[str, object]:
 
 
 def read_settings(file: Path | None, words: Sequence[str], known: Mapping[str, object]) -> dict[str, object]:
-    """The settings of a file under the `key=value` words of a command line, with every path absolute.
+    """The settings of a file under the `key=value` words of a command line, which win, with every path absolute.
 
-    Args:
-        file: settings in TOML, whose relative paths are relative to its folder.
-        words: of the command line, whose relative paths are relative to the current folder; they win.
-        known: all settings there are, with their defaults.
+    Relative paths are relative to the file's folder or to the current one. `known` are all settings, with defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a word is no setting. Other keys and values are not checked yet.

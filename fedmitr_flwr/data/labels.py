@@ -33,12 +33,7 @@ def kind_of(stored: pa.DataType) -> str:
 
 
 def read(column: pa.ChunkedArray, declared: Sequence[str] | None, where: Where) -> Labels:
-    """The labels of a column whose `kind_of` is not "".
-
-    Args:
-        column: (n,).
-        declared: the names of Hugging Face's ClassLabel, or None.
-        where: a row's place, for messages.
+    """The labels of a column whose `kind_of` is not ""; `declared` are the names of Hugging Face's ClassLabel, if any.
 
     Raises:
         DataError: a row has no label, or a number that is not whole.

@@ -257,13 +257,9 @@ def _names_of_data(config: Config) -> tuple[str, ...]:
     )
 
 
+@lru_cache(maxsize=1)
 def load_own_test(data: DataConfig, model: ModelConfig) -> Images:
     """The server's test images, their classes found by name in `data.classes`."""
-    return _load_own_test(data, model.in_chans, model.img_size)
-
-
-@lru_cache(maxsize=1)
-def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
     split = open_split(data, "test", alone=True)
     place = f"{data.path or 'digits'}, test split"
     labels = _renumbered(split, data, place, at_server=True)
@@ -274,4 +270,4 @@ def _load_own_test(data: DataConfig, in_chans: int, img_size: int) -> Images:
             "rename the classes in one of the two"
         )
     rows = rows[kept(len(rows), data.test_limit, "test")]
-    return Images(decode(split, rows, in_chans, img_size), torch.from_numpy(labels[rows]))
+    return Images(decode(split, rows, model.in_chans, model.img_size), torch.from_numpy(labels[rows]))

@@ -44,11 +44,7 @@ def split(labels: Tensor, config: PartitionConfig, num_classes: int, seed: int) 
     dirichlet and iid give out every image. classes-per-client gives client k the classes k c .. k c + c - 1 of a
     shuffled list that repeats, so that K c >= Y covers every class; otherwise the rest stays unused and is logged.
 
-    Args:
-        labels: (n,) int64, in 0..num_classes-1.
-        config: the scheme and its parameters.
-        num_classes: Y.
-        seed: equal seeds give equal partitions.
+    Labels are (n,) int64, in 0..num_classes-1. Equal seeds give equal partitions.
 
     Raises:
         ConfigError: there is no such partition.

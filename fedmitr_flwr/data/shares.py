@@ -40,10 +40,7 @@ def known_parts(config: Config) -> Partition | None:
 def client_images(config: Config, client: int, place: Place | None = None) -> tuple[Images, Images]:
     """The client's images to train on, and those it holds out (none unless evaluate.where = clients).
 
-    Args:
-        config: of the run.
-        client: whose share it is.
-        place: with partition.scheme = "own", where the client has its images.
+    With partition.scheme = "own" they are in its own `place`.
     """
     if config.partition.scheme == OWN:
         if place is None:

@@ -37,16 +37,9 @@ def save_images(
     path: Path,
     most: int = 40,
 ) -> None:
-    """Draw synthetic images under their class names, with their halted patches faded.
+    """Draw normalised images under the names of their `targets` (B,), `most` of them, evenly over the classes.
 
-    Args:
-        images_BCHW: normalised, as the models see them.
-        alive_BN: True = alive, False = halted, for each patch.
-        targets: (B,) class numbers.
-        classes: their names.
-        model: whose normalisation is undone.
-        path: of the PNG.
-        most: draw at most this many, evenly over the classes.
+    Patches that are halted, where `alive_BN` is False, are faded.
     """
     order = torch.argsort(targets.cpu(), stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()]
@@ -102,13 +95,7 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
 
 
 def write_cells(axis: Any, texts: Sequence[Sequence[object]], dark: Any) -> None:
-    """A text in each cell of a heat map, white where it is dark.
-
-    Args:
-        axis: of the heat map.
-        texts: by row and column.
-        dark: an array or a tensor of truth values of the same shape.
-    """
+    """A text in each cell of a heat map, white where the truth value of the same place in `dark` says so."""
     for (y, x), is_dark in np.ndenumerate(np.asarray(dark)):
         colour = "white" if is_dark else "black"
         axis.text(x, y, str(texts[y][x]), ha="center", va="center", fontsize=7, color=colour)

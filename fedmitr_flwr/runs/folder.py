@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -254,16 +255,16 @@ class RunFolder:
             UploadError: one of them does not pass the gate (`gate.admit`); its client is named.
             RunError: one of them cannot be read, or is no upload.
         """
-        return [self._load_upload(client, path) for client, path in self.upload_paths().items()]
-
-    def _load_upload(self, client: int, path: Path) -> Upload:
-        try:
-            upload = load(path)
-        except RunError as error:
-            raise type(error)(f"client {self.config.flower.label(client)}: {error}") from error
-        if upload.client != client:
-            raise RunError(f"{path} holds the upload of client {upload.client}; give it back its own name")
-        return admit(narrowed(upload, self.config.upload), self.config)
+        uploads = []
+        for client, path in self.upload_paths().items():
+            try:
+                upload = load(path)
+            except RunError as error:
+                raise type(error)(f"client {self.config.flower.label(client)}: {error}") from error
+            if upload.client != client:
+                raise RunError(f"{path} holds the upload of client {upload.client}; give it back its own name")
+            uploads.append(admit(narrowed(upload, self.config.upload), self.config))
+        return uploads
 
     def missing(self) -> list[int]:
         """The clients that have not uploaded yet."""
@@ -289,7 +290,7 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         line = json.dumps(plain(values), ensure_ascii=False, allow_nan=False)
         try:
-            with open(self.metrics_path, "a", encoding="utf-8", opener=_private) as file:
+            with open(self.metrics_path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
                 file.write(line + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}") from error
@@ -330,10 +331,6 @@ class RunFolder:
 
 def _name_of(client: int) -> str:
     return f"client_{client:03}.safetensors"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, PRIVATE)
 
 
 def _sealed(config: Config) -> str:

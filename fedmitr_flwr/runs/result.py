@@ -13,6 +13,7 @@ from ..config import Config, DataConfig
 
 _SEAL = "checksum"  # of all else in the file; files of 0.1.0 have none
 _WIDTH = 96  # of the tables, in characters
+_NUMBERS = (int, float)
 
 
 def build(
@@ -47,6 +48,7 @@ def build(
     `server_seconds` are without evaluation, and `peak_memory` (`compute.peak_memory`) is of the process that did it.
     `partition_sha256` is a hash of who holds which image. What else a method reports is kept under its own name.
     """
+    recall = {name: _percent(value) for name, value in (per_class or {}).items()}
     return {
         "method": config.method,
         "seed": config.seed,
@@ -56,8 +58,8 @@ def build(
             "fedavg": _percent(fedavg),
             "ensemble": _percent(ensemble),
             "local": [_percent(value) for value in local],
-            "worst_class": _percent(_worst(per_class or {})),
-            "per_class": {name: _percent(value) for name, value in (per_class or {}).items()},
+            "worst_class": min((value for value in recall.values() if value is not None), default=None),
+            "per_class": recall,
         },
         "confusion": [list(map(int, row)) for row in confusion],
         "seconds": {stage: _seconds(spent) for stage, spent in seconds.items()},
@@ -103,10 +105,6 @@ def _checksum(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _is_accuracy(value: object) -> bool:
     """What `accuracy` is: percents by model, None where there is none."""
     if not isinstance(value, dict) or not {"student", "fedavg", "ensemble", "local", "per_class"} <= value.keys():
@@ -115,24 +113,19 @@ def _is_accuracy(value: object) -> bool:
     if not isinstance(local, list) or not isinstance(per_class, dict):
         return False
     numbers = [value["student"], value["fedavg"], value["ensemble"], *local, *per_class.values()]
-    return all(number is None or _is_number(number) for number in numbers)
+    return all(number is None or type(number) in _NUMBERS for number in numbers)
 
 
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_config(value: object) -> bool:
-    kinds = (bool, int, float, str)
-    return isinstance(value, dict) and bool(value) and all(type(each) in kinds for each in value.values())
+def _holds(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(type(each) in kinds for each in value.values())
 
 
 # What every result has; parts that only some have are checked where they are shown.
 _SHAPE: Mapping[str, Callable[[object], bool]] = {
     "method": lambda value: isinstance(value, str),
     "accuracy": _is_accuracy,
-    "seconds": _is_seconds,
-    "config": _is_config,
+    "seconds": lambda value: _holds(value, _NUMBERS),
+    "config": lambda value: bool(value) and _holds(value, (bool, str, *_NUMBERS)),
 }
 
 
@@ -143,11 +136,6 @@ def on_server(data: DataConfig, images: int) -> dict[str, object]:
 
 def _percent(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(float(value), 2)
-
-
-def _worst(per_class: Mapping[str, float]) -> float | None:
-    known = [value for value in per_class.values() if not math.isnan(value)]
-    return min(known) if known else None
 
 
 def _seconds(spent: float | None) -> float | None:
@@ -166,12 +154,8 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     width = max(26, *(len(name) for name, _ in rows))
     lines = [f"{'model':{width}} {'accuracy %':>10}", "-" * (width + 11)]
     lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
-    if accuracy["per_class"]:
-        lines += [
-            "",
-            "recall % of the student by class",
-            *_columns({printable(name): value for name, value in accuracy["per_class"].items()}),
-        ]
+    if recall := {printable(name): value for name, value in accuracy["per_class"].items()}:
+        lines += ["", "recall % of the student by class", *_columns(recall)]
     measured = result.get("evaluated_on", {})
     if measured.get("split") == "validation":
         lines += ["", f"on {measured['images']} validation images; the test images were not read"]

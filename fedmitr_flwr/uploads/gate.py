@@ -48,7 +48,12 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
     """
     stored = upload.weights if isinstance(upload.weights, StoredWeights) else None
     if stored is not None:
-        _require_unaltered(upload.client, stored)
+        try:
+            stored.require_unaltered()
+        except DiskError:
+            raise
+        except RunError as error:
+            raise UploadError(f"client {upload.client}: {error}; {ASK_AGAIN}") from error
     exact = upload if stored is None else replace(upload, weights=stored.exact)
     validate(exact, _reference(config), config, fingerprint)
     # One whose checksum is right has passed here before it was written; the probe takes seconds for a large model.
@@ -58,15 +63,6 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
             f"client {upload.client}: its model gives NaN or infinity; lower local.lr, and train it again"
         )
     return upload
-
-
-def _require_unaltered(client: int, stored: StoredWeights) -> None:
-    try:
-        stored.require_unaltered()
-    except DiskError:
-        raise
-    except RunError as error:
-        raise UploadError(f"client {client}: {error}; {ASK_AGAIN}") from error
 
 
 def require_finite(weights: Mapping[str, Tensor], fix: str, what: str = "the model") -> None:

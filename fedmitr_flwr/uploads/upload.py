@@ -62,14 +62,11 @@ def narrowed(upload: Upload, asked: UploadConfig) -> Upload:
     """What these settings ask of an upload: no more is used, and no more is counted."""
     statistics = upload.statistics
     if statistics is not None:
-        wanted = [name for name in statistics if _is_asked(name, asked)]
+        sums = moments.names(asked)
+        wanted = [name for name in statistics if (asked.moments if name.startswith(inputs.PREFIX) else name in sums)]
         if len(wanted) < len(statistics):
             statistics = {name: statistics[name] for name in wanted} or None
     return replace(upload, class_counts=upload.class_counts if asked.counts else None, statistics=statistics)
-
-
-def _is_asked(name: str, asked: UploadConfig) -> bool:
-    return asked.moments if name.startswith(inputs.PREFIX) else name in moments.names(asked)
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
@@ -226,10 +223,6 @@ def load(path: Path) -> Upload:
         raise RunError(f"{path} is not an upload; take it out of the uploads folder") from error
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
 def _from_file(stored: StoredWeights) -> Upload:
     header = stored.header
     if any(type(header.get(name)) not in kinds for name, kinds in _KINDS.items()):
@@ -245,7 +238,7 @@ def _from_file(stored: StoredWeights) -> Upload:
         train_loss=float(header["train_loss"]),
         fingerprint=header["fingerprint"],
         class_counts=None if counts is None else tuple(counts),
-        seconds=_number(header.get("seconds")),
-        epsilon=_number(header.get("epsilon")),
+        seconds=None if header.get("seconds") is None else float(header["seconds"]),
+        epsilon=None if header.get("epsilon") is None else float(header["epsilon"]),
         statistics=statistics,
     )
