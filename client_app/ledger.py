@@ -26,17 +26,11 @@ _SLACK = 1 + 1e-9  # of floating point
 
 @dataclass(frozen=True)
 class Ledger:
-    """The uploads of one data set that were noted in a file.
+    """The uploads of one data set that were noted in a file."""
 
-    Attributes:
-        path: of the file; other data sets' uploads may be in it, too.
-        data: which images, as the operator names them: the folder. Images that are added to it do not make it another.
-        limit: the most that ε may add up to.
-    """
-
-    path: Path
-    data: str
-    limit: float
+    path: Path  # of the file; other data sets' uploads may be in it, too
+    data: str  # which images, as the operator names them: the folder, whatever is added to it later
+    limit: float  # the most that ε may add up to
 
     def spent(self) -> float:
         """The ε of all uploads so far."""

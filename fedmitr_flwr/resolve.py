@@ -30,7 +30,6 @@ def resolve(config: Config) -> Config:
     config = replace(config, data=found_source(config.data))
     model = config.model
     if model.name != SMALL:
-        _require_of_name(model)
         model = _of_name(model)
     if not model.resolved:
         model = _of_data(model, facts(config), config.data.path or config.data.source)
@@ -39,8 +38,8 @@ def resolve(config: Config) -> Config:
     return settled(replace(config, model=model))
 
 
-def _require_of_name(model: ModelConfig) -> None:
-    """Raise ConfigError where a setting is not the named model's own."""
+def _of_name(model: ModelConfig) -> ModelConfig:
+    """With the named model's own sizes; raise ConfigError where a setting is another."""
     published = architecture(model.name)
     if model.patch_size not in (0, published.patch_size):
         raise ConfigError(
@@ -54,10 +53,6 @@ def _require_of_name(model: ModelConfig) -> None:
                 f"model.{key} = {getattr(model, key)} is of model.name = 'small', but model.name = {model.name!r} has "
                 f"its own; leave model.{key} out, or name another model"
             )
-
-
-def _of_name(model: ModelConfig) -> ModelConfig:
-    published = architecture(model.name)
     return replace(
         model,
         img_size=model.img_size or published.img_size,

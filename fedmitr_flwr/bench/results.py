@@ -19,19 +19,12 @@ Entry = Mapping[str, Any]  # a result.json, and under `bench` the cell's place i
 
 @dataclass(frozen=True)
 class Results:
-    """What is there of a grid.
+    """What is there of a grid."""
 
-    Attributes:
-        name: of the bench.
-        reference: the label that others are tested against.
-        entries: finished cells, in the grid's order, without those that only chose settings.
-        missing: the places of the cells that are not finished.
-    """
-
-    name: str
-    reference: str
-    entries: tuple[Entry, ...]
-    missing: tuple[Mapping[str, Any], ...]
+    name: str  # of the bench
+    reference: str  # the label that others are tested against
+    entries: tuple[Entry, ...]  # finished cells, in the grid's order, without those that only chose settings
+    missing: tuple[Mapping[str, Any], ...]  # the places of the cells that are not finished
 
 
 def load(path: Path) -> Results:

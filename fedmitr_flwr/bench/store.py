@@ -33,15 +33,10 @@ MANIFEST = "bench.json"
 
 @dataclass(frozen=True)
 class Store:
-    """One bench on disk.
+    """One bench on disk."""
 
-    Attributes:
-        path: the folder.
-        any_code: go on with what other versions of the code have made.
-    """
-
-    path: Path
-    any_code: bool = False
+    path: Path  # the folder
+    any_code: bool = False  # go on with what other versions of the code have made
 
     def uploads(self, cell: Cell) -> Path:
         """The run folder with the uploads of a one-shot cell."""

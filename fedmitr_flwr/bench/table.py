@@ -35,7 +35,12 @@ def markdown(results: Results) -> str:
         own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
         lines += [f"### {title(own[0])}", "", *accuracy(own, results.reference), ""]
         lines += [*_worst(own), "", *_costs(own), ""]
-    lines += [*_tuned(results), *_missing(results), *_origins(results)]
+    lines += _tuned(results)
+    if by_label := Counter(place["label"] for place in results.missing):
+        by_method = ", ".join(f"`{label}` {count}" for label, count in by_label.items())
+        lines += [f"Cells without a result: {len(results.missing)} ({by_method}).", ""]
+    for made_by in dict.fromkeys(map(origin, results.entries)):  # each machine and code that results are from
+        lines += [made_by, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -145,19 +150,6 @@ def _trial(trial: Mapping[str, Any]) -> str:
 
 def _settings(flat: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in flat.items() if key != "accuracy")
-
-
-def _missing(results: Results) -> list[str]:
-    if not results.missing:
-        return []
-    by_label = Counter(place["label"] for place in results.missing)
-    by_method = ", ".join(f"`{label}` {count}" for label, count in by_label.items())
-    return [f"Cells without a result: {len(results.missing)} ({by_method}).", ""]
-
-
-def _origins(results: Results) -> list[str]:
-    """Each machine and code that results are from."""
-    return [line for text in dict.fromkeys(map(origin, results.entries)) for line in (text, "")]
 
 
 def as_csv(results: Results) -> str:

@@ -19,19 +19,16 @@ def choose(trials: Trials, store: Store) -> dict[Place, dict[str, object]]:
         By place: `chosen` settings; `tried`, each with its accuracy (None: it failed); the tuning `seed`. Where all
         failed, the settings stay as they are.
     """
-    return {place: _choice(tried, store) for place, tried in trials.items()}
-
-
-def _choice(tried: list[tuple[Flat, Cell]], store: Store) -> dict[str, object]:
-    accuracies = []
-    for _, cell in tried:
-        result = store.result(cell)
-        accuracies.append(None if result is None else float(result["accuracy"]["student"]))
-    known = [accuracy for accuracy in accuracies if accuracy is not None]
-    chosen = dict(tried[accuracies.index(max(known))][0]) if known else {}
-    seed, where, settings = planned(tried)
-    listed = [{**flat, "accuracy": accuracy} for flat, accuracy in zip(settings, accuracies, strict=True)]
-    return {"chosen": chosen, "tried": listed, "seed": seed, "on": where}
+    found: dict[Place, dict[str, object]] = {}
+    for place, tried in trials.items():
+        results = [store.result(cell) for _, cell in tried]
+        accuracies = [None if result is None else float(result["accuracy"]["student"]) for result in results]
+        best = max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
+        chosen = {} if best is None else dict(tried[accuracies.index(best)][0])
+        seed, where, settings = planned(tried)
+        listed = [{**flat, "accuracy": accuracy} for flat, accuracy in zip(settings, accuracies, strict=True)]
+        found[place] = {"chosen": chosen, "tried": listed, "seed": seed, "on": where}
+    return found
 
 
 def planned(tried: list[tuple[Flat, Cell]]) -> Plan:

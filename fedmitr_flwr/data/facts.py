@@ -20,21 +20,13 @@ _GREY = {"1", "L", "LA", "La", "I", "F"}  # Pillow's modes of one channel; of 16
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the images; 0 is unknown.
+    """What is known of the images; 0 is unknown."""
 
-    Attributes:
-        classes: how many.
-        channels: 1 where every image looked at is grey, else 3.
-        side: of all images looked at, in pixels, where they are square and of one size.
-        named: whether the classes have names: else there may be more than the labels say.
-        least: the lowest label; 0 where the classes have names.
-    """
-
-    classes: int
-    channels: int
-    side: int
-    named: bool
-    least: int = 0
+    classes: int  # how many
+    channels: int  # 1 where every image looked at is grey, else 3
+    side: int  # of all images looked at, in pixels, where they are square and of one size
+    named: bool  # whether the classes have names: else there may be more than the labels say
+    least: int = 0  # the lowest label; 0 where the classes have names
 
 
 def facts(config: Config) -> Facts:

@@ -28,12 +28,27 @@ def proxy_pixels(config: Config) -> Tensor:
     """The images of `feddf.path`, or else of `data.proxy`: uint8 (n, C, H, W). No label is read.
 
     Raises:
-        DataError: there are none, or one is unreadable; the thing is named.
+        DataError: there are none, or images beside Parquet files, or one is unreadable; the thing is named.
     """
     model = config.model
     if not config.feddf.path:
         return load_proxy_share(config.data, model)
-    images, number = _open(_folder(config), config.feddf.path)
+    folder, path = _folder(config), config.feddf.path
+    with listed():
+        found, tables = contents(folder), parquet_splits(folder, TRAIN_NAMES)
+    if found.images and tables:
+        raise DataError(f"feddf.path = {path!r}: there are images and {tables[0][1][0].name} in {folder}; keep one")
+    if found.images:
+        if found.passed_over:
+            say_once(f"{folder}: {found.passed_over}")
+        images: Encoded = FolderSplit([folder], (folder.name,))
+        number = len(found.images)
+    elif tables:
+        table = ParquetTable(tables[0][1], folder)
+        fix = "for feddf.path keep one of encoded images among its columns: "
+        images, number = TableImages(table, find_images(table, "", fix)), len(table)
+    else:
+        raise DataError(f"feddf.path = {path!r}: neither images nor train*.parquet in {folder}")
     return decode(images, np.arange(number), model.in_chans, model.img_size)
 
 
@@ -42,24 +57,3 @@ def _folder(config: Config) -> Path:
     if not folder.is_dir():
         raise DataError(f"feddf.path = {config.feddf.path!r}: there is no folder {folder}; give that of the images")
     return folder
-
-
-def _open(folder: Path, path: str) -> tuple[Encoded, int]:
-    """The images and their number.
-
-    Raises:
-        DataError: there are none, or both files of images and Parquet files.
-    """
-    with listed():
-        found, tables = contents(folder), parquet_splits(folder, TRAIN_NAMES)
-    if found.images and tables:
-        raise DataError(f"feddf.path = {path!r}: there are images and {tables[0][1][0].name} in {folder}; keep one")
-    if found.images:
-        if found.passed_over:
-            say_once(f"{folder}: {found.passed_over}")
-        return FolderSplit([folder], (folder.name,)), len(found.images)
-    if not tables:
-        raise DataError(f"feddf.path = {path!r}: neither images nor train*.parquet in {folder}")
-    table = ParquetTable(tables[0][1], folder)
-    fix = "for feddf.path keep one of encoded images among its columns: "
-    return TableImages(table, find_images(table, "", fix)), len(table)

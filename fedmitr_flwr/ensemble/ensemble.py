@@ -200,16 +200,11 @@ class Rule(NamedTuple):
     """How teachers' logits become scores, one teacher after the other.
 
     A file that is named as `ensemble.combine` has the functions `part` and `join`.
-
-    Attributes:
-        part: (logits (..., Y), weights of the same form or broadcast to it) -> what this teacher adds.
-        join: (what some add, what one more adds) -> what they add together, in whatever order.
-        total: (what each adds (K, ...)) -> what they add together.
     """
 
-    part: Callable[[Tensor, Tensor], Tensor]
-    join: Callable[[Tensor, Tensor], Tensor]
-    total: Callable[[Tensor], Tensor]
+    part: Callable[[Tensor, Tensor], Tensor]  # (logits (..., Y), weights to broadcast to it) -> what one teacher adds
+    join: Callable[[Tensor, Tensor], Tensor]  # (what some add, what one more adds) -> what they add, in whatever order
+    total: Callable[[Tensor], Tensor]  # (what each adds (K, ...)) -> what they add together
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -11,17 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """Who is asked about which image.
+    """Who is asked about which image."""
 
-    Attributes:
-        rows: by teacher, the images (R,) it is asked about, as an index; a teacher that is asked about none is absent.
-        weights: (K, B, Y), or (K, 1, Y) where all images have the same; sum to 1 over K.
-        share: of the K · B questions, how many are asked.
-    """
-
-    rows: dict[int, Tensor | slice]
-    weights: Tensor
-    share: float
+    rows: dict[int, Tensor | slice]  # by teacher, the images (R,) it is asked about, as an index; of none: absent
+    weights: Tensor  # (K, B, Y), or (K, 1, Y) where all images have the same; sum to 1 over K
+    share: float  # of the K · B questions, how many are asked
 
 
 def everyone(weights_KY: Tensor) -> Routing:

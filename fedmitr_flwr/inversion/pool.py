@@ -15,25 +15,15 @@ from ..vit.tokens import unpatchify
 
 @dataclass(frozen=True)
 class Pool:
-    """M synthetic images of N patches. What was optimised is what is here: no mask is computed again.
+    """M synthetic images of N patches. What was optimised is what is here: no mask is computed again."""
 
-    Attributes:
-        patches: (M, N, E) whole images, normalised, halted patches included.
-        positions: (M, J) of the patches that student and teachers see: all N, or, for `pri4`, one rebirth's share.
-        dense: (M, J), True = the patch at `positions` has high information density.
-        alive: (M, N), True = the patch was optimised to the image's end; False = halted, or of a sibling image.
-        targets: (M,) the classes asked for: the pseudo-labels.
-        loss: (M,) the inversion loss of each image; for `pri4`, of the canvas before the last step to it.
-        patch: pixels along a patch's side.
-    """
-
-    patches: Tensor
-    positions: Tensor
-    dense: Tensor
-    alive: Tensor
-    targets: Tensor
-    loss: Tensor
-    patch: int
+    patches: Tensor  # (M, N, E) whole images, normalised, halted patches included
+    positions: Tensor  # (M, J) of the patches that student and teachers see: all N, or, for `pri4`, a rebirth's share
+    dense: Tensor  # (M, J), True = the patch at `positions` has high information density
+    alive: Tensor  # (M, N), True = the patch was optimised to the image's end; False = halted, or of a sibling image
+    targets: Tensor  # (M,) the classes asked for: the pseudo-labels
+    loss: Tensor  # (M,) the inversion loss of each image; for `pri4`, of the canvas before the last step to it
+    patch: int  # pixels along a patch's side
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -67,19 +67,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Fused:
-    """A global model.
+    """A global model."""
 
-    Attributes:
-        predict: images (B, C, S, S) -> scores (B, Y).
-        weights: of the one ViT that it is; None where it keeps several models.
-        pool: the synthetic images it was distilled from, if any.
-        ensemble: all teachers, weighted as the method did in the end, if it asked them.
-    """
-
-    predict: nn.Module
-    weights: Mapping[str, Tensor] | None
-    pool: Pool | None = None
-    ensemble: Ensemble | None = None
+    predict: nn.Module  # images (B, C, S, S) -> scores (B, Y)
+    weights: Mapping[str, Tensor] | None  # of the one ViT that it is; None where it keeps several models
+    pool: Pool | None = None  # the synthetic images it was distilled from, if any
+    ensemble: Ensemble | None = None  # all teachers, weighted as the method did in the end, if it asked them
 
     @classmethod
     def of_weights(cls, weights: Weights, job: Job) -> Self:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..common.errors import RunError, printable, unread
@@ -50,7 +49,7 @@ def write_page(run: Path) -> Path:
         files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
     path = folder.path / "report.html"
-    write_text(path, template.render(**texts, **pictures, picture=_picture))
+    write_text(path, template.render(**texts, **pictures))
     return path
 
 
@@ -58,17 +57,11 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _picture(uri: str | None, description: str, otherwise: str) -> Markup:
-    """An image, or why there is none; everything is escaped."""
-    if uri is None:
-        return Markup("<p>{}</p>").format(otherwise)
-    return Markup('<img src="{}" alt="{}">').format(uri, description)
-
-
 def _pictures(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, str | None]:
     """By name: a data URI, or None where the run has nothing to show."""
-    accuracy, classes = result["accuracy"], _classes(result)
-    counts = result.get("counts")
+    accuracy, counts = result["accuracy"], result.get("counts")
+    # Numbers where no recall by class is known.
+    classes = list(accuracy["per_class"]) or list(map(str, range(result["config"]["model.num-classes"])))
     if counts and None not in counts and not folder.partition_path.exists():
         save_partition(torch.tensor(counts), classes, folder.partition_path)
     cells = result.get("confusion")
@@ -79,12 +72,6 @@ def _pictures(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, str | N
         "curves": _svg(curves(_metrics(folder))),
         "confusion": _svg(confusion(cells, classes) if cells else None),
     }
-
-
-def _classes(result: Mapping[str, Any]) -> list[str]:
-    """Their names, or numbers where no recall by class is known."""
-    names = list(result["accuracy"]["per_class"])
-    return names or [str(number) for number in range(result["config"]["model.num-classes"])]
 
 
 def _png(path: Path) -> str | None:
@@ -119,7 +106,8 @@ def _line(text: str) -> dict[str, Any]:
 
 
 def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
-    config, accuracy = result["config"], result["accuracy"]
+    config, accuracy, defaults = result["config"], result["accuracy"], Config().to_flat()
+    changed = {key: value for key, value in config.items() if key in defaults and value != defaults[key]}
     rounds = config["flower.rounds"] if config["flower.strategy"] != "oneshot" else 1
     known = [value for value in accuracy["local"] if value is not None]
     numbers = [
@@ -139,7 +127,7 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         "recall": [(printable(name), _percent(value)) for name, value in accuracy["per_class"].items()],
         "clients": _client_costs(result),
         "server": _server_costs(result),
-        "changed": _changed(config),
+        "changed": [(key, toml_value(value), toml_value(defaults[key])) for key, value in changed.items()],
         "settings": [(key, toml_value(value)) for key, value in config.items()],
         "origin": _origin(result),
     }
@@ -180,12 +168,6 @@ def _server_costs(result: Mapping[str, Any]) -> Rows:
 
 def _scaled(value: float | None, unit: float, digits: int) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
-
-
-def _changed(config: Mapping[str, Any]) -> Rows:
-    defaults = Config().to_flat()
-    given = [(key, value) for key, value in config.items() if key in defaults and value != defaults[key]]
-    return [(key, toml_value(value), toml_value(defaults[key])) for key, value in given]
 
 
 def _origin(result: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

@@ -18,21 +18,13 @@ BATCH = 256  # images that a model is asked about at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model did on some images.
+    """How a model did on some images."""
 
-    Attributes:
-        accuracy: in percent.
-        loss: mean cross-entropy.
-        per_class: recall in percent; NaN where there is no image of a class.
-        num_examples: how many images.
-        confusion: images by true class (row) and answer (column); empty: not known.
-    """
-
-    accuracy: float
-    loss: float
-    per_class: tuple[float, ...]
-    num_examples: int
-    confusion: tuple[tuple[int, ...], ...] = ()
+    accuracy: float  # in percent
+    loss: float  # mean cross-entropy
+    per_class: tuple[float, ...]  # recall in percent; NaN where there is no image of a class
+    num_examples: int  # how many images
+    confusion: tuple[tuple[int, ...], ...] = ()  # images by true class (row) and answer (column); empty: not known
 
 
 def evaluate(

@@ -40,22 +40,13 @@ ANY = 0.6  # of `_led`: a model below it can be led to some names only, and has 
 
 @dataclass(frozen=True)
 class Names:
-    """How a model's answers fit the classes that images were made for.
+    """How a model's answers fit the classes that images were made for."""
 
-    Attributes:
-        right: mean probability of the class.
-        chance: what answers as frequent would be right by chance.
-        best: `right`, if the model's names were exchanged among each other for the best.
-        sure: mean probability of whatever class is the likeliest, less that of an even guess.
-        information: mutual information of image and answer, in nats: the entropy of the mean answer, less the mean
-            entropy of an answer.
-    """
-
-    right: float
-    chance: float
-    best: float
-    sure: float
-    information: float
+    right: float  # mean probability of the class
+    chance: float  # what answers as frequent would be right by chance
+    best: float  # `right`, if the model's names were exchanged among each other for the best
+    sure: float  # mean probability of whatever class is the likeliest, less that of an even guess
+    information: float  # mutual, of image and answer, in nats: entropy of the mean answer, less the answers' mean one
 
     @property
     def gain(self) -> float:

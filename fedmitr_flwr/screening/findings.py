@@ -5,18 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason to distrust one upload.
-
-    Attributes:
-        client: whose upload it is.
-        check: norm | direction | start | copy | size | sums | answers | unsure.
-        value: the number that was looked at.
-        text: what is unusual, in words, and the fix.
-        clear: no honest client can be so, by a wide margin; else it is only unusual.
-    """
+    """One reason to distrust one upload."""
 
     client: int
-    check: str
-    value: float
-    text: str
-    clear: bool = False
+    check: str  # norm | direction | start | copy | size | sums | answers | unsure
+    value: float  # that was looked at
+    text: str  # what is unusual, in words, and the fix
+    clear: bool = False  # no honest client can be so, by a wide margin; else it is only unusual

@@ -25,19 +25,12 @@ _USED = "used all the same; screen.mode = 'exclude' leaves it out"
 
 @dataclass(frozen=True)
 class Screened:
-    """What screening found.
+    """What screening found."""
 
-    Attributes:
-        kept: the uploads to go on with, in their order.
-        findings: by client.
-        excluded: the clients that are left out.
-        changed: whether `kept` are other uploads than were given.
-    """
-
-    kept: list[Upload]
-    findings: list[Finding]
-    excluded: list[int]
-    changed: bool = False
+    kept: list[Upload]  # to go on with, in their order
+    findings: list[Finding]  # by client
+    excluded: list[int]  # the clients that are left out
+    changed: bool = False  # whether `kept` are other uploads than were given
 
     def facts(self, mode: str) -> dict[str, Any]:
         """For result.json."""

@@ -36,24 +36,16 @@ _NORMAL = 1.4826  # the deviation of a normal distribution, in units of its medi
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What is looked at in the updates `upload - initial`; float64.
+    """What is looked at in the updates `upload - initial`; float64."""
 
-    Attributes:
-        norms: (K,) lengths.
-        raw: (K,) logarithm of the length's ratio to the median.
-        sized: (K,) the same of the length per root of the number of images: a client with n times the images makes n
-            times the steps and, as a random walk, √n times the way.
-        cosines: (K, K) of each pair of updates.
-        kept: (K,) cosine of all matrices but the head's with those of the start; None: there are too few weights.
-        owned: (K,) number of images, in units of what all others have together.
-    """
-
-    norms: Tensor
-    raw: Tensor
+    norms: Tensor  # (K,) lengths
+    raw: Tensor  # (K,) logarithm of the length's ratio to the median
+    # (K,) the same of the length per root of the number of images: a client with n times the images makes n times the
+    # steps and, as a random walk, √n times the way
     sized: Tensor
-    cosines: Tensor
-    kept: Tensor | None
-    owned: Tensor
+    cosines: Tensor  # (K, K) of each pair of updates
+    kept: Tensor | None  # (K,) cosine of all matrices but the head's with the start's; None: there are too few weights
+    owned: Tensor  # (K,) number of images, in units of what all others have together
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], initial: Mapping[str, Tensor]) -> "Measured":
