@@ -48,8 +48,11 @@ def main(grid: Grid, context: Context) -> None:
 def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     """Get the uploads that are missing, then run the server phase."""
     arrays = ArrayRecord(dict(pipeline.start_of(config)))  # first: what cannot be had leaves no folder
-    if config.resume_from:
-        folder = resume(config)
+    if config.resume_from:  # the uploads must fit the new settings, which the server phase then follows
+        number = RunFolder.open(config.resume_from).config.partition.clients
+        config = config.with_clients(number)
+        methods.check(config, number)
+        folder = pipeline.continued(config)
         clients = meet_again(grid, folder)
     else:
         clients = meet(grid, config)
@@ -63,14 +66,6 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
         folder.note_start(arrays.to_torch_state_dict())
         strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
     log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)
-
-
-def resume(config: Config) -> RunFolder:
-    """Open the run to continue: its uploads must fit the new settings, which its server phase then follows."""
-    number = RunFolder.open(config.resume_from).config.partition.clients
-    config = config.with_clients(number)
-    methods.check(config, number)
-    return pipeline.continued(config)
 
 
 def meet_again(grid: Grid, folder: RunFolder) -> Clients:

@@ -183,27 +183,20 @@ class _CheckedGrid(ObservedGrid):
         client = self.clients[node]
         try:
             if self.asked_for[node] == MessageType.TRAIN:
-                self.take_training(reply, client, node)
+                upload = checked(reply, client, node, self.config)
+                reply.content = _trained(upload, self.shapes)
+                self.bytes_up[client] += upload.num_bytes
+                self.client_seconds[client] += upload.seconds or 0.0
             else:
-                self.take_evaluation(reply, client)
+                found = read_evaluation(reply, client, self.config)
+                numbers: dict[str, Any] = {"num-examples": found.num_examples, "accuracy": found.accuracy}
+                reply.content = RecordDict({"metrics": MetricRecord(numbers | {"eval_loss": found.loss})})
+                self.held[client] = found.num_examples
         except UploadError:
             raise
         except Exception as error:  # an unforeseen error must not let a reply through
             problem = f"client {client}: its reply cannot be checked ({type(error).__name__}); see the log"
             raise UploadError(problem) from error
-
-    def take_training(self, reply: Message, client: int, node: int) -> None:
-        """Check it as an upload is checked."""
-        upload = checked(reply, client, node, self.config)
-        reply.content = _trained(upload, self.shapes)
-        self.bytes_up[client] += upload.num_bytes
-        self.client_seconds[client] += upload.seconds or 0.0
-
-    def take_evaluation(self, reply: Message, client: int) -> None:
-        found = read_evaluation(reply, client, self.config)
-        numbers: dict[str, Any] = {"num-examples": found.num_examples, "accuracy": found.accuracy}
-        reply.content = RecordDict({"metrics": MetricRecord(numbers | {"eval_loss": found.loss})})
-        self.held[client] = found.num_examples
 
 
 class _Session:

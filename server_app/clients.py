@@ -77,13 +77,8 @@ class _Card:
 def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] = ()) -> Clients:
     """Wait until every client whose upload is needed has a node.
 
-    Nodes that `flower.clients` does not name, and those of clients that have uploaded, may be in any state.
-
-    Args:
-        grid: Flower's grid.
-        config: of the run; it goes to the nodes, and its limits are kept: node-wait, quorum.
-        known: K where it is known already (a run that is continued); 0: the nodes announce it.
-        uploaded: clients that need not be there.
+    Nodes that `flower.clients` does not name, and those of clients that have `uploaded`, may be in any state. `known`
+    is K where it is known already (a run that is continued); 0: the nodes announce it.
 
     Raises:
         RunError: nodes are missing after `node-wait` seconds, contradict each other, run other code, or have images
@@ -98,7 +93,11 @@ def meet(grid: Grid, config: Config, known: int = 0, uploaded: Collection[int] =
         clients = _roster(asking.cards, config, known, uploaded)
         late = time.monotonic() >= deadline
         if _complete(clients, flower, uploaded, late):
-            _log_names(clients, flower)
+            if names := flower.client_names:
+                # Flower shows the server a node's number, which belongs to its key, and not the key.
+                taken = ", ".join(f"{names[client]} by node {node}" for client, node in clients.nodes.items())
+                compare = "compare with the node IDs of your registrations (deploy/README.md)"
+                log.info("names are as the nodes claim them: %s; %s", taken, compare)
             return clients
         if late:
             raise RunError(_too_few(clients, flower, uploaded, asking.silent()) + asking.problem())
@@ -113,16 +112,6 @@ def with_number_of(clients: Clients, config: Config) -> Config:
             "partition.clients = %d has no effect here: there are %d clients, one for each node", wanted, clients.number
         )
     return config.with_clients(clients.number)
-
-
-def _log_names(clients: Clients, flower: FlowerConfig) -> None:
-    """Flower shows the server a node's number, which belongs to its key, and not the key: a name is only claimed."""
-    if names := flower.client_names:
-        taken = ", ".join(f"{names[client]} by node {node}" for client, node in clients.nodes.items())
-        log.info(
-            "names are as the nodes claim them: %s; compare with the node IDs of your registrations (deploy/README.md)",
-            taken,
-        )
 
 
 class _Asking:

@@ -38,21 +38,15 @@ TELLS = 100_000  # characters of all that: it goes into a file's header, which c
 def order(config: Config) -> ConfigRecord:
     """What the clients need of the settings, so that both sides cannot disagree, and which code they must run.
 
-    Bytes, because Flower logs strings.
-    """
-    toml = "".join(f"{key} = {toml_value(value)}\n" for key, value in needed_by_clients(config).items())
-    return ConfigRecord({"toml": toml.encode(), "fingerprint": core().encode()})
-
-
-def needed_by_clients(config: Config) -> dict[str, bool | int | float | str]:
-    """The settings that a client's data, training, upload and evaluation follow; no other client's name, no own path.
-
-    In a simulation the shares of one data set are dealt out at the clients, which therefore need its path. A client
-    gets the start's weights themselves, and of their file the name only: it says that there was one.
+    That is what their data, training, upload and evaluation follow; no other client's name, no own path. In a
+    simulation the shares of one data set are dealt out at the clients, which therefore need its path. A client gets the
+    start's weights themselves, and of their file the name only: it says that there was one.
     """
     data = OWN_DATA if config.partition.scheme == OWN else ("data.",)
     needed = {key: value for key, value in config.to_flat().items() if key.startswith((*NEEDED, *data))}
-    return needed | {"model.weights": PurePath(config.model.weights).name}
+    needed["model.weights"] = PurePath(config.model.weights).name
+    toml = "".join(f"{key} = {toml_value(value)}\n" for key, value in needed.items())
+    return ConfigRecord({"toml": toml.encode(), "fingerprint": core().encode()})  # bytes: Flower logs strings
 
 
 def addressed(message: Message, client: int) -> Message:

@@ -130,8 +130,11 @@ def read(path: Path, words: Flat | None = None) -> Bench:
                 document[name] = {**as_table(document.get(name, {}), name), **own}
         if "grid.methods" in words:  # a part of them: what the file says of the others is not needed
             _keep_only(document["grid"]["methods"], document, document.get("tune"))
-        if "grid.partition" in words:
-            _leave_out(document["grid"], words)
+        schemes = document["grid"].get("partition")
+        if "grid.partition" in words and isinstance(schemes, list):  # the others' numbers are not needed either
+            for axis, scheme in _NUMBERS.items():
+                if f"grid.{axis}" not in words and scheme not in schemes:
+                    document["grid"].pop(axis, None)
         return _bench(document, path, last, [axis for axis in _PLACES if f"grid.{axis}" in words])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -141,13 +144,6 @@ def _keep_only(labels: object, *tables: object) -> None:
     for table in tables:
         if isinstance(table, dict) and isinstance(table.get("methods"), dict) and isinstance(labels, list):
             table["methods"] = {label: own for label, own in table["methods"].items() if label in labels}
-
-
-def _leave_out(axes: dict[str, Any], words: Flat) -> None:
-    """The file's numbers of partitions that the command line has left out."""
-    for axis, scheme in _NUMBERS.items():
-        if f"grid.{axis}" not in words and isinstance(axes["partition"], list) and scheme not in axes["partition"]:
-            axes.pop(axis, None)
 
 
 def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequence[str]) -> Bench:
@@ -175,7 +171,12 @@ def _bench(document: Mapping[str, Any], path: Path, last: Flat, narrowed: Sequen
     variants = _variants(axes, as_table(document.get("methods", {}), "methods"), path.parent)
     tune = _tune(document["tune"], variants, skews, clients, seeds, path.parent) if "tune" in document else None
     if tune:
-        _not_tried(tune, last)
+        for label, tried in tune.tried.items():  # what is chosen would win over what the command line says
+            if twice := [key for key in tried[0] if key in last]:
+                raise ConfigError(
+                    f"{twice[0]} is set on the command line, and [tune.methods.{quoted(label)}] tries values of it; "
+                    "remove one of the two"
+                )
         for name in chosen:
             if value := {**data[name], **last}.get(_VALIDATION):
                 raise ConfigError(
@@ -304,16 +305,6 @@ def _tune(
         tried[label] = tuple(_settings(one, where, folder) for one in combinations)
     wanted = as_number(table.get("clients", clients[0]), "tune.clients", int, 2)
     return Tune(seed, validation, skew, wanted, tried)
-
-
-def _not_tried(tune: Tune, last: Flat) -> None:
-    """What is chosen would win over what the command line says."""
-    for label, tried in tune.tried.items():
-        if twice := [key for key in tried[0] if key in last]:
-            raise ConfigError(
-                f"{twice[0]} is set on the command line, and [tune.methods.{quoted(label)}] tries values of it; "
-                "remove one of the two"
-            )
 
 
 def _of_file(value: object, key: str, path: Path) -> Flat:

@@ -55,11 +55,8 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     """How many threads can be at work at once: what OMP_NUM_THREADS says, or the cores that are this process's.
 
     Fewer than the machine's where its affinity (`taskset`, a batch system) or its cgroup's CPU quota (a container) says
-    so; a fraction of a core counts as one.
-
-    Args:
-        cgroups: where version 2 of Linux's cgroups is mounted, and `cpu` of version 1 within it.
-        own: the file that lists the cgroups of this process.
+    so; a fraction of a core counts as one. Version 2 of Linux's cgroups is mounted at `cgroups`, and `cpu` of version 1
+    within it; `own` lists those of this process.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is for nested parallelism
     if asked.isdecimal() and int(asked):
@@ -78,13 +75,9 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
             root = cgroups if not controllers else cgroups / "cpu"
             place = PurePosixPath(group.lstrip("/"))
             for folder in (root / place, *(root / above for above in place.parents)):
+                files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
                 with suppress(OSError, ValueError):  # no limit: "max" or -1, or no such file
-                    if controllers:
-                        quota, period = (
-                            int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period")
-                        )
-                    else:
-                        quota, period = map(int, (folder / "cpu.max").read_text().split())
+                    quota, period = map(int, " ".join((folder / name).read_text() for name in files).split())
                     if quota > 0 and period > 0:
                         yield quota / period
 

@@ -56,7 +56,8 @@ class Progress:
     def _line(self, end: str = "") -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = self._done / elapsed
-        parts = [f"{self._done}/{self._total} {self._unit}", self._shown(), f"{_rate(rate)} {self._unit}/s"]
+        shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+        parts = [f"{self._done}/{self._total} {self._unit}", self._shown(), f"{shown} {self._unit}/s"]
         if end:
             parts.append(f"{end} {clock(elapsed)}")
         elif rate:
@@ -65,10 +66,6 @@ class Progress:
 
     def _shown(self) -> str:
         return ", ".join(f"{name}={float(value):.4g}" for name, value in self._values.items())
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def clock(seconds: float) -> str:

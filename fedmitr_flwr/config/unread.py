@@ -17,12 +17,10 @@ _NEEDS: Mapping[str, tuple[str, tuple[object, ...]]] = {
 
 
 def unread_line(config: Config, unread: Mapping[str, str], given: Collection[str] | None = None) -> str:
-    """What was given without effect, in one line; nothing where all has some.
+    """What was `given` without effect, in one line; nothing where all has some. None: all that is not the default.
 
-    Args:
-        config: as it was given, before anything is resolved.
-        unread: keys, or beginnings of keys, that this method or way of running does not read, each with the reason.
-        given: the keys that somebody gave; None: all that do not have the default.
+    The config is as it was before anything is resolved. Keys, or beginnings of keys, that this method or way of running
+    does not read are in `unread`, each with the reason.
     """
     flat, defaults = config.to_flat(), Config().to_flat()
     reasons = dict(unread)

@@ -149,7 +149,8 @@ def _classes_per_client(labels: Tensor, config: PartitionConfig, seed: int) -> l
     present = _present(labels)
     places = torch.searchsorted(present, labels)
     shuffled = torch.randperm(len(present), generator=stream(seed, "partition", "classes"))
-    parts = config.clients * config.classes_per_client
+    size = config.classes_per_client
+    parts = config.clients * size
     partitioner = PathologicalPartitioner(
         num_partitions=parts,
         partition_by="label",
@@ -159,14 +160,8 @@ def _classes_per_client(labels: Tensor, config: PartitionConfig, seed: int) -> l
     )
     if parts < len(present):
         unused = sorted(present[shuffled >= parts].tolist())
-        log.warning(
-            "no client holds the classes %s: %d clients of %d classes",
-            unused,
-            config.clients,
-            config.classes_per_client,
-        )
+        log.warning("no client holds the classes %s: %d clients of %d classes", unused, config.clients, size)
     shares = _shares(partitioner, shuffled[places], parts)
-    size = config.classes_per_client
     return [torch.cat(shares[start : start + size]) for start in range(0, parts, size)]
 
 

@@ -44,12 +44,8 @@ def load(data: DataConfig, model: ModelConfig, *, with_test: bool = True) -> Dat
     """Load the images, each decoded once per process; the channels are the model's, the size is the source's own.
 
     With `data.validation`, that share of each class of the train split is for no client: it is `test`, and the
-    source's own test split is not read.
-
-    Args:
-        data: the source, the limits and the share to set aside, both drawn once for all seeds.
-        model: its channels and number of classes; its image size is used only if the images differ in size.
-        with_test: False leaves `test` empty and the images of the test split untouched: a client does not need them.
+    source's own test split is not read. Shares and limits are drawn once for all seeds. Of the model, the image size is
+    used only if the images differ in size. `with_test = False` leaves `test` empty, and its images unread.
 
     Raises:
         DataError: something is missing, corrupt, ambiguous or outside the classes. The thing is named.
@@ -261,7 +257,11 @@ class FolderSplit:
     """Folders of images, each named by its class; of a data set the classes are train's, sorted by name."""
 
     def __init__(self, folders: Sequence[Path], classes: tuple[str, ...]) -> None:
-        _check_names(folders, classes)
+        for name in (*classes, *(path.name for path in folders)):
+            if any("\ud800" <= letter <= "\udfff" for letter in name):  # results, pages and messages are all Unicode
+                raise DataError(
+                    f"{folders[0].parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it"
+                )
         self.classes = classes
         self.contents = Contents()  # of all folders, with what is passed over
         known: dict[str, int] = {}
@@ -294,15 +294,6 @@ class FolderSplit:
                 raise DataError(f"{place} cannot be read ({error.strerror}); check its permissions") from error
             with file:
                 yield file
-
-
-def _check_names(folders: Sequence[Path], classes: tuple[str, ...]) -> None:
-    """Names of classes stand in results, pages and messages, which are all Unicode text."""
-    for name in (*classes, *(path.name for path in folders)):
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError(
-                f"{folders[0].parent}: the class folder '{printable(name)}' has a name that is not UTF-8; rename it"
-            )
 
 
 def data_folder(data: DataConfig) -> Path:

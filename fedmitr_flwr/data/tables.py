@@ -182,7 +182,10 @@ def _first_labelled(tests: Iterable[Table], data: DataConfig, column: str = "") 
     """
     passed: list[str] = []
     for table in tests:
-        name = column or _found_label(table, data)
+        name = column
+        if not name:
+            with contextlib.suppress(NoLabelsError):
+                name = find_labels(table, data.label_column)
         if name not in table.schema.names:
             passed.append(f"{table.place} has no column {name or 'of labels'!r}")
         elif has_none(table.column(name)):
@@ -195,13 +198,6 @@ def _first_labelled(tests: Iterable[Table], data: DataConfig, column: str = "") 
         f"{passed[0] if passed else 'there is no test split'}; label them, or judge on a share of the training images, "
         "which data.validation = 0.2 sets aside"
     )
-
-
-def _found_label(table: Table, data: DataConfig) -> str:
-    try:
-        return find_labels(table, data.label_column)
-    except NoLabelsError:
-        return ""
 
 
 def _declared_labels(train: Table, name: str) -> Labels:
@@ -262,7 +258,8 @@ def find_labels(table: Table, configured: str) -> str:
     if configured in suitable:
         return configured
     typed = _of_feature(table, datasets.ClassLabel, suitable)
-    usual = _usual(table.schema.names)
+    there = {name.casefold(): name for name in table.schema.names} | {name: name for name in table.schema.names}
+    usual = next((there[name] for name in _USUAL_LABELS if name in there), "")
     if not configured and len(typed) == 1:
         if usual and usual != typed[0]:
             say_once(f"{table.place}: labels are read from the ClassLabel {typed[0]!r}, not from {usual!r}")
@@ -273,23 +270,12 @@ def find_labels(table: Table, configured: str) -> str:
     if not configured and not usual and len(plausible) == 1:
         say_once(f"{table.place}: labels are read from the column {plausible[0]!r}; no other can be meant")
         return plausible[0]
-    good = [name for name in plausible if not _problem(table, name)]
+    good = []
+    for name in plausible:
+        with contextlib.suppress(DataError):
+            read_labels(table, name)
+            good.append(name)
     raise _refusal(table, "label", configured or usual, good, several=len(plausible) > 1)
-
-
-def _usual(names: Sequence[str]) -> str:
-    """The first usual name of a label column that is there, or ""."""
-    there = {name.casefold(): name for name in names} | {name: name for name in names}
-    return next((there[usual] for usual in _USUAL_LABELS if usual in there), "")
-
-
-def _problem(table: Table, name: str) -> str:
-    """Why the column cannot be read as labels, or ""."""
-    try:
-        read_labels(table, name)
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 def _refusal(

@@ -19,12 +19,8 @@ def estimate(probabilities_KMY: Tensor, sizes_K: Tensor, targets_M: Tensor) -> T
     mixture Σ_k w_ky p_k(y|x) gets no fewer images right than by size: a hard test while the images are those of the
     ensemble weighted by size, which they favour.
 
-    Equal teachers, an empty pool and classes without an image are weighted by size.
-
-    Args:
-        probabilities_KMY: each teacher's softmax on each whole image.
-        sizes_K: images per client.
-        targets_M: the classes that the images were made for. Noise has none, and misleads.
+    Equal teachers, an empty pool and classes without an image are weighted by size. The probabilities are each
+    teacher's softmax on whole images, made for the classes `targets_M`: noise has none, and misleads.
     """
     answers_KMY = probabilities_KMY.float()
     shares_K1 = (sizes_K / sizes_K.sum()).to(answers_KMY)[:, None]

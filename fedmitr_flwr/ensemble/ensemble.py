@@ -102,13 +102,7 @@ class Ensemble(nn.Module):
         """Whether threads may ask it at the same time: one's guest or stacked weights would be another's teacher."""
         return not _stacks(self.weights) and not self.teachers.streamed
 
-    def slope(
-        self,
-        loss: Loss,
-        patches_BME: Tensor,
-        positions_BM: Tensor,
-        routing: Routing,
-    ) -> tuple[Tensor, Tensor]:
+    def slope(self, loss: Loss, patches_BME: Tensor, positions_BM: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
         Teachers that do not all fit into memory are run twice: for their answers, and, once it is known how the loss
@@ -133,11 +127,7 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def importance(
-        self,
-        patches_BME: Tensor,
-        positions_BM: Tensor,
-        targets_B: Tensor,
-        routing: Routing | None = None,
+        self, patches_BME: Tensor, positions_BM: Tensor, targets_B: Tensor, routing: Routing | None = None
     ) -> Tensor:
         """Importance (B, M) of each given patch: [CLS] attention, mean over teachers by confidence on the target [M].
 
@@ -212,13 +202,13 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def _weighted_probabilities(logits: Tensor, weights: Tensor) -> Tensor:
-    return log_probabilities(logits) + weights.log()
-
-
 RULES: Mapping[str, Rule] = {
     "logits": Rule(torch.mul, torch.add, partial(torch.sum, dim=0)),
-    "probs": Rule(_weighted_probabilities, torch.logaddexp, partial(torch.logsumexp, dim=0)),
+    "probs": Rule(
+        lambda logits, weights: log_probabilities(logits) + weights.log(),
+        torch.logaddexp,
+        partial(torch.logsumexp, dim=0),
+    ),
 }
 
 

@@ -93,25 +93,15 @@ def hard_loss(scores_BY: Tensor, student_BY: Tensor, targets_B: Tensor) -> Tenso
 
 
 def learn(
-    logits_KMY: Tensor,
-    targets_M: Tensor,
-    weights_K: Tensor,
-    combine: str,
-    r: int,
-    rng: torch.Generator,
+    logits_KMY: Tensor, targets_M: Tensor, weights_K: Tensor, combine: str, r: int, rng: torch.Generator
 ) -> Tensor:
     """Pass over the images once, in random batches; after each one, every weight moves by a step against its slope.
 
     w <- clip(w - μ dᵉ · sign(dCE/dw), 0, 1), with CE of the ensemble whose weights are w / Σ w. One weight for each
     teacher, whatever the class, as in the paper. That rounding errors do not count is ours [M].
 
-    Args:
-        logits_KMY: the teachers' answers on the images, made once: the teachers do not change.
-        targets_M: the classes that the images were made for.
-        weights_K: to start from, in 0..1, not all 0.
-        combine: as `ensemble.combine`.
-        r: the round, from 0.
-        rng: of their order.
+    `logits_KMY` are answers on the images, made once: the teachers do not change. `weights_K`, to start from, are in
+    0..1 and not all 0. `r` is the round, from 0, and `rng` of the images' order.
 
     Returns:
         The new weights (K,) in 0..1, not normalised, float64 on the CPU: it is little work, with equal bits anywhere.

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,11 @@ def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
         lines = read_text(folder.metrics_path).splitlines()
     except OSError as error:
         raise RunError(unread("metrics", folder.metrics_path, error)) from error
-    return [line for line in map(_line, lines) if line]
-
-
-def _line(text: str) -> dict[str, Any]:
-    """A line that a killed run has left half written is none."""
-    try:
-        line: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return line
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):  # a line that a killed run has left half written is none
+            found.append(json.loads(line))
+    return list(filter(None, found))
 
 
 def _texts(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,14 +70,9 @@ class Names:
         chance = (share_YC.sum(1) * share_YC.sum(0)).sum().item()
         rows, names = linear_sum_assignment(share_YC.cpu().numpy(), maximize=True)
         sure = probabilities_MC.max(1).values.mean().item() - 1 / classes
-        information = (_entropy(probabilities_MC.mean(0)) - _entropy(probabilities_MC).mean()).item()
+        entropy, of_mean = (torch.special.entr(each).sum(-1) for each in (probabilities_MC, probabilities_MC.mean(0)))
+        information = (of_mean - entropy.mean()).item()
         return cls(share_YC.diag().sum().item(), chance, share_YC[rows, names].sum().item(), sure, information)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """In nats, over the last axis."""
-    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
-    return entropy
 
 
 def strange_answers(
@@ -91,11 +86,9 @@ def strange_answers(
     if len(uploads) < FEWEST:
         return []
     folds = min(FOLDS, len(uploads))
-    first = [
-        answer
-        for fold in range(folds)
-        for answer in _judged(uploads[fold::folds], uploads, images, config, device, fold)
-    ]
+    first: list[tuple[Upload, Names]] = []
+    for fold in range(folds):
+        first += _judged(uploads[fold::folds], uploads, images, config, device, fold)
     found = [finding for upload, finding in _unsure(first) if _led(upload, images, config, device) > ANY]
     unsure = {finding.client for finding in found}
     for upload, names in first:

@@ -75,10 +75,12 @@ def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, i
     found = [] if start is None else strange_weights(uploads, start)
     if config.upload.statistics:
         found += strange_sums(uploads, None if start is None else moments.last_norm(start))
-    findings = _gravest(found)
+    gravest: dict[int, Finding] = {}
+    for finding in sorted(found, key=lambda finding: not finding.clear):
+        gravest.setdefault(finding.client, finding)
+    findings = list(gravest.values())
     if images:
-        unusual = {finding.client for finding in findings}
-        findings += strange_answers([each for each in uploads if each.client not in unusual], config, device, images)
+        findings += strange_answers([each for each in uploads if each.client not in gravest], config, device, images)
     return sorted(findings, key=lambda finding: finding.client)
 
 
@@ -92,27 +94,18 @@ def _start(config: Config) -> Weights | None:
         return None
 
 
-def _gravest(findings: Sequence[Finding]) -> list[Finding]:
-    by_client: dict[int, Finding] = {}
-    for finding in sorted(findings, key=lambda finding: not finding.clear):
-        by_client.setdefault(finding.client, finding)
-    return list(by_client.values())
-
-
 def _bounded(uploads: Sequence[Upload]) -> list[Upload]:
     """A client counts as at most `OWNS` times the images of all others together: a claim is no proof."""
     if len(uploads) < FEWEST:
         return list(uploads)
     total = sum(upload.num_examples for upload in uploads)
-    most = [int(OWNS * (total - upload.num_examples)) for upload in uploads]
-    return [
-        _of_size(upload, bound) if upload.num_examples > bound else upload
-        for upload, bound in zip(uploads, most, strict=True)
-    ]
+    return [_of_at_most(int(OWNS * (total - upload.num_examples)), upload) for upload in uploads]
 
 
-def _of_size(upload: Upload, images: int) -> Upload:
-    """The upload as one of fewer images, of the same classes to within one image of each."""
+def _of_at_most(images: int, upload: Upload) -> Upload:
+    """The upload, or, where it has more images, as one of fewer, of the same classes to within one image of each."""
+    if upload.num_examples <= images:
+        return upload
     log.warning("client %d says that it has %d images; it counts as %d", upload.client, upload.num_examples, images)
     if upload.class_counts is None:
         return replace(upload, num_examples=images)

@@ -29,11 +29,7 @@ class StoredWeights(Mapping[str, Tensor]):
     """The tensors of one file by `files.save_tensors`, each read anew when it is asked for; floating ones as float32.
 
     Plain reads and not a mapped file: a file that is cut short meanwhile is an error and not a crash, and what was read
-    is the reader's own.
-
-    Attributes:
-        path: the file.
-        header: what was saved beside the tensors.
+    is the reader's own. `header` is what was saved beside the tensors.
     """
 
     def __init__(self, path: Path) -> None:

@@ -84,12 +84,7 @@ def digest(upload: Upload) -> str:
     return sha256.hexdigest()
 
 
-def validate(
-    upload: Upload,
-    reference: Mapping[str, Tensor],
-    config: Config,
-    fingerprint: str | None = None,
-) -> None:
+def validate(upload: Upload, reference: Mapping[str, Tensor], config: Config, fingerprint: str | None = None) -> None:
     """Let an upload pass, as it arrived and before any cast, if it may enter the ensemble of a run with this `config`.
 
     The weights that the client started from, `reference`, give the keys, shapes and dtypes. The `fingerprint` is of the
