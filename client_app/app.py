@@ -32,17 +32,8 @@ forward("fedmitr", log)  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
 # What a --node-config may say. Any other key is a mistake, such as a limit that would not hold.
-KEYS = (
-    "client-name",
-    "data-path",
-    "image-column",
-    "label-column",
-    "work-path",
-    "max-epsilon",
-    "max-delta",
-    "partition-id",
-    "num-partitions",
-)
+KEYS: tuple[str, ...] = ("client-name", "data-path", "image-column", "label-column", "work-path")
+KEYS += ("max-epsilon", "max-delta", "partition-id", "num-partitions")
 MAX_DELTA = 1e-5  # of a node that limits ε and does not say
 # Quoted, or else up to the end of the clause: file names may hold spaces, times of day, and names of people.
 _PATH = re.compile(

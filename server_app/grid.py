@@ -164,7 +164,12 @@ class ObservedGrid(Grid):
         Replies come back in the order of the clients, not of arrival, so that sums over them are the same in every
         run. A client which Ray gave to an actor that had died before, under another client, is asked again.
         """
-        questions = sorted(messages, key=lambda message: self._rank(message.metadata.dst_node_id))
+
+        def rank(message: Message) -> tuple[int, int]:
+            node = message.metadata.dst_node_id
+            return self.clients.get(node, len(self.clients)), node
+
+        questions = sorted(messages, key=rank)
         asked = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
         waiting = dict(asked)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -196,9 +201,6 @@ class ObservedGrid(Grid):
         if questions and self.quorum and good < needed(self.quorum, len(questions)):
             raise RunError(f"{good} of {len(questions)} clients replied well, fewer than flower.quorum = {self.quorum}")
         return [answers[number] for number in sorted(answers)]
-
-    def _rank(self, node: int) -> tuple[int, int]:
-        return (self.clients.get(node, len(self.clients)), node)
 
     def _never_began(self, reply: Message) -> str:
         """The question that a dead Ray actor was handed, as this failure names it; "" if there is none.

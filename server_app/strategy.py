@@ -53,9 +53,8 @@ class OneShot(Strategy):
     def summary(self) -> None:
         config, missing = self.config, self.folder.missing()
         log.info("\t├── Method: %s, seed %d", config.method, config.seed)
-        log.info(
-            "\t├── Clients: %d, uploads on disk: %d", config.partition.clients, config.partition.clients - len(missing)
-        )
+        clients = config.partition.clients
+        log.info("\t├── Clients: %d, uploads on disk: %d", clients, clients - len(missing))
         log.info("\t└── Run folder: %s", self.folder.path)
 
     def configure_train(

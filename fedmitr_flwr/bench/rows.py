@@ -78,26 +78,20 @@ def rows(results: Results) -> list[Row]:
     for entry in results.entries:
         place = entry["bench"]
         found.setdefault((_place(entry), place["label"], place["rounds"]), []).append(entry)
-    made = [
-        Row(place, _name(entries[0]), label, rounds, _kind(entries[0]), tuple(entries))
-        for (place, label, rounds), entries in found.items()
-    ]
+    made = []
+    for (place, label, rounds), (first, *others) in found.items():
+        name, kind = label, first["bench"]["kind"]
+        if kind == "flower":
+            name = f"{label}, {rounds} round{'s' * (rounds > 1)}"
+        elif first["method"] in REFERENCES:
+            kind = "reference"
+        made.append(Row(place, name, label, rounds, kind, (first, *others)))
     return [*made, *_alone(results.entries)]
 
 
 def _place(entry: Entry) -> Place:
     place = entry["bench"]
     return Place(place["data"], place["clients"], place["partition"])
-
-
-def _name(entry: Entry) -> str:
-    label, rounds = entry["bench"]["label"], entry["bench"]["rounds"]
-    return f"{label}, {rounds} round{'s' * (rounds > 1)}" if entry["bench"]["kind"] == "flower" else label
-
-
-def _kind(entry: Entry) -> str:
-    kind: str = entry["bench"]["kind"]
-    return "reference" if entry["method"] in REFERENCES and kind != "flower" else kind
 
 
 def _alone(entries: Iterable[Entry]) -> list[Row]:

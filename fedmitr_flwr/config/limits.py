@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..common import outside
@@ -48,19 +48,18 @@ class Section:
             one_of(self.key(name), value, [*choices, *outside.names(group)])
 
     def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            check(self.key(name), value, value >= low, f"a number >= {low}")
+        self._all(names, lambda value: value >= low, f"a number >= {low}")
 
     def _above(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            check(self.key(name), value, value > low, f"a number > {low}")
+        self._all(names, lambda value: value > low, f"a number > {low}")
 
     def _within(self, low: float, high: float, *names: str) -> None:
+        self._all(names, lambda value: low <= value <= high, f"a number from {low} to {high}")
+
+    def _all(self, names: Iterable[str], fits: Callable[[float], bool], wanted: str) -> None:
         for name in names:
             value = getattr(self, name)
-            check(self.key(name), value, low <= value <= high, f"a number from {low} to {high}")
+            check(self.key(name), value, fits(value), wanted)
 
     def _names(self, name: str) -> tuple[str, ...]:
         """The names in a setting such as "cat | dog"; none in an empty one."""

@@ -165,7 +165,11 @@ def test_split(train: Table | None, tests: Iterable[Table], data: DataConfig) ->
         return TableSplit(table, find_images(table, data.image_column), labels)
     image, label = find_columns(train, data)
     table, labels = _first_labelled(tests, data, label)
-    return TableSplit(table, image, _matched(_declared_labels(train, label), labels, train, data)[1])
+    if kind_of(train.schema.field(label).type) == "text":  # all text of train decides the classes, or what it declares
+        known = read_labels(train, label)
+    else:
+        known = Labels(np.zeros(0, np.int64), _declared(train, label))
+    return TableSplit(table, image, _matched(known, labels, train, data)[1])
 
 
 def own_split(table: Table, data: DataConfig) -> TableSplit:
@@ -198,13 +202,6 @@ def _first_labelled(tests: Iterable[Table], data: DataConfig, column: str = "") 
         f"{passed[0] if passed else 'there is no test split'}; label them, or judge on a share of the training images, "
         "which data.validation = 0.2 sets aside"
     )
-
-
-def _declared_labels(train: Table, name: str) -> Labels:
-    """Of train, what decides the classes of test: names that it declares, or all its text."""
-    if kind_of(train.schema.field(name).type) == "text":
-        return read_labels(train, name)
-    return Labels(np.zeros(0, np.int64), _declared(train, name))
 
 
 def _matched(train: Labels, test: Labels, where: Table, data: DataConfig) -> tuple[Labels, Labels]:

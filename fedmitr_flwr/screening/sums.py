@@ -57,10 +57,8 @@ def _by_reach(uploads: Sequence[Upload], norm: Norm | None) -> Finding | None:
     reach = reaches_K[worst].item()
     if REACH[0] <= reach <= REACH[1]:
         return None
-    text = (
-        f"the mean of its features reaches {reach:.2f} times as far as the others': are they of its images, and of "
-        "these model.weights?"
-    )
+    text = f"the mean of its features reaches {reach:.2f} times as far as the others': "
+    text += "are they of its images, and of these model.weights?"
     return Finding(uploads[worst].client, "sums", reach, text, clear=not CLEAR_REACH[0] <= reach <= CLEAR_REACH[1])
 
 

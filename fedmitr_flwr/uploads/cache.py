@@ -34,8 +34,7 @@ def key_of(facts: Mapping[str, object], initial: Weights, images: Images, device
 
 def once(path: Path, key: str, train: Callable[[], Upload]) -> Upload:
     """The kept upload of this key; without one, train it and keep it."""
-    upload = recall(path, key)
-    if upload is not None:
+    if upload := recall(path, key):
         log.info("client %d: this upload was made for an earlier start of the run; it is sent again", upload.client)
         return upload
     upload = train()
