@@ -74,6 +74,9 @@ def test_the_cells_are_counted_by_hand_and_have_the_settings_of_their_place(full
     some = [read(put(tmp_path, FULL), {"device": device, "grid.methods": ["fedavg"]}) for device in ("cpu", "cuda")]
     assert len({cells(bench)[0].group for bench in some}) == 2
     assert {cell.config.screen.mode for cell in made} == {"off"}  # or they were screened again for every method
+    other = cells(read(put(tmp_path, FULL), {"inversion.steps": 7}))  # which Flower's strategies do not read
+    same = {before.variant.flower for before, after in zip(made, other, strict=True) if before.key == after.key}
+    assert same == {True}
 
 
 def test_tuning_is_at_its_own_place_on_validation_images(full: Bench) -> None:

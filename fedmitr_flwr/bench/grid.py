@@ -162,7 +162,7 @@ def _config(
     flat = {**shared, **variant.settings, **bench.last, **more, **place}
     if variant.flower:  # of what it does not read, no other value makes another cell
         flat = {key: value for key, value in flat.items() if not key.startswith(methods.SERVER_PHASE)}
-    flat |= own
+    flat = {**DEFAULTS, **flat, **own}
     try:
         if not variant.flower and not variant.own_uploads:
             _require_shared(Config.from_flat({**shared, **place}), {**variant.settings, **more}, variant)
