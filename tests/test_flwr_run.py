@@ -221,7 +221,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1}')  # one actor, not one per core: each imports PyTorch
     run = start(clients=2, **{"local.epochs": 100_000})
     folder = run.wait_for(run.folder)
-    assert len(run.processes("ray::")) > 2
+    assert run.processes("ray::ClientAppActor")
     asked = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     assert run.end(180) == 130
