@@ -165,10 +165,7 @@ def test_the_example_of_a_method_is_a_method(tmp_path: Path) -> None:
     fused = methods.load(str(path)).fuse(Job(uploads, config, torch.device("cpu"), lambda **_: None))
     assert fused.weights is not None
     for name, weight in fused.weights.items():  # of three values the median is neither the least nor the greatest
-        low, middle, high = torch.stack([upload.weights[name] for upload in uploads]).sort(0).values
-        assert torch.equal(weight, middle)
-        assert (low <= weight).all()
-        assert (weight <= high).all()
+        assert torch.equal(weight, torch.stack([upload.weights[name] for upload in uploads]).sort(0).values[1])
     assert fused.predict(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 

@@ -119,7 +119,7 @@ def open_split(data: DataConfig, name: str, *, alone: bool = False) -> Split:
     """
     data = found_source(data)
     if data.source == "digits":
-        return DigitsSplit(name)
+        return _digits(name)
     with listed():
         if data.source == "imagefolder":
             return _folder_split(data_folder(data), name, alone=alone)
@@ -226,6 +226,12 @@ def _check_labels(split: Split, num_classes: int, data: DataConfig, stored: str)
             f"{place}: labels begin at 1 ({least} to {greatest}), so class 0 has no image here; where none is meant, "
             f"subtract 1 from each and set model.num-classes = {greatest}"
         )
+
+
+@functools.cache
+def _digits(name: str) -> "DigitsSplit":
+    """Read once: scikit-learn parses the file anew, which takes longer than a tiny client's training."""
+    return DigitsSplit(name)
 
 
 class DigitsSplit:
