@@ -34,7 +34,6 @@ from .contract import DIVERGED, OF_IMAGES, Fused, Job
 
 UNREAD = tuple(key for key in OF_IMAGES if key != "distill.")
 UNREAD += ("distill.rounds", "distill.images-per-round", "distill.epochs-per-round")
-OWN_SETTINGS = ("feddf.",)
 
 PASSES = 20  # over the images; more is a matter of minutes, and was not tried
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import RunError
-from ..common.files import PRIVATE_FOLDER, header_of, load_tensors, reading, save_tensors
+from ..common.files import PRIVATE_FOLDER, load_tensors, save_tensors
 from ..common.fingerprint import of_method
 from ..common.outside import contents, short
 from ..common.provenance import versions
@@ -38,31 +38,24 @@ class Checkpoints:
     threads: int = field(default_factory=torch.get_num_threads)
 
     def has(self, name: str, settings: tuple[str, ...]) -> bool:
-        """Whether there is a piece under the same key. Its tensors are not read: only `load` sees if they were altered.
-
-        `settings` are beginnings of the keys of all settings that decide the piece, such as ("seed", "model.").
-        """
-        if self.folder is None or not self._path(name).exists():
-            return False
-        try:
-            with reading(self._path(name)) as file:
-                header, _ = header_of(file, self._path(name))
-        except RunError as error:
-            log.warning("%s; it is made afresh", error)
-            return False
-        if header.get("key") != self._key(name, settings):
-            log.info("%s is of other settings, uploads, code or threads; it is made afresh", self._path(name))
-            return False
-        return True
+        """Whether `load` would give something."""
+        return self.load(name, settings) is not None
 
     def load(self, name: str, settings: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and facts of a piece as an earlier start saved them; None: none, or altered since."""
-        if not self.has(name, settings):
+        """Tensors (on the CPU) and facts of a piece, as an earlier start has saved them.
+
+        None: there are none under the same key, or they were altered since. `settings` are beginnings of the keys of
+        all settings that decide the piece, such as ("seed", "model.").
+        """
+        if self.folder is None or not self._path(name).exists():
             return None
         try:
             tensors, header = load_tensors(self._path(name))
         except RunError as error:
             log.warning("%s; it is made afresh", error)
+            return None
+        if header.get("key") != self._key(name, settings):
+            log.info("%s is of other settings, uploads, code or threads; it is made afresh", self._path(name))
             return None
         return tensors, header["facts"]
 
