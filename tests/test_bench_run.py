@@ -161,8 +161,7 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(tmp_path: Path, monkeypatch
     assert cli.main(words) == 1
     assert len(load(out).entries) == 2
     assert [place["label"] for place in load(out).missing] == ["bad"]
-    (note,) = (out / "failed").iterdir()
-    text = note.read_text()
+    (text,) = (note.read_text() for note in (out / "failed").iterdir())
     assert re.match("digits, IID, K 3, seed 0, bad\nRunError: .*the student diverged", text)
     assert "distill.lr = 1e+30" in text
     assert "Traceback" not in text  # bad input is one line
@@ -192,15 +191,8 @@ def table_of(out: Path) -> list[list[str]]:
 
 def second_stops(real: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, whose second call is interrupted."""
-    calls = []
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    return stops
+    again = Mock(side_effect=[None, KeyboardInterrupt])
+    return lambda *args, **named: (again(), real(*args, **named))[1]
 
 
 def test_stopped_anywhere_and_started_again_gives_the_same_table(tmp_path: Path) -> None:
