@@ -1,12 +1,11 @@
 """The one-shot strategy around the real ClientApp and the real pipeline, without Ray: nothing uploaded is lost."""
 
-import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config, LocalConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
 from server_app import builtin, intake
 from server_app.builtin import STRATEGIES
@@ -140,20 +138,10 @@ def test_trouble_with_one_reply_does_not_cost_the_others(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what is on disk is not refused because its line in the metrics cannot be written."""
-    save, log_metrics = RunFolder.save_upload, RunFolder.log_metrics
-
-    def full_disk(folder: RunFolder, upload: Upload) -> Path:
-        if upload.client == 0:
-            raise OSError(28, "No space left on device")
-        return save(folder, upload)
-
-    def full(folder: RunFolder, **values: Any) -> None:
-        if values.get("stage") == "upload" and values["client"] == 1:
-            raise RunError("cannot write metrics.jsonl: No space left on device")
-        log_metrics(folder, **values)
-
-    monkeypatch.setattr(RunFolder, "save_upload", full_disk)
-    monkeypatch.setattr(RunFolder, "log_metrics", full)
+    save, log, full = RunFolder.save_upload, RunFolder.log_metrics, Mock(side_effect=OSError(28, "No space left"))
+    mute = Mock(side_effect=RunError("cannot write metrics.jsonl: No space left on device"))
+    monkeypatch.setattr(RunFolder, "save_upload", lambda own, of: save(own, of) if of.client else full())
+    monkeypatch.setattr(RunFolder, "log_metrics", lambda own, **of: mute() if of["client"] == 1 else log(own, **of))
     folder = federate(LocalGrid(client_app, 3), fails="missing: client 0")
     assert list(folder.upload_paths()) == [1, 2]
     assert not list(folder.refused_path.iterdir())
@@ -315,19 +303,14 @@ def test_an_upload_that_cannot_be_written_is_held_until_it_can(
     federate: Federate, plain: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The disk is full for the first tries, past the deadline; nobody trains twice, and nothing is lost."""
-    save, tries = RunFolder.save_upload, itertools.count(1)
-
-    def full(folder: RunFolder, upload: Upload) -> Path:
-        if upload.client == 1 and next(tries) < 8:
-            raise DiskError("cannot write x: No space left on device; make room there, and go on with resume-from")
-        return save(folder, upload)
-
-    monkeypatch.setattr(RunFolder, "save_upload", full)
+    full = DiskError("cannot write x: No space left on device; make room there, and go on with resume-from")
+    save, tries = RunFolder.save_upload, Mock(side_effect=[full] * 7 + [None])
+    monkeypatch.setattr(RunFolder, "save_upload", lambda own, of: (of.client != 1 or tries(), save(own, of))[1])
     monkeypatch.setattr(intake, "PAUSE", 0.1)
     monkeypatch.setattr(intake, "REMIND", 0.35)
     grid = LocalGrid(client_app, 3)
     folder = federate(grid, **{"flower.upload-timeout": 0.3})
-    assert next(tries) == 9
+    assert tries.call_count == 8
     assert grid.clients_asked("train") == [0, 1, 2]
     assert all_bits(folder) == all_bits(plain)
     complaints = [record.message for record in caplog.records if "held in memory" in record.message]
