@@ -101,10 +101,8 @@ def test_halting_steps_and_alive_counts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_any_schedule_rises_and_any_count_falls(steps: int, stops: list[float], patches: int) -> None:
     config = still(steps=steps, stops=",".join(map(str, stops))).inversion
     found, counts = halting_steps(config), alive_counts(patches, config)
-    assert found == sorted(set(found))
-    assert all(0 < step < steps for step in found)
-    assert counts == sorted(counts, reverse=True)
-    assert counts[-1] >= 1
+    assert [0, *found, steps] == sorted({0, *found, steps})
+    assert [*counts, 1] == sorted([*counts, 1], reverse=True)
 
 
 def test_each_stop_keeps_the_most_important_alive_patches_and_halted_ones_never_move_again(halts: list[Halt]) -> None:

@@ -54,17 +54,14 @@ def test_a_new_folder_holds_the_whole_config_and_opens_again(tmp_path: Path, mon
         assert RunFolder.create(Config(out_dir=out_dir), "x").path == tmp_path / place / "x"
 
 
-def test_an_existing_folder_is_left_alone_or_the_name_gets_a_number(run: RunFolder) -> None:
-    """Two runs without a name may begin within one second."""
+def test_a_place_that_cannot_be_is_refused(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left alone, or the name gets a number, for two runs without a name may begin within one second."""
     before = (run.path / "config.toml").read_text()
     other = config_in(run.path.parent, seed=9)
     with pytest.raises(RunError, match=r"first exists; give another name"):
         RunFolder.create(other, "first")
     assert (run.path / "config.toml").read_text() == before
     assert [RunFolder.create(other, "first", or_next=True).path.name for _ in "ab"] == ["first-2", "first-3"]
-
-
-def test_a_name_or_parent_that_cannot_hold_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, why in (*((name, "use one word") for name in ("", ".", "..", "a/b", "/etc")), ("a\x1b[31m", "leave out")):
         with pytest.raises(RunError, match=f"is no name for a run folder; {why}"):
             RunFolder.create(config_in(tmp_path), name)
@@ -286,9 +283,8 @@ def test_pieces_come_back_under_their_own_name_and_method_only(run: RunFolder) -
 def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     """A new setting belongs into one of these lists."""
     elsewhere = ("device", "threads", "method")  # in every key already
-    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "strategy.", "feddf.")
-    no_piece += ("krum.", "screen.")  # the uploads themselves are in the key
-    in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")
+    no_piece = ("out-dir", "resume-from", "evaluate.", "flower.", "strategy.", "feddf.", "krum.", "screen.")
+    in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")  # which are in the key themselves
     for key in Config().to_flat():
         assert key.startswith((*rounds.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key
     assert set(rounds.IMAGE_SETTINGS) < set(rounds.STUDENT_SETTINGS)

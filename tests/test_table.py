@@ -308,15 +308,12 @@ def test_a_demonstration_tells_what_it_took_and_no_path(capfdbinary: pytest.Capt
     assert FAULTS["memory_lines"]([said])[2:] == ["| vit_base, 224 px | fedavg | 4 | 343 | 1.23 | 0.99 | 2.50 | 123 |"]
 
 
-def test_each_of_the_hundred_classes_has_one_superclass() -> None:
+def test_each_class_has_one_superclass_and_images_keep_theirs_of_which_so_many_are_taken() -> None:
     fine = [name for names in SUPERCLASSES.values() for name in names.split()]
     assert len(SUPERCLASSES) == 20
     assert len(set(fine)) == len(fine) == 100
     for name in (*COARSE, *FINE):
         assert f"{len(set(classes_of(name).values()))}" == name.removeprefix("coarse").removeprefix("fine")
-
-
-def test_images_keep_their_class_and_at_most_so_many_are_taken() -> None:
     names = ["bear", "beaver", "rose", "trout", "ray"]
     features = Features({"image": Value("int64"), "label": ClassLabel(names=names)})
     images = Dataset.from_dict({"image": list(range(10)), "label": [0, 1, 2, 3, 4] * 2}, features=features)
