@@ -201,7 +201,7 @@ def test_sixteen_bits_are_scaled_by_what_the_split_uses(caplog: pytest.LogCaptur
     assert pixels[:, 0, 0, 0].tolist() == [10, 77, 255, 63]
 
 
-def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_range_that_the_file_states_is_its_range_without_one_it_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     """Colours of 16 bits that use fewer are warned of."""
     caplog.set_level("WARNING", "fedmitr")
     assert flat(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 900)) == [0, 56]
@@ -219,9 +219,6 @@ def test_a_range_that_the_file_states_is_its_range(caplog: pytest.LogCaptureFixt
         flat(file, 3)
         line = caplog.messages[-1]
         assert line.startswith("1 of 1 images have colours of 16 bits but use 12 or fewer; 16 levels of 256 are left")
-
-
-def test_samples_without_a_range_are_refused() -> None:
     fraction, signed = np.ones((2, 2), dtype=np.float32), np.ones((2, 2), dtype=np.int32)
     tagged = (encode(np.ones((2, 2), dtype=kind), "TIFF", tiffinfo={339: 1}) for kind in (np.uint16, np.uint8))
     files = {

@@ -164,11 +164,8 @@ def test_bad_folders_are_told_in_general_and_explained_in_the_log(
     assert re.search(logged, caplog.text)
 
 
-@pytest.mark.parametrize("closed", ["", "middle", "middle/2024"])
-def test_a_folder_that_cannot_be_listed_is_no_absent_class(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, closed: str
-) -> None:
-    """Said by the operating system, since root, who may run the tests, can list everything."""
+def test_who_cannot_list_a_folder_is_told(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no absent class. Said by the operating system, since root, who may run the tests, can list everything."""
     as_folders(tmp_path, tiny.train, NAMES)
     (tmp_path / "middle" / "2024").mkdir()
 
@@ -177,12 +174,12 @@ def test_a_folder_that_cannot_be_listed_is_no_absent_class(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    for name in ("scandir", "listdir"):
-        monkeypatch.setattr(os, name, partial(listed, getattr(os, name)))
-    told = refusal(place(tmp_path), settings())
-    assert told.startswith("this client's images cannot be read")
-    assert str(tmp_path) not in told
-    assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
+    for closed in ("", "middle", "middle/2024"):
+        with patch.multiple(os, **{name: partial(listed, getattr(os, name)) for name in ("scandir", "listdir")}):
+            told = refusal(place(tmp_path), settings())
+        assert told.startswith("this client's images cannot be read")
+        assert str(tmp_path) not in told
+        assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
 
 
 def test_large_numbers_cost_nothing_many_fail(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:

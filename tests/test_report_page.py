@@ -68,8 +68,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         return a_run(tmp_path_factory.mktemp("page"), **{"distill.rounds": 2})
 
 
-def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -> None:
-    page = Page(write_page(run.path))
+def test_every_section_is_there_nothing_comes_from_outside_and_what_it_says_is_the_run_s(run: RunFolder) -> None:
+    page, result = Page(write_page(run.path)), run.read_result()
     assert page.sections == SECTIONS
     assert {link.partition("/")[0] for link in page.links} == {"data:image"}
     assert not re.search(r"http(?!-equiv)|url\(", page.text)
@@ -79,10 +79,6 @@ def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -
         start = b"\x89PNG" if kind == "data:image/png" else b"<?xml"
         assert base64.b64decode(content, validate=True).startswith(start)
         assert len(picture["alt"]) > 20
-
-
-def test_what_it_says_is_the_run_s(run: RunFolder) -> None:
-    page, result = Page(write_page(run.path)), run.read_result()
     assert page.text == write_page(run.path).read_text(encoding="utf-8")  # equal runs have equal pages
     assert f"<b>{result['accuracy']['student']:.2f}</b>" in page.text
     recall = {name: "-" if value is None else f"{value:.2f}" for name, value in result["accuracy"]["per_class"].items()}
