@@ -23,7 +23,6 @@ from fedmitr_flwr.bench import command
 from fedmitr_flwr.bench import flower as real_flower
 from fedmitr_flwr.bench import run as running
 from fedmitr_flwr.bench import store as storing
-from fedmitr_flwr.bench.command import write
 from fedmitr_flwr.bench.grid import Cell, cells, tune_cells
 from fedmitr_flwr.bench.known import adopt, chosen_in
 from fedmitr_flwr.bench.results import load
@@ -52,6 +51,7 @@ distill = {rounds = 2, images-per-round = 10, epochs-per-round = 1}
 """
 GRID = '[grid]\npartition = ["dirichlet", "iid"]\nclients = [3]\nmethods = ["fedavg", "lda", "fedmitr"]\nseed = [0, 1]'
 ONE_PLACE = GRID.replace('"dirichlet", ', "").replace("[0, 1]", "[0]")
+Made = Callable[[], tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def no_flower(config: Config, scratch: Path) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """How many uploads and fusions have really been made."""
     spies = [Mock(wraps=pipeline.train_client), Mock(wraps=pipeline.fuse)]
     monkeypatch.setattr(pipeline, "train_client", spies[0])
@@ -85,26 +85,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
     return lambda: (spies[0].call_count, spies[1].call_count)
 
 
-def test_uploads_are_made_once_and_finished_cells_are_skipped(
-    tmp_path: Path, made: Callable[[], tuple[int, int]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_made_twice(tmp_path: Path, made: Made, caplog: pytest.LogCaptureFixture) -> None:
     """A cell is what one run alone would be: neither weights nor counted bytes show that more is uploaded."""
     caplog.set_level(logging.INFO, "fedmitr.bench")
     spec, store = tiny(tmp_path, GRID.replace('"dirichlet", ', ""))
     tally = running.run(spec, store, no_flower)
     assert (tally.total, tally.done, tally.failed) == (6, 6, 0)
     assert made() == (2 * 3, 6)  # seeds, clients
-    results = [store.result(cell) for cell in cells(spec)]
-    assert len({result["partition_sha256"] for result in results if result}) == 2
+    assert len({store.result(cell)["partition_sha256"] for cell in cells(spec)}) == 2
     told = [record.message for record in caplog.records if record.name == "fedmitr.bench"]
-    last = r"\[6/6\] digits, IID, K 3, seed 1, fedmitr: \d+\.\d\d % in 0:\d\d; the last one"
-    assert re.search(last, told[-1])
+    assert re.search(r"\[6/6\] digits, IID, K 3, seed 1, fedmitr: \d+\.\d\d % in 0:\d\d; the last one", told[-1])
     assert re.search(r"\[1/6\] .*; about \d+:\d\d left", told[0])
-
     assert running.run(spec, store, no_flower).failed == 0
     assert made() == (6, 6)
     assert caplog.text.count("finished before") == 6
-
     place = {cell.label: store.place(cell) for cell in cells(spec) if cell.seed == 0}
     config = Config.from_file(place["fedmitr"] / "config.toml")
     alone = pipeline.run(replace(config, out_dir=str(tmp_path / "alone")), "alone")
@@ -122,13 +116,13 @@ def test_uploads_are_made_once_and_finished_cells_are_skipped(
 
 
 class Slow:
-    """A stand-in of `run.make` that takes a moment and notes who was at work at the same time."""
+    """A stand-in of `run.make` that takes a moment, for a cell that nobody else is at; `before` is called first."""
 
     def __init__(self) -> None:
-        self.made: list[str] = []
-        self.at_work: set[str] = set()
+        self.made, self.at_work, self.before = list[str](), set[str](), Mock()
 
     def __call__(self, cell: Cell, store: Store, *_: Any, **__: Any) -> dict[str, Any]:
+        self.before(cell)
         key = store.place(cell).as_posix()
         assert key not in self.at_work
         self.at_work.add(key)
@@ -148,19 +142,13 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     return made
 
 
-def test_a_grid_of_which_a_part_was_started_meanwhile_has_a_table_of_all_of_it(
-    tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, out = read(a_bench(tmp_path)), tmp_path / "out"
-    part = replace(spec, seeds=(1,))
-
-    def beside(cell: Cell, *rest: Any, **named: Any) -> Any:
+def test_a_grid_of_which_a_part_was_started_meanwhile_has_a_table_of_all_of_it(tmp_path: Path, slow: Slow) -> None:
+    def a_part(cell: Cell) -> None:
         if (cell.seed, cell.label) == (0, "fedmitr"):
-            monkeypatch.setattr(running, "make", slow)
+            part = replace(spec, seeds=(1,))
             assert running.run(part, Store(out), no_flower).total == len(load(out).entries) == 6
-        return slow(cell, *rest, **named)
 
-    monkeypatch.setattr(running, "make", beside)
+    spec, out, slow.before = read(a_bench(tmp_path)), tmp_path / "out", a_part
     assert running.run(spec, Store(out), no_flower).total == len(load(out).entries) == 12
     assert not load(out).missing
 
@@ -173,13 +161,11 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(tmp_path: Path, monkeypatch
     assert cli.main(words) == 1
     assert len(load(out).entries) == 2
     assert [place["label"] for place in load(out).missing] == ["bad"]
-    (note,) = (out / "failed").iterdir()
-    text = note.read_text()
+    (text,) = (note.read_text() for note in (out / "failed").iterdir())
     assert re.match("digits, IID, K 3, seed 0, bad\nRunError: .*the student diverged", text)
     assert "distill.lr = 1e+30" in text
     assert "Traceback" not in text  # bad input is one line
     assert "Cells without a result: 1 (`bad` 1)." in (out / "table.md").read_text()
-
     slow = Slow()
     monkeypatch.setattr(running, "make", slow)  # as if it did not diverge now
     assert cli.main(words) == 0
@@ -197,7 +183,7 @@ def test_a_bug_is_noted_with_its_traceback(tmp_path: Path) -> None:
 
 def table_of(out: Path) -> list[list[str]]:
     """The table without what a clock or a memory gauge tells."""
-    write(out, out)
+    command.write(out, out)
     head, *lines = [line.split(",") for line in (out / "table.csv").read_text().splitlines()]
     timeless = [place for place, name in enumerate(head) if "seconds" not in name and "peak" not in name]
     return [[line[place] for place in timeless] for line in lines]
@@ -205,15 +191,8 @@ def table_of(out: Path) -> list[list[str]]:
 
 def second_stops(real: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, whose second call is interrupted."""
-    calls = []
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    return stops
+    again = Mock(side_effect=[None, KeyboardInterrupt])
+    return lambda *args, **named: (again(), real(*args, **named))[1]
 
 
 def test_stopped_anywhere_and_started_again_gives_the_same_table(tmp_path: Path) -> None:
@@ -238,27 +217,20 @@ def test_three_at_once_make_each_cell_once(tmp_path: Path, slow: Slow, monkeypat
     assert [(tally.done, tally.failed) for tally in tallies] == [(12, 0)] * 3
 
 
-def test_who_waits_sees_what_the_other_could_not_make(
-    tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cell that failed in another process since we began is not tried again by us."""
-    spec, store = tiny(tmp_path)
-    first, later, *_ = cells(spec)
-
-    def other_fails(cell: Cell, *rest: Any, **more: Any) -> dict[str, Any]:
+def test_what_failed_in_another_process_meanwhile_is_not_tried_again(tmp_path: Path, slow: Slow) -> None:
+    def other_fails(cell: Cell) -> None:
         if cell.key == first.key:
             store.note_failure(later, "elsewhere")
             os.utime(store.error_path(later), (time.time() + 5, time.time() + 5))
-        return slow(cell, *rest, **more)
 
-    monkeypatch.setattr(running, "make", other_fails)
+    (spec, store), slow.before = tiny(tmp_path), other_fails
+    first, later, *_ = cells(spec)
     tally = running.run(spec, store, no_flower)
     assert (tally.done, tally.failed, len(slow.made)) == (12, 1, 11)
 
 
-def test_other_code_makes_other_cells_unless_it_is_said_to_be_the_same(
-    tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_code_makes_other_cells(tmp_path: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is said to be the same."""
     spec, store = tiny(tmp_path)
     with patch.object(storing, "read_result", wraps=storing.read_result) as looked:
         running.run(spec, store, no_flower)
@@ -311,7 +283,6 @@ def test_a_cell_of_flower_s_is_brought_to_its_place(tmp_path: Path, monkeypatch:
         assert [(each.flower.strategy, each.flower.rounds) for each in flower.ran] == [("fedadam", 1), ("fedadam", 3)]
     assert [(store.place(cell) / "flower.log").read_text() for cell in cells(spec)] == ["said\n"] * 2
     assert not list(tmp_path.glob("out/flower/*/.*"))
-
     monkeypatch.setattr(running, "changed", lambda: True)  # what ran with other code is no result
     other = Store(tmp_path / "other")
     assert running.run(spec, other, flower).failed == 2
@@ -326,46 +297,39 @@ def test_settings_are_chosen_on_validation_images_and_all_that_was_tried_is_told
     tuning, final = flower.ran[:6], flower.ran[6:]
     assert {(each.seed, each.data.validation) for each in tuning} == {(100, 0.2)}
     assert [(each.seed, each.data.validation, each.flower.options) for each in final] == [(0, 0.0, "eta=0.1")] * 2
-    write(store.path, store.path)
+    command.write(store.path, store.path)
     (one, other) = load(store.path).entries
     tried = [{"flower.options": "eta=0.01", "accuracy": 40.0}, {"flower.options": "eta=0.1", "accuracy": 60.0}]
     assert one["bench"]["tuned"]["tried"] == [*tried, {"flower.options": "eta=1.0", "accuracy": None}]
     assert one["bench"]["tuned"]["chosen"] == other["bench"]["tuned"]["chosen"] == {"flower.options": "eta=0.1"}
     text = (store.path / "table.md").read_text()
     assert "flower.options = eta=0.01 (40.0), flower.options = eta=0.1 (60.0), flower.options = eta=1.0 (fai" in text
-
     equals = Federation(dict.fromkeys((0.01, 0.1, 1.0), 50.0))
     running.run(spec, Store(tmp_path / "equals"), equals)
     assert {each.flower.options for each in equals.ran[6:]} == {"eta=0.01"}  # the first
 
 
-def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(
-    tmp_path: Path, made: Callable[[], tuple[int, int]]
-) -> None:
+def test_results_that_are_known_are_not_made_again_and_the_table_is_the_same(tmp_path: Path, made: Made) -> None:
     path = a_bench(tmp_path, TUNED.replace('methods = ["', 'methods = ["fedavg", "'))
     flower = Federation({0.01: 40.0, 0.1: 60.0, 1.0: 20.0})
     before, after, more, other = (Store(tmp_path / str(number)) for number in range(4))
     running.run(read(path), before, flower)
-    write(before.path, before.path)
+    command.write(before.path, before.path)
     assert (len(flower.ran), made()[1]) == (8, 1)
-
     known = load(before.path / "results.jsonl")
     assert running.run(read(path), after, flower, known).failed == 0
-    write(after.path, after.path)
+    command.write(after.path, after.path)
     assert (len(flower.ran), made()[1]) == (8, 1)
     assert load(after.path) == known
     assert (after.path / "table.md").read_text() == (before.path / "table.md").read_text()
-
     # a cell that was taken over is a whole run: one can look at its page
     averaged = cells(read(path))[0]
-    assert (after.result(averaged) or {})["config"]["data.path"] == ""
+    assert after.result(averaged)["config"]["data.path"] == ""
     assert write_page(after.place(averaged)).is_file()
-
     # another seed is made, by the choice that is known
     running.run(read(path, {"grid.seed": [0, 1]}), more, flower, known)
     assert [(each.seed, each.flower.options) for each in flower.ran[8:]] == [(1, "eta=0.1")] * 2
     assert made()[1] == 2
-
     # under other settings nothing is known, and the choice is made anew
     flower = Federation({0.01: 50.0, 0.1: 30.0, 1.0: 20.0})
     running.run(read(path, {"local.epochs": 2}), other, flower, known)
@@ -411,7 +375,6 @@ def test_a_job_in_the_background_can_be_stopped(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     for number, process in jobs.items():
-        assert process.stderr is not None
         assert "bench folder" in process.stderr.readline()
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -423,12 +386,10 @@ def test_a_job_in_the_background_can_be_stopped(tmp_path: Path) -> None:
 def test_two_processes_and_one_that_is_killed_give_the_table_of_an_undisturbed_run(tmp_path: Path) -> None:
     bench = a_bench(tmp_path, GRID.replace('"lda", ', ""))
     killed = start(bench, tmp_path / "shared")
-    assert killed.stderr is not None
     while "[2/8]" not in killed.stderr.readline():
         assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    killed.stderr.close()
+    killed.kill()
+    killed.communicate()
     pair = [start(bench, tmp_path / "shared") for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said

@@ -3,7 +3,7 @@
 from functools import cache
 from itertools import groupby
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def halts(monkeypatch: pytest.MonkeyPatch) -> list[Halt]:
     return seen
 
 
-def test_halting_steps() -> None:
+def test_halting_steps_and_alive_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for steps, stops, wanted in (
         (4000, SMI, [50, 100, 200, 300]),  # as in its paper
         (100, "", []),
@@ -91,9 +91,6 @@ def test_halting_steps() -> None:
         config = still(steps=steps, stops=stops).inversion
         assert halting_steps(config) == wanted
         assert alive_counts(196, config) == [196, 137, 95, 66, 46][: len(wanted) + 1]  # SMI's
-
-
-def test_alive_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = still(steps=10, stops="0.3,0.5").inversion
     assert alive_counts(1, config) == [1, 1, 1]  # never none
     monkeypatch.setattr(module, "DROP", 0.8)
@@ -104,10 +101,8 @@ def test_alive_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_schedule_rises_and_any_count_falls(steps: int, stops: list[float], patches: int) -> None:
     config = still(steps=steps, stops=",".join(map(str, stops))).inversion
     found, counts = halting_steps(config), alive_counts(patches, config)
-    assert found == sorted(set(found))
-    assert all(0 < step < steps for step in found)
-    assert counts == sorted(counts, reverse=True)
-    assert counts[-1] >= 1
+    assert [0, *found, steps] == sorted({0, *found, steps})
+    assert [*counts, 1] == sorted([*counts, 1], reverse=True)
 
 
 def test_each_stop_keeps_the_most_important_alive_patches_and_halted_ones_never_move_again(halts: list[Halt]) -> None:
@@ -170,9 +165,7 @@ def test_an_image_does_not_depend_on_its_batch(mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "stages"), [("dense", {16: 20}), ("sparse", {16: 5, 11: 5, 7: 10})])
-def test_the_returned_image_is_the_best_and_has_the_returned_loss(
-    mode: str, stages: dict[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_image_and_loss_are_given(mode: str, stages: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a learning rate at which Adam overshoots, so that the last image is not the best."""
     monkeypatch.setattr(trajectory, "TV", 0.01)
     late = 0
@@ -224,9 +217,7 @@ def test_total_variation_of_four_pixels() -> None:
 
 
 @pytest.mark.parametrize(("channels", "size", "patch", "alive"), [(3, 16, 4, 5), (1, 8, 2, 16), (2, 24, 8, 1)])
-def test_variation_at_the_cost_of_the_alive_patches_is_that_of_the_whole_image(
-    channels: int, size: int, patch: int, alive: int
-) -> None:
+def test_variation_at_the_cost_of_the_alive_is_the_whole_s(channels: int, size: int, patch: int, alive: int) -> None:
     images = torch.randn(3, channels, size, size, generator=stream(0)).double()
     canvas = patchify(images, patch)
     positions = torch.rand(canvas.shape[:2], generator=stream(1)).argsort(1)[:, :alive]
@@ -241,9 +232,7 @@ def test_variation_at_the_cost_of_the_alive_patches_is_that_of_the_whole_image(
 
 
 @pytest.mark.parametrize(("rebirths", "share"), [(4, 4), (3, 5), (1, 16)])
-def test_rebirths_share_the_patches_of_their_trajectory(
-    rebirths: int, share: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rebirths_share_their_trajectory_s_patches(rebirths: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REBIRTHS", rebirths)
     result = inverted(still(mode="pri4"))
     assert result.targets.tolist() == TARGETS.tolist() * rebirths
@@ -258,9 +247,7 @@ def test_rebirths_share_the_patches_of_their_trajectory(
     assert result.dense.all(1).tolist() == result.dense.any(1).tolist() == wanted
 
 
-def test_a_rebirth_takes_the_most_important_patches_and_they_rest_then(
-    halts: list[Halt], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rebirth_takes_the_most_important_that_rest_then(halts: list[Halt], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REBIRTHS", 3)
     shares: list[float] = []
     result = inverted(still(mode="pri4"), on_step=lambda _loss, alive: shares.append(alive))
@@ -284,26 +271,16 @@ def test_a_finished_rebirth_looks_as_it_was_optimised(monkeypatch: pytest.Monkey
     assert torch.equal(patchify(reborn.images, 2), run.alive_BKE)
 
 
-def test_flips_reach_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[tuple[int, ...]] = set()
-    slope = Ensemble.slope
-
-    def spy(ensemble: Ensemble, loss: Any, patches: Tensor, positions: Tensor, *more: Any) -> object:
-        seen.update(tuple(row[:4].tolist()) for row in positions)
-        return slope(ensemble, loss, patches, positions, *more)
-
-    monkeypatch.setattr(Ensemble, "slope", spy)
-    inverted(still(mode="dense"))
-    assert seen == {(0, 1, 2, 3)}
-    result = inverted(still(mode="dense"), flip=True)
-    assert seen == {(0, 1, 2, 3), (3, 2, 1, 0)}
+def test_flips_reach_the_teachers() -> None:
+    with patch.object(Ensemble, "slope", autospec=True, side_effect=Ensemble.slope) as spy:
+        for flip, seen in ((False, {(0, 1, 2, 3)}), (True, {(0, 1, 2, 3), (3, 2, 1, 0)})):
+            result = inverted(still(mode="dense"), flip=flip)
+            assert {tuple(row[:4].tolist()) for call in spy.call_args_list for row in call.args[3]} == seen
     assert torch.equal(result.positions, EVERY)  # the image's own patches stay where they are
 
 
 @pytest.mark.parametrize("mode", ["sparse", "pri4"])
-def test_a_batch_too_large_for_the_memory_is_made_in_halves(
-    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_large_batches_are_halved(mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     targets, step, sizes = torch.arange(5), Trajectory.step, list[int]()
     whole = inverted(still(mode=mode), targets)
 

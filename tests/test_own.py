@@ -6,9 +6,10 @@ import os
 import re
 import tracemalloc
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.data.own import Place, load_own, load_own_test, look_at_own, named_classes
 
 NAMES = ("top", "middle", "bottom")
+FOUR = torch.arange(4)
 
 
 def settings(names: tuple[str, ...] = NAMES, **changes: object) -> Config:
@@ -38,8 +40,7 @@ def place(path: Path) -> Place:
 
 def bag(images: Images) -> list[tuple[bytes, int]]:
     """Images with their labels, in no order."""
-    pairs = zip(images.pixels.numpy(), images.labels.tolist(), strict=True)
-    return sorted((pixels.tobytes(), label) for pixels, label in pairs)
+    return sorted(zip(map(bytes, images.pixels.numpy()), images.labels.tolist(), strict=True))
 
 
 def refusal(where: Place, config: Config) -> str:
@@ -53,30 +54,19 @@ def refusal(where: Place, config: Config) -> str:
     return message
 
 
-ACCENTS = ("café", "thé", "eau")
+def test_class_folders_have_the_server_s_labels(tmp_path: Path, tiny: DataSet) -> None:
+    """Some file systems write an accent as a letter of its own."""
+    accents = ("café", "thé", "eau")
+    apart = tuple(unicodedata.normalize("NFD", name) for name in accents)
+    mixed = ("bottom", "top", "middle")
+    for inside, written, names in (("a/train", NAMES, NAMES), ("b", NAMES, mixed), ("c", apart, accents)):
+        as_folders(tmp_path / inside, tiny.train, written)
+        to_server = torch.tensor([names.index(unicodedata.normalize("NFC", name)) for name in written])
+        expected = Images(tiny.train.pixels, to_server[tiny.train.labels])
+        assert bag(load_own(place(tmp_path / inside[0]), settings(names))) == bag(expected)
 
 
-@pytest.mark.parametrize(
-    ("inside", "written", "names"),
-    [
-        ("train", NAMES, NAMES),
-        ("", NAMES, ("bottom", "top", "middle")),
-        # An accent as a letter of its own, as some file systems write it.
-        ("", [unicodedata.normalize("NFD", name) for name in ACCENTS], ACCENTS),
-    ],
-)
-def test_class_folders_have_the_server_s_labels(
-    tmp_path: Path, tiny: DataSet, inside: str, written: Sequence[str], names: tuple[str, ...]
-) -> None:
-    as_folders(tmp_path / inside, tiny.train, written)
-    to_server = torch.tensor([names.index(unicodedata.normalize("NFC", name)) for name in written])
-    expected = Images(tiny.train.pixels, to_server[tiny.train.labels])
-    assert bag(load_own(place(tmp_path), settings(names))) == bag(expected)
-
-
-def test_plain_numbers_are_names_only_where_the_server_s_are_numerals(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_numbers_are_names_only_of_numerals(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
     as_parquet(tmp_path, tiny.train, "201", "number")
     found = load_own(place(tmp_path), settings(("0", "1", "2")))
     assert torch.equal(found.labels, torch.tensor([2, 0, 1])[tiny.train.labels])
@@ -97,9 +87,8 @@ def test_a_client_may_lack_classes(tmp_path: Path, tiny: DataSet, caplog: pytest
     assert set(load_own(place(tmp_path), settings()).labels.tolist()) == {1}
 
 
-def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_class_is_named_in_the_log(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    """The client's, and there only; it is refused."""
     as_folders(tmp_path, tiny.train, ("Top", "middle", "ward 7"))
     told = refusal(place(tmp_path), settings())
     assert told.startswith("2 of this client's classes are unknown to the server (data.classes)")
@@ -109,14 +98,12 @@ def test_an_unknown_class_is_refused_and_named_in_the_client_s_log_only(
     found = load_own(place(tmp_path), settings(**{"data.unknown-classes": "skip"}))
     assert bag(found) == bag(tiny.train.subset((tiny.train.labels == 1).nonzero().flatten()))
     assert "they are left out" in caplog.text
-    monkeypatch.setattr(own, "SHOWN", 1)
-    assert refusal(place(tmp_path), settings()) == told
+    with patch.object(own, "SHOWN", 1):
+        assert refusal(place(tmp_path), settings()) == told
     assert "does not know: 'Top' (like 'top'?) and 1 more; its classes" in caplog.text
 
 
-def test_a_test_split_beside_the_images_is_not_read_and_a_folder_of_parquet_files_is_no_class(
-    tmp_path: Path, tiny: DataSet
-) -> None:
+def test_a_test_split_is_not_read_and_a_folder_of_parquet_files_is_no_class(tmp_path: Path, tiny: DataSet) -> None:
     as_parquet(tmp_path / "data", tiny.train, NAMES, file="mine.parquet")
     as_parquet(tmp_path / "data", tiny.test, NAMES, file="test.parquet")
     assert len(load_own(place(tmp_path), settings())) == len(tiny.train)
@@ -160,11 +147,7 @@ def dicoms(folder: Path, images: Images) -> Path:
     [
         (lambda folder, _: folder / "nowhere", "this client's data-path is no folder", "there is no folder"),
         (lambda folder, _: folder, "cannot be read", r"neither \*.parquet nor folders of images"),
-        (
-            lambda folder, images: as_folders(folder, images.subset(torch.arange(4)), NAMES),
-            "has 4 images, and partition.min-size = 10",
-            "",
-        ),
+        (lambda at, of: as_folders(at, of.subset(FOUR), NAMES), "has 4 images, and partition.min-size = 10", ""),
         (both, "cannot be read", "Parquet files and folders of images; keep one"),
         (lambda *of: relabelled(*of, -1, 0), "cannot be read", "train.parquet row 0: label -1 has no name"),
         (lambda *of: relabelled(*of, "x", "y", "ward"), "cannot be read", r"several .*: ward \(string\), patient"),
@@ -181,11 +164,8 @@ def test_bad_folders_are_told_in_general_and_explained_in_the_log(
     assert re.search(logged, caplog.text)
 
 
-@pytest.mark.parametrize("closed", ["", "middle", "middle/2024"])
-def test_a_folder_that_cannot_be_listed_is_no_absent_class(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, closed: str
-) -> None:
-    """Said by the operating system, since root, who may run the tests, can list everything."""
+def test_who_cannot_list_a_folder_is_told(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no absent class. Said by the operating system, since root, who may run the tests, can list everything."""
     as_folders(tmp_path, tiny.train, NAMES)
     (tmp_path / "middle" / "2024").mkdir()
 
@@ -194,17 +174,15 @@ def test_a_folder_that_cannot_be_listed_is_no_absent_class(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    for name in ("scandir", "listdir"):
-        monkeypatch.setattr(os, name, partial(listed, getattr(os, name)))
-    told = refusal(place(tmp_path), settings())
-    assert told.startswith("this client's images cannot be read")
-    assert str(tmp_path) not in told
-    assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
+    for closed in ("", "middle", "middle/2024"):
+        with patch.multiple(os, **{name: partial(listed, getattr(os, name)) for name in ("scandir", "listdir")}):
+            told = refusal(place(tmp_path), settings())
+        assert told.startswith("this client's images cannot be read")
+        assert str(tmp_path) not in told
+        assert f"Permission denied: '{tmp_path / closed}'; let the user that runs the SuperNode read all" in caplog.text
 
 
-def test_large_numbers_cost_nothing_and_too_many_are_no_classes(
-    tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_numbers_cost_nothing_many_fail(tmp_path: Path, tiny: DataSet, caplog: pytest.LogCaptureFixture) -> None:
     """Dates, say: named up to the largest they would be gigabytes."""
     dates = ("20240101", "20240102", "20240103")
     where = place(as_parquet(tmp_path, tiny.train, dates, "number"))
@@ -214,9 +192,9 @@ def test_large_numbers_cost_nothing_and_too_many_are_no_classes(
     tracemalloc.stop()
     assert peak < 20e6
     assert "does not know: '20240101', '20240102', '20240103'; its classes" in caplog.text
-    monkeypatch.setattr(own, "MOST_NUMBERS", 2)
-    look_at_own(where, settings(dates))  # as many as there are classes
-    assert "cannot be read" in refusal(where, settings(dates[:2]))
+    with patch.object(own, "MOST_NUMBERS", 2):
+        look_at_own(where, settings(dates))  # as many as there are classes
+        assert "cannot be read" in refusal(where, settings(dates[:2]))
     assert f"{tmp_path}: the label column has 3 different numbers, which are no classes; name another" in caplog.text
 
 
@@ -228,9 +206,6 @@ def test_a_broken_image_is_told_in_general(tmp_path: Path, tiny: DataSet, caplog
         load_own(place(tmp_path), settings())
     assert "ann lee" not in str(caught.value)
     assert "ann lee.png: not a readable image" in caplog.text
-
-
-# --- the server's side
 
 
 @pytest.mark.parametrize(
@@ -290,11 +265,9 @@ def test_a_test_set_of_other_classes_is_refused_with_all_details(tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_is_decoded_once_per_process(tmp_path: Path, tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    decode = own.decode
-    monkeypatch.setattr(own, "decode", lambda split, rows, *rest: seen.append(len(rows)) or decode(split, rows, *rest))
+def test_an_image_is_decoded_once_per_process(tmp_path: Path, tiny: DataSet) -> None:
     as_folders(tmp_path, tiny.train, NAMES)
-    for seed in range(3):
-        load_own(place(tmp_path), settings(seed=seed))
-    assert seen == [60]
+    with patch.object(own, "decode", wraps=own.decode) as decode:
+        for seed in range(3):
+            load_own(place(tmp_path), settings(seed=seed))
+    assert [len(call.args[1]) for call in decode.call_args_list] == [60]

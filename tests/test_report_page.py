@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -32,11 +33,8 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.text = path.read_text(encoding="utf-8")
-        self.sections: list[str] = []
-        self.pictures: dict[str, dict[str, str]] = {}
-        self.words: dict[str, list[str]] = {}
-        self.open: list[str] = []
-        self.links: list[str] = []
+        self.sections, self.open, self.links = list[str](), list[str](), list[str]()
+        self.pictures, self.words = dict[str, dict[str, str]](), defaultdict[str, list[str]](list)
         self.feed(self.text)
         assert self.open == []
 
@@ -56,7 +54,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if data.strip() and self.sections:
-            self.words.setdefault(self.sections[-1], []).append(data.strip())
+            self.words[self.sections[-1]].append(data.strip())
 
 
 def a_run(folder: Path, **changes: object) -> RunFolder:
@@ -70,21 +68,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         return a_run(tmp_path_factory.mktemp("page"), **{"distill.rounds": 2})
 
 
-def test_every_section_is_there_and_nothing_comes_from_outside(run: RunFolder) -> None:
-    page = Page(write_page(run.path))
+def test_every_section_is_there_nothing_comes_from_outside_and_what_it_says_is_the_run_s(run: RunFolder) -> None:
+    page, result = Page(write_page(run.path)), run.read_result()
     assert page.sections == SECTIONS
     assert {link.partition("/")[0] for link in page.links} == {"data:image"}
     assert not re.search(r"http(?!-equiv)|url\(", page.text)
     assert set(page.pictures) == {"accuracy", "partition", "images", "steps", "confusion"}
     for picture in page.pictures.values():
         kind, content = picture["src"].split(";base64,")
-        raw = base64.b64decode(content, validate=True)
-        assert raw.startswith(b"\x89PNG" if kind == "data:image/png" else b"<?xml")
+        start = b"\x89PNG" if kind == "data:image/png" else b"<?xml"
+        assert base64.b64decode(content, validate=True).startswith(start)
         assert len(picture["alt"]) > 20
-
-
-def test_what_it_says_is_the_run_s(run: RunFolder) -> None:
-    page, result = Page(write_page(run.path)), run.read_result()
     assert page.text == write_page(run.path).read_text(encoding="utf-8")  # equal runs have equal pages
     assert f"<b>{result['accuracy']['student']:.2f}</b>" in page.text
     recall = {name: "-" if value is None else f"{value:.2f}" for name, value in result["accuracy"]["per_class"].items()}
@@ -107,7 +101,6 @@ def test_what_a_run_does_not_have_is_said(tmp_path: Path, capsys: pytest.Capture
     assert page.words["images"] == ["Synthetic images", "This method made none."]
     assert page.words["steps"][1].startswith("This run told none")
     assert set(page.pictures) == {"accuracy", "partition", "confusion"}
-
     folder = a_run(tmp_path / "other", method="fedavg", **{"evaluate.where": "clients"})
     page = Page(write_page(folder.path))
     assert page.sections == SECTIONS
@@ -159,53 +152,42 @@ def test_a_series_is_thinned_evenly_with_both_ends() -> None:
     assert Series().thin() == {"step": []}
 
 
-def test_the_curves_are_those_of_the_run(run: RunFolder) -> None:
+def test_the_curves_are_those_of_the_run_and_a_batch_that_was_made_twice_is_drawn_once(run: RunFolder) -> None:
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     batches = [line for line in lines if line["stage"] == "inversion"]
     assert [len(line["curve"]["loss"]) for line in batches] == [8, 8]  # inversion.steps
     assert batches[0]["curve"]["alive"][:4] == [1.0, 1.0, 0.6875, 0.6875]  # 11 of 16 from step 2 on
-    figure = charts.curves(lines)
-    assert figure is not None
-    loss, alive, parts = figure.axes
+    loss, alive, parts = charts.curves(lines).axes
     assert [list(line.get_ydata()) for line in loss.get_lines()] == [line["curve"]["loss"] for line in batches]
     assert list(alive.get_lines()[0].get_ydata())[-1] == 100 * 0.4375  # 7 of 16
     steps = list(parts.get_lines()[0].get_xdata())
     assert steps == sorted(set(steps))  # epoch behind epoch
-
-
-def test_a_batch_that_was_made_twice_is_drawn_once() -> None:
     batch = {"stage": "inversion", "round": 0, "batch": 0}
     figure = charts.curves([batch | {"curve": {"step": [0, 1], "loss": [2.0, last]}} for last in (1.0, 0.5)])
-    assert figure is not None
     assert [list(drawn.get_ydata()) for drawn in figure.axes[0].get_lines()] == [[2.0, 0.5]]
     assert charts.curves([{"stage": "upload", "client": 0}]) is None
 
 
-def test_bars_by_hand() -> None:
+def words(texts: list[mpl.text.Text]) -> list[str]:
+    return [text.get_text() for text in texts]
+
+
+def test_bars_by_hand_and_a_confusion_matrix_shaded_by_row() -> None:
     accuracy = {"local": [30.0, None], "fedavg": 20.0, "ensemble": None, "student": 50.0}
-    figure = charts.accuracies(accuracy, "adi", ["north", "south"])
-    assert figure is not None
-    axis = figure.axes[0]
+    axis = charts.accuracies(accuracy, "adi", ["north", "south"]).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [50.0, 20.0, 30.0]
-    labels = [text.get_text() for text in axis.get_yticklabels()]
-    assert labels == ["adi: the global model", "one-round FedAvg", "north alone"]
-    crowd = charts.accuracies(accuracy | {"local": [float(k) for k in range(40)]}, "adi")
-    assert crowd is not None
-    assert crowd.axes[0].get_yticklabels()[3].get_text() == "clients alone, mean of 40"
-    assert [bar.get_width() for bar in crowd.axes[0].patches][2:] == [0.0, 19.5, 39.0]
-
-
-def test_the_confusion_matrix_is_shaded_by_row() -> None:
-    figure = charts.confusion([[3, 1], [0, 0]], ["cat", "dog"])
-    shades = figure.axes[0].images[0].get_array()
-    assert shades[0].tolist() == [75.0, 25.0]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["3", "1", "0", "0"]
+    assert words(axis.get_yticklabels()) == ["adi: the global model", "one-round FedAvg", "north alone"]
+    crowd = charts.accuracies(accuracy | {"local": [float(k) for k in range(40)]}, "adi").axes[0]
+    assert crowd.get_yticklabels()[3].get_text() == "clients alone, mean of 40"
+    assert [bar.get_width() for bar in crowd.patches][2:] == [0.0, 19.5, 39.0]
+    axis = charts.confusion([[3, 1], [0, 0]], ["cat", "dog"]).axes[0]
+    assert axis.images[0].get_array()[0].tolist() == [75.0, 25.0]
+    assert words(axis.texts) == ["3", "1", "0", "0"]
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    saved: list[Figure] = []
-    save = figures.save
+    saved, save = list[Figure](), figures.save
     monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(figure) or save(figure, path))
     return saved
 
@@ -261,9 +243,7 @@ def test_images(tmp_path: Path, drawn: list[Figure], channels: int, size: int, g
     assert [entry.name for entry in tmp_path.iterdir()] == ["images.png"]
 
 
-def test_the_chosen_images_cover_all_classes_and_stand_under_their_own_name(
-    tmp_path: Path, drawn: list[Figure]
-) -> None:
+def test_the_chosen_images_cover_all_classes_and_stand_under_their_names(tmp_path: Path, drawn: list[Figure]) -> None:
     targets = torch.arange(200) % 10
     pixels = (targets * 20).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)  # the colour tells the class
     alive = torch.ones(200, 16, dtype=torch.bool)
@@ -284,12 +264,9 @@ def test_partition(tmp_path: Path, drawn: list[Figure], clients: int, width: int
     (figure,) = drawn
     axis = figure.axes[0]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("class", "client")
-    assert [label.get_text() for label in axis.get_xticklabels()][3] == name.format(3)
-    assert [label.get_text() for label in axis.get_yticklabels()] == [
-        f"{client}  (n = {counts[client].sum()})" for client in range(clients)
-    ]
-    written = [text.get_text() for text in axis.texts]
-    assert written == ([str(count) for count in counts.flatten().tolist()] if width == 10 else [])
+    assert words(axis.get_xticklabels())[3] == name.format(3)
+    assert words(axis.get_yticklabels()) == [f"{client}  (n = {of.sum()})" for client, of in enumerate(counts)]
+    assert words(axis.texts) == ([str(count) for count in counts.flatten().tolist()] if width == 10 else [])
     assert outside(figure) == []
     assert not overlap([*axis.get_xticklabels(), *axis.get_yticklabels(), *axis.texts], figure)
     assert imread(tmp_path / "partition.png").shape[0] > 100
@@ -305,7 +282,5 @@ def test_class_names_are_no_formulas_and_equal_contents_make_equal_files(tmp_pat
 
 
 def test_pyplot_is_never_used() -> None:
-    package = Path(figures.__file__).parents[1]
-    assert not [
-        path for path in package.rglob("*.py") if re.search(r"import\b.*pyplot", path.read_text(encoding="utf-8"))
-    ]
+    sources = Path(figures.__file__).parents[1].rglob("*.py")
+    assert not [path for path in sources if re.search(r"import\b.*pyplot", path.read_text(encoding="utf-8"))]

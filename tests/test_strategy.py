@@ -1,11 +1,11 @@
 """The one-shot strategy around the real ClientApp and the real pipeline, without Ray: nothing uploaded is lost."""
 
-import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config, LocalConfig
 from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
 from server_app import builtin, intake
 from server_app.builtin import STRATEGIES
@@ -54,10 +53,6 @@ def with_arrays(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     return changed
 
 
-def lost(_: Message) -> list[Message]:
-    return []
-
-
 def failed(reply: Message) -> list[Message]:
     """As the SuperLink answers for a lost node: it names itself as the source."""
     error = Message(Error(5, "node unavailable"), reply_to=reply)
@@ -81,9 +76,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.mark.parametrize(("method", "changes"), [("fedavg", AT_CLIENTS), ("fedmitr", {})])
-def test_the_flower_path_gives_the_bits_of_the_straight_line(
-    federate: Federate, tmp_path: Path, method: str, changes: dict[str, Any]
-) -> None:
+def test_flower_gives_the_straight_line_s_bits(federate: Federate, tmp_path: Path, method: str, changes: Any) -> None:
     """In whatever order the replies come; nobody evaluates who was not told to, and the clients where they are."""
     grid = LocalGrid(client_app, 4, rng=random.Random(1))
     flower = federate(grid, method=method, **changes)
@@ -99,14 +92,11 @@ def test_the_flower_path_gives_the_bits_of_the_straight_line(
         assert ours.get(key) == theirs.get(key)
 
 
-def test_what_is_missing_is_asked_again_and_nothing_else(
-    federate: Federate, plain: RunFolder, caplog: pytest.LogCaptureFixture
-) -> None:
-    grid = LocalGrid(client_app, 3, tamper=tampered({1: lost, 2: failed}))
+def test_only_what_is_missing_is_asked(federate: Federate, plain: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    grid = LocalGrid(client_app, 3, tamper=tampered({1: lambda _: [], 2: failed}))
     broken = federate(grid, fails="1 of 3 uploads .* missing: clients 1, 2", **{"flower.upload-timeout": 1.0})
     assert "client 1 did not reply" in caplog.text
     assert "client 2 failed: node unavailable" in caplog.text
-
     again = {"resume-from": str(broken.path)}
     differs = f"local.lr = 0.5, but the uploads were made with {LocalConfig().lr}"
     federate(LocalGrid(client_app, 3), fails=differs, **again, **{"local.lr": 0.5})
@@ -116,20 +106,13 @@ def test_what_is_missing_is_asked_again_and_nothing_else(
     assert resumed.path == broken.path
     assert grid.clients_asked("train") == [1, 2]
     assert all_bits(resumed) == all_bits(plain)
-
     ended = LocalGrid(client_app, 3)
     federate(ended, fails="has ended.*fedmitr fuse", **again)
     assert not ended.asked
 
 
-def test_a_server_phase_that_broke_off_is_repeated_without_the_clients(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(_: RunFolder) -> None:
-        raise RunError("out of memory")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(pipeline, "serve", crash)
+def test_a_server_phase_that_broke_off_is_repeated_without_the_clients(federate: Federate) -> None:
+    with patch.object(pipeline, "serve", side_effect=RunError("out of memory")):
         folder = federate(LocalGrid(client_app, 3), fails="out of memory")
     grid = LocalGrid(client_app, 3)
     resumed = federate(grid, **{"resume-from": str(folder.path), "method": "ensemble"})
@@ -138,9 +121,7 @@ def test_a_server_phase_that_broke_off_is_repeated_without_the_clients(
     assert resumed.config.method == "ensemble"  # the server phase follows the new settings, and config.toml says so
 
 
-def test_a_second_upload_is_refused_and_the_first_kept(
-    federate: Federate, plain: RunFolder, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_second_upload_is_refused(federate: Federate, plain: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     def twice(reply: Message) -> list[Message]:
         second = Message(reply.content.copy(), reply_to=reply)
         second.metadata.__dict__.update(reply.metadata.__dict__)
@@ -157,20 +138,10 @@ def test_trouble_with_one_reply_does_not_cost_the_others(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what is on disk is not refused because its line in the metrics cannot be written."""
-    save, log_metrics = RunFolder.save_upload, RunFolder.log_metrics
-
-    def full_disk(folder: RunFolder, upload: Upload) -> Path:
-        if upload.client == 0:
-            raise OSError(28, "No space left on device")
-        return save(folder, upload)
-
-    def full(folder: RunFolder, **values: Any) -> None:
-        if values.get("stage") == "upload" and values["client"] == 1:
-            raise RunError("cannot write metrics.jsonl: No space left on device")
-        log_metrics(folder, **values)
-
-    monkeypatch.setattr(RunFolder, "save_upload", full_disk)
-    monkeypatch.setattr(RunFolder, "log_metrics", full)
+    save, log, full = RunFolder.save_upload, RunFolder.log_metrics, Mock(side_effect=OSError(28, "No space left"))
+    mute = Mock(side_effect=RunError("cannot write metrics.jsonl: No space left on device"))
+    monkeypatch.setattr(RunFolder, "save_upload", lambda own, of: save(own, of) if of.client else full())
+    monkeypatch.setattr(RunFolder, "log_metrics", lambda own, **of: mute() if of["client"] == 1 else log(own, **of))
     folder = federate(LocalGrid(client_app, 3), fails="missing: client 0")
     assert list(folder.upload_paths()) == [1, 2]
     assert not list(folder.refused_path.iterdir())
@@ -193,9 +164,7 @@ class HttpGrid(LocalGrid):
         return super().pull_messages(message_ids)
 
 
-def test_the_memory_of_an_upload_is_freed_when_it_is_on_disk_and_the_start_s_when_everybody_has_it(
-    federate: Federate, plain: RunFolder
-) -> None:
+def test_an_upload_s_memory_is_freed_on_disk_the_start_s_when_all_have_it(federate: Federate, plain: RunFolder) -> None:
     """In a simulation the start is not freed: it is the very object that was sent."""
     replies: list[Message] = []
     grid = HttpGrid(client_app, 3, tamper=tampered(dict.fromkeys(range(3), replies.append)))
@@ -251,17 +220,14 @@ def test_flowers_strategies_tell_what_they_cost(federate: Federate) -> None:
     assert set(straight) - set(result) == {"screen"}
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "step"), [("fedavg", "", 1.0), ("fedavgm", "server_momentum=0, server_learning_rate=0.5", 0.5)]
-)
-def test_one_round_goes_to_the_weighted_mean_or_part_of_the_way(
-    federate: Federate, plain: RunFolder, name: str, options: str, step: float
-) -> None:
+def test_one_round_goes_to_the_weighted_mean_or_part_of_the_way(federate: Federate, plain: RunFolder) -> None:
     """Flower averages with numpy, `method = fedavg` with torch: equal up to rounding."""
-    folder = federate(LocalGrid(client_app, 3), **{"flower.strategy": name, "flower.options": options})
-    start, (mean, _) = initial_weights(folder.config.model, folder.config.seed), load_tensors(plain.model_path)
-    for key, tensor in load_tensors(folder.model_path)[0].items():
-        torch.testing.assert_close(tensor, start[key] + step * (mean[key] - start[key]), atol=1e-6, rtol=1e-5)
+    start, (mean, _) = initial_weights(plain.config.model, plain.config.seed), load_tensors(plain.model_path)
+    half = "server_momentum=0, server_learning_rate=0.5"
+    for name, options, step in (("fedavg", "", 1.0), ("fedavgm", half, 0.5)):
+        folder = federate(LocalGrid(client_app, 3), **{"flower.strategy": name, "flower.options": options})
+        for key, tensor in load_tensors(folder.model_path)[0].items():
+            torch.testing.assert_close(tensor, start[key] + step * (mean[key] - start[key]), atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_left_to_a_strategy_is_its_own_and_0_is_0() -> None:
@@ -296,22 +262,16 @@ def test_flowers_strategies_leave_bad_replies_out(federate: Federate, caplog: py
     With a number too many, Flower would give up the round.
     """
     bad = {1: numbers(train_loss=-1.0), 2: with_arrays(torch.Tensor.half), 3: disguised}
-    odd = {4: numbers(extra=1), 5: other_order}
-
-    def run(changes: Mapping[int, Change], rng: random.Random | None = None) -> RunFolder:
-        grid = LocalGrid(client_app, 7, tamper=tampered(changes), rng=rng)
-        return federate(grid, **{"flower.strategy": "qfedavg", "flower.quorum": 0.5})
-
-    folder = run(bad | odd, random.Random(1))
+    runs = (bad | {4: numbers(extra=1), 5: other_order}, random.Random(1)), (dict.fromkeys(bad, failed), None)
+    grids = [LocalGrid(client_app, 7, tamper=tampered(changes), rng=rng) for changes, rng in runs]
+    folder, wanted = (federate(grid, **{"flower.strategy": "qfedavg", "flower.quorum": 0.5}) for grid in grids)
     for client, told in enumerate(("its training loss is -1.0", ".* half precision", "it sent 'metrics'"), start=1):
         assert re.search(f"refused: client {client}: {told}", caplog.text)
     assert [client for client, sent in enumerate(folder.read_result()["bytes_up"]) if not sent] == list(bad)
-    assert bits(folder.model_path) == bits(run(dict.fromkeys(bad, failed)).model_path)
+    assert bits(folder.model_path) == bits(wanted.model_path)
 
 
-def test_flowers_strategies_evaluate_at_the_clients_and_leave_a_bad_evaluation_out(
-    federate: Federate, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_flowers_strategies_leave_a_bad_evaluation_out(federate: Federate, caplog: pytest.LogCaptureFixture) -> None:
     grid = LocalGrid(client_app, 3, tamper=tampered({1: numbers(accuracy=float("nan"))}, "evaluate"))
     folder = federate(grid, **AT_CLIENTS, **{"flower.strategy": "fedavg", "flower.quorum": 0.6})
     assert grid.clients_asked("evaluate") == [0, 1, 2]
@@ -343,19 +303,14 @@ def test_an_upload_that_cannot_be_written_is_held_until_it_can(
     federate: Federate, plain: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The disk is full for the first tries, past the deadline; nobody trains twice, and nothing is lost."""
-    save, tries = RunFolder.save_upload, itertools.count(1)
-
-    def full(folder: RunFolder, upload: Upload) -> Path:
-        if upload.client == 1 and next(tries) < 8:
-            raise DiskError("cannot write x: No space left on device; make room there, and go on with resume-from")
-        return save(folder, upload)
-
-    monkeypatch.setattr(RunFolder, "save_upload", full)
+    full = DiskError("cannot write x: No space left on device; make room there, and go on with resume-from")
+    save, tries = RunFolder.save_upload, Mock(side_effect=[full] * 7 + [None])
+    monkeypatch.setattr(RunFolder, "save_upload", lambda own, of: (of.client != 1 or tries(), save(own, of))[1])
     monkeypatch.setattr(intake, "PAUSE", 0.1)
     monkeypatch.setattr(intake, "REMIND", 0.35)
     grid = LocalGrid(client_app, 3)
     folder = federate(grid, **{"flower.upload-timeout": 0.3})
-    assert next(tries) == 9
+    assert tries.call_count == 8
     assert grid.clients_asked("train") == [0, 1, 2]
     assert all_bits(folder) == all_bits(plain)
     complaints = [record.message for record in caplog.records if "held in memory" in record.message]

@@ -23,7 +23,6 @@ from deploy import demo
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights
 
 ROOT = Path(__file__).parents[1]
@@ -184,27 +183,20 @@ OTHER_UPLOADS = a_study([row(0, 50.0), row(0, 50.0, "none", fedavg=41.0)])
         ("bench/bad/results.jsonl", "{}", "cannot read the bench folder or results.jsonl"),
     ],
 )
-def test_a_bad_file_is_named(
-    folder: Folder, name: str, content: object, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file(folder: Folder, name: str, content: object, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write(name, content)
     assert folder.run() == 2
     assert told in capsys.readouterr().err
 
 
-def ablated(seed: int, changes: dict[str, Any], student: float) -> dict[str, Any]:
-    accuracy = {"student": student, "fedavg": 40.0, "ensemble": 80.0}
-    row = {"seed": seed, "part": "Images", "changes": changes, "accuracy": accuracy, "agreement": 90.0}
-    return row | {"seconds": {"inversion": 12.5}}
-
-
 def test_an_ablation_becomes_a_table_of_paired_differences(folder: Folder) -> None:
     """Seed by seed 2 and 6 points more than the defaults: 4.0 ± 2.8, although both spread more than that."""
-    shift = {"distill.shift": True}
-    rows = [ablated(0, {}, 50.0), ablated(1, {}, 60.0), ablated(0, shift, 52.0), ablated(1, shift, 66.0)]
+    students = ({}, 50.0), ({}, 60.0), ({"distill.shift": True}, 52.0), ({"distill.shift": True}, 66.0)
+    common = {"part": "Images", "agreement": 90.0}
+    rows = [row(at % 2, student) | common | {"changes": changes} for at, (changes, student) in enumerate(students)]
     folder.write("ablation/a.json", {"command": "python benchmarks/ablation.py", **facts(), "rows": rows})
     text = folder.made("results.md")
-    shared = "80.0 | 40.0 | 90.0 | 12 |"
+    shared = "80.0 | 40.0 | 90.0 | 16 |"
     assert f"| `unchanged` | 55.0 ± 7.1 (2) | 0.0 ± 0.0 (2) | {shared}\n| *Images* |" in text
     assert f"| `distill.shift = true` | 59.0 ± 9.9 (2) | 4.0 ± 2.8 (2) | {shared}" in text
 
@@ -229,9 +221,13 @@ def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(fold
     assert line in folder.read("README.md")
 
 
-def test_the_documents_are_up_to_date() -> None:
+def test_the_documents_are_up_to_date_and_every_fault_was_tried() -> None:
     assert results_table.main(["--check"]) == 0
-    assert (ROOT / "docs" / "faults.md").read_text(encoding="utf-8") == FAULTS["document"]()
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert text == FAULTS["document"]()
+    faults = "SuperNode killed, ClientApp process killed, client raises, client slower than, SuperLink restarted, "
+    faults += "ServerApp killed while uploads come in, ServerApp killed in inversion, ServerApp killed in distillation"
+    assert all(fault in text for fault in (*faults.split(", "), "disk of the run folder full", "Ray actor killed"))
 
 
 def test_no_committed_result_names_a_folder_of_a_machine() -> None:
@@ -242,14 +238,10 @@ def test_no_committed_result_names_a_folder_of_a_machine() -> None:
         assert not folder.search(path.read_text(encoding="utf-8")), path
 
 
-def honest() -> tuple[Config, Upload]:
+def test_attacks_on_the_update_and_on_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
-    return config, pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
-
-
-def test_attacks_on_the_update() -> None:
-    config, upload = honest()
     start = initial_weights(config.model, config.seed)
+    upload = pipeline.train_client(config, 1, start)
     scaled, reversed_ = (attack(upload, config).weights for attack in (attacks.scaled, attacks.reversed_))
     for name, before in start.items():
         update = upload.weights[name] - before
@@ -258,16 +250,10 @@ def test_attacks_on_the_update() -> None:
     drawn = [attacks.random(upload, config).weights["head.weight"] for _ in range(2)]
     assert torch.equal(*drawn)
     assert not torch.equal(drawn[0], start["head.weight"])
-
-
-def test_permuted_labels_are_the_only_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, upload = honest()
-    permuted = attacks.permuted(upload, config)
+    permuted, draw = attacks.permuted(upload, config), torch.randperm
     assert not torch.equal(permuted.weights["head.weight"], upload.weights["head.weight"])
     # With the labels as they were, the same call gives the honest upload.
-    draw = torch.randperm
-    as_they_are = lambda count, **how: torch.arange(10) if count == 10 else draw(count, **how)  # noqa: E731
-    monkeypatch.setattr(attacks.torch, "randperm", as_they_are)
+    monkeypatch.setattr(torch, "randperm", lambda n, **how: torch.arange(10) if n == 10 else draw(n, **how))
     assert same(attacks.permuted(upload, config).weights, upload.weights)
 
 
@@ -322,33 +308,16 @@ def test_a_demonstration_tells_what_it_took_and_no_path(capfdbinary: pytest.Capt
     assert FAULTS["memory_lines"]([said])[2:] == ["| vit_base, 224 px | fedavg | 4 | 343 | 1.23 | 0.99 | 2.50 | 123 |"]
 
 
-def test_every_fault_was_tried() -> None:
-    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
-    faults = "SuperNode killed, ClientApp process killed, client raises, client slower than, SuperLink restarted, "
-    faults += (
-        "ServerApp killed while uploads come in, ServerApp killed in inversion, ServerApp killed in distillation, "
-    )
-    faults += "disk of the run folder full, Ray actor killed"
-    assert all(fault in text for fault in faults.split(", "))
-
-
-def test_each_of_the_hundred_classes_has_one_superclass() -> None:
+def test_each_class_has_one_superclass_and_images_keep_theirs_of_which_so_many_are_taken() -> None:
     fine = [name for names in SUPERCLASSES.values() for name in names.split()]
     assert len(SUPERCLASSES) == 20
     assert len(set(fine)) == len(fine) == 100
     for name in (*COARSE, *FINE):
         assert f"{len(set(classes_of(name).values()))}" == name.removeprefix("coarse").removeprefix("fine")
-
-
-def test_images_keep_their_class_and_at_most_so_many_are_taken() -> None:
     names = ["bear", "beaver", "rose", "trout", "ray"]
     features = Features({"image": Value("int64"), "label": ClassLabel(names=names)})
     images = Dataset.from_dict({"image": list(range(10)), "label": [0, 1, 2, 3, 4] * 2}, features=features)
-    whole = subset(images, "fine20", None)  # no bear and no rose
-    assert [(row["image"], whole.features["label"].names[row["label"]]) for row in whole] == [
-        (1, "beaver"), (3, "trout"), (4, "ray"), (6, "beaver"), (8, "trout"), (9, "ray")
-    ]  # fmt: skip
-    few = subset(images, "coarse5", 1)
-    assert [(row["image"], few.features["label"].names[row["label"]]) for row in few] == [
-        (2, "flowers"), (3, "fish"), (4, "fish")
-    ]  # fmt: skip
+    three = [(1, "beaver"), (3, "trout"), (4, "ray"), (6, "beaver"), (8, "trout"), (9, "ray")]  # no bear and no rose
+    for name, most, wanted in (("fine20", None, three), ("coarse5", 1, [(2, "flowers"), (3, "fish"), (4, "fish")])):
+        found = subset(images, name, most)
+        assert [(row["image"], found.features["label"].names[row["label"]]) for row in found] == wanted
