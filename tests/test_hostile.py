@@ -361,9 +361,9 @@ def test_what_was_refused_is_kept_as_it_was_sent() -> None:
 def test_many_arrays_take_no_more_time_each_and_what_is_kept_of_a_strangers_words_has_a_limit() -> None:
     """Thirty thousand took ten seconds when each was looked for among all; words of 20 MB would be too much."""
     record = ArrayRecord({f"x{number}": Array("float32", (1,), "numpy.ndarray", b"") for number in range(30_000)})
-    started = time.monotonic()
+    started = time.process_time()
     kept = keep(RecordDict({"arrays": record}), 10**9, 10**6)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     assert len(kept.tensors) == 30_000 > len(kept.said)
     numbers = {str(number): [2**62] * 1000 for number in range(1000)}
     texts = {str(number): ["x" * 1000] * 1000 for number in range(100)}

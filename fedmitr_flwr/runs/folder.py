@@ -123,8 +123,8 @@ class RunFolder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             parent.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:40]}.", dir=parent))  # for its owner alone
-            if uploads:
-                (temporary / "uploads" / "refused").mkdir(mode=PRIVATE_FOLDER, parents=True)
+            for name in ("uploads", "uploads/refused") if uploads else ():  # `parents` would make the first for all
+                (temporary / name).mkdir(mode=PRIVATE_FOLDER)
             write_text(temporary / "config.toml", _sealed(self.config))
             temporary.rename(self.path)
             for folder in (parent, *(each.parent for each in made)):
