@@ -43,12 +43,8 @@ def read(column: pa.ChunkedArray, declared: Sequence[str] | None, where: Where) 
         return _from_text(_plain(column, pa.large_string(), where), where)
     values = _plain(column, pa.float64() if kind == "float" else pa.int64(), where)
     numbers = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in values.chunks] or [np.zeros(0)])
-    whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)
-    if kind == "float" and not whole.all():
-        row = int(whole.argmin())
-        if np.isnan(numbers[row]):
-            raise DataError(f"{where(row)} has no label (NaN); remove the row or label it")
-        raise DataError(f"{where(row)}: label {numbers[row]:g} is no whole number, so it names no class; mend it")
+    if kind == "float":
+        _require_whole(numbers, where)
     names = ("False", "True") if kind == "boolean" else None
     return Labels(numbers.astype(np.int64), tuple(declared) if declared else names)
 
@@ -103,6 +99,15 @@ def _plain(column: pa.ChunkedArray, wanted: pa.DataType, where: Where) -> pa.Chu
         return _decoded(column).cast(wanted)
     except pa.ArrowInvalid as error:
         raise DataError(f"{where(0)} and below: labels that cannot be read ({error}); mend them") from error
+
+
+def _require_whole(numbers: np.ndarray, where: Where) -> None:
+    whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)
+    if not whole.all():
+        row = int(whole.argmin())
+        if np.isnan(numbers[row]):
+            raise DataError(f"{where(row)} has no label (NaN); remove the row or label it")
+        raise DataError(f"{where(row)}: label {numbers[row]:g} is no whole number, so it names no class; mend it")
 
 
 def _from_text(column: pa.ChunkedArray, where: Where) -> Labels:
