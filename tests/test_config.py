@@ -158,8 +158,7 @@ def test_wrong_types_are_named_in_plain_words() -> None:
 # One value just outside each limit; a new check in sections.py belongs here too.
 BELOW_0 = """
 seed threads data.train-limit data.test-limit model.img-size model.patch-size model.in-chans local.epochs local.lr
-local.head-lr local.prior-adjust local.outliers privacy.epsilon krum.hostile distill.epochs-per-round
-distill.extrapolate distill.lr
+local.head-lr local.outliers privacy.epsilon krum.hostile distill.epochs-per-round distill.lr
 """
 AT_0 = """
 partition.alpha partition.classes-per-client partition.min-size model.depth local.batch-size local.threads
@@ -176,7 +175,7 @@ BEYOND: dict[str, object] = {
     **dict.fromkeys(("partition.clients", "model.num-classes"), 1),
     **dict.fromkeys(NO_CHOICE.split(), "other"),
     **dict.fromkeys(("data.validation", "data.proxy"), 0.95),
-    **dict.fromkeys(("local.average", "flower.quorum"), 1.1),
+    "flower.quorum": 1.1,
     "data.classes": "cat | dog |",
     "model.width": 24,
     "upload.extras": "counts, means",
@@ -347,7 +346,7 @@ KEYS = {
     "unknown-classes",
     "partition": "scheme alpha classes-per-client min-size clients",
     "model": "name img-size patch-size in-chans num-classes width depth weights",
-    "local": "epochs batch-size optimizer lr head-lr augment prior-adjust outliers average threads",
+    "local": "epochs batch-size optimizer lr head-lr augment outliers threads",
     "upload": "dtype extras",
     "privacy": "epsilon delta clip",
     "screen": "mode max-images",
@@ -355,7 +354,7 @@ KEYS = {
     "ensemble": "combine weights",
     "inversion": "mode steps batch-size stops prior route",
     "relabel": "mode",
-    "distill": "rounds images-per-round epochs-per-round init extrapolate lr",
+    "distill": "rounds images-per-round epochs-per-round init lr",
     "feddf": "path",
     "evaluate": "where holdout",
     "flower": "strategy rounds options node-wait upload-timeout quorum clients",

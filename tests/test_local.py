@@ -1,18 +1,16 @@
-"""Training at the client: losses by hand, priors, FedProx's term, averaged epochs, augmentation; the average."""
+"""Training at the client: losses by hand, FedProx's term, augmentation; the average."""
 
 import gc
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import a_vit, an_upload, same, settings, small
 from torch import Tensor
 
-from fedmitr_flwr.client.losses import label_loss, prior_shift
+from fedmitr_flwr.client.losses import label_loss
 from fedmitr_flwr.client.outliers import evenness_loss, outliers, skew
-from fedmitr_flwr.client.swa import averaged_epochs
 from fedmitr_flwr.client.train import shift_and_flip, train_local
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
@@ -39,21 +37,10 @@ def trained(tiny: DataSet, config: Config, rng: torch.Generator, mu: float = 0.0
 
 
 def test_label_loss_by_hand() -> None:
-    """Softmax gives (3/4, 1/4) for [CLS]; (1/2, 1/2) and (1/5, 4/5) for two patches, which weigh half; the label is 0.
-
-    With the prior of 3 images of class 0 and 1 of class 1, logits gain ln 3/4 and ln 1/4, or half of that: then [CLS]
-    answers not (1/2, 1/2) but (3/4, 1/4), and the patch not (1/4, 3/4) but (1/2, 1/2).
-    """
+    """Softmax gives (3/4, 1/4) for [CLS]; (1/2, 1/2) and (1/5, 4/5) for two patches, which weigh half; the label: 0."""
     logits = TokenLogits(torch.tensor([[math.log(3), 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, math.log(4)]]]))
     whole = math.log(4 / 3) + 0.5 * (math.log(2) + math.log(5)) / 2
     assert label_loss(logits, torch.tensor([0])).item() == pytest.approx(whole)
-    logits = TokenLogits(torch.zeros(1, 2), torch.tensor([[[0.0, math.log(3)]]]))
-    shift, half = (prior_shift(torch.tensor([0, 1, 0, 0]), 2, strength) for strength in (1.0, 0.5))
-    for label, probability in ((0, 3 / 4), (1, 1 / 4)):
-        whole = -math.log(probability) + 0.5 * math.log(2)
-        assert label_loss(logits, torch.tensor([label]), shift).item() == pytest.approx(whole)
-    whole = math.log(1 + math.sqrt(3)) + 0.5 * math.log(1 + 1 / math.sqrt(3))  # √3 : 1; the patch: 1/√3 of it
-    assert label_loss(logits, torch.tensor([1]), half).item() == pytest.approx(whole)
 
 
 @pytest.fixture
@@ -61,26 +48,6 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps by the gradients alone."""
     monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.0)
     monkeypatch.setattr(optim, "GRAD_CLIP", math.inf)
-
-
-@pytest.mark.usefixtures("_plain")
-def test_training_takes_the_prior_of_the_images_it_gets(tiny: DataSet) -> None:
-    """From logits of 0, one step of SGD moves the head's bias by lr · (frequency - share by the prior).
-
-    Absent classes weigh less than one image together: each of the two counts as 1/4 image.
-    """
-    plain = {"local.optimizer": "sgd", "local.lr": 0.1, "local.batch-size": 60, "model.num-classes": 4}
-    labels = tiny.train.labels
-    own = tiny.train.subset(torch.cat([(labels == 0).nonzero()[:15, 0], (labels == 1).nonzero()[:5, 0]]))
-    shares = {0.0: torch.full((4,), 0.25), 1.0: torch.tensor([15, 5, 0.25, 0.25]) / 20.5}
-    for strength, share in shares.items():
-        config = settings(**plain, **{"local.prior-adjust": strength})
-        vit = a_vit(config, 0)
-        torch.nn.init.zeros_(vit.head.weight)
-        torch.nn.init.zeros_(vit.head.bias)
-        train_local(vit, own, config, stream(0), CPU)
-        wanted = 0.1 * 1.5 * (torch.tensor([0.75, 0.25, 0.0, 0.0]) - share)  # class token, and half of the patches
-        torch.testing.assert_close(vit.head.bias.detach(), wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_plain")
@@ -93,28 +60,6 @@ def test_the_first_step_does_not_feel_the_proximal_term_and_the_second_does(tiny
     twice, prox = (trained(tiny, for_bars(**plain, **{"local.epochs": 2}), stream(1), mu)[0] for mu in (0.0, 7.0))
     for name, tensor in prox.items():
         torch.testing.assert_close(tensor, twice[name] - 0.005 * 7.0 * (once[name] - start[name]), rtol=1e-5, atol=1e-6)
-
-
-def test_the_average_over_epochs_is_that_of_the_weights_at_their_ends(
-    tiny: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a constant learning rate, training for fewer epochs ends where the longer one was at that time."""
-    rounded = {(0, 30): 0, (0.01, 30): 0, (0.1, 30): 3, (0.5, 1): 1, (0.5, 3): 2, (0.5, 5): 3, (0.7, 10): 7, (1, 4): 4}
-    assert {given: averaged_epochs(*given) for given in rounded} == rounded
-    monkeypatch.setattr(optim, "_factor", lambda *_: 1.0)
-
-    def run(epochs: int, share: float = 0.0) -> tuple[Weights, float]:
-        changes = {"local.batch-size": 30, "local.epochs": epochs, "local.average": share}
-        return trained(tiny, for_bars(**changes), stream(0))
-
-    snapshots = {end: run(end) for end in (1, 2, 3, 4)}
-    for share, ends in {0.25: [4], 0.5: [3, 4], 1.0: [1, 2, 3, 4]}.items():
-        found, loss = run(4, share)
-        for name, tensor in found.items():
-            mean = np.mean([snapshots[end][0][name].double().numpy() for end in ends], axis=0)
-            torch.testing.assert_close(tensor, torch.from_numpy(mean).float(), rtol=1e-6, atol=1e-8)
-        assert len(ends) > 1 or same(found, snapshots[4][0])  # bit for bit
-        assert loss == snapshots[4][1]
 
 
 def test_evenness_and_skew_by_hand() -> None:

@@ -213,7 +213,6 @@ def test_what_would_tell_beside_the_noise_is_refused(monkeypatch: pytest.MonkeyP
     tells = "reveals something of the images without noise"
     for changes, message in (
         ({"upload.extras": "counts"}, f'upload.extras = "counts" {tells}'),
-        ({"local.prior-adjust": 0.5}, f"local.prior-adjust = 0.5 {tells}"),
         ({"local.outliers": 0.5}, f"local.outliers = 0.5 {tells}"),
         ({"flower.rounds": 2, "flower.strategy": "fedavg"}, "would spend it in each; set flower.rounds = 1"),
     ):

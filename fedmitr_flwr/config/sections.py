@@ -128,16 +128,13 @@ class LocalConfig(Section):
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
     head_lr: float = 0.0  # of the head; 0: as lr, or 0.01 with model.weights, where it alone is new
     augment: bool = True  # shift by up to an eighth of the side, and mirror where data.flip
-    prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
-    average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
         self._one_of("optimizer", "muon", "adamw", "sgd", AUTO)
         self._at_least(1, "batch_size", "threads")
-        self._at_least(0, "epochs", "lr", "head_lr", "prior_adjust", "outliers")
-        self._within(0, 1, "average")
+        self._at_least(0, "epochs", "lr", "head_lr", "outliers")
 
     @property
     def resolved(self) -> bool:
@@ -301,13 +298,12 @@ class DistillConfig(Section):
     images_per_round: int = 250
     epochs_per_round: int = 0  # over all images so far; 0: 60, or 5 with model.weights
     init: str = AUTO  # average (of uploads) | classwise (its heads by class) | initial | auto: one of the first two
-    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; 0: chosen
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
 
     def __post_init__(self) -> None:
         self._one_of("init", *MERGED, "initial", AUTO)
         self._at_least(1, "rounds", "images_per_round")
-        self._at_least(0, "epochs_per_round", "lr", "extrapolate")
+        self._at_least(0, "epochs_per_round", "lr")
 
     @property
     def resolved(self) -> bool:
@@ -318,16 +314,6 @@ class DistillConfig(Section):
     def merges(self) -> bool:
         """Whether the start is made of the clients' weights."""
         return self.init in MERGED
-
-    @property
-    def chooses_start(self) -> bool:
-        """Whether the average's way is chosen once there are images (`start.choose_start`)."""
-        return self.merges and self.extrapolate == 0
-
-    @property
-    def start_needs_images(self) -> bool:
-        """Whether the start is not whole before there are images (`start.settle`)."""
-        return self.chooses_start or self.init == "classwise"
 
 
 @dataclass(frozen=True, kw_only=True)
