@@ -187,7 +187,7 @@ def named(path: Path) -> str:
 def test_every_function_that_the_method_s_document_names_exists() -> None:
     text, defaults = METHOD.read_text(encoding="utf-8"), Config().to_flat()
     functions, rows = _FUNCTION.findall(text), _ROW.findall(text.partition("## 5.")[2])
-    assert min(len(functions), len(rows)) >= 20
+    assert min(len(functions), len(rows)) >= 15
     for file, name in functions:
         module = import_module(f"fedmitr_flwr.{file.replace('/', '.')}")
         assert callable(reduce(getattr, name.split("."), module)), f"{file}.py:{name}"
