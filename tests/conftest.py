@@ -73,6 +73,13 @@ def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimisers step by the gradients alone: neither decay nor clipping."""
+    monkeypatch.setattr("fedmitr_flwr.vit.optim.WEIGHT_DECAY", 0.0)
+    monkeypatch.setattr("fedmitr_flwr.vit.optim.GRAD_CLIP", float("inf"))
+
+
+@pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no file can be written out."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Sgd, a_vit, an_upload, fused, same, settings, some_images
+from tiny import Sgd, a_vit, fused, same, settings, some_images, two_uploads
 from torch.nn import functional as F
 
 from fedmitr_flwr import methods
@@ -21,7 +21,6 @@ from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.methods import fedmitr, rounds
 from fedmitr_flwr.methods.contract import Stopwatch
 from fedmitr_flwr.methods.rounds import balanced_targets
-from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import vit_of
 from fedmitr_flwr.vit.optim import Stepper
 
@@ -37,10 +36,6 @@ def test_every_file_is_a_method() -> None:
     for unknown in ("fedmitra", "contract", "", "fedavg.fuse", "../fedavg"):
         with pytest.raises(ConfigError, match=f"method = {unknown!r} is not one of: {', '.join(KNOWN)}"):
             methods.load(unknown)
-
-
-def two_uploads() -> list[Upload]:
-    return [an_upload(settings(), client, 10 + 20 * client) for client in range(2)]
 
 
 @torch.no_grad()

@@ -25,21 +25,14 @@ from fedmitr_flwr.common.errors import ConfigError, RunError
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import DataSet, Images, prepare
-from fedmitr_flwr.vit import optim
 from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.tokens import all_positions, forward_tokens, patchify
 from server_app.records import order
 
 pytest.importorskip("opacus", reason="an optional library")
+pytestmark = pytest.mark.usefixtures("plain_steps")
 CPU = torch.device("cpu")
 ALONE: dict[str, object] = {"local.outliers": 0.0}  # what privacy.epsilon asks for
-
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps by the gradients alone."""
-    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.0)
-    monkeypatch.setattr(optim, "GRAD_CLIP", math.inf)
 
 
 def whispering(**changes: Any) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import a_vit, an_ensemble, an_upload, fused, same, settings, some_images
+from tiny import a_vit, an_ensemble, fused, same, settings, some_images, two_uploads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     rival: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(method=rival, **{"distill.rounds": 3})
-    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    uploads = two_uploads(config)
     whole, make, made = fused(config, uploads), generator.generate, list[int]()
 
     def dies(*given: Any, **more: Any) -> Any:

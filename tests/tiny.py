@@ -132,6 +132,11 @@ def an_upload(
     return Upload(client, weights, num_examples, 0.5, "c" * 12, counts)
 
 
+def two_uploads(config: Config | None = None) -> list[Upload]:
+    """Of 10 and 30 images."""
+    return [an_upload(config or settings(), client, 10 + 20 * client) for client in range(2)]
+
+
 def an_ensemble(config: Config, teachers: int = 2) -> Ensemble:
     uploads = [an_upload(config, client, 10 + 5 * client) for client in range(teachers)]
     return Ensemble.of(uploads, config.model, config.ensemble)
@@ -149,8 +154,8 @@ def fused(
     lines: list[dict[str, Any]] | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Fused:
-    """By `config.method`, of two uploads of 10 and 30 images unless others are given; `lines` gets what is logged."""
-    of = uploads or [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    """By `config.method`, of `two_uploads` unless others are given; `lines` gets what is logged."""
+    of = uploads or two_uploads(config)
     log = [] if lines is None else lines
     job = Job(of, config, torch.device("cpu"), lambda **values: log.append(values), stopwatch or Stopwatch())
     return methods.fuse(job)
