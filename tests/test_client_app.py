@@ -166,13 +166,6 @@ def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
     assert re.findall(r"`([a-z-]+)`", "".join(line.split("|")[1] for line in rows[0].splitlines()[2:-1])) == list(KEYS)
 
 
-def test_a_message_of_another_server_fails_cleanly() -> None:
-    grid = LocalGrid(client_app, 2)
-    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"lr": 0.1})})
-    (reply,) = grid.send_and_receive([Message(content, grid.node(0), "train")])
-    assert reply.error.reason.startswith("the server runs other code (which it does not tell) than this client")
-
-
 SERVER: dict[str, Any] = {
     "out-dir": "/srv/secret-out",
     "resume-from": "/srv/secret-run",

@@ -196,12 +196,6 @@ def test_nodes_that_contradict_each_other_are_refused_by_name(changes: dict[str,
         meet(grid, quick())
 
 
-def test_other_code_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client_app.app.core", lambda: "0123456789ab")
-    with pytest.raises(RunError, match=r"other code \(.*than this client \(0123456789ab\); restart the SuperLink"):
-        meet(LocalGrid(client_app, 2), quick())
-
-
 def absent(grid: LocalGrid, *clients: int) -> LocalGrid:
     for client in clients:
         del grid.contexts[grid.node(client)]

@@ -296,15 +296,6 @@ def test_with_a_quorum_a_gap_stays_a_gap(averaged: Seen, on_clients: Seen, tmp_p
     assert [list(upload.class_counts) for upload in uploads] == [by_client[-1][0], by_client[-1][2]]
 
 
-def test_one_upload_is_average_ensemble_and_local_at_once(averaged: Seen, tmp_path: Path) -> None:
-    for method in ("fedavg", "ensemble"):
-        run = without_upload(averaged.run, tmp_path / method, method=method, **{"flower.quorum": 0.3})
-        run.upload_paths()[2].unlink()
-        accuracy = pipeline.serve(run).result["accuracy"]
-        assert accuracy["local"][1:] == [None, None]
-        assert accuracy["student"] == accuracy["fedavg"] == accuracy["ensemble"] == accuracy["local"][0]
-
-
 def test_a_method_without_one_model_writes_none(tmp_path: Path) -> None:
     run = a_run(tmp_path, None, method="ensemble")
     assert run.path.name.startswith("ensemble-0-")  # the name of a run without one

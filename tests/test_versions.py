@@ -48,18 +48,6 @@ def test_an_app_under_an_older_flower_says_so_before_it_imports_from_it() -> Non
 Change = Callable[[Message], Message]
 
 
-class OtherCards(LocalGrid):
-    """Client 1 says something else of itself, as another version of the app might."""
-
-    def __init__(self, change: Change) -> None:
-        super().__init__(client_app, 3)
-        self.change = change
-
-    def pull_messages(self, message_ids: Any) -> list[Message]:
-        replies = super().pull_messages(message_ids)
-        return [self.change(r) if r.metadata.src_node_id == self.node(1) else r for r in replies]
-
-
 def says(where: str, **changes: Any) -> Change:
     """Something else in this record; None: nothing."""
 
@@ -103,7 +91,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_server_refuses_before_anybody_trains(name: str) -> None:
     change, line = OTHERS[name]
-    grid = OtherCards(change)
+    grid = LocalGrid(client_app, 3, cards=lambda reply, client: [change(reply) if client == 1 else reply])
     with pytest.raises(RunError, match=line) as refused:
         meet(grid, Config.from_flat(TINY))
     assert "\n" not in str(refused.value)
@@ -113,13 +101,12 @@ def test_the_server_refuses_before_anybody_trains(name: str) -> None:
 @pytest.mark.parametrize("kind", ["query.describe", "train", "evaluate"])
 def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_settings(kind: str) -> None:
     grid = LocalGrid(client_app, 2)
-    told = dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
-    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord(told)})
-    (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
-    assert complaint(reply) == (
-        f"the server runs other code (0123456789ab) than this client ({core()}); restart the SuperLink and its "
-        "SuperNodes from one checkout"
-    )
+    other = dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
+    for told, code in ((other, "0123456789ab"), ({"lr": 0.1}, "which it does not tell")):
+        content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord(told)})
+        (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
+        fix = "restart the SuperLink and its SuperNodes from one checkout"
+        assert complaint(reply) == f"the server runs other code ({code}) than this client ({core()}); {fix}"
 
 
 @pytest.fixture(scope="module")
