@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import as_before
+from tiny import ROOT, as_before
 
 from fedmitr_flwr import cli, judge, pipeline
 from fedmitr_flwr.bench import command
@@ -36,8 +36,6 @@ from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 from fedmitr_flwr.uploads.upload import size
-
-ROOT = Path(__file__).parents[1]
 
 SMALL = """
 [settings]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import as_before
+from tiny import ROOT, as_before
 
 from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
@@ -22,7 +22,6 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 
-ROOT = Path(__file__).parents[1]
 Call = tuple[object, ...]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import an_upload, fused, same, settings
+from tiny import ROOT, an_upload, fused, same, settings
 
 from fedmitr_flwr import methods, pipeline
 from fedmitr_flwr.common.errors import ConfigError
@@ -21,7 +21,6 @@ from fedmitr_flwr.config.text import flatten, keys_like, located, parse_assignme
 from fedmitr_flwr.config.unread import unread_line
 from server_app import builtin
 
-ROOT = Path(__file__).parent.parent
 DEFAULTS = Config().to_flat()
 
 text = st.text(st.characters(codec="utf-8"))  # any that can be in a file: no lone surrogates

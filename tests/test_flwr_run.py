@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from local_grid import TINY
-from tiny import as_before, timeless
+from tiny import ROOT, as_before, timeless
 
 import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
@@ -25,7 +25,6 @@ from scripts.processes import command_of, marked, of_sessions, session_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 MARK = "FEDMITR_TEST"
 PATIENCE = 900.0  # seconds for one step on a machine that is busy with other things
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, same, settings
+from tiny import CPU, a_vit, an_upload, same, settings
 
 from client_app.ledger import Ledger
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.uploads import cache as kept
 from fedmitr_flwr.uploads.upload import Upload
-
-CPU = torch.device("cpu")
 
 
 def equal(one: Upload, other: Upload) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import a_vit, an_upload, same, settings, small
+from tiny import CPU, a_vit, an_upload, same, settings, small
 from torch import Tensor, nn
 
 from fedmitr_flwr.client.losses import label_loss
@@ -24,7 +24,6 @@ from fedmitr_flwr.vit.optim import Stepper, client_stepper
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
 
 pytestmark = pytest.mark.usefixtures("plain_steps")
-CPU = torch.device("cpu")
 every = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from test_layout import a_table, folders, parquet
-from tiny import an_upload, draw, same, settings, timeless
+from tiny import CPU, an_upload, draw, same, settings, timeless
 
 from fedmitr_flwr import judge, pipeline
 from fedmitr_flwr.common.errors import ConfigError, RunError, UserError
@@ -34,7 +34,6 @@ from fedmitr_flwr.uploads.upload import size
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
 Log, Patch, Seen = pytest.LogCaptureFixture, pytest.MonkeyPatch, SimpleNamespace
-CPU = torch.device("cpu")
 MODELS = ("model.safetensors", "pool.safetensors")
 UPLOADS = [f"uploads/client_00{client}.safetensors" for client in range(3)]
 

@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from local_grid import TINY, Federate, LocalGrid, complaint
 from timm.models.vision_transformer import VisionTransformer
-from tiny import a_vit, same, settings, small
+from tiny import CPU, a_vit, same, settings, small
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
@@ -31,7 +31,6 @@ from server_app.records import order
 
 pytest.importorskip("opacus", reason="an optional library")
 pytestmark = pytest.mark.usefixtures("plain_steps")
-CPU = torch.device("cpu")
 ALONE: dict[str, object] = {"local.outliers": 0.0}  # what privacy.epsilon asks for
 
 

@@ -20,7 +20,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import an_upload, as_before, settings
+from tiny import ROOT, an_upload, as_before, settings
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
@@ -29,7 +29,6 @@ from fedmitr_flwr.config.earlier import RENAMED, RETIRED
 from fedmitr_flwr.config.text import parse_assignment
 from fedmitr_flwr.methods.contract import Job
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny import Sgd, fused, same, settings, small, some_images
+from tiny import CPU, Sgd, fused, same, settings, small, some_images
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.central import everybodys, train_centrally
@@ -34,8 +34,6 @@ from fedmitr_flwr.statistics import heads
 from fedmitr_flwr.statistics.moments import frozen_features
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
-
-CPU = torch.device("cpu")
 
 
 def with_statistics(**changes: Any) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import a_vit, an_upload, same, settings, small
+from tiny import CPU, a_vit, an_upload, same, settings, small
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -26,7 +26,6 @@ from fedmitr_flwr.vit.build import initial_weights, vit_of
 from fedmitr_flwr.vit.tokens import patchify
 
 CONFIG, SENT = settings(), settings(**{"upload.extras": "moments", "upload.dtype": "float16"})
-CPU = torch.device("cpu")
 LAYERS = ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"]
 QKV = "inputs/blocks.0.attn.qkv"
 RNG = np.random.default_rng(0)

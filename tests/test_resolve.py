@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny import a_vit, settings
+from tiny import ROOT, a_vit, settings
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.client.train import train_local
@@ -24,7 +24,6 @@ from fedmitr_flwr.vit.build import TOLERANCE, token_difference
 from server_app.checks import prepared
 from server_app.records import order
 
-ROOT = Path(__file__).parents[1]
 TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary
 
 

@@ -24,6 +24,8 @@ from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
 from fedmitr_flwr.vit.optim import Stepper
 
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 _TINY: dict[str, object] = {
     "method": "fedmitr",
     "device": "cpu",
