@@ -123,8 +123,8 @@ def test_a_timm_name_weights_and_a_folder_are_enough(tmp_path: Path) -> None:
     run = pipeline.run(Config.from_flat(flat | short), "run")
     assert sizes(Config.from_file(run.path / "config.toml").model) == (160, 16, 3, 2)
     assert run.read_result()["config"]["model.img-size"] == 160
-    about = json.loads(run.model_arguments_path.read_text())
-    assert about["pretrained_cfg_overlay"]["mean"] == [0.5, 0.5, 0.5]
+    about = json.loads(run.model_config_path.read_text())
+    assert (about["pretrained_cfg"]["mean"], about["label_names"]) == ([0.5] * 3, ["cat", "dog"])
 
 
 def test_a_model_that_answers_otherwise_by_patches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
