@@ -124,7 +124,7 @@ def test_a_timm_name_weights_and_a_folder_are_enough(tmp_path: Path) -> None:
     assert sizes(Config.from_file(run.path / "config.toml").model) == (160, 16, 3, 2)
     assert run.read_result()["config"]["model.img-size"] == 160
     about = json.loads(run.model_config_path.read_text())
-    assert (about["pretrained_cfg"]["mean"], about["label_names"]) == ([0.5] * 3, ["cat", "dog"])
+    assert (about["pretrained_cfg"]["mean"], about["label_names"]) == ([0.5] * 3, ["class0", "class1"])
 
 
 def test_a_model_that_answers_otherwise_by_patches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

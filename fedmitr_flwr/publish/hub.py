@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..runs.folder import RunFolder
-from ..vit.build import timm_arguments
+from ..vit.build import timm_arguments, without_numbers
 from .card import card
 
 
@@ -34,12 +34,13 @@ def timm_config(model: ModelConfig, classes: Sequence[str]) -> dict[str, Any]:
     """
     arguments = timm_arguments(model)
     architecture, shown = arguments.pop("model_name"), arguments.pop("pretrained_cfg_overlay")
-    stem = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    fixed = without_numbers(model).patch_embed.strict_img_size
+    parts = {"first_conv": "patch_embed.proj", "classifier": "head"}
     return {
         "architecture": architecture.partition(".")[0],
         "num_classes": model.num_classes,
         "global_pool": "token",
         "label_names": list(classes),
         "model_args": arguments,
-        "pretrained_cfg": {**shown, "num_classes": model.num_classes, "fixed_input_size": True, **stem},
+        "pretrained_cfg": {**shown, "num_classes": model.num_classes, "fixed_input_size": fixed, **parts},
     }
