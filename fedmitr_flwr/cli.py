@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
   fedmitr central ~/fedmitr-runs/first
   fedmitr report ~/fedmitr-runs/first
+  fedmitr predict ~/fedmitr-runs/first image.png folder/
   fedmitr bench configs/bench/smoke.toml
 """
 
@@ -56,7 +57,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
+        dest="command", required=True, metavar="run | fuse | central | bench | report | predict | methods"
     )
     add = partial(commands.add_parser, allow_abbrev=False)
     run = add("run", help="local training and server phase in this process")
@@ -64,10 +65,13 @@ def _parser() -> _Parser:
     central = add("central", help="one model on all of a run's images, to compare")
     bench = add("bench", help="a grid of runs from one file, with tables and figures")
     report = add("report", help="one page, report.html, of a run")
+    predict = add("predict", help="the classes of image files, by the model of a run")
     add("methods", help="list the methods")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    for command in (fuse, central, report):
+    for command in (fuse, central, report, predict):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
+    predict.add_argument("--top", type=int, default=1, metavar="N", help="so many classes, best first (default: 1)")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
     bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
@@ -150,6 +154,14 @@ def _report_page(arguments: argparse.Namespace) -> None:
     print(write_page(arguments.run))
 
 
+def _predict(arguments: argparse.Namespace) -> None:
+    from .publish.predict import predictions
+    from .runs.folder import RunFolder
+
+    for line in predictions(RunFolder.open(arguments.run), arguments.images, arguments.top):
+        print(line)
+
+
 def _methods(_: argparse.Namespace) -> None:
     from . import methods
 
@@ -187,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
-        **{"bench": _bench, "report": _report_page},
+        **{"bench": _bench, "report": _report_page, "predict": _predict},
     }
     command = ""
     try:

@@ -116,8 +116,8 @@ def on_clients(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def test_every_file_is_there_and_the_result_says_what_was_measured_and_what_it_cost(done: RunFolder) -> None:
     names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
-    files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png", "model.json"}
-    assert names == {*files, *MODELS, "uploads/.start.sha256", *UPLOADS}
+    files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png", "config.json"}
+    assert names == {*files, "README.md", *MODELS, "uploads/.start.sha256", *UPLOADS}
     assert Config.from_file(done.path / "config.toml") == done.config
     tensors, _ = load_tensors(done.pool_path)
     assert tensors["images"].shape == (10, 1, 8, 8)
@@ -150,7 +150,7 @@ def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
     uploads = done.load_uploads()
 
     def scores(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        vit = timm.create_model(**json.loads(done.model_arguments_path.read_text())).eval()
+        vit = timm.create_model(f"local-dir:{done.path}").eval()
         vit.load_state_dict(weights)
         with torch.no_grad():
             return vit(prepare(test.pixels, done.config.model))

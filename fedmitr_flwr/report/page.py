@@ -19,7 +19,7 @@ from ..config.text import toml_value
 from ..runs.folder import RunFolder
 from .charts import accuracies, as_svg, confusion, curves
 from .figures import save_partition
-from .words import data_set, model, skew
+from .words import data_set, evaluated, model, skew
 
 Rows = list[tuple[str, ...]]
 
@@ -119,7 +119,7 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         "title": printable(f"{result['method']} on {data_set(config)}"),
         "about": f"{result['clients']} clients, {skew(config)}, seed {result['seed']}, {model(config)}",
         "numbers": numbers,
-        "evaluated": _evaluated(result.get("evaluated_on")),
+        "evaluated": evaluated(result.get("evaluated_on")),
         "recall": [(printable(name), _percent(value)) for name, value in accuracy["per_class"].items()],
         "clients": _client_costs(result),
         "server": _server_costs(result),
@@ -131,14 +131,6 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _evaluated(on: Mapping[str, Any] | None) -> str:
-    if not on:
-        return "No evaluation is recorded."
-    if on["where"] == "clients":
-        return f"On {on['images']} images that the clients held out."
-    return f"On {on['images']} {on['split']} images of the server, after the last epoch."
 
 
 def _client_costs(result: Mapping[str, Any]) -> Rows:
