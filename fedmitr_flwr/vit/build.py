@@ -44,8 +44,8 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
     shown = {"pretrained_cfg_overlay": {**prepared, "mean": mean, "std": std}}
     if model.name == SMALL:
         small = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
-        return {"model_name": "vit_tiny_patch16_224", **shape, **small, **shown}
-    return {"model_name": model.name, **shape, **shown}
+        return {"model_name": "vit_tiny_patch16_224", **shape, **small, **model.arguments, **shown}
+    return {"model_name": model.name, **shape, **model.arguments, **shown}
 
 
 def build_vit(model: ModelConfig, seed: int = 0) -> VisionTransformer:

@@ -1,0 +1,247 @@
+"""The server phase on models that lie in memory or in files: without a run folder, and without any data.
+
+Shapes: K models, M synthetic images of C channels and S x S pixels, n test images, Y classes.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from .. import methods
+from ..common.compute import resolve_device, threads
+from ..common.errors import ConfigError, DataError
+from ..common.rng import stream
+from ..config import Config
+from ..data.images import Images
+from ..distillation import distil as distillation
+from ..distillation.start import settle, start_student
+from ..inversion.pool import Pool, join
+from ..inversion.scout import quick_images
+from ..merging import average as merging
+from ..methods.contract import DIVERGED, Fused, Job
+from ..methods.fedmitr import synthesise
+from ..methods.rounds import balanced_targets
+from ..runs.evaluation import BATCH, Evaluation, graded, scores_of
+from ..runs.result import accuracy_table
+from ..uploads.gate import require_finite
+from ..vit.build import Weights, build_vit, timm_arguments, vit_of
+from .members import Model, members
+from .together import Ensemble
+
+log = logging.getLogger("fedmitr")
+
+PER_CLASS = 4  # quick images on which it is seen whether patch tokens name classes
+AGREEING = 0.35  # share of patch tokens that name their image's class, below which they were never trained to
+
+Test = tuple[Tensor, Tensor]  # images (n, C, H, W), uint8 or else normalised and of the model's size; labels (n,)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fuse` has made."""
+
+    fused: Fused
+    config: Config  # every setting that it was made with
+    history: list[dict[str, Any]] = field(repr=False)  # what each stage reported, in order
+    accuracy: dict[str, Any] | None = None  # in percent, of the test images, as in result.json; None: there were none
+
+    @property
+    def student(self) -> VisionTransformer:
+        """The global model, as a network of timm.
+
+        Raises:
+            ConfigError: the method keeps several models; `fused.predict` asks them.
+        """
+        if self.fused.weights is None:
+            raise ConfigError(f"method = {self.config.method!r} makes no single model; use result.fused.predict")
+        return network(self.config, self.fused.weights)
+
+    @property
+    def images(self) -> Pool | None:
+        """The synthetic images, where the method makes some."""
+        return self.fused.pool
+
+    def table(self) -> str:
+        """One row per model, with its accuracy."""
+        if self.accuracy is None:
+            raise ConfigError("there is no accuracy; give fuse(..., test=(images, labels))")
+        return accuracy_table({"method": self.config.method, "accuracy": self.accuracy})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
+        timm.models.save_for_hf(self.student, str(folder), model_args=self._arguments(), safe_serialization=True)
+        return Path(folder)
+
+    def push_to_hub(self, name: str, **options: Any) -> None:
+        """Upload the same to the Hugging Face Hub, as `timm.models.push_to_hf_hub` does."""
+        timm.models.push_to_hf_hub(self.student, name, model_args=self._arguments(), **options)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Of `timm.create_model`, beside what its own configuration says."""
+        apart = ("model_name", "pretrained_cfg_overlay", "num_classes")
+        return {key: value for key, value in timm_arguments(self.config.model).items() if key not in apart}
+
+
+def fuse(
+    models: Sequence[Model],
+    *,
+    method: str = "fedmitr",
+    start: Model | None = None,
+    test: Test | None = None,
+    **given: Any,
+) -> Result:
+    """Fuse models that anybody has trained into one, without data.
+
+    Args:
+        models: networks of timm, their state dicts, or paths of safetensors files; one architecture, the same classes.
+        method: as `fedmitr methods` lists them, or the path of a file.
+        start: what the models were trained from, for methods that merge differences from it (`wudi`, `ties`, ...).
+        test: images and labels, to know how good the result is; nothing is chosen by them.
+        given: as `Ensemble` has it.
+
+    Raises:
+        ModelError, ConfigError: as `Ensemble`; or the method needs what there is not.
+        RunError: the student diverged.
+    """
+    ensemble = Ensemble(models, **given)
+    config = Config.from_flat({"method": method}, base=ensemble.config)
+    methods.check(config, len(ensemble.uploads))
+    first = None if start is None else dict(members([start], config.model.name, config.model.arguments)[1][0].weights)
+    history: list[dict[str, Any]] = []
+    with threads(config.threads):
+        unread = tuple(methods.unread(config))
+        if (
+            config.relabel.mode == "tokens"
+            and not "relabel.mode".startswith(unread)
+            and "relabel.mode" not in (given.get("settings") or {})
+        ):
+            config = _without_vain_labels(ensemble, config)
+        job = Job(
+            ensemble.uploads,
+            methods.in_force(config),
+            ensemble.device,
+            lambda **values: history.append(values),
+            origin=partial(_unknown_start, method) if first is None else lambda: first,
+        )
+        fused = methods.fuse(job)
+        if fused.weights is not None:
+            require_finite(fused.weights, DIVERGED, "the student")
+        accuracy = None if test is None else _accuracy(ensemble, fused, config, test)
+    return Result(fused, job.config, history, accuracy)
+
+
+def average(models: Sequence[Model], **given: Any) -> VisionTransformer:
+    """The mean of the models' weights by their sizes: one-round FedAvg. Arguments as `Ensemble` has them."""
+    ensemble = Ensemble(models, **given)
+    return network(ensemble.config, merging.average(ensemble.uploads))
+
+
+def invert(ensemble: Ensemble, targets: Tensor | None = None) -> Pool:
+    """Synthetic images of the classes `targets` (M,), by the ensemble's settings `inversion.*`.
+
+    None: `distill.images-per-round` images, all classes equally often but for a remainder.
+    """
+    config = ensemble.config
+    if targets is None:
+        targets = balanced_targets(config, stream(config.seed, "targets", 0))
+    if targets.dim() != 1 or not 0 <= int(targets.min()) <= int(targets.max()) < config.model.num_classes:
+        raise DataError(f"targets must be classes from 0 to {config.model.num_classes - 1}, of shape (M,)")
+    pools = []
+    with threads(config.threads):
+        for number, chunk in enumerate(targets.split(config.inversion.batch_size)):
+            rng = stream(config.seed, "inversion", 0, number)
+            pools.append(synthesise(ensemble.weigher.ensemble, config, chunk, rng, lambda *_: None))
+    return join(pools)
+
+
+def distil(ensemble: Ensemble, images: Pool, start: Model | None = None) -> VisionTransformer:
+    """One network that has learned from the ensemble on these images, for `distill.epochs-per-round` epochs.
+
+    It starts from `start`; None: as `distill.init` says.
+    """
+    config = Config.from_flat({"distill.rounds": 1}, base=ensemble.config)
+    teachers, wait = ensemble.weigher.ensemble, config.distill.start_needs_images and start is None
+    student = start_student(ensemble.uploads, config)
+    if start is not None:
+        student.load_state_dict(members([start], config.model.name)[1][0].weights)
+    student.to(ensemble.device)
+    with threads(config.threads):
+        if wait:
+            settle(student, teachers, images, config)
+        stepper = distillation.student_stepper(student, config, distillation.count_batches(len(images), config))
+        distillation.distil(student, teachers, images, config, stepper, stream(config.seed, "distillation", 0))
+    require_finite(student.state_dict(), DIVERGED, "the student")
+    return student.eval()
+
+
+def network(config: Config, weights: Mapping[str, Tensor]) -> VisionTransformer:
+    """A network of its own on the CPU, which may be trained."""
+    vit = build_vit(config.model)
+    vit.load_state_dict(dict(weights))
+    return vit
+
+
+def _unknown_start(method: str) -> Weights:
+    raise ConfigError(
+        f"method = {method!r} merges differences from the weights that the models were trained from; give start=, or "
+        "--start FILE"
+    )
+
+
+def _without_vain_labels(ensemble: Ensemble, config: Config) -> Config:
+    """With `relabel.mode = none` where patch tokens were never trained to name a class: their labels would be noise."""
+    pool = quick_images(ensemble.weigher.ensemble, config, PER_CLASS, stream(config.seed, "agreement"))
+    said = ensemble.weigher.ensemble.scores(pool.patches, pool.positions)
+    agree = (said.patches.argmax(-1) == said.cls.argmax(-1)[:, None]).float().mean().item()
+    if agree >= AGREEING:
+        return config
+    log.warning(
+        "relabel.mode = none: %.0f %% of the patch tokens agree with the class token, so they were not trained to; "
+        "train with a loss on patch tokens (docs/fedmitr.md), or set relabel.mode",
+        100 * agree,
+    )
+    return Config.from_flat({"relabel.mode": "none"}, base=config)
+
+
+def _accuracy(ensemble: Ensemble, fused: Fused, config: Config, test: Test) -> dict[str, Any]:
+    """As in result.json, in percent."""
+    graded_by = partial(_graded, config, test)
+    device, uploads, model = ensemble.device, ensemble.uploads, config.model
+    student = graded_by(fused.predict.to(device).eval())
+    return {
+        "student": student.accuracy,
+        "fedavg": graded_by(network(config, merging.average(uploads)).to(device)).accuracy,
+        "ensemble": graded_by(fused.ensemble or ensemble.weigher.ensemble).accuracy,
+        "local": [graded_by(vit_of(model, upload.weights).to(device)).accuracy for upload in uploads],
+        "per_class": {str(number): recall for number, recall in enumerate(student.per_class)},
+    }
+
+
+def _graded(config: Config, test: Test, predict: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Images that are no bytes are what the model takes: normalised, and of its size."""
+    images, labels = test[0], test[1].long().cpu()
+    model, device = config.model, resolve_device(config.device)
+    if (
+        len(images) != len(labels)
+        or images.dim() != 4
+        or not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes
+    ):
+        raise DataError(
+            f"test: images {tuple(images.shape)} and labels {tuple(labels.shape)}; give images (n, C, H, W) and as "
+            f"many labels from 0 to {model.num_classes - 1}"
+        )
+    if images.dtype == torch.uint8:
+        return graded(scores_of(predict, Images(images, labels), model, device), labels, model.num_classes)
+    if tuple(images.shape[1:]) != (wanted := (model.in_chans, model.img_size, model.img_size)):
+        raise DataError(f"test: images (n, *{tuple(images.shape[1:])}), but the model takes {wanted}; or give uint8")
+    with torch.no_grad():
+        scores_nY = torch.cat([predict(batch.to(device)).float().cpu() for batch in images.split(BATCH)])
+    return graded(scores_nY, labels, model.num_classes)
