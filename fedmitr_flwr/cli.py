@@ -56,11 +56,12 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
+        dest="command", required=True, metavar="run | fuse | merge | central | bench | report | methods"
     )
     add = partial(commands.add_parser, allow_abbrev=False)
     run = add("run", help="local training and server phase in this process")
     fuse = add("fuse", help="the server phase again, on a run's saved uploads")
+    merge = add("merge", help="fuse files of weights that were trained elsewhere")
     central = add("central", help="one model on all of a run's images, to compare")
     bench = add("bench", help="a grid of runs from one file, with tables and figures")
     report = add("report", help="one page, report.html, of a run")
@@ -69,6 +70,16 @@ def _parser() -> _Parser:
     for command in (fuse, central, report):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
+    merge.add_argument("settings", nargs="*", metavar="FILE | key=value", help="safetensors files; settings")
+    merge.add_argument("--model", required=True, metavar="NAME", help="timm's, of all files")
+    merge.add_argument(
+        "--kwargs", default="", help="what else timm is to be told, such as 'num_heads=3 | qk_norm=True'"
+    )
+    merge.add_argument("--method", default="fedmitr", metavar="NAME", help="see `fedmitr methods`")
+    merge.add_argument("--sizes", metavar="N,N,...", help="training images of each file's model (default: all alike)")
+    merge.add_argument("--start", type=Path, metavar="FILE", help="what all were trained from, for wudi, ties, ...")
+    merge.add_argument("--test", type=Path, metavar="DIR", help="images to say how good the result is, as data.path")
+    merge.add_argument("--out", type=Path, default=Path("merged"), metavar="DIR", help="of the model (default: merged)")
     bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
     bench.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: ~/fedmitr-runs/bench-<name>)")
@@ -129,6 +140,13 @@ def _fuse(arguments: argparse.Namespace) -> None:
     _report(pipeline.fuse(run, method, overrides))
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    from .library.command import merge
+
+    given = {key: getattr(arguments, key) for key in ("method", "kwargs", "sizes", "start", "test", "out")}
+    print(f"\n{merge(arguments.settings, arguments.model, **given)}")
+
+
 def _central(arguments: argparse.Namespace) -> None:
     from .central import train_centrally
     from .runs.folder import RunFolder
@@ -186,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = _MadeFolder()
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
-        **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
+        **{"run": _run, "fuse": _fuse, "merge": _merge, "central": _central, "methods": _methods},
         **{"bench": _bench, "report": _report_page},
     }
     command = ""

@@ -45,7 +45,7 @@ class Run:
 
     def images(self) -> dict[str, Tensor]:
         """The synthetic images (M, C, S, S), normalised, and what is known of each; empty where there are none."""
-        path = self._folder.path / "synthetic.safetensors"
+        path = self._folder.pool_path
         return load_tensors(path)[0] if path.exists() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
