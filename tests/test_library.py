@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 import fedmitr_flwr
 from fedmitr_flwr import Ensemble, Run, average, distil, fuse, invert, pipeline
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, UploadError
+from fedmitr_flwr.config import ModelConfig
 from fedmitr_flwr.library import fusion
 from fedmitr_flwr.library.members import members
-from fedmitr_flwr.vit.build import vit_of
+from fedmitr_flwr.vit.build import timm_arguments, vit_of
+from fedmitr_flwr.vit.names import channel_statistics
 from tests.tiny import settings as tiny
 
 FEW: dict[str, Any] = {
@@ -67,6 +68,19 @@ def test_a_network_of_timm_is_built_again_from_what_it_tells(name: str, kwargs: 
     assert_close(again(images), own(images))
 
 
+def test_pixels_are_normalised_as_the_network_says() -> None:
+    config, _ = members([vit(in_chans=3)])
+    assert (channel_statistics(config), "mean" in config.kwargs) == (((0.5,) * 3, (0.5,) * 3), False)
+    other = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    config, _ = members([vit(in_chans=3, pretrained_cfg_overlay=other)])
+    assert channel_statistics(config) == (other["mean"], other["std"])
+    assert timm_arguments(config)["pretrained_cfg_overlay"]["mean"] == [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match=r"use mean=\(...\) \| std=\(...\), 1 decimals in each"):
+        channel_statistics(ModelConfig(in_chans=1, kwargs="mean=(0.5,)"))
+    with pytest.raises(ConfigError, match=r"model.kwargs = 'img_size=8' is not possible; use name=value"):
+        ModelConfig(kwargs="img_size=8")
+
+
 def test_what_cannot_be_fused_is_refused_by_the_models_name(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file(vit(num_classes=4).state_dict(), path)
@@ -80,7 +94,7 @@ def test_what_cannot_be_fused_is_refused_by_the_models_name(tmp_path: Path) -> N
         members([vit(), vit().state_dict() | {"head.bias": torch.full((3,), torch.nan)}])
     with pytest.raises(ModelError, match="does not answer as the given one"):
         members([vit(act_layer="relu")])
-    with pytest.raises(ModelError, match="is a VisionTransformerDistilled, no plain vision transformer"):
+    with pytest.raises(ModelError, match="is or has a VisionTransformerDistilled; use a plain ViT"):
         members([timm.create_model("deit_tiny_distilled_patch16_224", depth=1)])
     with pytest.raises(ModelError, match=r"model 0: blocks\.0\.mlp\.fc1\.weight is missing"):
         members(
@@ -131,16 +145,13 @@ def drawn(module: nn.Module) -> None:
 
 def test_a_run_s_uploads_give_the_run_s_bits_again(tmp_path: Path) -> None:
     """The same architecture by another name, and no folder: the same student, images and reports."""
-    config = tiny(**{"out-dir": str(tmp_path), "ensemble.weights": "estimated"})
+    config = tiny(**{"out-dir": str(tmp_path)})
     run = Run(pipeline.run(config, "first").path)
-    uploads = run._folder.load_uploads()
     settings = {key: value for key, value in config.to_flat().items() if key.startswith(("ensemble.", "inversion."))}
     settings |= {key: value for key, value in config.to_flat().items() if key.startswith(("distill.", "relabel."))}
     result = fuse(
         run.uploads(),
-        model="vit_tiny_patch16_224",
-        kwargs={"num_heads": config.model.heads},
-        sizes=[upload.num_examples for upload in uploads],
+        sizes=run.sizes,
         seed=config.seed,
         device="cpu",
         settings={**settings, "threads": 1, "data.flip": "false"},
@@ -198,20 +209,18 @@ def test_labels_of_patch_tokens_that_were_never_trained_are_left_out(
     assert mode(-1.0, **{"relabel.mode": "tokens"}) == "tokens"  # it was asked for
 
 
-def test_images_are_of_the_classes_asked_and_a_student_learns_from_them() -> None:
-    ensemble = Ensemble([vit(seed).apply(drawn) for seed in range(2)], settings=FEW | {"distill.epochs-per-round": 40})
-    assert_close(ensemble.weights.sum(0), torch.ones(3))
-    targets = torch.tensor([2, 0, 2])
-    images = invert(ensemble, targets)
-    assert torch.equal(images.targets.cpu(), targets)
-    assert torch.equal(images.images, invert(ensemble, targets).images)  # same seed, same bits
-
-    def apart(student: nn.Module) -> float:  # from the ensemble's answers
-        said, own = ensemble(images.images).cpu(), student(images.images.cpu())
-        return F.cross_entropy(own, said.softmax(-1)).item()
-
-    start = vit(7)
-    assert apart(distil(ensemble, images, start).cpu()) < apart(start)
+def test_the_parts_are_those_of_the_whole() -> None:
+    models, settings = [vit(seed) for seed in range(2)], FEW | {"ensemble.weights": "size"}
+    ensemble = Ensemble(models, sizes=[3, 1], settings=settings)
+    assert_close(ensemble.weights, torch.tensor([[0.75], [0.25]]).expand(2, 3))
+    whole, images = fuse(models, sizes=[3, 1], settings=settings), invert(ensemble)
+    assert whole.images is not None
+    assert torch.equal(whole.images.images, images.images)
+    own = distil(ensemble, images).state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in whole.student.state_dict().items())
+    from_other = distil(ensemble, images, models[1]).state_dict()
+    assert not torch.equal(from_other["head.weight"], own["head.weight"])
+    assert torch.equal(invert(ensemble, torch.tensor([2, 0, 2])).targets.cpu(), torch.tensor([2, 0, 2]))
     with pytest.raises(DataError, match="targets must be classes from 0 to 2"):
         invert(ensemble, torch.tensor([3]))
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..config import ModelConfig
 from ..config.limits import SEPARATOR
 from ..uploads.upload import Upload
 from ..vit.build import TOLERANCE, require_token_code, vit_of, without_numbers
-from ..vit.names import architecture, require_plain
+from ..vit.names import STATISTICS, architecture, channel_statistics, require_plain
 from ..vit.weights_file import read_weights, without_prefix
 
 Model = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -72,9 +73,9 @@ def label(model: Model, k: int) -> str:
 
 def described(model: Model, state: Mapping[str, Tensor], name: str | None, kwargs: dict[str, object]) -> ModelConfig:
     """The settings `model.*` with which timm builds this network: what its name, its weights and itself tell."""
+    given: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if isinstance(model, nn.Module):
         require_plain(model, type(model).__name__)
-        given: Any = getattr(model, "pretrained_cfg", None) or {}
         name = name or given.get("architecture") or PLAIN
         kwargs = _own(model) | kwargs
     if name is None:
@@ -88,14 +89,22 @@ def described(model: Model, state: Mapping[str, Tensor], name: str | None, kwarg
     channels, patch = state["patch_embed.proj.weight"].shape[1:3]
     prefix = 0 if kwargs.get("no_embed_class", usual.no_embed_class) else 1 + _registers(state)
     grid = round((state["pos_embed"].shape[1] - prefix) ** 0.5)
-    return ModelConfig(
+    config = ModelConfig(
         name=name,
         img_size=grid * patch,
         patch_size=patch,
         in_chans=channels,
         num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
-        kwargs=f" {SEPARATOR} ".join(f"{key}={value!r}" for key, value in sorted(differs.items())),
+        kwargs=_written(differs),
     )
+    pixels = {key: tuple(given[key]) for key in STATISTICS if len(given.get(key, ())) == channels}
+    if pixels and tuple(pixels.values()) != channel_statistics(config):
+        config = replace(config, kwargs=_written({**differs, **pixels}))
+    return config
+
+
+def _written(arguments: Mapping[str, object]) -> str:
+    return f" {SEPARATOR} ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
 
 
 def _registers(state: Mapping[str, Tensor]) -> int:

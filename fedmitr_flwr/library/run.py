@@ -12,7 +12,7 @@ from ..common.errors import RunError
 from ..common.files import load_tensors
 from ..config import Config
 from ..runs.folder import RunFolder
-from ..vit.build import Weights, build_vit
+from ..vit.build import build_vit, vit_of
 
 
 class Run:
@@ -39,9 +39,14 @@ class Run:
         vit.load_state_dict(load_tensors(self._folder.model_path)[0])
         return vit
 
-    def uploads(self) -> list[Weights]:
-        """Each client's weights, in order: `fuse(run.uploads(), model=..., sizes=...)` goes on from here."""
-        return [dict(upload.weights) for upload in self._folder.load_uploads()]
+    def uploads(self) -> list[VisionTransformer]:
+        """Each client's model, in order: `fuse(run.uploads(), sizes=run.sizes)` goes on from here."""
+        return [vit_of(self.config.model, upload.weights) for upload in self._folder.load_uploads()]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Each client's number of training images."""
+        return [upload.num_examples for upload in self._folder.load_uploads()]
 
     def images(self) -> dict[str, Tensor]:
         """The synthetic images (M, C, S, S), normalised, and what is known of each; empty where there are none."""
