@@ -110,10 +110,8 @@ def channel_statistics(model: ModelConfig) -> tuple[tuple[float, ...], tuple[flo
     """
     channels = model.in_chans
     if given := [model.arguments[name] for name in STATISTICS if name in model.arguments]:
-        each = [isinstance(one, tuple | list) and len(one) == channels for one in given]
-        check(
-            "model.kwargs", model.kwargs, each == [True, True], f"mean=(...) | std=(...) with {channels} numbers each"
-        )
+        fit = [isinstance(one, tuple | list) and [type(each) for each in one] == [float] * channels for one in given]
+        check("model.kwargs", model.kwargs, fit == [True, True], f"mean=(...) | std=(...), {channels} decimals in each")
         mean, std = (tuple(map(float, one)) for one in given)  # type: ignore[call-overload]
         return mean, std
     if model.name == SMALL:
