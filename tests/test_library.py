@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from tiny import settings as tiny
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -16,12 +18,13 @@ import fedmitr_flwr
 from fedmitr_flwr import Ensemble, Run, average, distil, fuse, invert, pipeline
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, UploadError
-from fedmitr_flwr.config import ModelConfig
+from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.library import fusion
 from fedmitr_flwr.library.members import members
+from fedmitr_flwr.resolve import resolve
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import timm_arguments, vit_of
 from fedmitr_flwr.vit.names import channel_statistics
-from tests.tiny import settings as tiny
 
 FEW: dict[str, Any] = {
     "threads": 1,
@@ -247,3 +250,35 @@ def test_the_package_says_what_it_offers() -> None:
     assert all(callable(getattr(fedmitr_flwr, name)) for name in fedmitr_flwr.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'fuze'"):
         fedmitr_flwr.fuze  # noqa: B018
+
+
+def test_init_writes_what_a_run_would_have_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16), (90 * label, 0, 9)).save(tmp_path / "photos" / split / name / "1.png")
+    file, photos = tmp_path / "photos.toml", str(tmp_path / "photos")
+    assert main(["init", photos, "-o", str(file), "partition.alpha=0.1"]) == 0
+    assert capsys.readouterr().out == f"{file} is written; look through it, then: fedmitr run -c {file}\n"
+    assert Config.from_file(file) == resolve(Config.from_flat({"data.path": photos, "partition.alpha": 0.1}))
+    assert file.read_text("utf-8").startswith("# 2 classes: cat, dog\n# 2 test images.")
+    for words, line in (([photos, "-o", str(file)], "File exists"), (["nowhere"], "there is no folder")):
+        assert main(["init", *words]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_config_lists_settings_and_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> list[str]:
+        assert main(["config", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert [line.split(" = ")[0] for line in said()] == list(Config().to_flat())
+    assert [line.split(" = ")[0] for line in said("partition")] == [
+        key for key in Config().to_flat() if key.startswith("partition.")
+    ]
+    assert said("seed") == ["seed = 0"]
+    assert all("halt" in line for line in said("--search", "HALT"))
+    runs = [RunFolder.create(Config.from_flat({"seed": seed, "out-dir": str(tmp_path)}), str(seed)) for seed in (1, 2)]
+    assert said("--diff", *(str(run.path) for run in runs)) == ["seed = 1 | 2"]
+    assert main(["config", "distil"]) == 2
+    assert "there is no setting or section 'distil'; " in capsys.readouterr().err

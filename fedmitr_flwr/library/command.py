@@ -1,11 +1,15 @@
-"""`fedmitr merge`: files of weights that were trained elsewhere become one model."""
+"""`fedmitr merge` and `fedmitr init`: from files of weights, or from a folder of images."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, printable
 from ..config import Config, ModelConfig
+from ..config.described import table
 from ..config.text import parse_assignment
+from ..data.shares import server_images
+from ..resolve import resolve
 from .fusion import fuse
 
 
@@ -41,3 +45,26 @@ def merge(
     result.save_pretrained(out)
     loading = f"timm.create_model('local-dir:{out}', pretrained=True)"
     return "\n\n".join([*([] if test is None else [result.table()]), f"model: {out}, for {loading}"])
+
+
+def init(folder: Path, settings: Mapping[str, object], out: Path) -> str:
+    """Write the settings of a run on the images of `folder`, with all that it was found to need; gives what to do next.
+
+    Raises:
+        UserError: the images cannot be read, a setting does not fit them, or `out` is there already.
+    """
+    place = str(folder.expanduser().absolute()) if folder.exists() else str(folder)
+    config = resolve(Config.from_flat({**settings, "data.path": place}))
+    images, classes = server_images(config)
+    usual = Config().to_flat()
+    found = {key: value for key, value in config.to_flat().items() if value != usual[key]}
+    lines = [
+        f"# {len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
+        f"# {len(images)} test images. All other settings have their defaults: `fedmitr config` lists them.",
+    ]
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write("\n".join([*map(printable, lines), *table(found)]) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out} ({error.strerror}); name another file with -o") from error
+    return f"{out} is written; look through it, then: fedmitr run -c {shlex.quote(str(out))}"
