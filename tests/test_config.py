@@ -148,7 +148,7 @@ def test_wrong_types_are_named_in_plain_words() -> None:
         ("local.lr", 10**400, "local.lr = inf is not a finite number"),
         ("data.path", "\udcff", r"data.path = '\udcff' is not valid Unicode text; rename what it names"),
         ("privacy", 3, "'privacy'; it is a section, whose settings are: privacy.epsilon, privacy.delta"),
-        ("zzz", 3, "'zzz'; the keys are listed in pyproject.toml"),
+        ("zzz", 3, "'zzz'; `fedmitr config` lists all keys"),
         ("ensemble.weights", "sise", "counts | estimated; did you mean size?"),
     ):
         assert message in refusal({key: value})
@@ -344,7 +344,7 @@ KEYS = {
     "data": "source path image-column label-column train-limit test-limit validation proxy flip classes "
     "unknown-classes",
     "partition": "scheme alpha classes-per-client min-size clients",
-    "model": "name img-size patch-size in-chans num-classes width depth weights",
+    "model": "name img-size patch-size in-chans num-classes width depth weights kwargs",
     "local": "epochs batch-size optimizer lr head-lr augment outliers threads",
     "upload": "dtype extras",
     "privacy": "epsilon delta clip",

@@ -1,11 +1,12 @@
 """The settings, section by section: each one's type, default and limits."""
 
+import ast
 import math
 import re
 from dataclasses import dataclass
 
 from ..common.errors import ConfigError
-from .limits import Section, check, nearest
+from .limits import SEPARATOR, Section, check, nearest
 
 REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
 ONE_SHOT = "oneshot"  # the strategy that is none of Flower's
@@ -87,8 +88,10 @@ class ModelConfig(Section):
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
+    kwargs: str = ""  # more of timm's arguments for the network, such as "reg_tokens=4 | mlp_ratio=2.0"
 
     def __post_init__(self) -> None:
+        _ = self.arguments
         self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
         self._at_least(1, "width", "depth")
         check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
@@ -96,6 +99,21 @@ class ModelConfig(Section):
         check("model.img-size", self.img_size, whole, f"a multiple of model.patch-size = {self.patch_size}")
         fits = self.width % HEAD_WIDTH == 0
         check("model.width", self.width, fits, f"a multiple of {HEAD_WIDTH}, the width of one attention head")
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Of `kwargs`, by name."""
+        found: dict[str, object] = {}
+        for word in filter(str.strip, self.kwargs.split(SEPARATOR)):
+            name, _, value = map(str.strip, word.partition("="))
+            other = {"img_size", "patch_size", "in_chans", "num_classes"}.intersection([name])
+            wanted = "name=value, several of them separated by |; sizes and classes are settings of their own"
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                check("model.kwargs", self.kwargs, False, wanted)
+            check("model.kwargs", self.kwargs, name.isidentifier() and not other, wanted)
+        return found
 
     @property
     def resolved(self) -> bool:
