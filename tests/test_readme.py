@@ -10,9 +10,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import reduce
+from functools import partial, reduce
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -20,8 +21,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import ROOT, an_upload, as_before, settings
+from tiny import ROOT, an_upload, as_before, same, settings
 
+import fedmitr_flwr
 from fedmitr_flwr import methods
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
@@ -83,6 +85,17 @@ def test_the_marked_commands_run(home: Path) -> None:
     assert there - {"central"} == {name.rstrip("/") for name in told} - {"refused", "work"}
     assert {path.name for path in (first / "fused").iterdir()} >= {"fedavg-1", "fedmitr-1"}
     assert (home / "fedmitr-runs" / "bench-smoke" / "table.md").exists()
+
+
+def test_the_library_runs_as_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((language, text),) = blocks("run: library")
+    run("fedmitr run --name first")
+    few = dict(parse_assignment(word, Config().to_flat()) for word in IMAGES)
+    monkeypatch.setattr(fedmitr_flwr, "fuse", partial(fedmitr_flwr.fuse, settings=few), raising=False)
+    found: dict[str, Any] = {}
+    exec(text, found)
+    loaded = timm.create_model(f"local-dir:{home / 'fused'}", pretrained=True)
+    assert (language, same(loaded.state_dict(), found["result"].student.state_dict())) == ("python", True)
 
 
 @pytest.mark.parametrize("mark", ["run: data", "run: pretrained"])
