@@ -169,13 +169,10 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(tmp_path: Path, monkeypatch
     assert cli.main(words) == 0
     assert len(slow.made) == 1  # only what had failed
     assert (list((out / "failed").iterdir()), len(load(out).entries)) == ([], 3)
-
-
-def test_a_bug_is_noted_with_its_traceback(tmp_path: Path) -> None:
     spec, store = tiny(tmp_path, ONE_PLACE)
-    with patch.object(pipeline, "train_client", side_effect=ZeroDivisionError("by hand")):
-        assert running.run(spec, store, no_flower).failed == 3
-    text = next((store.path / "failed").iterdir()).read_text()
+    monkeypatch.setattr(running, "make", Mock(side_effect=ZeroDivisionError("by hand")))
+    assert running.run(spec, replace(store, path=tmp_path / "bug"), no_flower).failed == 3
+    text = next((tmp_path / "bug" / "failed").iterdir()).read_text()
     assert re.match(r".*\nZeroDivisionError: by hand\n\nTraceback", text)
 
 
