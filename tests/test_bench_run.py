@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import ROOT, as_before
+from tiny import ROOT
 
 from fedmitr_flwr import cli, judge, pipeline
 from fedmitr_flwr.bench import command
@@ -53,11 +53,9 @@ Made = Callable[[], tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures, which take longer than all else."""
     monkeypatch.setattr(command, "draw", lambda *_: 0)
-    with as_before():
-        yield
 
 
 def a_bench(folder: Path, grid: str = GRID, top: str = "") -> Path:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from flwr.app import Error, Message, RecordDict
 from local_grid import TINY, Federate, Sites, complaint, named
-from tiny import timeless
+from tiny import contents
 
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
@@ -44,10 +44,6 @@ def federate(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> Federate:
     """With these clients."""
     monkeypatch.setattr(meeting, "LOOK", 0.02)
     return partial(federate, **OWN)
-
-
-def contents(folder: RunFolder) -> list[bytes]:
-    return [timeless(path) for path in [*folder.upload_paths().values(), folder.model_path]]
 
 
 @pytest.fixture(scope="module")
