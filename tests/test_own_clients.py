@@ -12,7 +12,7 @@ from tiny import contents
 
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.common.errors import DataError, UserError
+from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
@@ -208,8 +208,3 @@ def test_a_card_tells_of_trouble_what_an_error_would(folders: list[Path], monkey
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), "query.describe")])
     assert reply.content["name"]["name"] == "factory"
     assert complaint(reply) == "client factory: in <path> it is cut short"
-
-
-def test_own_images_need_flower() -> None:
-    with pytest.raises(UserError, match=r"partition\.scheme = 'own' is for Flower's SuperNodes"):
-        pipeline.run(Config.from_flat(OWN))
