@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import ROOT, as_before
+from tiny import ROOT
 
 from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
@@ -23,12 +23,6 @@ from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 
 Call = tuple[object, ...]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with as_before():
-        yield
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROOT, an_upload, fused, same, settings
 
-from fedmitr_flwr import methods, pipeline
+from fedmitr_flwr import methods
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
@@ -423,8 +423,3 @@ def test_what_is_said_to_be_unread_changes_no_bit(method: str, clients: int) -> 
     if read := {key: value for key, value in OTHERS.items() if key.startswith("distill.l") and key not in ignored}:
         assert method in ("adi", "dense")
         assert not same(weights(**read), plain)
-
-
-def test_a_strategy_of_flower_s_does_not_run_without_flower() -> None:
-    with pytest.raises(ConfigError, match=r"flower\.strategy = 'fedadam' runs in Flower only"):
-        pipeline.run(Config.from_flat({"flower.strategy": "fedadam"}))

@@ -84,6 +84,8 @@ def test_what_cannot_work_leaves_no_folder_and_trains_no_client(tmp_path: Path, 
         ({"partition.min-size": 200, "partition.clients": 2}, "need 400 images, but there are 60"),
         ({"partition.min-size": 70, "evaluate.where": "clients"}, "need 210 images, but there are 60"),
         ({"resume-from": "/absent"}, "is not a run folder"),
+        ({"flower.strategy": "fedadam"}, r"flower\.strategy = 'fedadam' runs in Flower only"),
+        ({"partition.scheme": "own", "data.train-limit": 0}, r"partition\.scheme = 'own' is for Flower's SuperNodes"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):

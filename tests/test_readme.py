@@ -9,7 +9,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial, reduce
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +18,9 @@ from urllib.parse import unquote
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import ROOT, an_upload, as_before, same, settings
+from test_resolve import folder
+from tiny import ROOT, an_upload, same, settings
 
 import fedmitr_flwr
 from fedmitr_flwr import methods
@@ -48,13 +47,12 @@ def blocks(mark: str, language: str = r"\w+") -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user with an empty home, in a folder with what the commands name of the checkout."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with as_before():
-        yield tmp_path
+    return tmp_path
 
 
 def run(text: str) -> None:
@@ -102,20 +100,11 @@ def test_the_library_runs_as_shown(home: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_commands_for_own_images_run(home: Path, mark: str) -> None:
     """On a folder of drawn images; weights come from a file, and at 32 px, since nothing is fetched here."""
     ((_, text),) = blocks(mark)
-    some_images(home / "path" / "to" / "images")
+    folder(home / "path" / "to" / "images", "RGB", (32, 32), each=12)
     if "model.weights=timm" in text:
         save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), "weights.safetensors")
         text = text.replace("model.weights=timm", "model.weights=weights.safetensors model.img-size=32")
     run(text)
-
-
-def some_images(folder: Path) -> None:
-    for split, count in (("train", 12), ("test", 2)):
-        for number, name in enumerate(("cat", "dog")):
-            (folder / split / name).mkdir(parents=True)
-            for image in range(count):
-                noise = torch.randint(100 * number, 100 + 100 * number, (32, 32, 3), dtype=torch.uint8)
-                Image.fromarray(noise.numpy()).save(folder / split / name / f"{image}.png")
 
 
 @pytest.mark.slow

@@ -59,8 +59,9 @@ def test_numbers_are_rounded_to_what_they_are_worth() -> None:
     assert a_result(per_class=None)["accuracy"]["worst_class"] is None
 
 
-def test_table() -> None:
-    assert accuracy_table(a_result()) == (
+def test_the_table_which_says_when_it_is_of_validation_images() -> None:
+    table = accuracy_table(a_result())
+    assert table == (
         "model                      accuracy %\n"
         "-------------------------------------\n"
         "client 0 alone                  45.00\n"
@@ -73,15 +74,11 @@ def test_table() -> None:
         "recall % of the student by class\n"
         "cat  33.33   dog      -"
     )
-
-
-def test_the_table_says_when_it_is_of_validation_images() -> None:
     of_test, of_validation = (on_server(DataConfig(validation=share), 287) for share in (0.0, 0.2))
     assert of_test == {"where": "server", "split": "test", "images": 287}
-    plain_table = accuracy_table(a_result())
-    assert accuracy_table(a_result(evaluated_on=of_test)) == plain_table
+    assert accuracy_table(a_result(evaluated_on=of_test)) == table
     said = "on 287 validation images; the test images were not read"
-    assert accuracy_table(a_result(evaluated_on=of_validation)) == f"{plain_table}\n\n{said}"
+    assert accuracy_table(a_result(evaluated_on=of_validation)) == f"{table}\n\n{said}"
 
 
 def test_what_is_not_known_is_a_dash_and_lines_stay_short() -> None:

@@ -15,6 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from local_grid import TINY, Federate, LocalGrid, Tamper, federate
+from tiny import contents, timeless
 
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
@@ -65,14 +66,6 @@ def failed(reply: Message) -> list[Message]:
     return [error]
 
 
-def bits(path: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_tensors(path)[0].items()}
-
-
-def all_bits(folder: RunFolder) -> list[dict[str, bytes]]:
-    return [bits(path) for path in [*folder.upload_paths().values(), folder.model_path]]
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The run of three clients to which nothing happens."""
@@ -92,7 +85,7 @@ def test_flower_gives_the_straight_line_s_bits(federate: Federate, tmp_path: Pat
     assert grid.clients_asked("evaluate") == [0, 1, 2, 3] * (changes == AT_CLIENTS)
     settings = TINY | changes | {"method": method, "partition.clients": 4, "out-dir": str(tmp_path / "line")}
     straight = pipeline.run(Config.from_flat(settings), "line")
-    assert all_bits(flower) == all_bits(straight)
+    assert contents(flower) == contents(straight)
     ours, theirs = flower.read_result(), straight.read_result()
     assert ours["accuracy"]["student"] is not None
     keys = [
@@ -125,7 +118,7 @@ def test_only_what_is_missing_is_asked(federate: Federate, plain: RunFolder, cap
     resumed = federate(grid, **again)
     assert resumed.path == broken.path
     assert grid.clients_asked("train") == [1, 2]
-    assert all_bits(resumed) == all_bits(plain)
+    assert contents(resumed) == contents(plain)
     ended = LocalGrid(client_app, 3)
     federate(ended, fails="has ended.*fedmitr fuse", **again)
     assert not ended.asked
@@ -149,7 +142,7 @@ def test_a_second_upload_is_refused(federate: Federate, plain: RunFolder, caplog
         return [reply, second]
 
     folder = federate(LocalGrid(client_app, 3, tamper=tampered({1: twice})))
-    assert all_bits(folder) == all_bits(plain)
+    assert contents(folder) == contents(plain)
     assert [path.name for path in folder.refused_path.iterdir()] == ["client_1.safetensors"]
     assert "client 1 has uploaded already" in caplog.text
 
@@ -188,7 +181,7 @@ def test_an_upload_s_memory_is_freed_on_disk_the_start_s_when_all_have_it(federa
     """In a simulation the start is not freed: it is the very object that was sent."""
     replies: list[Message] = []
     grid = HttpGrid(client_app, 3, tamper=tampered(dict.fromkeys(range(3), replies.append)))
-    assert all_bits(federate(grid)) == all_bits(plain)
+    assert contents(federate(grid)) == contents(plain)
     assert [len(reply.content["arrays"]) for reply in replies] == grid.left == [0, 0, 0]
 
 
@@ -288,7 +281,7 @@ def test_flowers_strategies_leave_bad_replies_out(federate: Federate, caplog: py
     for client, told in enumerate(("its training loss is -1.0", ".* half precision", "it sent 'metrics'"), start=1):
         assert re.search(f"refused: client {client}: {told}", caplog.text)
     assert [client for client, sent in enumerate(folder.read_result()["bytes_up"]) if not sent] == list(bad)
-    assert bits(folder.model_path) == bits(wanted.model_path)
+    assert timeless(folder.model_path) == timeless(wanted.model_path)
 
 
 def test_a_strategy_that_ends_in_no_model_says_so(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +311,7 @@ def test_an_upload_that_cannot_be_written_is_held_until_it_can(
     folder = federate(grid, **{"flower.upload-timeout": 0.3})
     assert tries.call_count == 8
     assert grid.clients_asked("train") == [0, 1, 2]
-    assert all_bits(folder) == all_bits(plain)
+    assert contents(folder) == contents(plain)
     complaints = [record.message for record in caplog.records if "held in memory" in record.message]
     assert len(complaints) == 2  # not one for each try
     assert complaints[0].startswith("client 1: cannot write x: No space left on device; make room there")

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import TINY, Federate, LocalGrid, server_context
+from local_grid import TINY, Federate, LocalGrid, of_two, server_context
 from safetensors.torch import save_file
 from tiny import same
 from torch import Tensor
@@ -274,13 +273,9 @@ def test_what_was_asked_for_passes_and_what_is_corrupt_is_refused_by_name() -> N
             check(upload, extras)
 
 
-def settings(**changes: Any) -> Config:
-    return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
-
-
 def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training() -> None:
     """And they change nothing else in an upload."""
-    config = settings(**{"upload.extras": "variances", "upload.dtype": "float16"})
+    config = of_two(**{"upload.extras": "variances", "upload.dtype": "float16"})
     initial = initial_weights(config.model, config.seed)
     upload = pipeline.train_client(config, 1, initial)
     images = client_images(config, 1)[0]
@@ -288,7 +283,7 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
     assert tuple(upload.statistics) == moments.names(config.upload) == ("sums", "moment", "squares")
     assert same(upload.statistics, moments.measure(features, images.labels, 10, variances=True))
     assert upload.class_counts == tuple(torch.bincount(images.labels, minlength=10).tolist())
-    without = pipeline.train_client(settings(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
+    without = pipeline.train_client(of_two(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
     assert (without.statistics, without.class_counts) == (None, None)
     assert upload.train_loss == without.train_loss
     assert same(upload.weights, without.weights)
@@ -296,7 +291,7 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
 
 def test_room_is_asked_for_with_directions(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that has room for three models and not for more."""
-    free = 3 * size(initial_weights(settings().model, 0))
+    free = 3 * size(initial_weights(of_two().model, 0))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     assert federate(LocalGrid(client_app, 3), **FAST).finished
     more = FAST | {"upload.extras": "moments"}

@@ -1,9 +1,6 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
-import logging
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.report import figures
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
 from fedmitr_flwr.vit.optim import Stepper
@@ -175,19 +173,10 @@ def timeless(path: Path) -> object:
     return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}, header
 
 
-@contextmanager
-def as_before() -> Iterator[None]:
-    """What `fedmitr` sets for its process is given back: handlers of logs and signals, and levels."""
-    root = logging.getLogger()
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmitr", "fedmitr.bench"))}
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
-    for logger, level in levels.items():
-        logger.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
+def contents(run: RunFolder) -> list[object]:
+    """All uploads of a run, its model and its pool, if there is one."""
+    pools = [run.pool_path] if run.pool_path.exists() else []
+    return [timeless(path) for path in (*run.upload_paths().values(), run.model_path, *pools)]
 
 
 def draw(patch: pytest.MonkeyPatch) -> None:
