@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
   fedmitr central ~/fedmitr-runs/first
   fedmitr report ~/fedmitr-runs/first
+  fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench configs/bench/smoke.toml
 """
 
@@ -56,7 +57,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
+        dest="command", required=True, metavar="run | fuse | central | bench | report | diagnose | methods"
     )
     add = partial(commands.add_parser, allow_abbrev=False)
     run = add("run", help="local training and server phase in this process")
@@ -64,9 +65,10 @@ def _parser() -> _Parser:
     central = add("central", help="one model on all of a run's images, to compare")
     bench = add("bench", help="a grid of runs from one file, with tables and figures")
     report = add("report", help="one page, report.html, of a run")
+    diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
     add("methods", help="list the methods")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    for command in (fuse, central, report):
+    for command in (fuse, central, report, diagnose):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
     bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
@@ -150,6 +152,16 @@ def _report_page(arguments: argparse.Namespace) -> None:
     print(write_page(arguments.run))
 
 
+def _diagnose(arguments: argparse.Namespace) -> None:
+    from .diagnostics.diagnose import diagnose
+    from .diagnostics.table import as_text
+    from .report.page import write_page
+    from .runs.folder import RunFolder
+
+    found = diagnose(RunFolder.open(arguments.run))
+    print(f"\n{as_text(found)}\n\nreport: {write_page(arguments.run)}")
+
+
 def _methods(_: argparse.Namespace) -> None:
     from . import methods
 
@@ -187,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
-        **{"bench": _bench, "report": _report_page},
+        **{"bench": _bench, "report": _report_page, "diagnose": _diagnose},
     }
     command = ""
     try:

@@ -134,8 +134,9 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
         ("bench --table nowhere", "nowhere; give the path of one"),
         ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
-        ("", "are required: run | fuse | central | bench | report | methods; see fedmitr --help"),
-        ("train", "argument run | fuse | central | bench | report | methods: invalid choice: 'train'"),
+        ("diagnose nowhere", "nowhere is not a run folder (no config.toml)"),
+        ("", "are required: run | fuse | central | bench | report | diagnose | methods; see fedmitr --help"),
+        ("train", "argument run | fuse | central | bench | report | diagnose | methods: invalid choice: 'train'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
