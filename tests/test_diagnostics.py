@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report_page import SECTIONS, Page
 from tiny import Sgd, a_vit, an_ensemble, as_before, settings, some_images
 from torch import Tensor
 from torch.nn import functional as F
@@ -221,6 +222,7 @@ def test_the_command_writes_equal_bits_a_table_and_a_section(
     found = json.loads(first)
     assert diagnose(run, FEW) == found
     assert (run.path / "diagnostics.json").read_bytes() == first
+    assert Page(run.path / "report.html").sections == SECTIONS
     page = (run.path / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 4
     for table in tables(found):

@@ -6,13 +6,11 @@ ensemble and steps. Equal seeds give equal figures.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .. import methods
@@ -35,14 +33,14 @@ from ..screening.screen import screen
 from ..uploads.upload import Upload
 from ..vit.build import vit_of
 from ..vit.tokens import all_positions, patchify
-from . import jitter, norms, stability
 from .gap import Shown, gap
+from .jitter import input_noise
+from .norms import student_norms
+from .stability import behind, replace_one
 from .table import NAME
 from .variance import bias, head_variance
 
 log = logging.getLogger("fedmitr")
-
-Measure = Callable[[VisionTransformer, Ensemble, Pool], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _measured(
     log.info("diagnose: noise of the input gradient")
     starts = PIXELS.start(sizes.jittered, config.model, stream(config.seed, "diagnostics", "starts")).to(device)
     targets, rng = _classes(sizes.jittered, config).to(device), stream(config.seed, "diagnostics", "jitter")
-    found["input_noise"] = jitter.input_noise(ensemble, config, starts, targets, sizes.draws, rng)
+    found["input_noise"] = input_noise(ensemble, config, starts, targets, sizes.draws, rng)
 
     log.info("diagnose: a dense and a sparse pool of %d images", sizes.images + sizes.replaced)
     made = {mode: _images(ensemble, config, mode, sizes.images, "pool") for mode in MODES}
@@ -111,12 +109,11 @@ def _measured(
     log.info("diagnose: gradients of the student")
     some = torch.randperm(len(pool), generator=stream(config.seed, "diagnostics", "run"))[: sizes.images].to(device)
     cells = {" ".join(names): cell for names, cell in pools.items()} | {"run": pool.rows(some)}
-    norms_of = partial(norms.student_norms, images=sizes.gradients)
-    measures: dict[str, Measure] = {"student_gradients": norms_of, "head_variance": head_variance}
-    for name, measure in measures.items():
-        found[name] = {
-            at: {cell: measure(student, ensemble, of) for cell, of in cells.items()} for at, student in students.items()
-        }
+    found["student_gradients"], found["head_variance"] = {}, {}
+    for at, student in students.items():
+        lengths = {name: student_norms(student, ensemble, cell, sizes.gradients) for name, cell in cells.items()}
+        found["student_gradients"][at] = lengths
+        found["head_variance"][at] = {name: head_variance(student, ensemble, cell) for name, cell in cells.items()}
     if test:
         kept = alive_counts(config.model.num_patches, config.inversion)[-1]
         found["relabel_bias"] = {at: bias(student, ensemble, test, kept) for at, student in students.items()}
@@ -127,16 +124,16 @@ def _measured(
     found["gap"] = {"run": gap(students["end"], {"pool": Shown.of(pool), **on_test})}
     for mode, labels in ARMS:
         own, arm = pools[mode, labels], f"{mode} {labels}"
-        probes = {"pool": Shown.of(stability.behind(own, sizes.replaced)), **on_test}
+        probes = {"pool": Shown.of(behind(own, sizes.replaced)), **on_test}
         given = students["start"], ensemble, own, relabel(others[mode], labels), config, sizes.epochs, probes
-        student, found["stability"][arm] = stability.replace_one(*given)
+        student, found["stability"][arm] = replace_one(*given)
         found["gap"][arm] = gap(student, {"pool": Shown.of(own), **on_test})
     return found
 
 
 def _saved_pool(folder: RunFolder, config: Config, device: torch.device) -> Pool:
-    tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder.pool_path)[0].items()}
-    patch = config.model.patch_size
+    tensors, patch = load_tensors(folder.pool_path)[0], config.model.patch_size
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     try:
         return Pool(patches=patchify(tensors.pop("images"), patch), **tensors, patch=patch)
     except (KeyError, TypeError) as error:
@@ -160,9 +157,8 @@ def _images(ensemble: Ensemble, config: Config, mode: str, count: int, purpose: 
     inversion, flip = replace(config.inversion, mode=mode), config.data.flips
     rng = stream(config.seed, "diagnostics", purpose)
     chunks = _classes(count, config).split(BATCH)
-    return join(
-        [invert(ensemble, each, inversion, config.model, flip=flip, rng=rng) for each in chunks]
-    ).require_finite()
+    made = [invert(ensemble, each, inversion, config.model, flip=flip, rng=rng) for each in chunks]
+    return join(made).require_finite()
 
 
 def _test_images(config: Config, most: int, device: torch.device) -> Shown | None:

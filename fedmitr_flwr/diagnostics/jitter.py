@@ -122,12 +122,11 @@ def input_noise(
 
     found: dict[str, object] = {"steps": list(ways["dense"])}
     for kind, changes in jitters(starts, draws, config.data.flips, rng).items():
-        found[kind] = {
-            way: _by_group(
-                [noise_and_power(slope, *images, changes, ensemble.patch) for images in by_step.values()], alive_BN
-            )
+        of = {
+            way: [noise_and_power(slope, *images, changes, ensemble.patch) for images in by_step.values()]
             for way, by_step in ways.items()
         }
+        found[kind] = {way: _by_group(by_step, alive_BN) for way, by_step in of.items()}
     return found
 
 

@@ -1,6 +1,6 @@
 """What `diagnostics.json` says, as tables: for the terminal and for report.html."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 NAME = "diagnostics.json"
@@ -11,49 +11,47 @@ class Table(NamedTuple):
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    @classmethod
+    def of(cls, title: str, head: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> "Table":
+        """Rows by name."""
+        said = {name: ("-" if value is None else f"{value:.3g}" for value in row) for name, row in rows.items()}
+        return cls(title, tuple(head), [(name, *row) for name, row in said.items()])
+
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """One for each quantity, and one of what needs real images."""
-    sizes, noise, moved = found["sizes"], found["input_noise"], found["stability"]
-    kinds, probes = [kind for kind in noise if kind != "steps"], next(iter(moved.values()))["losses"]
-    of_noise = [
-        (f"{way}, {group}", *_said(noise[kind][way][group][what][-1] for kind in kinds for what in ("noise", "share")))
-        for way in noise[kinds[0]]
-        for group in ("alive", "halted")
-    ]
-    of_moved = [
-        (arm, *_said(each[-1] for each in (of["distance"], of["way"], *(of["losses"][probe] for probe in probes))))
-        for arm, of in moved.items()
-    ]
+    """One for each quantity; what needs real images has one of its own, where there were some."""
+    sizes, noise, moved, real = found["sizes"], found["input_noise"], found["stability"], found.get("relabel_bias", {})
+    kinds, probes = [kind for kind in noise if kind != "steps"], list(next(iter(moved.values()))["losses"])
+    ways = [(way, group) for way in noise[kinds[0]] for group in ("alive", "halted")]
     wanted = [("loss", "pool"), ("loss", "test"), ("loss", "gap"), ("accuracy", "pool"), ("accuracy", "test")]
-    of_gap = [
-        (student, *_said(of.get(where, {}).get(what) for what, where in wanted)) for student, of in found["gap"].items()
-    ]
-    norms = f"Length of an image's gradient of the whole loss by all weights ({sizes['gradients']} images)"
     lengths = {
-        at: {cell: of["whole"] for cell, of in cells.items()} for at, cells in found["student_gradients"].items()
+        at: {of: each["whole"] for of, each in cells.items()} for at, cells in found["student_gradients"].items()
     }
-    return [
-        Table(
+    made = [
+        Table.of(
             "Noise of the input gradient at the last step, in a patch: variance, and its share of the mean square",
             ("Inversion, patches", *(f"{kind}: {what}" for kind in kinds for what in ("variance", "share"))),
-            of_noise,
+            {
+                f"{way}, {group}": [noise[kind][way][group][what][-1] for kind in kinds for what in ("noise", "share")]
+                for way, group in ways
+            },
         ),
-        _by_point(norms, lengths, {"max": "max", "p95": "95 %", "mean": "mean"}),
+        _by_point(
+            f"Length of an image's gradient of the whole loss by all weights ({sizes['gradients']} images)",
+            lengths,
+            {"max": "max", "p95": "95 %", "mean": "mean"},
+        ),
         _by_point(
             "Trace of the covariance of the head's gradient on patch tokens",
             found["head_variance"],
             {"token": "by token", "image": "by image", "within": "soft labels save in theory"},
         ),
-        Table(
+        Table.of(
             "Relabelling on real test images (analysis only)",
-            ("Student", "Bias²", "Trace saved, by token", "Soft labels save in theory"),
-            [
-                (at, *_said(of[name] for name in ("bias", "saved", "within")))
-                for at, of in found.get("relabel_bias", {}).items()
-            ],
+            ("Student", "bias²", "trace saved, by token", "soft labels save in theory"),
+            {at: [each["bias"], each["saved"], each["within"]] for at, each in real.items()},
         ),
-        Table(
+        Table.of(
             f"Two students whose pools differ in {sizes['replaced']} of {sizes['images']} images, at the end",
             (
                 "Pool, labels",
@@ -61,38 +59,34 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
                 "way from the start",
                 *(f"losses apart, {name}" for name in probes),
             ),
-            of_moved,
+            {
+                arm: [each["distance"][-1], each["way"][-1], *(each["losses"][probe][-1] for probe in probes)]
+                for arm, each in moved.items()
+            },
         ),
-        Table(
+        Table.of(
             "Generalisation of the class token",
             ("Student of", *(f"{what}, {where}" for what, where in wanted)),
-            of_gap,
+            {name: [each.get(where, {}).get(what) for what, where in wanted] for name, each in found["gap"].items()},
         ),
     ]
+    return [table for table in made if table.rows]
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The tables that have rows, for a terminal."""
-    return "\n\n".join(_drawn(table) for table in tables(found) if table.rows)
+    """For a terminal."""
+    return "\n\n".join(map(_drawn, tables(found)))
 
 
 def _drawn(table: Table) -> str:
-    columns = list(zip(table.head, *table.rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        [cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in zip(*columns, strict=True)
-    ]
-    return "\n".join([table.title, *("  ".join([line[0].strip().ljust(widths[0]), *line[1:]]) for line in lines)])
+    lines = [table.head, *table.rows]
+    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ([name.ljust(first), *map(str.rjust, cells, widths)] for name, *cells in lines)
+    return "\n".join([table.title, *map("  ".join, texts)])
 
 
 def _by_point(title: str, points: Mapping[str, Any], names: Mapping[str, str]) -> Table:
     """Rows by images and labels; columns by name, before and after distillation."""
     head = ("Images, labels", *(f"{at}: {said}" for at in points for said in names.values()))
-    cells = next(iter(points.values()))
-    return Table(
-        title, head, [(cell, *_said(points[at][cell][name] for at in points for name in names)) for cell in cells]
-    )
-
-
-def _said(values: Iterable[float | None]) -> list[str]:
-    return ["-" if value is None else f"{value:.3g}" for value in values]
+    rows = next(iter(points.values()))
+    return Table.of(title, head, {row: [points[at][row][name] for at in points for name in names] for row in rows})

@@ -83,7 +83,7 @@ def _diagnosed(folder: RunFolder) -> dict[str, Any]:
         return {"gradients": None, "tables": ()}
     try:
         found = json.loads(read_text(path))
-        return {"gradients": _svg(diagnosed(found)), "tables": [table for table in tables(found) if table.rows]}
+        return {"gradients": _svg(diagnosed(found)), "tables": tables(found)}
     except (OSError, *_OTHER_SHAPE) as error:
         raise RunError(f"cannot read {path} ({_said(error)}); run `fedmitr diagnose {folder.path}` again") from error
 
