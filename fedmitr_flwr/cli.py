@@ -28,6 +28,7 @@ _EXAMPLES = """examples:
   fedmitr central ~/fedmitr-runs/first
   fedmitr report ~/fedmitr-runs/first
   fedmitr predict ~/fedmitr-runs/first image.png folder/
+  fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench configs/bench/smoke.toml
 """
 
@@ -58,11 +59,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="init | run | fuse | merge | predict | central | bench | report | config | methods",
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = partial(commands.add_parser, allow_abbrev=False)
     init = add("init", help="write a settings file for a folder of images, with all that they need")
     run = add("run", help="local training and server phase in this process")
@@ -73,6 +70,7 @@ def _parser() -> _Parser:
     report = add("report", help="one page, report.html, of a run")
     predict = add("predict", help="the classes of image files, by the model of a run")
     config = add("config", help="list the settings, with defaults and choices")
+    diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
     add("methods", help="list the methods")
     init.add_argument("folder", type=Path, metavar="FOLDER", help="of images, as data.path")
     init.add_argument("--model", metavar="NAME", help="a timm ViT, pretrained unless model.weights says otherwise")
@@ -81,7 +79,7 @@ def _parser() -> _Parser:
     config.add_argument("--search", metavar="TEXT", help="in keys and descriptions")
     config.add_argument("--diff", nargs=2, type=Path, metavar="RUN", help="what two run folders have otherwise")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    for command in (fuse, central, report, predict):
+    for command in (fuse, central, report, predict, diagnose):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
     predict.add_argument("--top", type=int, default=1, metavar="N", help="so many classes, best first (default: 1)")
@@ -211,6 +209,16 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(line)
 
 
+def _diagnose(arguments: argparse.Namespace) -> None:
+    from .diagnostics.diagnose import diagnose
+    from .diagnostics.table import as_text
+    from .report.page import write_page
+    from .runs.folder import RunFolder
+
+    found = diagnose(RunFolder.open(arguments.run))
+    print(f"\n{as_text(found)}\n\nreport: {write_page(arguments.run)}")
+
+
 def _methods(_: argparse.Namespace) -> None:
     from . import methods
 
@@ -248,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"init": _init, "run": _run, "fuse": _fuse, "merge": _merge, "central": _central, "bench": _bench},
-        **{"report": _report_page, "predict": _predict, "config": _config, "methods": _methods},
+        **{"report": _report_page, "diagnose": _diagnose, "predict": _predict, "config": _config, "methods": _methods},
     }
     command = ""
     try:

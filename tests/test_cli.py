@@ -129,8 +129,9 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
         ("predict nowhere", "the following arguments are required: IMAGE"),
         ("predict nowhere image.png", "nowhere is not a run folder (no config.toml)"),
-        ("", "are required: run | fuse | central | bench | report | predict | methods; see fedmitr --help"),
-        ("train", "argument run | fuse | central | bench | report | predict | methods: invalid choice: 'train'"),
+        ("diagnose nowhere", "nowhere is not a run folder (no config.toml)"),
+        ("", "are required: COMMAND; see fedmitr --help"),
+        ("train", "argument COMMAND: invalid choice: 'train'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -79,8 +79,8 @@ def test_the_marked_commands_run(home: Path) -> None:
             run(text)
     there = {path.name for path in first.iterdir()} - {".lock"}  # by which one process at a time writes there
     told = set(re.findall(r"`([\w.]+/?)`", RUN_FOLDER.partition("**Resume.**")[0].partition("|---|")[2]))
-    # refused/ is in uploads/, work/ is gone when a run has ended, and central/ comes with its command
-    assert there - {"central"} == {name.rstrip("/") for name in told} - {"refused", "work"}
+    # refused/ is in uploads/, work/ is gone when a run has ended, and central/ and diagnostics.json come with a command
+    assert there - {"central"} == {name.rstrip("/") for name in told} - {"refused", "work", "diagnostics.json"}
     assert {path.name for path in (first / "fused").iterdir()} >= {"fedavg-1", "fedmitr-1"}
     assert (home / "fedmitr-runs" / "bench-smoke" / "table.md").exists()
 
