@@ -88,8 +88,8 @@ def _measured(
     pool = _saved_pool(folder, config, device)
     ensemble = _weighed(uploads, pool, config, device)
     students = {"start": start_student(uploads, config).to(device)}
-    if config.distill.start_needs_images:
-        settle(students["start"], ensemble, pool, config)
+    if config.distill.init == "classwise":
+        settle(students["start"], ensemble, pool)
     students["end"] = vit_of(config.model, load_tensors(folder.model_path)[0]).to(device)
     test = _test_images(config, sizes.test, device)
     used = asdict(sizes) | {"test": len(test.labels) if test else 0, "steps": config.inversion.steps}
