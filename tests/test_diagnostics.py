@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_report_page import SECTIONS, Page
-from tiny import Sgd, a_vit, an_ensemble, as_before, settings, some_images
+from tiny import Sgd, a_vit, an_ensemble, settings, some_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -214,8 +214,7 @@ def test_the_command_writes_equal_bits_a_table_and_a_section(
 ) -> None:
     assert "Not measured" in write_page(run.path).read_text()
     monkeypatch.setattr(together, "diagnose", partial(diagnose, sizes=FEW))
-    with as_before():
-        assert main(["diagnose", str(run.path)]) == 0
+    assert main(["diagnose", str(run.path)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"report: {run.path / 'report.html'}"
     first = (run.path / "diagnostics.json").read_bytes()
@@ -258,11 +257,10 @@ def test_without_test_images_or_pool(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["sizes"]["test"] == 0
     assert list(found["gap"]["run"]) == list(found["stability"]["dense none"]["losses"]) == ["pool"]
     (run.path / "diagnostics.json").write_text("[1]")
-    with as_before():
-        assert main(["report", str(run.path)]) == 2
-        assert f"run `fedmitr diagnose {run.path}` again" in capsys.readouterr().err
-        fused = pipeline.fuse(run, "fedavg", {})
-        assert main(["diagnose", str(fused.path)]) == 2
+    assert main(["report", str(run.path)]) == 2
+    assert f"run `fedmitr diagnose {run.path}` again" in capsys.readouterr().err
+    fused = pipeline.fuse(run, "fedavg", {})
+    assert main(["diagnose", str(fused.path)]) == 2
     assert (
         f"no pool.safetensors, on which claims are measured; make one that has: fedmitr fuse {run.path}"
         in capsys.readouterr().err

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
-from tiny import a_vit, as_before, settings, some_images
+from tiny import a_vit, settings, some_images
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.cli import main
@@ -34,12 +33,6 @@ SHAPES: list[dict[str, object]] = [
     {"model.width": 48, "model.depth": 3, "model.patch-size": 4, "model.in-chans": 3},
     {"model.name": "test_vit", "model.img-size": 32, "model.patch-size": 16, "model.in-chans": 1},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with as_before():
-        yield
 
 
 def picture(rng: np.random.Generator, light: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
@@ -114,8 +107,7 @@ def test_predictions_are_those_that_were_evaluated(run: RunFolder, capsys: Out) 
     assert [row[:3] for row in both] == found
     assert all({first, second} == {"cat", "dog"} for _, first, _, second, _ in both)
     assert all(float(most) + float(least) == pytest.approx(1, abs=2e-4) for _, _, most, _, least in both)
-    with as_before():
-        fused = pipeline.fuse(run, "fedmedian", {})
+    fused = pipeline.fuse(run, "fedmedian", {})
     assert len(lines(capsys, fused.path, place / "cat" / "0.png", place / "dog")) == 7
 
 
