@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .common.compute import resolve_device, return_memory
+from .common.rng import stream
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
@@ -22,6 +23,9 @@ from .uploads.upload import Upload
 from .vit.build import vit_of
 
 log = logging.getLogger("fedmitr")
+
+
+GLIMPSE = 500  # images that a student is shown while it learns
 
 
 class Lines(TypedDict):
@@ -51,6 +55,7 @@ def compare(
         "student": student.accuracy,
         "per_class": dict(zip(classes, student.per_class, strict=True)),
         "confusion": student.confusion,
+        "calibration": student.calibration,
         **compared,
         "ensemble": ensemble,
     }
@@ -93,6 +98,13 @@ def _accuracy(found: Evaluation, what: str) -> float | None:
         return found.accuracy
     log.warning("%s has a loss of %s on the test images; its accuracy is left out", what, found.loss)
     return None
+
+
+def glimpse(config: Config, device: torch.device) -> Callable[[torch.nn.Module], float]:
+    """What says a student's accuracy in percent while it learns, on `GLIMPSE` of the images; nothing goes by it."""
+    images = server_images(config)[0]
+    few = images.subset(torch.randperm(len(images), generator=stream(config.seed, "glimpse"))[:GLIMPSE])
+    return lambda student: evaluate_on(student, few, config, device).accuracy
 
 
 def evaluate_on(

@@ -30,7 +30,8 @@ from .data.images import Images
 from .data.own import Place
 from .data.partition import table
 from .data.shares import class_names, client_images, known_parts, parts_of, server_images
-from .judge import Lines, by_client, compare, evaluate_on
+from .ensemble.ensemble import Ensemble
+from .judge import Lines, by_client, compare, evaluate_on, glimpse
 from .methods.contract import DIVERGED, Fused, Job, Stopwatch
 from .publish.hub import save_model, write_result
 from .report.figures import save_images, save_partition
@@ -230,20 +231,23 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     forget_peak(device)
     started = time.perf_counter()
     with threads(config.threads):
-        screened = screen(uploads, config, device, folder.log_metrics)
+        with stopwatch.stage("screening"):
+            screened = screen(uploads, config, device, folder.log_metrics)
         if screened.changed:
             uploads, lines = screened.kept, None
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path)
+        on_server = config.evaluate.where == "server"
+        judge = glimpse(config, device) if on_server and lines is None else None
+        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge)
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
+        aside = stopwatch.seconds.get("evaluation", 0.0)
         cost = {
-            "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())),
+            "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())) - aside,
             "peak_memory": peak_memory(device),
         }
         fix = DIVERGED if "distillation" in stopwatch.seconds else "look at the uploads (screen.mode = 'warn')"
         if fused.weights is not None:
             require_model(fused.weights, config.model, fix)
-        on_server = config.evaluate.where == "server"
         scores: dict[str, Any] = {"student": None}
         with stopwatch.stage("evaluation"):
             if on_server:
@@ -358,6 +362,8 @@ def _report(
         pool.save(folder.pool_path)
         save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, config.model, folder.images_path)
         facts["synthetic_images"] = len(pool)
+    if fused.ensemble is not None:
+        facts["teacher_weights"] = _teacher_weights(fused.ensemble, uploads)
     if config.privacy.epsilon:
         facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)
     if config.upload.sends_statistics:
@@ -375,6 +381,12 @@ def _report(
     )
     write_result(folder, result)
     return result
+
+
+def _teacher_weights(ensemble: Ensemble, uploads: Sequence[Upload]) -> dict[str, list[float]]:
+    """By client, the weight of its teacher for each class; `statistics` is the one that statistics make."""
+    names = [*(str(upload.client) for upload in uploads), "statistics"]
+    return {name: [round(w, 4) for w in row] for name, row in zip(names, ensemble.weights.tolist(), strict=False)}
 
 
 def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) -> tuple[tuple[str, ...], dict[str, Any]]:

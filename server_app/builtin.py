@@ -270,6 +270,7 @@ class _Session:
                 "student": self.last.accuracy,
                 "per_class": dict(zip(classes, self.last.per_class, strict=True)),
                 "confusion": self.last.confusion,
+                "calibration": self.last.calibration,
                 "evaluated_on": report.on_server(self.config.data, len(images)),
             }
         rounds = flower_result.evaluate_metrics_clientapp

@@ -37,6 +37,14 @@ class Stopwatch:
         finally:
             self.add({name: time.perf_counter() - start})
 
+    @contextmanager
+    def aside(self, name: str, within: str) -> Iterator[None]:
+        """A stage inside another one, whose seconds are not that one's."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.add({name: spent, within: -spent})
+
     def add(self, seconds: Mapping[str, float]) -> None:
         """Count what was measured elsewhere, such as by an earlier start of the run."""
         for name, spent in seconds.items():
@@ -53,6 +61,7 @@ class Job:
     log: Callable[..., None]  # one line of metrics.jsonl
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     work: Path | None = None  # the folder for checkpoints; None: nothing is kept
+    judge: Callable[[nn.Module], float] | None = None  # a student's accuracy in percent, to be shown while it learns
     origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
 
     @cached_property
