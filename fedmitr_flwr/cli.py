@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
   fedmitr central ~/fedmitr-runs/first
   fedmitr report ~/fedmitr-runs/first
+  fedmitr compare ~/fedmitr-runs/first ~/fedmitr-runs/second
   fedmitr predict ~/fedmitr-runs/first image.png folder/
   fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench configs/bench/smoke.toml
@@ -68,6 +69,7 @@ def _parser() -> _Parser:
     central = add("central", help="one model on all of a run's images, to compare")
     bench = add("bench", help="a grid of runs from one file, with tables and figures")
     report = add("report", help="one page, report.html, of a run")
+    compare = add("compare", help="runs, and all fusions of them, side by side")
     predict = add("predict", help="the classes of image files, by the model of a run")
     config = add("config", help="list the settings, with defaults and choices")
     diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
@@ -81,6 +83,9 @@ def _parser() -> _Parser:
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
     for command in (fuse, central, report, predict, diagnose):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders; compare.html goes to the first"
+    )
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
     predict.add_argument("--top", type=int, default=1, metavar="N", help="so many classes, best first (default: 1)")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
@@ -201,6 +206,12 @@ def _report_page(arguments: argparse.Namespace) -> None:
     print(write_page(arguments.run))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from .report.compare import compare
+
+    print("{}\n\n{}".format(*compare(arguments.runs)))
+
+
 def _predict(arguments: argparse.Namespace) -> None:
     from .publish.predict import predictions
     from .runs.folder import RunFolder
@@ -256,7 +267,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"init": _init, "run": _run, "fuse": _fuse, "merge": _merge, "central": _central, "bench": _bench},
-        **{"report": _report_page, "diagnose": _diagnose, "predict": _predict, "config": _config, "methods": _methods},
+        **{
+            "report": _report_page,
+            "compare": _compare,
+            "diagnose": _diagnose,
+            "predict": _predict,
+            "config": _config,
+            "methods": _methods,
+        },
     }
     command = ""
     try:
