@@ -14,7 +14,7 @@ from .results import load, save
 from .run import run
 from .spec import read
 from .store import Store
-from .table import as_csv, markdown
+from .table import as_csv, latex, markdown
 
 log = logging.getLogger("fedmitr.bench")
 
@@ -65,6 +65,7 @@ def write(results: Path, out: Path) -> None:
     if out / "results.jsonl" != results:
         save(found, out / "results.jsonl")
     write_text(out / "table.csv", as_csv(found))
+    write_text(out / "table.tex", latex(found))
     written = draw(found, out / "figures")
     write_text(out / "table.md", markdown(found))
     counts = len(found.entries), len(found.missing)

@@ -25,6 +25,9 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#8A8A8A")
 _MOST_CLIENTS = 20  # more are shown as best, mean and worst
 _MOST_NUMBERS = 25  # classes, up to which a cell of a heat map shows its number
 _MOST_LINES = 24
+# What a picture would need in a file of its own, and a page has once.
+_ALONE = r' (xmlns(:xlink)?="[^"]*"|id="[\w.]+_\d+"|version="1.1"|(width|height)="[\d.]+pt"|transform="rotate\(-0 .*?")'
+_ALONE += r'|font-family: [^;"]*;? ?'
 _WIDTH = 4.4  # inches of a panel: with text of 9 points, what a phone shows without scrolling
 
 
@@ -38,10 +41,7 @@ def as_svg(figure: Figure, description: str) -> str:
         figure.savefig(out, format="svg", metadata=nothing, transparent=True)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
-    text = re.sub(
-        r' (xmlns(:xlink)?="[^"]*"|id="[\w.]+_\d+"|version="1.1"|width="[\d.]+pt"|height="[\d.]+pt")', "", text
-    )
-    text = re.sub(r"(font: [^']*?)'[^;\"]*", r"\1inherit", text)
+    text = re.sub(_ALONE, "", text)
     least = round(96 * 0.72 * figure.get_figwidth())  # text of 9 points is 9 pixels high then
     return text.replace("<svg", f'<svg role="img" aria-label="{description}" style="min-width: {least}px"', 1)
 

@@ -118,7 +118,7 @@ def heat_map(
 
     shades = LinearSegmentedColormap.from_list("shades", [(0.0, 0.45, 0.7, 0.03), (0.0, 0.45, 0.7, 0.75)])
     down, across = values.shape
-    side = (0.32, 0.29) if texts is not None else (max(0.05, 4 / across), max(0.05, min(0.25, 5 / down)))
+    side = (0.32, 0.29) if texts is not None else (3.6 / across, min(0.25, 5 / down))
     names = [list(map(_short, each)) for each in (rows, columns)]
     upright = max(map(len, names[1])) > 4 or across > 25
     room = 0.9 + 0.075 * max(map(len, names[0])), 0.9 + (0.075 * max(map(len, names[1])) if upright else 0)
@@ -160,12 +160,15 @@ def blank(width: float, height: float) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
+    """As PNG or PDF, whole or not at all; the Agg canvas needs no display and leaves pyplot's global state alone."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    with replacing(path) as temporary, glyphs_in_one_line():
-        figure.savefig(temporary, format="png", dpi=130)
+    kind = path.suffix.removeprefix(".")
+    dated = {"CreationDate": None} if kind == "pdf" else {}  # equal pictures are equal files
+    with replacing(path) as temporary, glyphs_in_one_line(), rc_context({"pdf.fonttype": 42}):
+        figure.savefig(temporary, format=kind, dpi=130, metadata=dated)
 
 
 @contextmanager
