@@ -24,7 +24,7 @@ _TALL, _WIDE = 0.19, 1.9  # inches of a line, and of a panel
 
 
 def draw(results: Results, folder: Path) -> int:
-    """Write all pictures there are data for, as PNG and PDF, and remove those of an earlier grid; gives their number."""
+    """Write all pictures there are data for, as PNG and PDF, and remove those of an earlier grid; how many."""
     found = rows(results)
     folder.mkdir(parents=True, exist_ok=True)
     written: set[Path] = set()
@@ -44,7 +44,7 @@ def draw(results: Results, folder: Path) -> int:
 
 
 def dots(found: Sequence[Row], reference: str, title: str) -> "Figure":
-    """Methods as lines, from the best of their kind; a panel for each partition, from the most skewed, and each cost.
+    """Methods as lines, from the best of each kind; a panel for each partition, from the most skewed, and each cost.
 
     Every point is where its numbers are. Filled: the reference, and what has another method; hollow: its variants.
     """
@@ -53,8 +53,8 @@ def dots(found: Sequence[Row], reference: str, title: str) -> "Figure":
     for row in found:
         of_name.setdefault(row.name, []).append(row)
     kinds = tuple(COLOURS)
-    best = {name: max(row.accuracy.mean for row in own) for name, own in of_name.items()}
-    order = sorted(of_name, key=lambda name: (kinds.index(of_name[name][0].kind), -best[name]))
+    mean = {name: sum(row.accuracy.mean for row in own) / len(own) for name, own in of_name.items()}
+    order = sorted(of_name, key=lambda name: (kinds.index(of_name[name][0].kind), -mean[name]))
     columns = sorted(places(found), key=lambda place: _skewness(next(row for row in found if row.place == place)))
     costs = [key for key in COSTS if any(row.cost(key) for row in found)]
     figure = blank(1.9 + _WIDE * (len(columns) + len(costs)), 1.1 + _TALL * len(order))

@@ -13,12 +13,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 _IN_TEX = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}"}
 _IN_TEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
-_MARKED = {r"\*\*(.+?)\*\*": r"\textbf{\1}", r"\*(.+?)\*": r"\textit{\1}", "`(.+?)`": r"\texttt{\1}"}
+_MARKED = {r"\*\*(.+?)\*\*": r"\\textbf{\1}", r"\*(.+?)\*": r"\\textit{\1}", "`(.+?)`": r"\\texttt{\1}"}
 
 
 def tabular(lines: Sequence[str]) -> list[str]:
     """A table of `table` for LaTeX, by its packages booktabs and amssymb."""
-    head, _, *rows = ([_in_tex(cell) for cell in line.strip("| ").split(" | ")] for line in lines if line[:1] == "|")
+    head, _, *rows = ([_in_tex(cell) for cell in line[2:-2].split(" | ")] for line in lines if line[:1] == "|")
     head, *body = (f"{' & '.join(row)} \\\\" for row in (head, *rows))
     columns = "l" + "r" * (lines[-1].count(" | "))
     return [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]

@@ -44,7 +44,7 @@ def save_images(
     chosen = samples(images_BCHW, alive_BN, targets, model, most)
     columns = min(10, len(chosen))
     rows = 2 * math.ceil(len(chosen) / columns)
-    figure = blank(max(1.15 * columns + 0.2, 5.2), 1.2 * rows + 0.5)
+    figure = blank(max(1.15 * columns + 0.2, 6.6), 1.2 * rows + 0.5)
     alive = alive_BN.float().mean().item()
     shown = f"{len(chosen)} of {len(targets)} synthetic images; {100 * alive:.0f} % of all patches alive"
     figure.suptitle(f"{shown}, in each second row halted ones faded to blue", fontsize=9)
