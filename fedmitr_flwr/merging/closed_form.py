@@ -9,6 +9,7 @@ from ..statistics.heads import Head, lda
 from ..statistics.moments import Statistics, total
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
+from ..vit.taps import on_taps
 
 
 def require_statistics(config: Config) -> None:
@@ -32,9 +33,8 @@ def pooled(uploads: Sequence[Upload]) -> Statistics:
 
 
 def frozen_weights(config: Config, head: Head) -> Weights:
-    """The weights that all clients started from, with another head."""
-    weights = initial_weights(config.model, config.seed)
-    return weights | {"head.weight": head.weight.float(), "head.bias": head.bias.float()}
+    """A head on the features of the weights that all clients started from, as one model (`vit.taps.TapModel`)."""
+    return on_taps(initial_weights(config.model, config.seed), head.weight, head.bias)
 
 
 def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:

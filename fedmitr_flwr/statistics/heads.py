@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .moments import Statistics
 
-RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: features of a LayerNorm have about unit size
+RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: taps are of normalised tokens, of about unit size
 UNSEEN = -1e4  # score of a class without images: never the answer, and finite
 
 
