@@ -15,7 +15,6 @@ from .data.shares import server_images
 from .ensemble.ensemble import Ensemble, combine_answers, teacher_weights
 from .inversion.scout import scouted_ensemble
 from .merging.average import average
-from .merging.closed_form import teachers_of
 from .methods.contract import Fused
 from .runs.evaluation import Evaluation, evaluate, graded, scores_of
 from .uploads.upload import Upload
@@ -60,15 +59,15 @@ def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, de
     """The ensemble that no method has asked; without weights that need images, one teacher at a time is in memory."""
     if config.ensemble.weights == "estimated":
         return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
-    teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
-    weights_KY = teacher_weights(teachers, classes, settings.weights)
+    settings, classes = config.ensemble, config.model.num_classes
+    weights_KY = teacher_weights(uploads, classes, settings.weights)
 
     def answers(teacher: Upload) -> Tensor:
         return_memory()
         one = Ensemble.of([teacher], config.model, settings).to(device)
         return scores_of(lambda batch: one.answers(batch)[0], images, config.model, device)
 
-    answers_KMY = torch.stack(list(map(answers, teachers)))
+    answers_KMY = torch.stack(list(map(answers, uploads)))
     return graded(combine_answers(answers_KMY, weights_KY, settings.combine), images.labels, classes)
 
 

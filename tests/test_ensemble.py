@@ -93,22 +93,6 @@ def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str)
     torch.testing.assert_close(ensemble.scores(patches, all_positions(patches)).cls, taught)
 
 
-@torch.no_grad()
-def test_a_silent_teacher_is_not_asked_for_what_its_patches_say() -> None:
-    config = settings(**{"ensemble.combine": "probs"})
-    uploads = [an_upload(config, client, size) for client, size in enumerate((10, 30, 40))]
-    patches = patchify(some_images(config, 4), 2)
-    silenced, everybody, two = (
-        Ensemble.of(uploads[:count], config.model, config.ensemble, "probs", silent)
-        for count, silent in ((3, 1), (3, 0), (2, 0))
-    )
-    torch.testing.assert_close(silenced.token_weights[:, 0], torch.tensor([0.25, 0.75, 0]))
-    given, of_all, of_two = (each.scores(patches, all_positions(patches)) for each in (silenced, everybody, two))
-    torch.testing.assert_close(given.patches, of_two.patches)
-    torch.testing.assert_close(given.cls, of_all.cls)
-    assert not torch.allclose(given.patches, of_all.patches)
-
-
 def test_teacher_weights_by_hand() -> None:
     """With counts, class 1 belongs to the second client alone, and nobody has class 2: there the sizes count."""
     uploads = [an_upload(settings(), 0, 2, (2, 0, 0)), an_upload(settings(), 1, 30, (6, 24, 0))]

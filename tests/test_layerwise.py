@@ -135,13 +135,6 @@ def test_each_image_is_of_those_who_know_its_class() -> None:
     assert np.abs(the_average(both)(IMAGES).numpy() - answers).max() > 0.1
 
 
-def test_a_teacher_of_statistics_has_no_say() -> None:
-    """Its patch tokens say nothing: the last teacher is left out, and the others' weights are made to sum to 1."""
-    student = the_average(uploads(2))
-    fit_layers(student, Ensemble.of(uploads(3), CONFIG.model, CONFIG.ensemble, silent=1), IMAGES, TARGETS, 0.01)
-    assert close(student, fitted(uploads(2)), atol=1e-5)
-
-
 def test_more_images_than_fit_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "TOKENS", 24 * 17)  # a class token and 16 patches
     assert close(fitted(uploads()), fitted(uploads(), images=IMAGES[:24]), atol=0)

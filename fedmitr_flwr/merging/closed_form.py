@@ -1,11 +1,10 @@
-"""The clients' common start with a head in closed form: a model, and one more teacher."""
+"""The clients' common start with a head in closed form on its taps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..common.errors import ConfigError
 from ..config import Config
-from ..statistics.heads import Head, lda
+from ..statistics.heads import Head
 from ..statistics.moments import Statistics, total
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
@@ -35,24 +34,3 @@ def pooled(uploads: Sequence[Upload]) -> Statistics:
 def frozen_weights(config: Config, head: Head) -> Weights:
     """A head on the features of the weights that all clients started from, as one model (`vit.taps.TapModel`)."""
     return on_taps(initial_weights(config.model, config.seed), head.weight, head.bias)
-
-
-def teachers_of(uploads: Sequence[Upload], config: Config) -> list[Upload]:
-    """Whose answers make the ensemble: the uploads and, where they have statistics, the frozen model as one more.
-
-    Its head is that of linear discriminant analysis, whose softmax is p(y | z). It has learned from the images of all,
-    so it counts as many as they have together, of each class [M].
-    """
-    if not config.upload.statistics:
-        return list(uploads)
-    statistics = pooled(uploads)
-    counts = tuple(int(count) for count in statistics.counts.tolist())
-    frozen = replace(
-        uploads[0],
-        client=config.partition.clients,  # no client has this number
-        weights=frozen_weights(config, lda(statistics)),
-        num_examples=sum(counts),
-        class_counts=counts,
-        statistics=None,
-    )
-    return [*uploads, frozen]

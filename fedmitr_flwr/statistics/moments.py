@@ -139,8 +139,6 @@ def problem(tensors: Mapping[str, Tensor], counts: tuple[int, ...], wanted: Mapp
 
 
 def _contradiction(statistics: Statistics) -> str | None:
-    if not torch.isfinite(statistics.scatter).all():
-        return "numbers too large to be multiplied"
     rounding = _ROUNDING * (1 + statistics.moment.diagonal().abs().sum().item())
     if statistics.sums[statistics.counts == 0].any():
         return "a class without images has a sum"

@@ -66,7 +66,7 @@ def projection(num_taps: int) -> Tensor:
     if num_taps <= FEATURES:
         return torch.eye(num_taps, dtype=torch.float64)
     signs = torch.randint(2, (num_taps, FEATURES), generator=stream(0, "taps"))
-    return (2 * signs - 1).double() / num_taps**0.5
+    return (2 * signs - 1).double() / math.sqrt(num_taps)
 
 
 class TapModel(nn.Module):
