@@ -1,14 +1,25 @@
-"""The clients' common start with a head in closed form on its taps."""
+"""The clients' common start with a head in closed form on its taps, alone and beside a student.
 
-from collections.abc import Sequence
+Shapes: M images, Y classes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
 
 from ..common.errors import ConfigError
 from ..config import Config
-from ..statistics.heads import Head
+from ..statistics.heads import UNSEEN, Head, lda
 from ..statistics.moments import Statistics, total
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
-from ..vit.taps import on_taps
+from ..vit.taps import network_of, on_taps, side_by_side
+
+# Of a student's answers beside those of a closed form that vary as much. On digits, where `lda` has 95.5, models worth
+# 72 to 87 lifted it to 95.8 to 98.3.
+SHARE = 0.3
+_BATCH = 256  # images
 
 
 def require_statistics(config: Config) -> None:
@@ -34,3 +45,31 @@ def pooled(uploads: Sequence[Upload]) -> Statistics:
 def frozen_weights(config: Config, head: Head) -> Weights:
     """A head on the features of the weights that all clients started from, as one model (`vit.taps.TapModel`)."""
     return on_taps(initial_weights(config.model, config.seed), head.weight, head.bias)
+
+
+@torch.no_grad()
+def beside_student(
+    student: Mapping[str, Tensor], statistics: Statistics, images_MCHW: Tensor, config: Config, device: torch.device
+) -> Weights:
+    """One model whose scores are those of `lda` plus `SHARE` of the student's, each as parts of its own spread [M].
+
+    The closed form knows how the classes of different clients compare, and is not worth less for a poor student; the
+    student knows what trained models see. Both spreads are measured on synthetic images, without data. They go into
+    the heads, so that nothing is left to be done at prediction.
+    """
+    seen_Y = statistics.counts > 0
+    head = lda(statistics)
+    frozen = frozen_weights(config, head)
+    closed, beside = (network_of(config.model, weights).to(device).eval() for weights in (frozen, student))
+    unit = 1 / _spread(closed, images_MCHW, seen_Y)
+    frozen |= {"head.weight": unit * frozen["head.weight"], "head.bias": unit * frozen["head.bias"]}
+    frozen["head.bias"][~seen_Y] = UNSEEN
+    part = SHARE / _spread(beside, images_MCHW, seen_Y)
+    weighed = {name: part * tensor if name.startswith("head.") else tensor for name, tensor in student.items()}
+    return side_by_side(frozen, weighed)
+
+
+def _spread(network: nn.Module, images_MCHW: Tensor, seen_Y: Tensor) -> float:
+    """The standard deviation of scores, centred over the classes that somebody has."""
+    scores_MY = torch.cat([network(images).cpu() for images in images_MCHW.split(_BATCH)])[:, seen_Y]
+    return max((scores_MY - scores_MY.mean(1, keepdim=True)).std().item(), 1e-6)

@@ -12,6 +12,7 @@ M = min(T, `FEATURES`) numbers in a feature, Y classes.
 import json
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .build import Weights, without_numbers
 DEPTHS = 4  # blocks, from the last one back
 FEATURES = 512  # numbers; sums over them are 0.55 MB of float32 for 10 classes, and 256 lost 8 points on CIFAR-10
 
-_BACKBONE = "backbone."  # before the names of a ViT that is part of a model
+_BACKBONE, _CLOSED, _STUDENT = "backbone.", "closed.", "student."  # before the names of a part's tensors
 
 
 def taps(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
@@ -85,6 +86,18 @@ class TapModel(nn.Module):
         return scores
 
 
+class SumModel(nn.Module):
+    """A model on taps and a ViT beside it, whose scores are added: images (B, C, S, S) -> scores (B, Y)."""
+
+    def __init__(self, closed: TapModel, student: VisionTransformer) -> None:
+        super().__init__()
+        self.closed, self.student = closed, student
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        scores: Tensor = self.closed(images_BCHW) + self.student(images_BCHW)
+        return scores
+
+
 def on_taps(start: Mapping[str, Tensor], weight_YM: Tensor, bias_Y: Tensor) -> Weights:
     """The weights of the `TapModel` that scores the features of the ViT `start` by this head.
 
@@ -93,6 +106,12 @@ def on_taps(start: Mapping[str, Tensor], weight_YM: Tensor, bias_Y: Tensor) -> W
     backbone = {_BACKBONE + name: tensor for name, tensor in start.items() if not name.startswith("head.")}
     weight_YT = weight_YM @ projection(count_taps(start)).T
     return backbone | {"head.weight": weight_YT.float(), "head.bias": bias_Y.float()}
+
+
+def side_by_side(closed: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> Weights:
+    """The weights of the `SumModel` of a `TapModel` and a ViT."""
+    parts = ((_CLOSED, closed), (_STUDENT, student))
+    return {beginning + name: tensor for beginning, part in parts for name, tensor in part.items()}
 
 
 def network_of(model: ModelConfig, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -115,7 +134,9 @@ def load_model(folder: Path) -> nn.Module:
 
 def _around(vit: VisionTransformer, weights: Mapping[str, Tensor]) -> nn.Module:
     network: nn.Module = vit
-    if any(name.startswith(_BACKBONE) for name in weights):
+    if any(name.startswith(_STUDENT) for name in weights):
+        network = SumModel(TapModel(deepcopy(vit), vit.num_classes), vit)
+    elif any(name.startswith(_BACKBONE) for name in weights):
         network = TapModel(vit, vit.num_classes)
     network.load_state_dict(dict(weights), assign=True)
     return network
