@@ -7,19 +7,24 @@ import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny import a_vit, settings, some_images
+from tiny import a_vit, same, settings, some_images
 from torch import Tensor
 
+from fedmitr_flwr import pipeline
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import ModelConfig, UploadConfig
 from fedmitr_flwr.data.images import Images, prepare
+from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.merging.closed_form import beside_student, pooled
 from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.statistics.heads import lda
+from fedmitr_flwr.statistics.heads import UNSEEN, lda
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, like, measure, sent, total
 from fedmitr_flwr.uploads.gate import require_model, shapes
-from fedmitr_flwr.vit.build import timm_arguments
+from fedmitr_flwr.vit.build import initial_weights, timm_arguments
 from fedmitr_flwr.vit.taps import FEATURES, count_taps, load_model, network_of, on_taps, projection, taps
 
+TINY = settings()
 CONFIG = settings(**{"model.width": 64, "model.depth": 5})  # more blocks and more taps than are read and sent
 SENT = UploadConfig(extras="statistics")
 WIDTH, CPU = 64, torch.device("cpu")
@@ -118,3 +123,49 @@ def test_lda_on_taps_is_one_file_that_answers_as_scikit_learn(tmp_path: Path) ->
     assert torch.equal(given, network_of(CONFIG.model, weights)(pixels))
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.3).fit(z.numpy(), images.labels.numpy())
     np.testing.assert_allclose(given[:, :4], theirs.decision_function(z[:20].numpy()), rtol=1e-3, atol=1e-3)
+
+
+def test_closed_form_and_student_are_added_by_hand(tmp_path: Path) -> None:
+    """Each divided by the deviation of its scores over the classes that somebody has, the student's 0.3 of that.
+
+    That of the closed form is on the very images that were summed, and so can be had of them.
+    """
+    start, images, pool = initial_weights(TINY.model, TINY.seed), some_labelled(), some_images(TINY, 30)
+    pixels, student = prepare(images.pixels, TINY.model), dict(a_vit(TINY, 5).state_dict())
+    z = frozen_features(network_of(TINY.model, start), images, TINY.model, CPU)
+    counts = tuple(torch.bincount(images.labels, minlength=10).tolist())
+    statistics = Statistics.of(measure(z, images.labels, 10), counts)
+    asked = network_of(TINY.model, on_taps(start, *lda(statistics))), network_of(TINY.model, student)
+
+    def scores(which: int, of: Tensor) -> np.ndarray:
+        return asked[which](of)[:, :4].double().numpy()
+
+    centred = [each - each.mean(1, keepdims=True) for each in (scores(0, pixels), scores(1, pool))]
+    wanted = scores(0, pool) / centred[0].std() + 0.3 * scores(1, pool) / centred[1].std(ddof=1)
+    weights = beside_student(student, statistics, pool, TINY, CPU)
+    model = network_of(TINY.model, weights)
+    np.testing.assert_allclose(model(pool)[:, :4].numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert (model(pool)[:, 4:] < UNSEEN / 2).all()  # nobody has these classes
+    require_model(weights, TINY.model, "")
+    folder = RunFolder.create(settings(**{"out-dir": str(tmp_path)}), "both")
+    folder.save_model(weights, timm_arguments(TINY.model))
+    assert torch.equal(load_model(folder.path)(pool), model(pool))
+
+
+@torch.enable_grad()
+def test_statistics_change_no_bit_of_the_student_and_are_added_to_it(tmp_path: Path) -> None:
+    run = pipeline.run(settings(**{"out-dir": str(tmp_path), "upload.extras": "statistics"}), "with")
+    without = pipeline.fuse(run, "fedmitr", {"upload.extras": ""})
+    plain, beside = (load_tensors(folder.model_path)[0] for folder in (without, run))
+    student = {name.removeprefix("student."): w for name, w in beside.items() if name.startswith("student.")}
+    assert {name for name in plain if not torch.equal(plain[name], student[name])} == {"head.weight", "head.bias"}
+    pools = [load_tensors(folder.pool_path)[0] for folder in (without, run)]
+    assert same(*pools)
+    again = beside_student(plain, pooled(run.load_uploads()), pools[0]["images"], run.config, CPU)
+    assert same(again, beside)
+    one, other = (folder.read_result()["accuracy"] for folder in (without, run))
+    assert (one["ensemble"], one["fedavg"], one["local"]) == (other["ensemble"], other["fedavg"], other["local"])
+    test = server_images(run.config)[0]
+    with torch.no_grad():
+        right = load_model(run.path)(prepare(test.pixels, run.config.model)).argmax(1) == test.labels
+    assert other["student"] == pytest.approx(100 * right.double().mean().item(), abs=0.01)

@@ -6,11 +6,11 @@ Shapes: M images, Y classes.
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import ConfigError
 from ..config import Config
-from ..statistics.heads import UNSEEN, Head, lda
+from ..statistics.heads import UNSEEN, Head, lda, spread
 from ..statistics.moments import Statistics, total
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
@@ -53,23 +53,15 @@ def beside_student(
 ) -> Weights:
     """One model whose scores are those of `lda` plus `SHARE` of the student's, each as parts of its own spread [M].
 
-    The closed form knows how the classes of different clients compare, and is not worth less for a poor student; the
-    student knows what trained models see. Both spreads are measured on synthetic images, without data. They go into
-    the heads, so that nothing is left to be done at prediction.
+    The closed form's spread on the clients' images follows from their sums; on synthetic images it is twice as large,
+    and the student would drown it. The student's is measured on synthetic images, which are like those it learned from.
+    Both go into the heads, so that nothing is left to be done at prediction.
     """
-    seen_Y = statistics.counts > 0
-    head = lda(statistics)
-    frozen = frozen_weights(config, head)
-    closed, beside = (network_of(config.model, weights).to(device).eval() for weights in (frozen, student))
-    unit = 1 / _spread(closed, images_MCHW, seen_Y)
-    frozen |= {"head.weight": unit * frozen["head.weight"], "head.bias": unit * frozen["head.bias"]}
-    frozen["head.bias"][~seen_Y] = UNSEEN
-    part = SHARE / _spread(beside, images_MCHW, seen_Y)
+    seen_Y, head = statistics.counts > 0, lda(statistics)
+    unit = 1 / spread(Head(head.weight[seen_Y], head.bias[seen_Y]), statistics)
+    frozen = frozen_weights(config, Head(unit * head.weight, torch.where(seen_Y, unit * head.bias, UNSEEN)))
+    beside = network_of(config.model, student).to(device).eval()
+    scores_MY = torch.cat([beside(images).cpu() for images in images_MCHW.split(_BATCH)])[:, seen_Y]
+    part = SHARE / max((scores_MY - scores_MY.mean(1, keepdim=True)).std().item(), 1e-6)
     weighed = {name: part * tensor if name.startswith("head.") else tensor for name, tensor in student.items()}
     return side_by_side(frozen, weighed)
-
-
-def _spread(network: nn.Module, images_MCHW: Tensor, seen_Y: Tensor) -> float:
-    """The standard deviation of scores, centred over the classes that somebody has."""
-    scores_MY = torch.cat([network(images).cpu() for images in images_MCHW.split(_BATCH)])[:, seen_Y]
-    return max((scores_MY - scores_MY.mean(1, keepdim=True)).std().item(), 1e-6)
