@@ -18,10 +18,11 @@ from .data.shares import client_images, server_images
 from .judge import evaluate_on
 from .methods.contract import Stopwatch
 from .pipeline import start_of
+from .publish.hub import save_model, write_result
 from .runs import result as report
 from .runs.folder import RunFolder
 from .uploads.gate import require_loss, require_model
-from .vit.build import Weights, build_vit, timm_arguments
+from .vit.build import Weights, build_vit
 
 log = logging.getLogger("fedmitr")
 
@@ -65,8 +66,9 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
     require_model(vit.state_dict(), config.model, _FIX)
     require_loss(found.loss, _FIX)
     folder.log_metrics(stage="training", images=len(images), loss=loss)
-    folder.save_model(vit.state_dict(), timm_arguments(config.model))
-    folder.write_result(
+    save_model(folder, vit.state_dict(), classes)
+    write_result(
+        folder,
         report.build(
             config=folder.config,
             device=str(device),
@@ -78,7 +80,8 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
             per_class=dict(zip(classes, found.per_class, strict=True)),
             confusion=found.confusion,
             evaluated_on=report.on_server(config.data, len(test)),
-        )
+        ),
+        central=True,
     )
 
 

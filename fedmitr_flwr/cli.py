@@ -22,9 +22,13 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs n
 _EXAMPLES = """examples:
   fedmitr run method=fedavg partition.clients=3 --name first
   fedmitr run -c configs/fashion_mnist.toml seed=1
+  fedmitr init photographs --model deit_tiny_patch16_224 -o photographs.toml
+  fedmitr config --search head
   fedmitr fuse ~/fedmitr-runs/first --method fedmitr relabel.mode=drop
   fedmitr central ~/fedmitr-runs/first
   fedmitr report ~/fedmitr-runs/first
+  fedmitr predict ~/fedmitr-runs/first image.png folder/
+  fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench configs/bench/smoke.toml
 """
 
@@ -55,20 +59,41 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | fuse | central | bench | report | methods"
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = partial(commands.add_parser, allow_abbrev=False)
+    init = add("init", help="write a settings file for a folder of images, with all that they need")
     run = add("run", help="local training and server phase in this process")
     fuse = add("fuse", help="the server phase again, on a run's saved uploads")
+    merge = add("merge", help="fuse files of weights that were trained elsewhere")
     central = add("central", help="one model on all of a run's images, to compare")
     bench = add("bench", help="a grid of runs from one file, with tables and figures")
     report = add("report", help="one page, report.html, of a run")
+    predict = add("predict", help="the classes of image files, by the model of a run")
+    config = add("config", help="list the settings, with defaults and choices")
+    diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
     add("methods", help="list the methods")
+    init.add_argument("folder", type=Path, metavar="FOLDER", help="of images, as data.path")
+    init.add_argument("--model", metavar="NAME", help="a timm ViT, pretrained unless model.weights says otherwise")
+    init.add_argument("-o", "--out", type=Path, default=Path("fedmitr.toml"), metavar="FILE", help="(fedmitr.toml)")
+    config.add_argument("words", nargs="*", metavar="KEY | SECTION", help="such as local.lr, or distill")
+    config.add_argument("--search", metavar="TEXT", help="in keys and descriptions")
+    config.add_argument("--diff", nargs=2, type=Path, metavar="RUN", help="what two run folders have otherwise")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    for command in (fuse, central, report):
+    for command in (fuse, central, report, predict, diagnose):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
+    predict.add_argument("--top", type=int, default=1, metavar="N", help="so many classes, best first (default: 1)")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
+    merge.add_argument("settings", nargs="*", metavar="FILE | key=value", help="safetensors files; settings")
+    merge.add_argument("--model", required=True, metavar="NAME", help="timm's, of all files")
+    merge.add_argument(
+        "--kwargs", default="", help="what else timm is to be told, such as 'num_heads=3 | qk_norm=True'"
+    )
+    merge.add_argument("--method", default="fedmitr", metavar="NAME", help="see `fedmitr methods`")
+    merge.add_argument("--sizes", metavar="N,N,...", help="training images of each file's model (default: all alike)")
+    merge.add_argument("--start", type=Path, metavar="FILE", help="what all were trained from, for wudi, ties, ...")
+    merge.add_argument("--test", type=Path, metavar="DIR", help="images to say how good the result is, as data.path")
+    merge.add_argument("--out", type=Path, default=Path("merged"), metavar="DIR", help="of the model (default: merged)")
     bench.add_argument("file", nargs="?", type=Path, metavar="FILE", help="such as configs/bench/smoke.toml")
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings, or axes: grid.seed=[100]; they win")
     bench.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: ~/fedmitr-runs/bench-<name>)")
@@ -76,7 +101,7 @@ def _parser() -> _Parser:
     bench.add_argument("--known", type=Path, metavar="PATH", help="results whose cells are not run again; as --table")
     bench.add_argument("--any-code", action="store_true", help="keep what other versions of the code have made")
     bench.add_argument("--verbose", action="store_true", help="let every run tell what it does")
-    for command in (run, fuse):
+    for command in (init, run, fuse):
         command.add_argument("-c", "--config", type=Path, action=Once, metavar="FILE", help="settings in TOML")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
     return parser
@@ -129,6 +154,32 @@ def _fuse(arguments: argparse.Namespace) -> None:
     _report(pipeline.fuse(run, method, overrides))
 
 
+def _init(arguments: argparse.Namespace) -> None:
+    model = {} if arguments.model is None else {"model.name": arguments.model, "model.weights": "timm"}
+    settings = model | _overrides(arguments, Config.from_flat(model))
+    from .library.command import init
+
+    print(init(arguments.folder, settings, arguments.out))
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from .config.described import difference, settings_like
+
+    if arguments.diff is None:
+        print(*settings_like(arguments.words, arguments.search), sep="\n")
+        return
+    from .runs.folder import RunFolder
+
+    print(*difference(*(RunFolder.open(path).config for path in arguments.diff)), sep="\n")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from .library.command import merge
+
+    given = {key: getattr(arguments, key) for key in ("method", "kwargs", "sizes", "start", "test", "out")}
+    print(f"\n{merge(arguments.settings, arguments.model, **given)}")
+
+
 def _central(arguments: argparse.Namespace) -> None:
     from .central import train_centrally
     from .runs.folder import RunFolder
@@ -148,6 +199,24 @@ def _report_page(arguments: argparse.Namespace) -> None:
     from .report.page import write_page
 
     print(write_page(arguments.run))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from .publish.predict import predictions
+    from .runs.folder import RunFolder
+
+    for line in predictions(RunFolder.open(arguments.run), arguments.images, arguments.top):
+        print(line)
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    from .diagnostics.diagnose import diagnose
+    from .diagnostics.table import as_text
+    from .report.page import write_page
+    from .runs.folder import RunFolder
+
+    found = diagnose(RunFolder.open(arguments.run))
+    print(f"\n{as_text(found)}\n\nreport: {write_page(arguments.run)}")
 
 
 def _methods(_: argparse.Namespace) -> None:
@@ -186,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = _MadeFolder()
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
-        **{"run": _run, "fuse": _fuse, "central": _central, "methods": _methods},
-        **{"bench": _bench, "report": _report_page},
+        **{"init": _init, "run": _run, "fuse": _fuse, "merge": _merge, "central": _central, "bench": _bench},
+        **{"report": _report_page, "diagnose": _diagnose, "predict": _predict, "config": _config, "methods": _methods},
     }
     command = ""
     try:

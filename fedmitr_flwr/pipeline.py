@@ -29,9 +29,10 @@ from .config.unread import unread_line
 from .data.images import Images
 from .data.own import Place
 from .data.partition import table
-from .data.shares import client_images, known_parts, parts_of, server_images
+from .data.shares import class_names, client_images, known_parts, parts_of, server_images
 from .judge import Lines, by_client, compare, evaluate_on
 from .methods.contract import DIVERGED, Fused, Job, Stopwatch
+from .publish.hub import save_model, write_result
 from .report.figures import save_images, save_partition
 from .resolve import resolve
 from .runs import result as report
@@ -43,7 +44,7 @@ from .statistics.moments import frozen_features, measure, sent
 from .uploads import cache as kept
 from .uploads.gate import admit, require_finite, require_loss, require_model, shapes
 from .uploads.upload import Upload, size
-from .vit.build import Weights, build_vit, initial_weights, timm_arguments
+from .vit.build import Weights, build_vit, initial_weights
 from .vit.taps import network_of
 
 log = logging.getLogger("fedmitr")
@@ -250,7 +251,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
                 student = evaluate_on(fused.predict, server_images(config)[0], config, device)
                 require_loss(student.loss, fix)
             if fused.weights is not None:
-                folder.save_model(fused.weights, timm_arguments(config.model))
+                save_model(folder, fused.weights, class_names(config))
             if on_server:
                 scores = compare(student, fused, uploads, config, device, lines)
     measured = {**scores, **cost, "screen": screened.facts(config.screen.mode)}
@@ -269,7 +270,7 @@ def conclude_on_clients(folder: RunFolder, evaluations: Sequence[Evaluation]) ->
     student = sum(each.accuracy * each.num_examples for each in evaluations) / total
     result["accuracy"]["student"] = round(student, 2)
     result["evaluated_on"] = {"where": "clients", "images": total}
-    folder.write_result(result)
+    write_result(folder, result)
     folder.clear_work()
     return result
 
@@ -373,20 +374,19 @@ def _report(
         **measured,
         **facts,
     )
-    folder.write_result(result)
+    write_result(folder, result)
     return result
 
 
 def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The names of the classes, and what is known of everybody's images; perhaps draws who holds what."""
     config = folder.config
-    classes = config.data.class_names or tuple(map(str, range(config.model.num_classes)))
+    classes = class_names(config)
     facts: dict[str, Any] = {}
     if config.flower.client_names:
         facts["client_names"] = list(config.flower.client_names)
     if config.evaluate.where == "server":
-        images, classes = server_images(config)
-        facts["evaluated_on"] = report.on_server(config.data, len(images))
+        facts["evaluated_on"] = report.on_server(config.data, len(server_images(config)[0]))
     if config.evaluate.where == "server" and config.partition.scheme != OWN:
         facts |= dealt(config)
     elif all(upload.class_counts for upload in uploads):

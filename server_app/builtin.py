@@ -18,15 +18,16 @@ from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.limits import nearest
 from fedmitr_flwr.config.sections import ONE_SHOT, OWN
-from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.data.shares import class_names, server_images
 from fedmitr_flwr.judge import evaluate_on
 from fedmitr_flwr.methods.contract import Stopwatch
+from fedmitr_flwr.publish.hub import save_model, write_result
 from fedmitr_flwr.runs import result as report
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.gate import require_loss, require_model, shapes
 from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import Weights, build_vit, timm_arguments
+from fedmitr_flwr.vit.build import Weights, build_vit
 
 from .clients import FEWEST, Clients, meet, with_number_of
 from .grid import ObservedGrid
@@ -240,7 +241,7 @@ class _Session:
         require_model(weights, self.config.model, _FIX)
         if self.last is not None:
             require_loss(self.last.loss, _FIX)
-        self.folder.save_model(weights, timm_arguments(self.config.model))
+        save_model(self.folder, weights, class_names(self.config))
         dealt_here = self.config.evaluate.where == "server" and self.config.partition.scheme != OWN
         result = report.build(
             config=self.config,
@@ -255,7 +256,7 @@ class _Session:
             **(pipeline.dealt(self.config) if dealt_here else {}),
         )
         result["method"] = self.config.flower.strategy
-        self.folder.write_result(result)
+        write_result(self.folder, result)
         return report.accuracy_table(result)
 
     def _by_client(self, counted: Mapping[int, Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,28 @@ def _core_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     core = logging.getLogger("fedmitr")
     monkeypatch.setattr(core, "propagate", True)
     monkeypatch.setattr(core, "handlers", [])
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """What `fedmitr` sets for its process is given back: handlers of logs and signals, and levels."""
+    root = logging.getLogger()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmitr", "fedmitr.bench"))}
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in levels.items():
+        logger.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimisers step by the gradients alone: neither decay nor clipping."""
+    monkeypatch.setattr("fedmitr_flwr.vit.optim.WEIGHT_DECAY", 0.0)
+    monkeypatch.setattr("fedmitr_flwr.vit.optim.GRAD_CLIP", float("inf"))
 
 
 @pytest.fixture

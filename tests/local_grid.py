@@ -17,6 +17,7 @@ from tiny import RECIPE
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import UserError
+from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from server_app.app import app as server_app
 
@@ -29,6 +30,11 @@ TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 def server_context(run_config: dict[str, Any], run_id: int = 1) -> Context:
     return Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
+
+
+def of_two(**changes: Any) -> Config:
+    """Settings of two clients."""
+    return Config.from_flat(TINY | {"partition.clients": 2} | changes)
 
 
 def federate(out: Path, grid: "LocalGrid", fails: str = "", **changes: Any) -> RunFolder | None:

@@ -180,8 +180,8 @@ def test_settings_of_all_go_before_a_data_set_s_file_and_its_own_before_both(tmp
 
 def test_a_setting_that_there_was_not_yet_counts_as_its_default(tmp_path: Path) -> None:
     text = "[grid]\nmethods = ['fedmitr']\n[settings]\n"
-    (same,), (other,) = (cells(read(put(tmp_path, text + more))) for more in ("", "local.average = 0.5"))
-    before = {name: value for name, value in same.config.to_flat().items() if name != "local.average"}
+    (same,), (other,) = (cells(read(put(tmp_path, text + more))) for more in ("", "local.outliers = 0.5"))
+    before = {name: value for name, value in same.config.to_flat().items() if name != "local.outliers"}
     assert same.is_of(before)
     assert not other.is_of(before)
     assert not same.is_of(before | {"local.lr": 0.5})

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import as_before
+from tiny import ROOT
 
 from fedmitr_flwr import cli, judge, pipeline
 from fedmitr_flwr.bench import command
@@ -37,8 +37,6 @@ from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 from fedmitr_flwr.uploads.upload import size
 
-ROOT = Path(__file__).parents[1]
-
 SMALL = """
 [settings]
 device = "cpu"
@@ -55,11 +53,9 @@ Made = Callable[[], tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures, which take longer than all else."""
     monkeypatch.setattr(command, "draw", lambda *_: 0)
-    with as_before():
-        yield
 
 
 def a_bench(folder: Path, grid: str = GRID, top: str = "") -> Path:
@@ -171,13 +167,10 @@ def test_a_failed_cell_is_noted_and_the_grid_goes_on(tmp_path: Path, monkeypatch
     assert cli.main(words) == 0
     assert len(slow.made) == 1  # only what had failed
     assert (list((out / "failed").iterdir()), len(load(out).entries)) == ([], 3)
-
-
-def test_a_bug_is_noted_with_its_traceback(tmp_path: Path) -> None:
     spec, store = tiny(tmp_path, ONE_PLACE)
-    with patch.object(pipeline, "train_client", side_effect=ZeroDivisionError("by hand")):
-        assert running.run(spec, store, no_flower).failed == 3
-    text = next((store.path / "failed").iterdir()).read_text()
+    monkeypatch.setattr(running, "make", Mock(side_effect=ZeroDivisionError("by hand")))
+    assert running.run(spec, replace(store, path=tmp_path / "bug"), no_flower).failed == 3
+    text = next((tmp_path / "bug" / "failed").iterdir()).read_text()
     assert re.match(r".*\nZeroDivisionError: by hand\n\nTraceback", text)
 
 

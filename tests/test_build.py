@@ -140,12 +140,6 @@ def refused(reason: str, **changes: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_hub_does_not_give_is_an_error_with_a_fix() -> None:
-    deit = {"name": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 16, "in_chans": 3}  # without a network
-    refused(r"cannot fetch .*'deit_tiny_patch16_224'.*safetensors file", weights="timm", **deit)
-    refused(r"there are none for model\.name = 'small'", weights="timm")
-
-
 def test_a_file_of_other_tensors_is_refused_by_name(tmp_path: Path) -> None:
     shapes: dict[str, dict[str, object]] = {
         r"blocks\.0\.attn\.proj\.bias is \(32,\), not \(16,\) \(and \d+ more\)": {"width": 32},
@@ -185,7 +179,7 @@ def test_a_wrappers_prefix_is_left_out_with_a_line(
     assert f"begin with '{prefix}', which is left out" in caplog.text
 
 
-def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_named_and_what_the_hub_does_not_give(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     odd = struct.pack("<Q", 0x13C) + b"{" + b" " * 0x13A + b"}"  # begins with "<", as HTML does
     contents: dict[str, bytes | None] = {
@@ -204,6 +198,9 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
             path.write_bytes(content)
         refused(rf"^model\.weights: .*weights\.bin.*{reason}|{reason} .*weights\.bin", weights=str(path))
     refused("is a folder", weights=str(tmp_path))
+    deit = {"name": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 16, "in_chans": 3}  # without a network
+    refused(r"cannot fetch .*'deit_tiny_patch16_224'.*safetensors file", weights="timm", **deit)
+    refused(r"there are none for model\.name = 'small'", weights="timm")
 
 
 def test_the_command_for_a_pytorch_file_converts_it(tmp_path: Path) -> None:

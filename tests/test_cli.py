@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
-from tiny import as_before
+from tiny import ROOT
 
 from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
@@ -22,14 +22,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 
-ROOT = Path(__file__).parents[1]
 Call = tuple[object, ...]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with as_before():
-        yield
 
 
 @pytest.fixture
@@ -134,8 +127,11 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
         ("bench --table nowhere", "nowhere; give the path of one"),
         ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
-        ("", "are required: run | fuse | central | bench | report | methods; see fedmitr --help"),
-        ("train", "argument run | fuse | central | bench | report | methods: invalid choice: 'train'"),
+        ("predict nowhere", "the following arguments are required: IMAGE"),
+        ("predict nowhere image.png", "nowhere is not a run folder (no config.toml)"),
+        ("diagnose nowhere", "nowhere is not a run folder (no config.toml)"),
+        ("", "are required: COMMAND; see fedmitr --help"),
+        ("train", "argument COMMAND: invalid choice: 'train'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import TINY, LocalGrid, complaint
+from local_grid import LocalGrid, complaint, of_two
 from tiny import same
 
 from client_app.app import KEYS, discreet
@@ -35,12 +35,8 @@ def ask(
     return reply
 
 
-def settings(**changes: Any) -> Config:
-    return Config.from_flat(TINY | {"partition.clients": 2} | changes)
-
-
 def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
-    reply = ask("train", settings())
+    reply = ask("train", of_two())
     assert {name: type(record) for name, record in reply.content.items()} == UPLOAD
     metrics = reply.content["metrics"]
     assert set(metrics) == {"num-examples", "train_loss", "partition-id", "fingerprint", "seconds"}
@@ -51,7 +47,7 @@ def test_a_reply_is_one_record_of_arrays_and_one_of_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
-    config = settings(**{"upload.dtype": dtype, "upload.extras": "counts"})
+    config = of_two(**{"upload.dtype": dtype, "upload.extras": "counts"})
     made = pipeline.train_client(config, 1, initial_weights(config.model, config.seed))
     reply = ask("train", config, client=1)
     read = read_upload(reply, 1, config)
@@ -60,12 +56,12 @@ def test_the_upload_arrives_as_it_was_made(dtype: str) -> None:
     assert same(read.weights, made.weights)
     for name in ("client", "num_examples", "train_loss", "fingerprint", "class_counts", "num_bytes"):
         assert getattr(read, name) == getattr(made, name)
-    assert read_upload(reply, 1, settings()).class_counts is None  # they were not asked for
+    assert read_upload(reply, 1, of_two()).class_counts is None  # they were not asked for
 
 
 def test_the_start_the_round_and_a_proximal_term_decide_the_training() -> None:
     """Without arrays the seed gives the start."""
-    config = settings(seed=3)
+    config = of_two(seed=3)
     public, other = (ArrayRecord(dict(initial_weights(config.model, seed))) for seed in (3, 4))
     plain = weights(ask("train", config))
     assert plain == weights(ask("train", config, public)) == weights(ask("train", config, server_round=1))
@@ -78,7 +74,7 @@ def weights(reply: Message) -> bytes:
 
 
 def test_describe_names_the_client() -> None:
-    told = ask("query.describe", settings(), client=1).content
+    told = ask("query.describe", of_two(), client=1).content
     assert dict(told["card"]) == {"partition-id": 1, "num-partitions": 2, "fingerprint": int(core(), 16), "own-data": 0}
     assert dict(told["name"]) == {"name": "", "flwr": version("flwr")}
 
@@ -86,7 +82,7 @@ def test_describe_names_the_client() -> None:
 @pytest.mark.parametrize("counts", [False, True])
 def test_evaluation_tells_the_recall_by_class_only_by_choice(counts: bool) -> None:
     changes = {"evaluate.where": "clients", "evaluate.holdout": 0.4, "upload.extras": "counts" * counts}
-    config = settings(**changes)
+    config = of_two(**changes)
     reply = ask("evaluate", config)
     assert ("recall" in reply.content["metrics"]) == counts
     expected = pipeline.evaluate_client(config, 0, initial_weights(config.model, config.seed))
@@ -111,7 +107,7 @@ def test_an_error_tells_neither_data_nor_paths(
         raise error
 
     monkeypatch.setattr(pipeline, "train_client", fail)
-    reply = ask("train", settings())
+    reply = ask("train", of_two())
     assert reply.has_error()
     assert reply.error.reason == told
     assert reply.error.code == 2
@@ -156,7 +152,7 @@ def test_no_part_of_a_path_is_told_whatever_its_name(parts: list[str], form: str
 )
 def test_a_node_whose_limit_would_not_hold_takes_no_part(node: dict[str, Any], told: str) -> None:
     for kind in ("query.describe", "train"):
-        assert re.match(f"this node's {told}", complaint(ask(kind, settings(), node=node)))
+        assert re.match(f"this node's {told}", complaint(ask(kind, of_two(), node=node)))
 
 
 def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
@@ -164,13 +160,6 @@ def test_what_the_guide_says_of_a_node_is_what_is_read() -> None:
     rows = re.search(r"^\| Key \|.*?\n\n", guide, re.MULTILINE | re.DOTALL)
     assert rows
     assert re.findall(r"`([a-z-]+)`", "".join(line.split("|")[1] for line in rows[0].splitlines()[2:-1])) == list(KEYS)
-
-
-def test_a_message_of_another_server_fails_cleanly() -> None:
-    grid = LocalGrid(client_app, 2)
-    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"lr": 0.1})})
-    (reply,) = grid.send_and_receive([Message(content, grid.node(0), "train")])
-    assert reply.error.reason.startswith("the server runs other code (which it does not tell) than this client")
 
 
 SERVER: dict[str, Any] = {

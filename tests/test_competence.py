@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import an_upload, fused, settings
+from tiny import CPU, an_upload, fused, settings
 from torch import Tensor
 
 from fedmitr_flwr.common.rng import stream
@@ -16,7 +16,6 @@ from fedmitr_flwr.inversion.scout import scouted_ensemble
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import vit_of
 
-CPU = torch.device("cpu")
 CLASSES = 6
 HALVES = torch.full((2, 1), 0.5)
 

@@ -66,7 +66,7 @@ ODD = [None, -1, 0, 1.5, 10**30, "x", "", [], {}, [[]], {"a": {"b": []}}, True, 
 def another_file(path: Path, rng: random.Random) -> None:
     run = next(parent for parent in path.parents if (parent / "uploads").is_dir())
     others = [each for each in sorted(run.rglob("*.*")) if each.is_file() and each.suffix == path.suffix]
-    shutil.copy(rng.choice([each for each in others if each != path] or [run / "model.json"]), path)
+    shutil.copy(rng.choice([each for each in others if each != path] or [run / "config.json"]), path)
 
 
 def renamed(path: Path, rng: random.Random) -> None:

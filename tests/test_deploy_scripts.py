@@ -55,22 +55,16 @@ def test_the_server_is_who_it_was_named(made: Path, tmp_path: Path) -> None:
     assert not verifies(tmp_path)
 
 
-def test_secrets_are_the_owner_s_alone(made: Path) -> None:
+def test_keys_are_the_owner_s_alone_flower_reads_them_and_none_is_overwritten(made: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
-    assert {modes[name] for name in ("ca.key", "server.key", "site-a")} == {0o600}
-    assert {modes[name] for name in ("ca.crt", "server.crt")} == {0o644}
-    assert set(modes) <= {"ca.crt", "ca.key", "server.crt", "server.key", "site-a", "site-a.pub"}
-
-
-def test_flower_reads_the_key(made: Path) -> None:
+    public = dict.fromkeys(("ca.crt", "server.crt"), 0o644)
+    assert modes == dict.fromkeys(("ca.key", "server.key", "site-a"), 0o600) | public | {
+        "site-a.pub": modes["site-a.pub"]
+    }
     private = load_ssh_private_key((made / "site-a").read_bytes(), None)
-    public = load_ssh_public_key((made / "site-a.pub").read_bytes())
     assert isinstance(private, ec.EllipticCurvePrivateKey)
-    assert private.public_key() == public
+    assert private.public_key() == load_ssh_public_key((made / "site-a.pub").read_bytes())
     assert private.curve.name == "secp384r1"
-
-
-def test_nothing_is_overwritten(made: Path) -> None:
     before = {path: path.read_bytes() for path in made.iterdir()}
     for words in (["ca"], ["server", "x"], ["node", "site-a"]):
         done = sh("credentials.sh", words[0], made, *words[1:])

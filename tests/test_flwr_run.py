@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from local_grid import TINY
-from tiny import as_before, timeless
+from tiny import ROOT, contents
 
 import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
@@ -25,7 +25,6 @@ from scripts.processes import command_of, marked, of_sessions, session_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 MARK = "FEDMITR_TEST"
 PATIENCE = 900.0  # seconds for one step on a machine that is busy with other things
 
@@ -117,11 +116,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
             run.process.wait(60)
 
 
-def contents(folder: RunFolder) -> list[object]:
-    paths = [*folder.upload_paths().values(), folder.model_path, folder.pool_path]
-    return [timeless(path) for path in paths]
-
-
 def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
     seen = flower_run.Seen()
     lines = [b"Successfully started run 42\n", b"INFO : run folder: /runs/a b\n", b"ERROR : bad input: lr = 'x'\n"]
@@ -147,8 +141,7 @@ def test_what_is_seen_without_a_client_fails_before_anything_starts(
 ) -> None:
     flat = {**TINY, "out-dir": tmp_path / "out", **settings}
     words = " ".join(f"{key}={value}" for key, value in flat.items()).split()
-    with as_before():
-        assert flower_run.main([f"--flwr-home={tmp_path / 'home'}", *words]) == 2
+    assert flower_run.main([f"--flwr-home={tmp_path / 'home'}", *words]) == 2
     line = capsys.readouterr().err
     assert line.startswith("flower_run: error: ")
     assert told in line

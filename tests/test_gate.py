@@ -21,7 +21,7 @@ from fedmitr_flwr.common.files import load_tensors, save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
-from fedmitr_flwr.inversion import invert, scout
+from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.methods.contract import Job
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads import gate
@@ -222,28 +222,6 @@ def test_test_settings_and_paths_decide_no_upload(run: RunFolder, tmp_path: Path
     pipeline._require_same_start(begun, same)
     with pytest.raises(RunError, match=r"/other' is not known to be what the clients started from \('/a'\)"):
         pipeline._require_same_start(begun, other)
-
-
-def test_each_canvas_counts_once_after_a_batch_was_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch too large for the memory is made by halves, whose rebirths do not lie as those of a whole batch."""
-    tried: list[int] = []
-    whole = invert.Trajectory
-
-    def small_memory(ensemble: Any, starts: torch.Tensor, *rest: Any) -> Any:
-        tried.append(len(starts))
-        if len(starts) > 2:
-            raise MemoryError
-        return whole(ensemble, starts, *rest)
-
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr(invert, "Trajectory", small_memory)
-    monkeypatch.setattr(scout.Weigher, "refine", lambda *given: seen.append(given[1:3]))
-    config = settings(**SMALL | {"inversion.mode": "pri4", "distill.images-per-round": 16, "method": "fedmitr"})
-    pool = tiny.fused(config).pool
-    assert tried == [4, 2, 2]
-    ((images, targets),) = seen
-    assert len(images.flatten(1).unique(dim=0)) == len(images) == 4
-    assert sorted(targets.tolist()) == sorted(pool.targets.tolist())[::4]
 
 
 def test_images_that_diverged_teach_no_student() -> None:

@@ -1,8 +1,10 @@
-"""The observed grid and the meeting with the clients: bounded waits, names, and what a dead Ray actor does."""
+"""The observed grid and the meeting with the clients: bounded waits, names, a dead Ray actor, Flower's internals."""
 
+import logging
 import random
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import chain, repeat
 from typing import Any
 from unittest.mock import DEFAULT, Mock
@@ -11,15 +13,21 @@ import httpx
 import pytest
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 from local_grid import LocalGrid
+from ray import ActorID
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
 
+import server_app.app
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import RunError
+from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.config.limits import needed
 from server_app import clients as meeting
 from server_app.clients import meet
-from server_app.grid import ObservedGrid
+from server_app.grid import _DEAD_ACTOR, ObservedGrid
 
 
 @pytest.fixture(autouse=True)
@@ -196,12 +204,6 @@ def test_nodes_that_contradict_each_other_are_refused_by_name(changes: dict[str,
         meet(grid, quick())
 
 
-def test_other_code_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client_app.app.core", lambda: "0123456789ab")
-    with pytest.raises(RunError, match=r"other code \(.*than this client \(0123456789ab\); restart the SuperLink"):
-        meet(LocalGrid(client_app, 2), quick())
-
-
 def absent(grid: LocalGrid, *clients: int) -> LocalGrid:
     for client in clients:
         del grid.contexts[grid.node(client)]
@@ -309,3 +311,47 @@ def test_other_errors_end_the_run(monkeypatch: pytest.MonkeyPatch, status: int, 
     with pytest.raises(httpx.HTTPStatusError):
         observed(inner).send_and_receive(questions(inner))
     assert (inner.pull_messages.call_count > 2) == again
+
+
+# --- Flower's and Ray's internals: each test is named after what breaks when they change
+
+
+def test_the_grid_of_a_deployment_is_called_http_grid() -> None:
+    """`ObservedGrid.sends_copies` tells it from a simulation's, whose messages are the very objects that were sent."""
+    assert import_module("flwr.superlink.runtime.run_serverapp").HttpGrid is HttpGrid
+    assert ObservedGrid(object.__new__(HttpGrid)).sends_copies
+    assert not ObservedGrid(object.__new__(InMemoryGrid)).sends_copies
+
+
+def test_ray_names_the_dead_actor_in_the_error_that_flower_passes_on() -> None:
+    actor = "ab" * ActorID.size()
+    died = ActorDiedError(ActorDiedErrorContext(actor_id=bytes.fromhex(actor), error_message="killed"))
+    found = _DEAD_ACTOR.search(f"{type(died)}:<'{died}'>")
+    assert found is not None
+    assert found[1] == actor
+
+
+def test_what_the_core_logs_appears_once_where_flower_s_log_does(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "handlers", [*flower.handlers, caplog.handler])
+    for name in ("flwr", "fedmitr"):
+        caplog.set_level(logging.INFO, name)
+    begin(server_app.app.log)
+    forward("fedmitr", server_app.app.log)
+    logging.getLogger("fedmitr.any").info("a\x1b[31mb\n\tc %s", "\u202ed")
+    logging.getLogger("fedmitr.any").debug("not shown")
+    assert {record.getMessage() for record in caplog.records} == {"a\\x1b[31mb\n\tc \\u202ed"}
+
+
+def test_a_client_s_text_reaches_flower_s_log_without_control_characters() -> None:
+    """Flower's strategies log the text of an error reply as it is."""
+
+    def broken(reply: Message, client: int) -> list[Message]:
+        text = f"ConfigError\x1b]0;owned\x07\nERROR : client {client} is trusted\u202e"
+        return [Message(Error(2, text), reply_to=reply)]
+
+    grid = ObservedGrid(LocalGrid(client_app, 1, tamper=broken))
+    (reply,) = grid.send_and_receive([Message(RecordDict(), next(iter(grid.get_node_ids())), "train")])
+    assert reply.error.reason == r"ConfigError\x1b]0;owned\x07\nERROR : client 0 is trusted\u202e"

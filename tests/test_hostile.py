@@ -489,7 +489,8 @@ def test_a_model_that_overflows_does_not_compute() -> None:
     assert not computes(steep, model)
 
 
-def test_evaluations_that_cannot_be_are_left_out(tmp_path: Path, caplog: Log) -> None:
+@pytest.mark.parametrize("strategy", ["oneshot", "fedavg"])
+def test_evaluations_that_cannot_be_are_left_out(strategy: str, tmp_path: Path, caplog: Log) -> None:
     """Those of clients 1, 2, ...; the first and the last are honest."""
     lies = [{"accuracy": 101.0}, {"accuracy": float("nan")}, {"eval_loss": float("inf")}, {"recall": [1.0, 2.0]}]
     liars = dict(enumerate(lies + [{"num-examples": number} for number in (0, 10**12, [3])], start=1))
@@ -500,6 +501,7 @@ def test_evaluations_that_cannot_be_are_left_out(tmp_path: Path, caplog: Log) ->
         return [reply]
 
     changes = {"evaluate.where": "clients", "evaluate.holdout": 0.3, "upload.extras": "", "screen.mode": "off"}
+    changes["flower.strategy"] = strategy
     folder = run(tmp_path, LocalGrid(client_app, len(liars) + 2, tamper=lie), **changes)
     assert re.findall(r"refused: client (\d+): its", caplog.text) == [str(client) for client in liars]
     weights, _ = load_tensors(folder.model_path)
@@ -508,4 +510,4 @@ def test_evaluations_that_cannot_be_are_left_out(tmp_path: Path, caplog: Log) ->
     expected = sum(each.accuracy * each.num_examples for each in good) / total
     result = folder.read_result()
     assert result["accuracy"]["student"] == pytest.approx(expected, abs=0.005)
-    assert result["evaluated_on"]["images"] == total
+    assert result["evaluated_on"] == {"where": "clients", "images": total}

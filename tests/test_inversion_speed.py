@@ -2,13 +2,14 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import inversion_speed
 import pytest
 import timm
 import torch
+from speed import arms, document, flops, gauges, rows, uploads
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,11 +17,6 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the script runs
-
-import inversion_speed
-from speed import arms, document, flops, gauges, rows, uploads
 
 SMI = "0.0125,0.025,0.05,0.075"
 DEIT_TINY = flops.Shape(depth=12, width=192, attention=192, mlp=2 * 192 * 768, patch=768, prefix=1, classes=1000)

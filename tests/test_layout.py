@@ -88,14 +88,12 @@ def test_the_source_is_found_and_every_name_of_a_split_is_known(
 
 
 def test_a_source_without_a_path_or_on_the_hub(tmp_path: Path) -> None:
+    """A path beside digits is refused; titles of old runs go by what was read."""
     assert found_source(DataConfig()).source == "digits"
     assert found_source(DataConfig(path="zalando-datasets/fashion_mnist")).source == "hub"
     assert found_source(DataConfig(path=str(tmp_path), source="parquet")).source == "parquet"
     (tmp_path / "images.csv").write_text("image,label\n")
     assert found_source(DataConfig(path=str(tmp_path))).source == "hub"
-
-
-def test_a_path_beside_digits_is_refused_and_old_titles_go_by_what_was_read() -> None:
     with pytest.raises(ConfigError, match=r"data\.path = '/x' is not read with data\.source = 'digits'; leave out one"):
         DataConfig(source="digits", path="/x")
     assert data_set({"data.source": "digits", "data.path": "/photographs"}) == "digits"

@@ -1,18 +1,16 @@
-"""Training at the client: losses by hand, priors, FedProx's term, averaged epochs, augmentation; the average."""
+"""Training at the client: losses by hand, FedProx's term, augmentation, one step of optimisation; the average."""
 
 import gc
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tiny import a_vit, an_upload, same, settings, small
-from torch import Tensor
+from tiny import CPU, a_vit, an_upload, same, settings, small
+from torch import Tensor, nn
 
-from fedmitr_flwr.client.losses import label_loss, prior_shift
+from fedmitr_flwr.client.losses import label_loss
 from fedmitr_flwr.client.outliers import evenness_loss, outliers, skew
-from fedmitr_flwr.client.swa import averaged_epochs
 from fedmitr_flwr.client.train import shift_and_flip, train_local
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig
@@ -22,9 +20,11 @@ from fedmitr_flwr.uploads.stored import StoredWeights
 from fedmitr_flwr.uploads.upload import Upload, load, save
 from fedmitr_flwr.vit import optim
 from fedmitr_flwr.vit.build import Weights
+from fedmitr_flwr.vit.optim import Stepper, client_stepper
 from fedmitr_flwr.vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("plain_steps")
+every = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 
 
 def for_bars(**changes: object) -> Config:
@@ -39,51 +39,12 @@ def trained(tiny: DataSet, config: Config, rng: torch.Generator, mu: float = 0.0
 
 
 def test_label_loss_by_hand() -> None:
-    """Softmax gives (3/4, 1/4) for [CLS]; (1/2, 1/2) and (1/5, 4/5) for two patches, which weigh half; the label is 0.
-
-    With the prior of 3 images of class 0 and 1 of class 1, logits gain ln 3/4 and ln 1/4, or half of that: then [CLS]
-    answers not (1/2, 1/2) but (3/4, 1/4), and the patch not (1/4, 3/4) but (1/2, 1/2).
-    """
+    """Softmax gives (3/4, 1/4) for [CLS]; (1/2, 1/2) and (1/5, 4/5) for two patches, which weigh half; the label: 0."""
     logits = TokenLogits(torch.tensor([[math.log(3), 0.0]]), torch.tensor([[[0.0, 0.0], [0.0, math.log(4)]]]))
     whole = math.log(4 / 3) + 0.5 * (math.log(2) + math.log(5)) / 2
     assert label_loss(logits, torch.tensor([0])).item() == pytest.approx(whole)
-    logits = TokenLogits(torch.zeros(1, 2), torch.tensor([[[0.0, math.log(3)]]]))
-    shift, half = (prior_shift(torch.tensor([0, 1, 0, 0]), 2, strength) for strength in (1.0, 0.5))
-    for label, probability in ((0, 3 / 4), (1, 1 / 4)):
-        whole = -math.log(probability) + 0.5 * math.log(2)
-        assert label_loss(logits, torch.tensor([label]), shift).item() == pytest.approx(whole)
-    whole = math.log(1 + math.sqrt(3)) + 0.5 * math.log(1 + 1 / math.sqrt(3))  # √3 : 1; the patch: 1/√3 of it
-    assert label_loss(logits, torch.tensor([1]), half).item() == pytest.approx(whole)
 
 
-@pytest.fixture
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps by the gradients alone."""
-    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.0)
-    monkeypatch.setattr(optim, "GRAD_CLIP", math.inf)
-
-
-@pytest.mark.usefixtures("_plain")
-def test_training_takes_the_prior_of_the_images_it_gets(tiny: DataSet) -> None:
-    """From logits of 0, one step of SGD moves the head's bias by lr · (frequency - share by the prior).
-
-    Absent classes weigh less than one image together: each of the two counts as 1/4 image.
-    """
-    plain = {"local.optimizer": "sgd", "local.lr": 0.1, "local.batch-size": 60, "model.num-classes": 4}
-    labels = tiny.train.labels
-    own = tiny.train.subset(torch.cat([(labels == 0).nonzero()[:15, 0], (labels == 1).nonzero()[:5, 0]]))
-    shares = {0.0: torch.full((4,), 0.25), 1.0: torch.tensor([15, 5, 0.25, 0.25]) / 20.5}
-    for strength, share in shares.items():
-        config = settings(**plain, **{"local.prior-adjust": strength})
-        vit = a_vit(config, 0)
-        torch.nn.init.zeros_(vit.head.weight)
-        torch.nn.init.zeros_(vit.head.bias)
-        train_local(vit, own, config, stream(0), CPU)
-        wanted = 0.1 * 1.5 * (torch.tensor([0.75, 0.25, 0.0, 0.0]) - share)  # class token, and half of the patches
-        torch.testing.assert_close(vit.head.bias.detach(), wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.usefixtures("_plain")
 def test_the_first_step_does_not_feel_the_proximal_term_and_the_second_does(tiny: DataSet) -> None:
     """At the start w = w⁰. After one step of SGD the gradient gains μ (w - w⁰); the second of two has half the rate."""
     plain = {"local.optimizer": "sgd", "local.lr": 0.01, "local.augment": False, "local.batch-size": 60}
@@ -93,28 +54,6 @@ def test_the_first_step_does_not_feel_the_proximal_term_and_the_second_does(tiny
     twice, prox = (trained(tiny, for_bars(**plain, **{"local.epochs": 2}), stream(1), mu)[0] for mu in (0.0, 7.0))
     for name, tensor in prox.items():
         torch.testing.assert_close(tensor, twice[name] - 0.005 * 7.0 * (once[name] - start[name]), rtol=1e-5, atol=1e-6)
-
-
-def test_the_average_over_epochs_is_that_of_the_weights_at_their_ends(
-    tiny: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a constant learning rate, training for fewer epochs ends where the longer one was at that time."""
-    rounded = {(0, 30): 0, (0.01, 30): 0, (0.1, 30): 3, (0.5, 1): 1, (0.5, 3): 2, (0.5, 5): 3, (0.7, 10): 7, (1, 4): 4}
-    assert {given: averaged_epochs(*given) for given in rounded} == rounded
-    monkeypatch.setattr(optim, "_factor", lambda *_: 1.0)
-
-    def run(epochs: int, share: float = 0.0) -> tuple[Weights, float]:
-        changes = {"local.batch-size": 30, "local.epochs": epochs, "local.average": share}
-        return trained(tiny, for_bars(**changes), stream(0))
-
-    snapshots = {end: run(end) for end in (1, 2, 3, 4)}
-    for share, ends in {0.25: [4], 0.5: [3, 4], 1.0: [1, 2, 3, 4]}.items():
-        found, loss = run(4, share)
-        for name, tensor in found.items():
-            mean = np.mean([snapshots[end][0][name].double().numpy() for end in ends], axis=0)
-            torch.testing.assert_close(tensor, torch.from_numpy(mean).float(), rtol=1e-6, atol=1e-8)
-        assert len(ends) > 1 or same(found, snapshots[4][0])  # bit for bit
-        assert loss == snapshots[4][1]
 
 
 def test_evenness_and_skew_by_hand() -> None:
@@ -231,6 +170,127 @@ def test_shift_and_flip_by_hand(size: int, reach: int, flip: bool) -> None:
                 assert alike.any(), (dy, dx, mirror)
                 found += alike
     assert (found == 1).all()
+
+
+# --- one step: the rate's path, what decays, clipping
+
+
+def a_parameter(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([values]))
+
+
+def test_sgd_with_momentum_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient 1 at each step, lr 1/2, 3/8 and 1/8, momentum 0.9: velocities 1, 1.9, 2.71.
+
+    AdamW's first step has the length of the learning rate. A gradient (3, 4) over two parameters is cut from length 5.
+    """
+    parameter = a_parameter(0.0)
+    stepper = Stepper([parameter], "sgd", 0.5, total_steps=3)
+    for wanted in (-0.5, -1.2125, -1.55125):
+        stepper.step(parameter.sum())
+        assert parameter.item() == pytest.approx(wanted)
+    parameter = a_parameter(1.0, 1.0)
+    Stepper([parameter], "adamw", 0.01, total_steps=1).step((parameter * torch.tensor([[5.0, -1e-3]])).sum())
+    assert parameter[0].tolist() == pytest.approx([0.99, 1.01], abs=1e-6)
+    for limit, moved in ((1.0, [-0.3, -0.4]), (10.0, [-1.5, -2.0])):
+        monkeypatch.setattr(optim, "GRAD_CLIP", limit)
+        first, second = a_parameter(0.0), a_parameter(0.0)
+        Stepper([first, second], "sgd", 0.5, total_steps=1).step(3 * first.sum() + 4 * second.sum())
+        assert [first.item(), second.item()] == pytest.approx(moved, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_step_of_muon_is_orthogonal_and_has_the_size_of_adamw(scale: float) -> None:
+    """Of a gradient U S Vᵀ, of shape (A, B), it is U Vᵀ · 0.2 lr √max(A, B); singular values are near 1 only."""
+    gradient = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    matrix, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(3))
+    stepper = Stepper([matrix, bias], "muon", 0.01, total_steps=1)
+    stepper.step((matrix * gradient).sum() + bias.sum())
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    step = left.T @ -matrix.detach() @ right.T / (0.01 * 0.2 * math.sqrt(6))
+    assert ((step.diagonal() > 0.65) & (step.diagonal() < 1.25)).all()
+    assert (step - torch.diag(step.diagonal())).abs().max() < 0.05
+    assert bias.tolist() == pytest.approx([-0.01] * 3, rel=1e-4)
+
+
+@every
+def test_cosine_is_half_in_the_middle_and_zero_at_the_end(optimizer: str) -> None:
+    """It stays at zero, and does not rise again."""
+    parameter = a_parameter(1.0)
+    stepper = Stepper([parameter], optimizer, 0.5, total_steps=8)
+    rates, values = [], []
+    for _ in range(11):
+        rates.append({rate for each in stepper.schedules for rate in each.get_last_lr()})
+        values.append(parameter.item())
+        stepper.step(parameter.sum())
+    cosine = [0.25 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert [rate for (rate,) in rates] == pytest.approx([*cosine, 0, 0, 0])
+    assert values[8:] == [parameter.item()] * 3
+
+
+@every
+def test_biases_norms_positions_and_class_tokens_do_not_decay(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.5)
+    vit = a_vit(settings(), 0)
+    before = {name: tensor.detach().clone() for name, tensor in vit.named_parameters()}
+    Stepper(vit.parameters(), optimizer, 0.1, total_steps=1).step(sum(p.sum() * 0 for p in vit.parameters()))
+    spared = vit.no_weight_decay() | {name for name in before if name.endswith("bias") or "norm" in name}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= spared
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc1.weight"}.isdisjoint(spared)
+    for name, parameter in vit.named_parameters():
+        wanted = before[name] if name in spared else 0.95 * before[name]  # 1 - lr · decay
+        torch.testing.assert_close(parameter.data, wanted, msg=name)
+
+
+@every
+def test_a_head_may_learn_at_a_rate_of_its_own(optimizer: str) -> None:
+    """Every gradient is 1: the first step of SGD and of AdamW is the rate. By the body's the head is of it."""
+    for head_lr in (0.5, 0.01):
+        vit, before = a_vit(settings(), 0), dict(a_vit(settings(), 0).named_parameters())
+        changes = {"optimizer": optimizer, "lr": 0.01, "head-lr": head_lr}
+        local = settings(**{f"local.{name}": value for name, value in changes.items()}).local
+        stepper = client_stepper(vit, local, total_steps=4)
+        stepper.step(sum(parameter.sum() for parameter in vit.parameters()))
+        steps = {name: (before[name] - parameter).detach() for name, parameter in vit.named_parameters()}
+        names = ["head.bias", "norm.bias", "cls_token"] if optimizer == "muon" else list(steps)
+        for name in names + ["head.weight"] * (head_lr != 0.01):
+            wanted = torch.full_like(steps[name], head_lr if name.startswith("head.") else 0.01)
+            torch.testing.assert_close(steps[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
+        falling = 0.5 * (1 + math.cos(math.pi / 4))
+        rates = {rate for each in stepper.schedules for rate in each.get_last_lr()}
+        assert sorted(rates) == pytest.approx(sorted({0.01 * falling, head_lr * falling}))
+
+
+@every
+def test_a_restored_stepper_goes_on_in_the_same_bits(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.1)
+    monkeypatch.setattr(optim, "GRAD_CLIP", 1.0)
+
+    def go(stepper: Stepper, steps: range) -> Stepper:
+        for step in steps:
+            stepper.step(sum(((parameter - step) ** 2).sum() for parameter in stepper.parameters))
+        return stepper
+
+    def started(at: list[nn.Parameter]) -> Stepper:
+        return Stepper([nn.Parameter(each.detach().clone()) for each in at], optimizer, 0.1, total_steps=6)
+
+    start = [a_parameter(1.0, -2.0), nn.Parameter(torch.tensor([3.0])), a_parameter(0.5)]
+    whole = go(started(start), range(6))
+    for done in (0, 1, 3, 6):
+        first = go(started(start), range(done))
+        state = {name: value.clone() for name, value in first.state().items()}
+        assert state["steps"] == done
+        second = started(first.parameters)
+        second.restore(first.state())
+        assert second.schedules[0].get_last_lr() == first.schedules[0].get_last_lr()
+        go(second, range(done, 6))
+        for ours, theirs in zip(second.parameters, whole.parameters, strict=True):
+            assert torch.equal(ours, theirs)
+        assert same(first.state(), state)  # the first one's are its own
+        assert second.schedules[0].get_last_lr() == whole.schedules[0].get_last_lr()
+
+
+# --- the average
 
 
 def test_the_average_is_weighted_by_images() -> None:

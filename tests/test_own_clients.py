@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from flwr.app import Error, Message, RecordDict
 from local_grid import TINY, Federate, Sites, complaint, named
-from tiny import timeless
+from tiny import contents
 
 from deploy.demo_data import as_folders, as_parquet
 from fedmitr_flwr import pipeline
-from fedmitr_flwr.common.errors import DataError, UserError
+from fedmitr_flwr.common.errors import DataError
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
@@ -44,10 +44,6 @@ def federate(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> Federate:
     """With these clients."""
     monkeypatch.setattr(meeting, "LOOK", 0.02)
     return partial(federate, **OWN)
-
-
-def contents(folder: RunFolder) -> list[bytes]:
-    return [timeless(path) for path in [*folder.upload_paths().values(), folder.model_path]]
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +208,3 @@ def test_a_card_tells_of_trouble_what_an_error_would(folders: list[Path], monkey
     (reply,) = grid.send_and_receive([Message(content, grid.node(0), "query.describe")])
     assert reply.content["name"]["name"] == "factory"
     assert complaint(reply) == "client factory: in <path> it is cut short"
-
-
-def test_own_images_need_flower() -> None:
-    with pytest.raises(UserError, match=r"partition\.scheme = 'own' is for Flower's SuperNodes"):
-        pipeline.run(Config.from_flat(OWN))

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from test_layout import a_table, folders, parquet
-from tiny import an_upload, draw, same, settings, timeless
+from tiny import CPU, an_upload, draw, same, settings, timeless
 
 from fedmitr_flwr import judge, pipeline
 from fedmitr_flwr.common.errors import ConfigError, RunError, UserError
@@ -34,7 +34,6 @@ from fedmitr_flwr.uploads.upload import size
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
 Log, Patch, Seen = pytest.LogCaptureFixture, pytest.MonkeyPatch, SimpleNamespace
-CPU = torch.device("cpu")
 MODELS = ("model.safetensors", "pool.safetensors")
 UPLOADS = [f"uploads/client_00{client}.safetensors" for client in range(3)]
 
@@ -85,6 +84,8 @@ def test_what_cannot_work_leaves_no_folder_and_trains_no_client(tmp_path: Path, 
         ({"partition.min-size": 200, "partition.clients": 2}, "need 400 images, but there are 60"),
         ({"partition.min-size": 70, "evaluate.where": "clients"}, "need 210 images, but there are 60"),
         ({"resume-from": "/absent"}, "is not a run folder"),
+        ({"flower.strategy": "fedadam"}, r"flower\.strategy = 'fedadam' runs in Flower only"),
+        ({"partition.scheme": "own", "data.train-limit": 0}, r"partition\.scheme = 'own' is for Flower's SuperNodes"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -117,8 +118,8 @@ def on_clients(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def test_every_file_is_there_and_the_result_says_what_was_measured_and_what_it_cost(done: RunFolder) -> None:
     names = {str(path.relative_to(done.path)) for path in done.path.rglob("*") if path.is_file()}
-    files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png", "model.json"}
-    assert names == {*files, *MODELS, "uploads/.start.sha256", *UPLOADS}
+    files = {".lock", "config.toml", "metrics.jsonl", "result.json", "images.png", "partition.png", "config.json"}
+    assert names == {*files, "README.md", *MODELS, "uploads/.start.sha256", *UPLOADS}
     assert Config.from_file(done.path / "config.toml") == done.config
     tensors, _ = load_tensors(done.pool_path)
     assert tensors["images"].shape == (10, 1, 8, 8)
@@ -151,7 +152,7 @@ def test_the_accuracies_are_those_of_the_models(done: RunFolder) -> None:
     uploads = done.load_uploads()
 
     def scores(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        vit = timm.create_model(**json.loads(done.model_arguments_path.read_text())).eval()
+        vit = timm.create_model(f"local-dir:{done.path}").eval()
         vit.load_state_dict(weights)
         with torch.no_grad():
             return vit(prepare(test.pixels, done.config.model))
@@ -294,15 +295,6 @@ def test_with_a_quorum_a_gap_stays_a_gap(averaged: Seen, on_clients: Seen, tmp_p
         by_client.append((result | result["accuracy"])[key])
         assert [[value is None for value in values] for values in by_client] == [[False, True, False]] * 4
     assert [list(upload.class_counts) for upload in uploads] == [by_client[-1][0], by_client[-1][2]]
-
-
-def test_one_upload_is_average_ensemble_and_local_at_once(averaged: Seen, tmp_path: Path) -> None:
-    for method in ("fedavg", "ensemble"):
-        run = without_upload(averaged.run, tmp_path / method, method=method, **{"flower.quorum": 0.3})
-        run.upload_paths()[2].unlink()
-        accuracy = pipeline.serve(run).result["accuracy"]
-        assert accuracy["local"][1:] == [None, None]
-        assert accuracy["student"] == accuracy["fedavg"] == accuracy["ensemble"] == accuracy["local"][0]
 
 
 def test_a_method_without_one_model_writes_none(tmp_path: Path) -> None:

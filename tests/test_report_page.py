@@ -26,7 +26,18 @@ from fedmitr_flwr.report.figures import _fade, save_images, save_partition
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.folder import RunFolder
 
-SECTIONS = ["accuracy", "partition", "images", "steps", "confusion", "recall", "cost", "config", "origin"]
+SECTIONS = [
+    "accuracy",
+    "partition",
+    "images",
+    "steps",
+    "confusion",
+    "recall",
+    "diagnostics",
+    "cost",
+    "config",
+    "origin",
+]
 
 
 class Page(HTMLParser):

@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from tiny import a_vit, settings
+from tiny import ROOT, a_vit, settings
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.client.train import train_local
@@ -21,11 +20,10 @@ from fedmitr_flwr.data.images import DataSet
 from fedmitr_flwr.distillation.start import start_student
 from fedmitr_flwr.resolve import patch_of, resolve
 from fedmitr_flwr.vit import build
-from fedmitr_flwr.vit.build import TOLERANCE, initial_weights, token_difference
+from fedmitr_flwr.vit.build import TOLERANCE, token_difference
 from server_app.checks import prepared
 from server_app.records import order
 
-ROOT = Path(__file__).parents[1]
 TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary
 
 
@@ -111,20 +109,6 @@ def test_contradictions_are_refused_by_naming_both(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"^.*{message}.*$"):
             pipeline.run(Config.from_flat(given | {"out-dir": str(tmp_path / "out")}))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_timm_name_weights_and_a_folder_are_enough(tmp_path: Path) -> None:
-    model = ModelConfig(name=TIMM, img_size=160, patch_size=16, in_chans=3, num_classes=1000)
-    save_file(initial_weights(model, 1), tmp_path / "start.safetensors")
-    flat = folder(tmp_path / "data", "RGB", (40, 30), each=4) | {"method": "fedavg", "device": "cpu"}
-    flat |= {"model.name": TIMM, "model.weights": str(tmp_path / "start.safetensors"), "out-dir": str(tmp_path)}
-    short = {"local.epochs": 1, "partition.clients": 2, "partition.scheme": "iid", "partition.min-size": 2}
-    short |= {"ensemble.weights": "size", "screen.mode": "off"}
-    run = pipeline.run(Config.from_flat(flat | short), "run")
-    assert sizes(Config.from_file(run.path / "config.toml").model) == (160, 16, 3, 2)
-    assert run.read_result()["config"]["model.img-size"] == 160
-    about = json.loads(run.model_arguments_path.read_text())
-    assert about["pretrained_cfg_overlay"]["mean"] == [0.5, 0.5, 0.5]
 
 
 def test_a_model_that_answers_otherwise_by_patches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

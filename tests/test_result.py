@@ -1,4 +1,4 @@
-"""result.json and the table at the end of a run."""
+"""Accuracy, loss and recall by hand, whatever the batch size; result.json and the table at the end of a run."""
 
 import json
 import math
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny import small
+from torch import Tensor
 
 from fedmitr_flwr.common import provenance
 from fedmitr_flwr.common.fingerprint import fingerprint, of_method
 from fedmitr_flwr.config import Config, DataConfig
+from fedmitr_flwr.data.images import DataSet, Images, prepare
+from fedmitr_flwr.runs import evaluation
+from fedmitr_flwr.runs.evaluation import evaluate
 from fedmitr_flwr.runs.folder import plain
 from fedmitr_flwr.runs.result import accuracy_table, build, on_server
 
@@ -53,8 +59,9 @@ def test_numbers_are_rounded_to_what_they_are_worth() -> None:
     assert a_result(per_class=None)["accuracy"]["worst_class"] is None
 
 
-def test_table() -> None:
-    assert accuracy_table(a_result()) == (
+def test_the_table_which_says_when_it_is_of_validation_images() -> None:
+    table = accuracy_table(a_result())
+    assert table == (
         "model                      accuracy %\n"
         "-------------------------------------\n"
         "client 0 alone                  45.00\n"
@@ -67,15 +74,11 @@ def test_table() -> None:
         "recall % of the student by class\n"
         "cat  33.33   dog      -"
     )
-
-
-def test_the_table_says_when_it_is_of_validation_images() -> None:
     of_test, of_validation = (on_server(DataConfig(validation=share), 287) for share in (0.0, 0.2))
     assert of_test == {"where": "server", "split": "test", "images": 287}
-    plain_table = accuracy_table(a_result())
-    assert accuracy_table(a_result(evaluated_on=of_test)) == plain_table
+    assert accuracy_table(a_result(evaluated_on=of_test)) == table
     said = "on 287 validation images; the test images were not read"
-    assert accuracy_table(a_result(evaluated_on=of_validation)) == f"{plain_table}\n\n{said}"
+    assert accuracy_table(a_result(evaluated_on=of_validation)) == f"{table}\n\n{said}"
 
 
 def test_what_is_not_known_is_a_dash_and_lines_stay_short() -> None:
@@ -89,3 +92,43 @@ def test_what_is_not_known_is_a_dash_and_lines_stay_short() -> None:
     assert len({len(line) for line in cells[:-1]}) == 1
     assert max(map(len, lines)) <= 100
     assert sum(line.count("100.00") for line in cells) == 100
+
+
+# --- evaluation
+
+
+def by_brightness(images: Tensor) -> Tensor:
+    """Scores of three classes from the first pixel of normalised grey images: -1, 0 and 1 are classes 0, 1 and 2."""
+    first = images[:, 0, 0, 0].round()
+    return torch.stack([-first, -first.abs() + 0.5, first], dim=1) * 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_accuracy_loss_and_recall_by_hand(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels for the classes 0 0 1 1 2 2; labels 0 1 1 1 0 0: right are the first, third and fourth."""
+    monkeypatch.setattr(evaluation, "BATCH", batch_size)
+    values = torch.tensor([0, 0, 128, 128, 255, 255], dtype=torch.uint8)
+    six = Images(values[:, None, None, None].expand(-1, 1, 4, 4), torch.tensor([0, 1, 1, 1, 0, 0]))
+    found = evaluate(by_brightness, six, small(4, num_classes=3), torch.device("cpu"))
+    assert (found.accuracy, found.num_examples) == (50.0, 6)
+    assert found.per_class == pytest.approx((100 / 3, 200 / 3, math.nan), nan_ok=True)
+    assert found.confusion == ((1, 0, 2), (1, 2, 0), (0, 0, 0))
+    # The scores are (2, -1, -2), (0, 1, 0) and (-2, -1, 2); minus the log of softmax at the label, by hand.
+    dark, grey = math.log(math.exp(2) + math.exp(-1) + math.exp(-2)), math.log(2 + math.e)
+    wanted = ((dark - 2) + (dark + 1) + 2 * (grey - 1) + 2 * (dark + 2)) / 6
+    assert found.loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_images_arrive_resized_and_normalised(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 20)
+    seen: list[Tensor] = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(images)
+        assert not torch.is_grad_enabled()
+        return torch.zeros(len(images), 3)
+
+    found = evaluate(predict, tiny.test, small(12, num_classes=3), torch.device("cpu"))
+    assert [tuple(batch.shape) for batch in seen] == [(20, 1, 12, 12), (10, 1, 12, 12)]
+    assert torch.equal(torch.cat(seen), prepare(tiny.test.pixels, small(12)))
+    assert (found.accuracy, found.loss) == (pytest.approx(100 / 3), pytest.approx(math.log(3)))

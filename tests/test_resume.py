@@ -26,7 +26,7 @@ ALL = EPOCHS * BATCHES, EPOCHS
 SHAPE = {"inversion.steps": 4, "distill.rounds": EPOCHS, "distill.images-per-round": 12, "inversion.batch-size": 5}
 SHAPE |= {"distill.epochs-per-round": 2, "model.depth": 1, "data.test-limit": 10}
 PRI4 = {"inversion.mode": "pri4", "distill.images-per-round": 48}
-CHOSEN = {"distill.extrapolate": 0.0}  # a start chosen on the first images
+MERGED = {"distill.init": "classwise"}  # a start made on the first images
 OUTPUTS = ("model.safetensors", "pool.safetensors")
 
 
@@ -139,9 +139,9 @@ def phase(trained: RunFolder, tmp_path: Path, known: dict[str, list[bytes]], mon
     [
         ({}, 0, ALL),  # in the first batch
         (PRI4, 1, (ALL[0] - 1, EPOCHS)),  # in the second
-        (CHOSEN, BATCHES, (ALL[0] - BATCHES, EPOCHS)),  # in the first distillation
+        (MERGED, BATCHES, (ALL[0] - BATCHES, EPOCHS)),  # in the first distillation
         (PRI4, BATCHES + 3, (ALL[0] - BATCHES - 2, EPOCHS - 1)),  # in the last batch of the second epoch
-        (CHOSEN, EPOCHS * (BATCHES + 1) - 1, (0, 1)),  # in the last distillation
+        (MERGED, EPOCHS * (BATCHES + 1) - 1, (0, 1)),  # in the last distillation
     ],
 )
 def test_a_killed_phase_makes_what_is_missing_and_ends_in_the_same_bytes(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import a_vit, an_ensemble, an_upload, fused, same, settings, some_images
+from tiny import a_vit, an_ensemble, fused, same, settings, some_images, two_uploads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -211,9 +211,9 @@ def test_coboosting_without_its_three_ideas_is_dense_without_its_mask(monkeypatc
 
 
 @pytest.mark.parametrize(("rival", "route"), [("adi", 0.5), ("dense", 0.5), ("coboosting", 0.0)])
-def test_colour_and_routes_and_a_chosen_start(rival: str, route: float) -> None:
+def test_colour_and_routes(rival: str, route: float) -> None:
     changes = {"model.in-chans": 3, "model.img-size": 12, "model.patch-size": 4, "data.flip": True}
-    changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs", "distill.extrapolate": 0.0}
+    changes |= {"ensemble.weights": "estimated", "ensemble.combine": "probs"}
     made = made_by(rival, **changes, **{"inversion.route": route})
     assert all(tensor.isfinite().all() for tensor in made.weights.values())
     assert made.pool.images.shape == (20, 3, 12, 12)
@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     rival: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(method=rival, **{"distill.rounds": 3})
-    uploads = [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    uploads = two_uploads(config)
     whole, make, made = fused(config, uploads), generator.generate, list[int]()
 
     def dies(*given: Any, **more: Any) -> Any:

@@ -230,13 +230,13 @@ def test_metrics_are_appended_line_by_line(run: RunFolder, monkeypatch: pytest.M
 
 def test_the_model_and_its_arguments_are_for_the_owner_alone(run: RunFolder) -> None:
     weights = {"head.bias": torch.tensor([1.5, -2.0])}
-    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 96, "num_classes": 10}
+    arguments = {"architecture": "vit_tiny_patch16_224", "num_classes": 10}
     run.save_model(weights, arguments)
     once = run.model_path.read_bytes()
     run.save_model(weights, arguments)
     assert run.model_path.read_bytes() == once
     assert tiny.same(load_tensors(run.model_path)[0], weights)
-    assert json.loads((run.path / "model.json").read_text()) == arguments
+    assert json.loads((run.path / "config.json").read_text()) == arguments
     run.save_upload(an_upload(0))
     run.log_metrics(stage="x")
     modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (run.path, *run.path.rglob("*"))}

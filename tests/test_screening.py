@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import same, settings
+from tiny import CPU, same, settings
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
@@ -35,7 +35,6 @@ from fedmitr_flwr.vit.build import build_vit, initial_weights
 
 Log = pytest.LogCaptureFixture
 Learned = tuple[Config, list[Upload], Upload]
-CPU = torch.device("cpu")
 START = {"w": torch.zeros(6), "n": torch.tensor(3)}
 DIGITS: dict[str, Any] = {"screen.mode": "exclude", "method": "fedavg", "partition.clients": 5}
 # That each client has images of: bars at the top, in the middle, at the bottom.

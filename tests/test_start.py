@@ -1,7 +1,5 @@
-"""The student's start: by setting, moved along the clients' way, and chosen on the first images."""
+"""The student's start by setting, and how like the ensemble it is; heads merged by class, against numbers by hand."""
 
-import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,106 +7,116 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import a_vit, an_upload, fused, same, settings
+from timm.models.vision_transformer import VisionTransformer
+from tiny import a_vit, an_upload, fused, same, settings, some_images, two_uploads
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation.relabel import relabel
-from fedmitr_flwr.distillation.start import FACTORS, answers, choose_start, likeness, start_student
+from fedmitr_flwr.distillation.start import answers, likeness, start_student
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
-from fedmitr_flwr.inversion.pool import Pool
 from fedmitr_flwr.merging.average import average
-from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import Weights, initial_weights
+from fedmitr_flwr.merging.classwise import merge_heads
+from fedmitr_flwr.vit.build import initial_weights, vit_of
 
-
-def two_uploads() -> list[Upload]:
-    return [an_upload(settings(), client, 10 + client) for client in range(2)]
-
-
-def placed(factor: float) -> Weights:
-    """w⁰ + factor · (w̄ - w⁰), as it is written."""
-    start, mean = initial_weights(settings().model, settings().seed), average(two_uploads())
-    return {name: (start[name] + factor * (mean[name].double() - start[name])).float() for name in mean}
-
-
-def a_pool(config: Config, teachers: list[Upload]) -> Pool:
-    ensemble = Ensemble.of(teachers, config.model, config.ensemble)
-    images = invert(ensemble, torch.arange(20) % 10, config.inversion, config.model, flip=False, rng=stream(0))
-    return relabel(images, config.relabel.mode)
+CONFIG = settings()
+CLASSES = CONFIG.model.num_classes
+IMAGES = some_images(CONFIG, 40)
 
 
 def test_the_students_start() -> None:
-    """The average to the bit, also where it is to be moved or to get another head; another start is not moved."""
-    mean, start = average(two_uploads()), initial_weights(settings().model, 4)
-    for init, factor, wanted in (
-        ("average", 1.0, mean),
-        ("average", 0.0, mean),
-        ("classwise", 1.0, mean),
-        ("initial", 0.0, start),
-        ("initial", 2.0, start),
-    ):
-        config = settings(seed=4, **{"distill.init": init, "distill.extrapolate": factor})
+    """The average to the bit, also where it is to get another head."""
+    mean = average(two_uploads())
+    for init, wanted in {"average": mean, "classwise": mean, "initial": initial_weights(CONFIG.model, 4)}.items():
+        config = settings(seed=4, **{"distill.init": init})
         assert same(start_student(two_uploads(), config).state_dict(), wanted), init
-        assert config.distill.chooses_start == (init == "average" and factor == 0)
 
 
 def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
-    there = {name: tensor.clone() for name, tensor in a_vit(settings(), 9).state_dict().items()}
+    there = {name: tensor.clone() for name, tensor in a_vit(CONFIG, 9).state_dict().items()}
     save_file(there, tmp_path / "weights.safetensors")
     config = settings(**{"distill.init": "initial", "model.weights": str(tmp_path / "weights.safetensors")})
-    student = start_student([an_upload(config, 0)], config).state_dict()
-    assert same(student, there)
+    assert same(start_student([an_upload(config, 0)], config).state_dict(), there)
 
 
-@pytest.mark.parametrize("factor", [0.25, 2.0])
-def test_the_average_is_moved_along_the_clients_way(factor: float) -> None:
-    student = start_student(two_uploads(), settings(**{"distill.extrapolate": factor})).state_dict()
-    for name, wanted in placed(factor).items():
-        torch.testing.assert_close(student[name], wanted, rtol=0, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("number", range(len(FACTORS)))
-def test_the_factor_at_which_the_teacher_stands_is_chosen(number: int, caplog: pytest.LogCaptureFixture) -> None:
-    factor, pri4 = FACTORS[number], {"inversion.mode": "pri4", "relabel.mode": "drop"}
-    config = settings(**(pri4 if number % 2 else {}), **{"distill.extrapolate": 0.0})
-    teachers = [replace(two_uploads()[0], weights=placed(factor))]
-    pool = a_pool(config, teachers)
-    student = start_student(two_uploads(), config)
-    told = answers(Ensemble.of(teachers, config.model, config.ensemble), pool)
-    before = likeness(student, told, pool)
-    with caplog.at_level(logging.INFO, "fedmitr"):
-        assert choose_start(student, told, pool, config) == factor
-    assert likeness(student, told, pool) == pytest.approx(1, abs=1e-5)
-    assert factor == 1 or before < 1 - 1e-4
-    for name, wanted in placed(factor).items():
-        torch.testing.assert_close(student.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
-    assert f"starts at {factor:g} times" in caplog.text
-    assert factor != 1 or same(student.state_dict(), average(two_uploads()))
-
-
-@torch.no_grad()
 def test_likeness_is_the_correlation_of_answers_on_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """By numpy's Pearson correlation over the classes."""
-    config = settings(**{"inversion.mode": "dense"})
-    with torch.enable_grad():
-        pool = a_pool(config, two_uploads())
+    config, student = settings(**{"inversion.mode": "dense"}), a_vit(CONFIG, 9)
     ensemble = Ensemble.of(two_uploads(), config.model, config.ensemble)
-    student = a_vit(config, 9)
-    both = zip(ensemble(pool.images).numpy(), student(pool.images).numpy(), strict=True)
+    images = invert(ensemble, torch.arange(20) % 10, config.inversion, config.model, flip=False, rng=stream(0))
+    pool = relabel(images, config.relabel.mode)
+    both = zip(*(model(pool.images).detach().numpy() for model in (ensemble, student)), strict=True)
     wanted = np.mean([np.corrcoef(one, other)[0, 1] for one, other in both])
     for batch_size in (7, 20, 256):
         monkeypatch.setattr("fedmitr_flwr.distillation.start.BATCH", batch_size)
         assert likeness(student, answers(ensemble, pool), pool) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_fedmitr_chooses_on_its_first_images_and_goes_on_as_if_it_had_been_told() -> None:
-    metrics: list[dict[str, Any]] = []
-    chosen = fused(settings(**{"distill.extrapolate": 0.0, "distill.rounds": 2}), two_uploads(), metrics)
-    (factor,) = [line["extrapolate"] for line in metrics if line["stage"] == "start"]
-    metrics.clear()
-    for other in (factor, next(other for other in FACTORS if other != factor)):
-        told = fused(settings(**{"distill.extrapolate": other, "distill.rounds": 2}), two_uploads(), metrics)
-        assert same(told.weights, chosen.weights) == (other == factor)
-    assert not [line for line in metrics if line["stage"] == "start"]
+def with_head(seed: int, rows_YD: Tensor, bias_Y: Tensor) -> VisionTransformer:
+    vit = a_vit(CONFIG, seed)
+    with torch.no_grad():
+        vit.head.weight.zero_()[:2, :2].copy_(rows_YD)
+        vit.head.bias.zero_()[:2].copy_(bias_Y)
+    return vit
+
+
+def merged(teachers: list[VisionTransformer], weights_KY: Tensor) -> VisionTransformer:
+    student = a_vit(CONFIG, 9)
+    merge_heads(student, Ensemble(teachers, weights_KY, "probs"), IMAGES)
+    return student
+
+
+def test_each_class_has_the_row_of_who_knows_it() -> None:
+    """Two clients, each weighed in one class alone; rows sum to nothing, so that centring leaves them."""
+    rows, bias = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0.5, 0.25])
+    first = with_head(0, torch.stack([rows[0], -rows[0]]), torch.tensor([0.5, -0.5]))
+    second = with_head(1, torch.stack([-rows[1], rows[1]]), torch.tensor([-0.25, 0.25]))
+    weights_KY = torch.full((2, CLASSES), 0.5)
+    weights_KY[:, :2] = torch.eye(2)
+    student, body = merged([first, second], weights_KY), a_vit(CONFIG, 9)
+    logits = body.forward_head(body.forward_features(IMAGES), pre_logits=True)[:, :2] @ rows.T + bias
+    spread = logits.std(0, correction=0)
+    scale = spread.sum() / CLASSES / spread  # the other eight classes say the same of all images
+    torch.testing.assert_close(student.head.weight[:2, :2], scale[:, None] * rows)
+    assert not student.head.weight[2:].any()
+    torch.testing.assert_close(student.head.bias[:2], scale * bias)
+    torch.testing.assert_close(student(IMAGES)[:, :2], logits * scale)
+    for name, tensor in body.state_dict().items():
+        assert name.startswith("head") or torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_what_changes_nothing() -> None:
+    """A factor of all weights, and what moves all logits of a client alike."""
+    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
+    weights_KY = torch.rand(3, CLASSES, generator=stream(0))
+    before = merged(teachers[:2], weights_KY[:2])
+    scaled = merged(teachers[:2], 3 * weights_KY[:2])
+    with torch.no_grad():
+        teachers[0].head.weight += torch.randn(CONFIG.model.width, generator=stream(1))
+        teachers[0].head.bias += 7
+    for after in (scaled, merged(teachers[:2], weights_KY[:2])):
+        torch.testing.assert_close(before.head.weight, after.head.weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(before.head.bias, after.head.bias, rtol=0, atol=1e-5)
+
+
+def test_all_classes_vary_alike_in_the_directions_of_the_average_where_all_weigh_alike() -> None:
+    teachers = [a_vit(CONFIG, seed) for seed in range(3)]
+    student = merged(teachers, torch.full((3, CLASSES), 1 / 3))
+    mean = torch.stack([teacher.head.weight for teacher in teachers]).mean(0)
+    torch.testing.assert_close(normalize(student.head.weight), normalize(mean - mean.mean(0)))
+    spread = student(IMAGES).std(0, correction=0)
+    torch.testing.assert_close(spread, spread.mean().expand(CLASSES))
+
+
+def test_fedmitr_starts_from_it_once_there_are_images() -> None:
+    """At no rate to speak of the student that comes back is its start: the average's body, this head."""
+    uploads, metrics = two_uploads(), list[dict[str, Any]]()
+    told = fused(settings(**{"distill.init": "classwise", "distill.lr": 1e-12, "distill.rounds": 2}), uploads, metrics)
+    (line,) = [line for line in metrics if line["stage"] == "start"]
+    assert {"likeness", "likeness_of_average"} <= set(line)
+    spread = vit_of(CONFIG.model, told.weights)(told.pool.images[:10]).std(0, correction=0)  # of the first round's
+    torch.testing.assert_close(spread, spread.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
+    name = "blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(told.weights[name], average(uploads)[name], rtol=0, atol=1e-6)

@@ -3,21 +3,17 @@
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import bench_fakes
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from tiny import same, settings
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # no package: it is where the scripts run
-
 import table as results_table
+import torch
 from cifar100_sets import COARSE, FINE, SUPERCLASSES, classes_of, subset
+from datasets import ClassLabel, Dataset, Features, Value
 from security import attacks, document
+from tiny import ROOT, same, settings
 
 from deploy import demo
 from fedmitr_flwr import pipeline
@@ -25,8 +21,7 @@ from fedmitr_flwr.bench.results import save
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.vit.build import initial_weights
 
-ROOT = Path(__file__).parents[1]
-FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # tests/faults.py has the name `faults`
+FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # the name `faults` is tests/faults.py
 DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
 DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
 

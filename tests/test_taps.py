@@ -13,15 +13,17 @@ from torch import Tensor
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
-from fedmitr_flwr.config import ModelConfig, UploadConfig
+from fedmitr_flwr.config import Config, ModelConfig, UploadConfig
 from fedmitr_flwr.data.images import Images, prepare
 from fedmitr_flwr.data.shares import server_images
+from fedmitr_flwr.library.run import Run
 from fedmitr_flwr.merging.closed_form import beside_student, pooled
+from fedmitr_flwr.publish.hub import save_model
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.statistics.heads import UNSEEN, lda
 from fedmitr_flwr.statistics.moments import Statistics, frozen_features, like, measure, sent, total
 from fedmitr_flwr.uploads.gate import require_model, shapes
-from fedmitr_flwr.vit.build import initial_weights, timm_arguments
+from fedmitr_flwr.vit.build import initial_weights
 from fedmitr_flwr.vit.taps import FEATURES, count_taps, load_model, network_of, on_taps, projection, taps
 
 TINY = settings()
@@ -116,8 +118,8 @@ def test_lda_on_taps_is_one_file_that_answers_as_scikit_learn(tmp_path: Path) ->
     head = lda(Statistics.of(measure(z, images.labels, 10), counts), 0.3)
     weights = on_taps(vit.state_dict(), *head)
     require_model(weights, CONFIG.model, "")
-    folder = RunFolder.create(settings(**{"out-dir": str(tmp_path)}), "one")
-    folder.save_model(weights, timm_arguments(CONFIG.model))
+    folder = RunFolder.create(Config.from_flat({"out-dir": str(tmp_path)}, base=CONFIG), "one")
+    save_model(folder, weights, [])
     pixels = prepare(images.pixels[:20], CONFIG.model)
     given = load_model(folder.path)(pixels)
     assert torch.equal(given, network_of(CONFIG.model, weights)(pixels))
@@ -148,7 +150,7 @@ def test_closed_form_and_student_are_added_by_hand(tmp_path: Path) -> None:
     assert (model(pool)[:, 4:] < UNSEEN / 2).all()  # nobody has these classes
     require_model(weights, TINY.model, "")
     folder = RunFolder.create(settings(**{"out-dir": str(tmp_path)}), "both")
-    folder.save_model(weights, timm_arguments(TINY.model))
+    save_model(folder, weights, [])
     assert torch.equal(load_model(folder.path)(pool), model(pool))
 
 
@@ -166,6 +168,8 @@ def test_statistics_change_no_bit_of_the_student_and_are_added_to_it(tmp_path: P
     one, other = (folder.read_result()["accuracy"] for folder in (without, run))
     assert (one["ensemble"], one["fedavg"], one["local"]) == (other["ensemble"], other["fedavg"], other["local"])
     test = server_images(run.config)[0]
+    assert same(Run(run.path).model().state_dict(), beside)
+    assert "load_model(Path" in (run.path / "README.md").read_text()
     with torch.no_grad():
         right = load_model(run.path)(prepare(test.pixels, run.config.model)).argmax(1) == test.labels
     assert other["student"] == pytest.approx(100 * right.double().mean().item(), abs=0.01)

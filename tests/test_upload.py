@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import TINY, Federate, LocalGrid, server_context
+from local_grid import TINY, Federate, LocalGrid, of_two, server_context
 from safetensors.torch import save_file
 from tiny import same
 from torch import Tensor
@@ -22,7 +20,7 @@ from torch import Tensor
 from client_app.app import app as client_app
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
-from fedmitr_flwr.common.files import load_tensors, save_tensors
+from fedmitr_flwr.common.files import save_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import client_images
@@ -44,7 +42,6 @@ REFERENCE = {
 }
 FLOATING = [key for key, tensor in REFERENCE.items() if tensor.is_floating_point()]
 FAST = {"ensemble.weights": "size", "screen.mode": "off"}
-LDA = FAST | {"method": "lda", "upload.extras": "statistics"}
 patterns = st.lists(st.integers(-(2**31), 2**31 - 1)).map(lambda bits: torch.tensor(bits, dtype=torch.int32))
 names = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__")
 tensors = st.dictionaries(names, patterns.map(lambda bits: bits.view(torch.float32)))
@@ -277,13 +274,9 @@ def test_what_was_asked_for_passes_and_what_is_corrupt_is_refused_by_name() -> N
             check(upload, extras)
 
 
-def settings(**changes: Any) -> Config:
-    return Config.from_flat(TINY | {"partition.clients": 2, "upload.extras": "statistics"} | changes)
-
-
 def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training() -> None:
     """And they change nothing else in an upload."""
-    config = settings(**{"upload.extras": "variances", "upload.dtype": "float16"})
+    config = of_two(**{"upload.extras": "variances", "upload.dtype": "float16"})
     initial = initial_weights(config.model, config.seed)
     upload = pipeline.train_client(config, 1, initial)
     images = client_images(config, 1)[0]
@@ -291,50 +284,19 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
     assert tuple(upload.statistics) == moments.names(config.upload) == ("sums", "moment", "squares")
     assert same(upload.statistics, moments.sent(moments.measure(features, images.labels, 10, variances=True)))
     assert upload.class_counts == tuple(torch.bincount(images.labels, minlength=10).tolist())
-    without = pipeline.train_client(settings(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
+    without = pipeline.train_client(of_two(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
     assert (without.statistics, without.class_counts) == (None, None)
     assert upload.train_loss == without.train_loss
     assert same(upload.weights, without.weights)
 
 
-@pytest.mark.parametrize("asked", [LDA, FAST | {"method": "regmean", "upload.extras": "variances, moments"}])
-def test_the_flower_path_gives_the_bits_of_the_straight_line(tmp_path: Path, federate: Federate, asked: Any) -> None:
-    asked = asked | {"upload.dtype": "float16"}
-    flower = federate(LocalGrid(client_app, 3), **asked)
-    straight = pipeline.run(settings(**asked | {"partition.clients": 3, "out-dir": str(tmp_path)}), "line")
-    for ours, theirs in zip(flower.upload_paths().values(), straight.upload_paths().values(), strict=True):
-        assert digest(load(ours)) == digest(load(theirs))
-    assert same(*(load_tensors(folder.model_path)[0] for folder in (flower, straight)))
-    result, wanted = flower.read_result(), straight.read_result()
-    assert result["bytes_statistics"] == wanted["bytes_statistics"]
-    assert asked["method"] == "regmean" or result["bytes_statistics"] == [4 * (10 * 192 + 192 * 193 // 2)] * 3
-    sent = zip(result["bytes_statistics"], result["bytes_down"], strict=True)
-    assert result["bytes_up"] == [statistics + bytes_down // 2 for statistics, bytes_down in sent]
-    assert result["accuracy"] == wanted["accuracy"]
-
-
 def test_room_is_asked_for_with_directions(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that has room for three models and not for more."""
-    free = 3 * size(initial_weights(settings().model, 0))
+    free = 3 * size(initial_weights(of_two().model, 0))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     assert federate(LocalGrid(client_app, 3), **FAST).finished
     more = FAST | {"upload.extras": "moments"}
     federate(LocalGrid(client_app, 3), "and 3 uploads take .* MB; make room there", **more)
-
-
-def test_an_upload_with_corrupt_statistics_is_refused_by_name_and_kept(federate: Federate, caplog: Log) -> None:
-    def tamper(reply: Message, client: int) -> list[Message]:
-        if client == 1:
-            tensors = reply.content["statistics"].to_torch_state_dict()
-            reply.content["statistics"] = ArrayRecord({**tensors, "moment": -tensors["moment"]})
-        return [reply]
-
-    folder = federate(LocalGrid(client_app, 3, tamper=tamper), r"2 of 3 uploads .* missing: client 1", **LDA)
-    (refused,) = folder.refused_path.glob("*.safetensors")
-    tensors, header = load_tensors(refused)
-    assert "client 1: its statistics are no sums of features" in header["reason"]
-    assert "client 1: its statistics are no sums of features" in caplog.text
-    assert {"sums", "moment", "head.weight"} <= set(tensors)  # nothing is lost
 
 
 def test_what_a_method_lacks_is_told_before_any_client_is_asked(tmp_path: Path) -> None:

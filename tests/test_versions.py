@@ -1,5 +1,6 @@
-"""The bundle that Flower ships is the code; client and server of other code or another Flower say what to do."""
+"""The code's fingerprint; the bundle that Flower ships is that code; apps of other code or Flower say what to do."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from local_grid import TINY, LocalGrid, complaint
 
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import RunError
-from fedmitr_flwr.common.fingerprint import core
+from fedmitr_flwr.common.fingerprint import _core_of, _of_folder, _of_method, _with_apps, core, fingerprint, of_flower
 from fedmitr_flwr.common.releases import FLWR, release, require, too_old
 from fedmitr_flwr.config import Config
 from server_app.clients import meet
@@ -45,18 +46,6 @@ def test_an_app_under_an_older_flower_says_so_before_it_imports_from_it() -> Non
 
 
 Change = Callable[[Message], Message]
-
-
-class OtherCards(LocalGrid):
-    """Client 1 says something else of itself, as another version of the app might."""
-
-    def __init__(self, change: Change) -> None:
-        super().__init__(client_app, 3)
-        self.change = change
-
-    def pull_messages(self, message_ids: Any) -> list[Message]:
-        replies = super().pull_messages(message_ids)
-        return [self.change(r) if r.metadata.src_node_id == self.node(1) else r for r in replies]
 
 
 def says(where: str, **changes: Any) -> Change:
@@ -102,7 +91,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_server_refuses_before_anybody_trains(name: str) -> None:
     change, line = OTHERS[name]
-    grid = OtherCards(change)
+    grid = LocalGrid(client_app, 3, cards=lambda reply, client: [change(reply) if client == 1 else reply])
     with pytest.raises(RunError, match=line) as refused:
         meet(grid, Config.from_flat(TINY))
     assert "\n" not in str(refused.value)
@@ -112,13 +101,12 @@ def test_the_server_refuses_before_anybody_trains(name: str) -> None:
 @pytest.mark.parametrize("kind", ["query.describe", "train", "evaluate"])
 def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_settings(kind: str) -> None:
     grid = LocalGrid(client_app, 2)
-    told = dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
-    content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord(told)})
-    (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
-    assert complaint(reply) == (
-        f"the server runs other code (0123456789ab) than this client ({core()}); restart the SuperLink and its "
-        "SuperNodes from one checkout"
-    )
+    other = dict(order(Config.from_flat(TINY))) | {"fingerprint": b"0123456789ab", "toml": b"new-key = 3"}
+    for told, code in ((other, "0123456789ab"), ({"lr": 0.1}, "which it does not tell")):
+        content = RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord(told)})
+        (reply,) = grid.send_and_receive([Message(content, grid.node(0), kind)])
+        fix = "restart the SuperLink and its SuperNodes from one checkout"
+        assert complaint(reply) == f"the server runs other code ({code}) than this client ({core()}); {fix}"
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +135,75 @@ def test_it_holds_every_module_of_the_three_packages(bundle: list[str]) -> None:
     others = [name for name in bundle if not name.startswith(tuple(f"{package}/" for package in PACKAGES))]
     assert set(others) <= {"pyproject.toml", "LICENSE", "README.md", ".gitignore", ".info/CONTENT"}
     assert not [name for name in bundle if "test" in name]
+
+
+# --- the fingerprint: equal code gives equal characters, wherever it lies
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package as an app bundle has it: Python files only, at another place."""
+    return shutil.copytree(
+        ROOT / "fedmitr_flwr", tmp_path / "bundle" / "fedmitr_flwr", ignore=shutil.ignore_patterns("__pycache__")
+    )
+
+
+def test_a_fingerprint_by_hand(tmp_path: Path) -> None:
+    """Content cannot pass for a path: its length stands before it."""
+    (tmp_path / "b.py").write_bytes(b"2\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c.py").write_bytes(b"")
+    assert _of_folder(tmp_path) == hashlib.sha256(b"a/c.py\n0\nb.py\n2\n2\n").hexdigest()[:12]
+
+
+def test_a_copy_has_the_same_and_what_is_not_bundled_does_not_count(copy: Path) -> None:
+    assert _of_folder(copy) == fingerprint()
+    for name in ("notes.txt", "test_x.py", "x_test.py", ".ipynb_checkpoints/config.py", "__pycache__/config.pyc"):
+        path = copy / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x = 1\n")
+    (copy / ".#config.py").symlink_to("nobody@nowhere")  # an editor's lock
+    assert _of_folder(copy) == fingerprint()
+    new = copy / "new.py"
+    new.write_text("")
+    changed = _of_folder(copy)
+    assert len({fingerprint(), changed, _of_folder(new.rename(copy / "newer.py").parent)}) == 3
+
+
+def appended(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("# changed\n")
+
+
+def test_the_core_is_what_can_change_a_number(copy: Path) -> None:
+    about_results = ("bench/table.py", "report/new.py", "cli.py", "methods/adi.py")
+    for changed in (*about_results, "methods/contract.py", "common/rng.py"):
+        before = _core_of(copy), _of_folder(copy)
+        appended(copy / changed)
+        assert (_core_of(copy) == before[0]) == (changed in about_results)
+        assert _of_folder(copy) != before[1]
+    assert core() != fingerprint()
+
+
+def test_of_the_methods_only_what_ran_counts(copy: Path) -> None:
+    def codes() -> dict[str, str]:
+        return {method: _of_method(copy, method) for method in ("fedavg", "adi", "dense", "central")}
+
+    def changed(name: str) -> set[str]:
+        before = codes()
+        appended(copy / name)
+        return {method for method, code in codes().items() if code != before[method]}
+
+    assert len(set(codes().values())) == 4
+    assert changed("methods/new.py") == set()
+    assert changed("methods/dense.py") == {"dense"}
+    assert changed("methods/fedmitr.py") == {"adi"}  # which imports it
+    assert changed("methods/contract.py") == changed("common/rng.py") == set(codes())
+
+
+def test_flower_s_strategies_depend_on_the_apps_too(tmp_path: Path) -> None:
+    for app in ("server_app", "client_app"):
+        shutil.copytree(ROOT / app, tmp_path / app, ignore=shutil.ignore_patterns("__pycache__"))
+    assert _with_apps(core(), tmp_path) == of_flower() != core()
+    (tmp_path / "server_app" / "builtin.py").write_text("")
+    assert _with_apps(core(), tmp_path) != of_flower()

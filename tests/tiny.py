@@ -1,9 +1,6 @@
 """Tiny settings, models, uploads and images for the tests of the core. Every setting that matters is set here."""
 
-import logging
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,13 @@ from fedmitr_flwr.config import Config, ModelConfig
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.methods.contract import Fused, Job, Stopwatch
 from fedmitr_flwr.report import figures
+from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit
 from fedmitr_flwr.vit.optim import Stepper
 
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 _TINY: dict[str, object] = {
     "method": "fedmitr",
     "device": "cpu",
@@ -48,9 +48,7 @@ _TINY: dict[str, object] = {
     "local.optimizer": "adamw",
     "local.lr": 1e-3,
     "local.augment": True,
-    "local.prior-adjust": 0.0,
     "local.outliers": 0.0,
-    "local.average": 0.0,
     "local.threads": 1,
     "upload.dtype": "float32",
     "upload.extras": "",
@@ -66,7 +64,6 @@ _TINY: dict[str, object] = {
     "distill.images-per-round": 10,
     "distill.epochs-per-round": 1,
     "distill.init": "average",
-    "distill.extrapolate": 1.0,
     "distill.lr": 1e-3,
     "evaluate.where": "server",
     "flower.quorum": 1.0,
@@ -135,6 +132,11 @@ def an_upload(
     return Upload(client, weights, num_examples, 0.5, "c" * 12, counts)
 
 
+def two_uploads(config: Config | None = None) -> list[Upload]:
+    """Of 10 and 30 images."""
+    return [an_upload(config or settings(), client, 10 + 20 * client) for client in range(2)]
+
+
 def an_ensemble(config: Config, teachers: int = 2) -> Ensemble:
     uploads = [an_upload(config, client, 10 + 5 * client) for client in range(teachers)]
     return Ensemble.of(uploads, config.model, config.ensemble)
@@ -152,8 +154,8 @@ def fused(
     lines: list[dict[str, Any]] | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Fused:
-    """By `config.method`, of two uploads of 10 and 30 images unless others are given; `lines` gets what is logged."""
-    of = uploads or [an_upload(config, client, 10 + 20 * client) for client in range(2)]
+    """By `config.method`, of `two_uploads` unless others are given; `lines` gets what is logged."""
+    of = uploads or two_uploads(config)
     log = [] if lines is None else lines
     job = Job(of, config, torch.device("cpu"), lambda **values: log.append(values), stopwatch or Stopwatch())
     return methods.fuse(job)
@@ -171,19 +173,10 @@ def timeless(path: Path) -> object:
     return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}, header
 
 
-@contextmanager
-def as_before() -> Iterator[None]:
-    """What `fedmitr` sets for its process is given back: handlers of logs and signals, and levels."""
-    root = logging.getLogger()
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmitr", "fedmitr.bench"))}
-    handlers = root.handlers[:]
-    yield
-    root.handlers[:] = handlers
-    for logger, level in levels.items():
-        logger.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
+def contents(run: RunFolder) -> list[object]:
+    """All uploads of a run, its model and its pool, if there is one."""
+    pools = [run.pool_path] if run.pool_path.exists() else []
+    return [timeless(path) for path in (*run.upload_paths().values(), run.model_path, *pools)]
 
 
 def draw(patch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def make(cell: Cell, store: Store, flower: Runner, keep: str = "all") -> dict[st
     """
     folder = _by_flower(cell, store, flower) if cell.variant.flower else _fuse(cell, store)
     if keep == "results":
-        for path in (folder.model_path, folder.pool_path):
+        for path in (folder.model_path, folder.model_config_path, folder.card_path, folder.pool_path):
             path.unlink(missing_ok=True)
     return folder.read_result()
 

@@ -25,7 +25,6 @@ from ..data.images import Images, prepare
 from ..vit.optim import client_stepper
 from ..vit.tokens import all_positions, ask_with, forward_tokens, patchify
 from .losses import label_loss
-from .swa import WeightMean, averaged_epochs
 from .train import shift_and_flip
 
 log = logging.getLogger("fedmitr")
@@ -79,8 +78,7 @@ def train_privately(
     start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
     stepper = client_stepper(vit, local, steps)
     mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
-    mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
-    for step, chosen in enumerate(_sampler(len(images), rate, steps, secret)):
+    for chosen in _sampler(len(images), rate, steps, secret):
         # For every image, chosen or not: what one is given says nothing of the others.
         seeds = torch.randint(2**32, (len(images),), generator=secret)
         # At least one part, if only of no images: a step without images has its noise, too.
@@ -93,9 +91,6 @@ def train_privately(
             _pull(vit, start, prox_mu)
         stepper.advance()
         mechanism.zero_grad()
-        if (step + 1) % batches == 0 and step // batches >= first:
-            mean.add(vit)
-    mean.write(vit)
     vit.eval()
     spent = epsilon_of(noise, rate, steps, privacy.delta)
     log.info("private training: ε = %.3f at δ = %g, %d steps with noise %.3f", spent, privacy.delta, steps, noise)

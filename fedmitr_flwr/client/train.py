@@ -8,9 +8,8 @@ from ..config import Config
 from ..data.images import Images, prepare
 from ..vit.optim import client_stepper
 from ..vit.tokens import all_positions, forward_tokens, patchify
-from .losses import label_loss, prior_shift, proximal
+from .losses import label_loss, proximal
 from .outliers import evenness_loss, outliers, skew
-from .swa import WeightMean, averaged_epochs
 
 
 def train_local(
@@ -23,22 +22,17 @@ def train_local(
 ) -> float:
     """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
-    `prox_mu` is FedProx's μ; w⁰ are the weights given. The class prior of `local.prior-adjust` is that of `images`, and
-    so is the skew that `local.outliers` is multiplied by. With `local.average` the weights left in `vit` are a mean
-    over epoch ends.
+    `prox_mu` is FedProx's μ; w⁰ are the weights given. The skew that `local.outliers` is multiplied by is that of
+    `images`.
     """
     local = config.local
     vit.to(device).train()
     start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
-    shift = None
-    if local.prior_adjust:
-        shift = prior_shift(images.labels, config.model.num_classes, local.prior_adjust).to(device)
     strangeness = local.outliers * skew(images.labels, config.model.num_classes)
     batches = -(-len(images) // local.batch_size)
     stepper = client_stepper(vit, local, total_steps=local.epochs * batches)
-    mean, first = WeightMean(), local.epochs - averaged_epochs(local.average, local.epochs)
     epoch_loss = 0.0
-    for epoch in range(local.epochs):
+    for _ in range(local.epochs):
         losses, shuffled = [], torch.randperm(len(images), generator=rng).split(local.batch_size)
         for batch in shuffled:
             pixels = prepare(images.pixels[batch].to(device), config.model)
@@ -47,7 +41,7 @@ def train_local(
                 pixels = shift_and_flip(pixels, flip=config.data.flips, rng=rng)
             patches = patchify(pixels, config.model.patch_size)
             logits = forward_tokens(vit, patches, all_positions(patches))
-            loss = label_loss(logits, labels, shift)
+            loss = label_loss(logits, labels)
             losses.append(loss.detach())  # its value would make the CPU wait for a GPU at every step
             if strangeness:
                 strange = outliers(pixels, config.model.patch_size, rng)
@@ -56,9 +50,6 @@ def train_local(
             stepper.step(loss + proximal(vit.parameters(), start, prox_mu) if prox_mu else loss)
         of_batches = zip(torch.stack(losses).tolist(), shuffled, strict=True)
         epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in of_batches) / len(images)
-        if epoch >= first:
-            mean.add(vit)
-    mean.write(vit)
     vit.eval()
     return epoch_loss
 

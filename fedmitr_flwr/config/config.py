@@ -91,7 +91,6 @@ class Config(Section):
             return
         beside: dict[str, str | float] = {
             "upload.extras": self.upload.extras,
-            "local.prior-adjust": self.local.prior_adjust,
             "local.outliers": self.local.outliers,
         }
         for key, value in beside.items():

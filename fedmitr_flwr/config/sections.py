@@ -1,11 +1,12 @@
 """The settings, section by section: each one's type, default and limits."""
 
+import ast
 import math
 import re
 from dataclasses import dataclass
 
 from ..common.errors import ConfigError
-from .limits import Section, check, nearest
+from .limits import SEPARATOR, Section, check, nearest
 
 REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
 ONE_SHOT = "oneshot"  # the strategy that is none of Flower's
@@ -87,8 +88,10 @@ class ModelConfig(Section):
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
+    kwargs: str = ""  # more of timm's arguments for the network, such as "reg_tokens=4 | mlp_ratio=2.0"
 
     def __post_init__(self) -> None:
+        _ = self.arguments
         self._at_least(0, "img_size", "patch_size", "in_chans", "num_classes")
         self._at_least(1, "width", "depth")
         check("model.num-classes", self.num_classes, self.num_classes != 1, "at least 2, or 0 for those of the data")
@@ -96,6 +99,21 @@ class ModelConfig(Section):
         check("model.img-size", self.img_size, whole, f"a multiple of model.patch-size = {self.patch_size}")
         fits = self.width % HEAD_WIDTH == 0
         check("model.width", self.width, fits, f"a multiple of {HEAD_WIDTH}, the width of one attention head")
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Of `kwargs`, by name."""
+        found: dict[str, object] = {}
+        for word in filter(str.strip, self.kwargs.split(SEPARATOR)):
+            name, _, value = map(str.strip, word.partition("="))
+            other = {"img_size", "patch_size", "in_chans", "num_classes"}.intersection([name])
+            wanted = "name=value, several of them separated by |; sizes and classes are settings of their own"
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                check("model.kwargs", self.kwargs, False, wanted)
+            check("model.kwargs", self.kwargs, name.isidentifier() and not other, wanted)
+        return found
 
     @property
     def resolved(self) -> bool:
@@ -128,16 +146,13 @@ class LocalConfig(Section):
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
     head_lr: float = 0.0  # of the head; 0: as lr, or 0.01 with model.weights, where it alone is new
     augment: bool = True  # shift by up to an eighth of the side, and mirror where data.flip
-    prior_adjust: float = 0.0  # times the log of the client's class prior, added to the logits in training; 1: in full
     outliers: float = 1.0  # times the skew of the client's classes: weight of naming no class on images of none
-    average: float = 0.0  # upload the mean of the weights at the ends of this last share of the epochs; 0: the last
     threads: int = 1  # fixed, so that a Ray actor and one process give the same bits
 
     def __post_init__(self) -> None:
         self._one_of("optimizer", "muon", "adamw", "sgd", AUTO)
         self._at_least(1, "batch_size", "threads")
-        self._at_least(0, "epochs", "lr", "head_lr", "prior_adjust", "outliers")
-        self._within(0, 1, "average")
+        self._at_least(0, "epochs", "lr", "head_lr", "outliers")
 
     @property
     def resolved(self) -> bool:
@@ -301,13 +316,12 @@ class DistillConfig(Section):
     images_per_round: int = 250
     epochs_per_round: int = 0  # over all images so far; 0: 60, or 5 with model.weights
     init: str = AUTO  # average (of uploads) | classwise (its heads by class) | initial | auto: one of the first two
-    extrapolate: float = 1.0  # so far from the clients' start to the average, or past it; 0: chosen
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
 
     def __post_init__(self) -> None:
         self._one_of("init", *MERGED, "initial", AUTO)
         self._at_least(1, "rounds", "images_per_round")
-        self._at_least(0, "epochs_per_round", "lr", "extrapolate")
+        self._at_least(0, "epochs_per_round", "lr")
 
     @property
     def resolved(self) -> bool:
@@ -318,16 +332,6 @@ class DistillConfig(Section):
     def merges(self) -> bool:
         """Whether the start is made of the clients' weights."""
         return self.init in MERGED
-
-    @property
-    def chooses_start(self) -> bool:
-        """Whether the average's way is chosen once there are images (`start.choose_start`)."""
-        return self.merges and self.extrapolate == 0
-
-    @property
-    def start_needs_images(self) -> bool:
-        """Whether the start is not whole before there are images (`start.settle`)."""
-        return self.chooses_start or self.init == "classwise"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,7 +284,7 @@ def key_hint(key: str, known: Mapping[str, object], value: object = None) -> str
         return f"it is a section, whose settings are: {', '.join(own)}"
     if fits := keys_like(key, known, value):
         return f"did you mean {' or '.join(filter(None, (', '.join(fits[:-1]), fits[-1])))}?"
-    return "the keys are listed in pyproject.toml, [tool.flwr.app.config]"
+    return "`fedmitr config` lists all keys"
 
 
 def keys_like(key: str, known: Mapping[str, object], value: object = None) -> list[str]:

@@ -5,13 +5,13 @@ from functools import lru_cache
 
 import torch
 
-from ..common.errors import ConfigError, UserError
+from ..common.errors import ConfigError, UserError, say_once
 from ..config import Config
 from ..config.sections import OWN
 from .images import Images
 from .own import Place, load_own, load_own_test
 from .partition import Partition, holdout, split
-from .sources import load, load_test, training_labels
+from .sources import load, load_test, open_split, training_labels
 
 log = logging.getLogger("fedmitr")
 
@@ -54,6 +54,19 @@ def client_images(config: Config, client: int, place: Place | None = None) -> tu
     if config.evaluate.where == "clients":
         indices, held = holdout(indices, config.evaluate.holdout, config.seed, client)
     return images.subset(indices), images.subset(held)
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """The names of the classes, in order; numbers where neither the settings nor the data here have any."""
+    names: tuple[str, ...] | None = config.data.class_names
+    if config.evaluate.where == "server":
+        return server_images(config)[1]
+    if not names and config.partition.scheme != OWN and config.data.source != "hub":  # which would be fetched
+        try:  # a server of clients that judge for themselves may have no data
+            names = open_split(config.data, "train").classes
+        except UserError as error:
+            say_once(f"the classes have numbers for names: {error}")
+    return names or tuple(map(str, range(config.model.num_classes)))
 
 
 def server_images(config: Config) -> tuple[Images, tuple[str, ...]]:

@@ -259,7 +259,28 @@ class DigitsSplit:
         return (io.BytesIO(b"P5 8 8 255\n" + self._pixels[row].tobytes()) for row in rows)
 
 
-class FolderSplit:
+class ImageFiles:
+    """Files of images, before they are decoded."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def where(self, row: int) -> str:
+        return str(self._files[row])
+
+    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
+        """From the disk as they are decoded: a large file is never in memory as a whole."""
+        for row in rows:
+            place = self._files[row]
+            try:
+                file = place.open("rb")
+            except OSError as error:
+                raise DataError(f"{place} cannot be read ({error.strerror}); check its permissions") from error
+            with file:
+                yield file
+
+
+class FolderSplit(ImageFiles):
     """Folders of images, each named by its class; of a data set the classes are train's, sorted by name."""
 
     def __init__(self, folders: Sequence[Path], classes: tuple[str, ...]) -> None:
@@ -284,22 +305,8 @@ class FolderSplit:
                 raise DataError(f"{path}: no image files in this class folder{there}; add some or remove it")
             self.contents.add(found)
             labels += [known[same_name(path.name)]] * len(found.images)
-        self._files = self.contents.images
+        super().__init__(self.contents.images)
         self.labels: Rows = np.array(labels, dtype=np.int64)
-
-    def where(self, row: int) -> str:
-        return str(self._files[row])
-
-    def encoded(self, rows: Rows) -> Iterator[BinaryIO]:
-        """From the disk as they are decoded: a large file is never in memory as a whole."""
-        for row in rows:
-            place = self._files[row]
-            try:
-                file = place.open("rb")
-            except OSError as error:
-                raise DataError(f"{place} cannot be read ({error.strerror}); check its permissions") from error
-            with file:
-                yield file
 
 
 def data_folder(data: DataConfig) -> Path:

@@ -54,6 +54,7 @@ class Job:
     log: Callable[..., None]  # one line of metrics.jsonl
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     work: Path | None = None  # the folder for checkpoints; None: nothing is kept
+    origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
@@ -63,7 +64,7 @@ class Job:
     @cached_property
     def start(self) -> Weights:
         """The weights that the clients started from."""
-        return initial_weights(self.config.model, self.config.seed)
+        return self.origin() if self.origin else initial_weights(self.config.model, self.config.seed)
 
 
 @dataclass(frozen=True)

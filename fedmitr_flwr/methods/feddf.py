@@ -18,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..client.train import shift_and_flip
-from ..common.errors import ConfigError
 from ..common.progress import Progress
 from ..common.rng import stream
 from ..config import Config
@@ -39,10 +38,8 @@ PASSES = 20  # over the images; more is a matter of minutes, and was not tried
 
 
 def check(config: Config) -> None:
-    """Images that are real, and settings of the distillation that this one has."""
+    """There are images that are real."""
     require_proxy(config)
-    if config.distill.chooses_start:
-        raise ConfigError("distill.extrapolate = 0 needs synthetic images, and method = 'feddf' has none; set it to 1")
 
 
 def settings(config: Config) -> Config:

@@ -15,7 +15,7 @@ UNREAD = OF_IMAGES
 
 def settings(config: Config) -> Config:
     """What is fitted is the average, and nothing else."""
-    return Config.from_flat({"distill.init": "average", "distill.extrapolate": 1.0}, base=config)
+    return Config.from_flat({"distill.init": "average"}, base=config)
 
 
 def fuse(job: Job) -> Fused:

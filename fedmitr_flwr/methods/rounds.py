@@ -134,9 +134,9 @@ class Rounds:
         if self._stepper is None:
             self._stepper = student_stepper(student, job.config, count_batches(len(pool), job.config))
             self._done = self._restore(self._stepper)
-            if job.config.distill.start_needs_images and not self._done:
+            if job.config.distill.init == "classwise" and not self._done:
                 with job.stopwatch.stage("distillation"):
-                    found = settle(student, self._teachers.ensemble, pool, job.config)
+                    found = settle(student, self._teachers.ensemble, pool)
                 job.log(stage="start", **found)
         if r >= self._done:
             with job.stopwatch.stage("distillation"):

@@ -146,6 +146,31 @@ def _rounds(axis: Any, rounds: Sequence[Curve]) -> None:
     _plain(axis)
 
 
+def diagnosed(found: Mapping[str, Any]) -> Figure:
+    """Of `fedmitr diagnose`: noise of the input gradient by step, and the distance of two students by step."""
+    noise, moved = found["input_noise"], found["stability"]
+    kinds = [kind for kind in noise if kind != "steps"]
+    panels = [
+        *((f"input gradient under {kind}: share of noise", noise["steps"], _shares(noise[kind])) for kind in kinds),
+        ("two students: distance of weights", None, {arm: each["distance"] for arm, each in moved.items()}),
+    ]
+    figure = blank(4.2 * len(panels), 3.4)
+    for axis, (title, steps, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for (name, values), colour in zip(lines.items(), LINES, strict=False):
+            shown = [math.nan if value is None else value for value in values]
+            axis.plot(steps or moved[name]["steps"], shown, color=colour, linewidth=1.1, marker=".", label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7, frameon=False)
+        _plain(axis)
+    return figure
+
+
+def _shares(ways: Mapping[str, Any]) -> dict[str, Sequence[float | None]]:
+    return {f"{way}, {group}": of["share"] for way, groups in ways.items() for group, of in groups.items()}
+
+
 def _plain(axis: Any) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)

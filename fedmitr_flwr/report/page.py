@@ -16,10 +16,11 @@ from ..common.errors import RunError, printable, unread
 from ..common.files import absolute, read_text, write_text
 from ..config import Config
 from ..config.text import toml_value
+from ..diagnostics.table import NAME, tables
 from ..runs.folder import RunFolder
-from .charts import accuracies, as_svg, confusion, curves
+from .charts import accuracies, as_svg, confusion, curves, diagnosed
 from .figures import save_partition
-from .words import data_set, model, skew
+from .words import data_set, evaluated, model, skew
 
 Rows = list[tuple[str, ...]]
 
@@ -50,7 +51,7 @@ def write_page(run: Path) -> Path:
         files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     )
     path = folder.path / "report.html"
-    write_text(path, template.render(**texts, **pictures))
+    write_text(path, template.render(**texts, **pictures, **_diagnosed(folder)))
     return path
 
 
@@ -73,6 +74,18 @@ def _pictures(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, str | N
         "curves": _svg(curves(_metrics(folder))),
         "confusion": _svg(confusion(cells, classes) if cells else None),
     }
+
+
+def _diagnosed(folder: RunFolder) -> dict[str, Any]:
+    """What `fedmitr diagnose` has left, if it has been run: a picture, and tables."""
+    path = folder.path / NAME
+    if not path.exists():
+        return {"gradients": None, "tables": ()}
+    try:
+        found = json.loads(read_text(path))
+        return {"gradients": _svg(diagnosed(found)), "tables": tables(found)}
+    except (OSError, *_OTHER_SHAPE) as error:
+        raise RunError(f"cannot read {path} ({_said(error)}); run `fedmitr diagnose {folder.path}` again") from error
 
 
 def _png(path: Path) -> str | None:
@@ -119,7 +132,7 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         "title": printable(f"{result['method']} on {data_set(config)}"),
         "about": f"{result['clients']} clients, {skew(config)}, seed {result['seed']}, {model(config)}",
         "numbers": numbers,
-        "evaluated": _evaluated(result.get("evaluated_on")),
+        "evaluated": evaluated(result.get("evaluated_on")),
         "recall": [(printable(name), _percent(value)) for name, value in accuracy["per_class"].items()],
         "clients": _client_costs(result),
         "server": _server_costs(result),
@@ -131,14 +144,6 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _evaluated(on: Mapping[str, Any] | None) -> str:
-    if not on:
-        return "No evaluation is recorded."
-    if on["where"] == "clients":
-        return f"On {on['images']} images that the clients held out."
-    return f"On {on['images']} {on['split']} images of the server, after the last epoch."
 
 
 def _client_costs(result: Mapping[str, Any]) -> Rows:

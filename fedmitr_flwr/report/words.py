@@ -32,3 +32,12 @@ def model(config: Flat) -> str:
 def measure(config: Flat) -> str:
     """On which images accuracies are; before there were validation images, they were all on test images."""
     return "Validation accuracy" if config.get("data.validation") else "Test accuracy"
+
+
+def evaluated(on: Mapping[str, Any] | None) -> str:
+    """On what, from `evaluated_on`, which some early results lack."""
+    if not on:
+        return "No evaluation is recorded."
+    if on["where"] == "clients":
+        return f"On {on['images']} images that the clients held out."
+    return f"On {on['images']} {on['split']} images of the server, after the last epoch."

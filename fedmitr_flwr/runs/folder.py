@@ -56,7 +56,8 @@ class RunFolder:
         self.config = config
         self.pool_path = path / "pool.safetensors"
         self.model_path = path / "model.safetensors"
-        self.model_arguments_path = path / "model.json"
+        self.model_config_path = path / "config.json"
+        self.card_path = path / "README.md"
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
         self.images_path = path / "images.png"
@@ -295,15 +296,18 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
-    def save_model(self, weights: Mapping[str, Tensor], timm_arguments: Mapping[str, object]) -> None:
-        """Write model.safetensors, and beside it the arguments that make timm build the model they fit.
+    def save_model(self, weights: Mapping[str, Tensor], timm_config: Mapping[str, object]) -> None:
+        """Write model.safetensors, and beside it the config.json by which timm builds the model they fit.
 
         Raises:
             RunError: a number is NaN or infinite, which no caller should have let come here (`gate.require_model`).
         """
         require_finite(weights, "it is not written")
-        write_text(self.model_arguments_path, _json(timm_arguments))
+        write_text(self.model_config_path, _json(timm_config))
         save_tensors(self.model_path, weights)
+
+    def write_card(self, text: str) -> None:
+        write_text(self.card_path, text)
 
     def write_result(self, result: Mapping[str, object]) -> None:
         write_text(self.result_path, _json(sealed(plain(result))))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.errors import ModelError, say_once
 from ..common.rng import seeded_init, stream
 from ..config import ModelConfig
-from .names import RESIZED, SMALL, architecture, channel_statistics, require_plain
+from .names import RESIZED, SMALL, STATISTICS, architecture, channel_statistics, require_plain
 from .tokens import all_positions, forward_cls, forward_tokens, patchify
 from .weights_file import read_weights, without_prefix
 
@@ -42,10 +42,11 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
     size = [model.in_chans, model.img_size, model.img_size]
     prepared = {"input_size": size, "interpolation": RESIZED, "crop_pct": 1.0, "crop_mode": "squash"}
     shown = {"pretrained_cfg_overlay": {**prepared, "mean": mean, "std": std}}
+    more = {key: value for key, value in model.arguments.items() if key not in STATISTICS}
     if model.name == SMALL:
         small = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
-        return {"model_name": "vit_tiny_patch16_224", **shape, **small, **shown}
-    return {"model_name": model.name, **shape, **shown}
+        return {"model_name": "vit_tiny_patch16_224", **shape, **small, **more, **shown}
+    return {"model_name": model.name, **shape, **more, **shown}
 
 
 def build_vit(model: ModelConfig, seed: int = 0) -> VisionTransformer:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..common.errors import ModelError
 from ..config import ModelConfig
+from ..config.limits import check
 
 RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
 SMALL = "small"  # our own shape, by model.width and model.depth
+STATISTICS = ("mean", "std")  # in model.kwargs: of the pixels, one number by channel; no arguments of the network
 
 _UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
 
@@ -101,9 +103,17 @@ def channel_statistics(model: ModelConfig) -> tuple[tuple[float, ...], tuple[flo
 
     For a timm name they are those of its `pretrained_cfg`; where the model has another number of channels than its
     published weights, each channel gets their mean over channels. `small`, which has no published weights, has
-    ImageNet's for colour, and 0.5 and 0.5 otherwise.
+    ImageNet's for colour, and 0.5 and 0.5 otherwise. `mean` and `std` in model.kwargs win.
+
+    Raises:
+        ConfigError: they are no numbers by channel.
     """
     channels = model.in_chans
+    if given := [model.arguments[name] for name in STATISTICS if name in model.arguments]:
+        fit = [isinstance(one, tuple | list) and [type(each) for each in one] == [float] * channels for one in given]
+        check("model.kwargs", model.kwargs, fit == [True, True], f"mean=(...) | std=(...), {channels} decimals in each")
+        mean, std = (tuple(map(float, one)) for one in given)  # type: ignore[call-overload]
+        return mean, std
     if model.name == SMALL:
         grey = (0.5,) * channels
         return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else (grey, grey)

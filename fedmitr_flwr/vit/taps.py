@@ -120,15 +120,15 @@ def network_of(model: ModelConfig, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The global model of a run folder, in eval mode: normalised images (B, C, S, S) -> scores (B, Y).
+    """A global model by its two files alone, in eval mode: normalised images (B, C, S, S) -> scores (B, Y).
 
     Raises:
-        RunError: its model.safetensors is missing or was altered.
+        RunError: model.safetensors is missing or was altered.
     """
     weights, _ = load_tensors(folder / "model.safetensors")
-    arguments = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):  # where nothing is drawn
-        vit = timm.create_model(**arguments)
+        vit = timm.create_model(about["architecture"], **about["model_args"])
     return _around(vit, weights).eval()
 
 

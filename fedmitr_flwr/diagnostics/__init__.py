@@ -1,0 +1,1 @@
+"""What the paper claims of gradients, measured on one run: `fedmitr diagnose`."""
