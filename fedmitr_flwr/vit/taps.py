@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.errors import RunError, unread
 from ..common.files import load_tensors
 from ..common.rng import stream
 from ..config import ModelConfig
@@ -123,10 +124,14 @@ def load_model(folder: Path) -> nn.Module:
     """A global model by its two files alone, in eval mode: normalised images (B, C, S, S) -> scores (B, Y).
 
     Raises:
-        RunError: model.safetensors is missing or was altered.
+        RunError: model.safetensors is missing or was altered, or there is no config.json beside it.
     """
     weights, _ = load_tensors(folder / "model.safetensors")
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(unread("model's description", path, error)) from error
     with torch.device("meta"):  # where nothing is drawn
         vit = timm.create_model(about["architecture"], **about["model_args"])
     return _around(vit, weights).eval()
