@@ -157,7 +157,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
 def _init(arguments: argparse.Namespace) -> None:
     model = {} if arguments.model is None else {"model.name": arguments.model, "model.weights": "timm"}
     settings = model | _overrides(arguments, Config.from_flat(model))
-    from .library.command import init
+    from .api.command import init
 
     print(init(arguments.folder, settings, arguments.out))
 
@@ -174,7 +174,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .library.command import merge
+    from .api.command import merge
 
     given = {key: getattr(arguments, key) for key in ("method", "kwargs", "sizes", "start", "test", "out")}
     print(f"\n{merge(arguments.settings, arguments.model, **given)}")

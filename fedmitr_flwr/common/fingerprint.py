@@ -9,7 +9,7 @@ from pathlib import Path
 _METHODS = "methods/"  # each a file of its own: another method's is no part of what ran
 _SHARED = ("methods/__init__.py", "methods/contract.py")
 _ABOUT_RESULTS = (
-    *("bench/", "report/", "publish/", "diagnostics/", "library/"),
+    *("bench/", "report/", "publish/", "diagnostics/", "api/"),
     *("cli.py", "__main__.py", "common/progress.py"),
 )
 _PACKAGE = Path(__file__).parents[1]

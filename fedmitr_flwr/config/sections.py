@@ -88,7 +88,7 @@ class ModelConfig(Section):
     width: int = 64  # of "small"
     depth: int = 4  # of "small"
     weights: str = "none"  # none | timm (from the hub) | path of a safetensors file
-    kwargs: str = ""  # more of timm's arguments for the network, such as "reg_tokens=4 | mlp_ratio=2.0"
+    kwargs: str = ""  # other arguments of timm, as "reg_tokens=4 | mlp_ratio=2.0"; also mean and std of pixels
 
     def __post_init__(self) -> None:
         _ = self.arguments

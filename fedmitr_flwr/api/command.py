@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..common.errors import ConfigError, printable
+from ..common.errors import ConfigError, DiskError, printable
 from ..config import Config, ModelConfig
 from ..config.described import table
 from ..config.text import parse_assignment
-from ..data.shares import server_images
+from ..data.shares import class_names
 from ..resolve import resolve
 from .fusion import fuse
 
@@ -29,8 +29,8 @@ def merge(
     Raises:
         UserError: as `fuse`; or `out` is there already.
     """
-    files = [word for word in words if "=" not in word]
-    settings = dict(parse_assignment(word, Config().to_flat()) for word in words if "=" in word)
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    settings = dict(parse_assignment(word, Config().to_flat()) for word in words if word not in files)
     if len(files) < 2:
         raise ConfigError(f"there {'is one file' if files else 'are no files'} of weights; give two or more")
     if out.exists():
@@ -42,7 +42,10 @@ def merge(
     given = {"model": model, "kwargs": ModelConfig(kwargs=kwargs).arguments, "sizes": numbers}
     seed, device = settings.pop("seed", 0), settings.pop("device", "auto")
     result = fuse(files, method=method, start=start, test=test, seed=seed, device=device, settings=settings, **given)
-    result.save_pretrained(out)
+    try:
+        result.save_pretrained(out)
+    except OSError as error:
+        raise DiskError(f"cannot write {out} ({error.strerror}); name another folder with --out") from error
     loading = f"timm.create_model('local-dir:{out}', pretrained=True)"
     return "\n\n".join([*([] if test is None else [result.table()]), f"model: {out}, for {loading}"])
 
@@ -55,12 +58,12 @@ def init(folder: Path, settings: Mapping[str, object], out: Path) -> str:
     """
     place = str(folder.expanduser().absolute()) if folder.exists() else str(folder)
     config = resolve(Config.from_flat({**settings, "data.path": place}))
-    images, classes = server_images(config)
+    classes = class_names(config)
     usual = Config().to_flat()
     found = {key: value for key, value in config.to_flat().items() if value != usual[key]}
     lines = [
         f"# {len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
-        f"# {len(images)} test images. All other settings have their defaults: `fedmitr config` lists them.",
+        "# All other settings have their defaults: `fedmitr config` lists them.",
     ]
     try:
         with out.open("x", encoding="utf-8") as file:

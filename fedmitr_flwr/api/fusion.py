@@ -40,15 +40,15 @@ from ..runs.evaluation import BATCH, Evaluation, graded, scores_of
 from ..runs.result import accuracy_table
 from ..uploads.gate import require_finite
 from ..vit.build import Weights, build_vit, vit_of
-from .members import Model, members
-from .together import Ensemble
+from .ensemble import Ensemble
+from .members import Model, weights_of
 
 log = logging.getLogger("fedmitr")
 
 PER_CLASS = 4  # quick images on which it is seen whether patch tokens name classes
-AGREEING = (
-    0.75  # share of patch tokens that say what the class token says: 0.88 and more where trained to, 0.44 where not
-)
+# Share of patch tokens that say what the class token says, below which they were never trained to: measured 0.88 and
+# more where they were, 0.44 where not (docs/LOG.md).
+AGREEING = 0.75
 
 Test = tuple[Tensor, Tensor] | str | os.PathLike[str]
 """Images (n, C, H, W), uint8 or else normalised and of the model's size, and labels (n,); or a folder with images."""
@@ -126,8 +126,12 @@ def fuse(
     """
     ensemble = Ensemble(models, **given)
     config = Config.from_flat({"method": method}, base=ensemble.config)
-    methods.check(config, len(ensemble.uploads))
-    first = None if start is None else dict(members([start], config.model.name, config.model.arguments)[1][0].weights)
+    methods.load(method)
+    try:
+        methods.check(config, len(ensemble.uploads))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; for models that are trained that is too late: choose another method") from error
+    first = None if start is None else weights_of(start, "start", config.model)
     history: list[dict[str, Any]] = []
     with threads(config.threads):
         unread = tuple(methods.unread(config))
@@ -136,7 +140,7 @@ def fuse(
             and not "relabel.mode".startswith(unread)
             and "relabel.mode" not in (given.get("settings") or {})
         ):
-            config = _without_vain_labels(ensemble, config)
+            config = _without_untrained_labels(ensemble, config)
         job = Job(
             ensemble.uploads,
             methods.in_force(config),
@@ -186,7 +190,7 @@ def distil(ensemble: Ensemble, images: Pool, start: Model | None = None) -> Visi
     teachers, wait = ensemble.weigher.ensemble, config.distill.init == "classwise" and start is None
     student = start_student(ensemble.uploads, config)
     if start is not None:
-        student.load_state_dict(members([start], config.model.name)[1][0].weights)
+        student.load_state_dict(weights_of(start, "start", config.model))
     student.to(ensemble.device)
     with threads(config.threads):
         if wait:
@@ -211,7 +215,7 @@ def _unknown_start(method: str) -> Weights:
     )
 
 
-def _without_vain_labels(ensemble: Ensemble, config: Config) -> Config:
+def _without_untrained_labels(ensemble: Ensemble, config: Config) -> Config:
     """With `relabel.mode = none` where patch tokens were never trained to name a class: their labels would be noise."""
     pool = quick_images(ensemble.weigher.ensemble, config, PER_CLASS, stream(config.seed, "agreement"))
     said = ensemble.weigher.ensemble.scores(pool.patches, pool.positions)

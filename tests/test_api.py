@@ -16,11 +16,11 @@ from torch.testing import assert_close
 
 import fedmitr_flwr
 from fedmitr_flwr import Ensemble, Run, average, distil, fuse, invert, pipeline
+from fedmitr_flwr.api import fusion
+from fedmitr_flwr.api.members import members
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, UploadError
 from fedmitr_flwr.config import Config, ModelConfig
-from fedmitr_flwr.library import fusion
-from fedmitr_flwr.library.members import members
 from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.vit.build import timm_arguments, vit_of
@@ -103,6 +103,14 @@ def test_what_cannot_be_fused_is_refused_by_the_models_name(tmp_path: Path) -> N
         members(
             [{name: tensor for name, tensor in vit().state_dict().items() if "mlp" not in name}], "vit_tiny_patch16_224"
         )
+    with pytest.raises(ModelError, match=r"model 0: 'epoch' is no tensor; give the state dict alone"):
+        members([{"epoch": 3, "state_dict": vit().state_dict()}], "vit_tiny_patch16_224")  # type: ignore[dict-item]
+    with pytest.raises(ModelError, match=r"model 0: head\.weight is missing; give a vision transformer"):
+        members([vit(num_classes=0)])
+    with pytest.raises(ModelError, match=r"start: head\.bias is \(4,\), not \(3,\)"):
+        fuse([vit(), vit(1)], method="wudi", start=vit(num_classes=4), settings=FEW)
+    with pytest.raises(ConfigError, match=r"statistics'; for models that are trained that is too late"):
+        fuse([vit(), vit(1)], method="lda", settings=FEW)
     with pytest.raises(UploadError, match="sizes has 1 entries, but there are 2 models"):
         members([vit(), vit()], sizes=[3])
     with pytest.raises(UploadError, match="counts must have 3 numbers"):
@@ -273,7 +281,7 @@ def test_init_writes_what_a_run_would_have_found(tmp_path: Path, capsys: pytest.
     assert main(["init", photos, "-o", str(file), "partition.alpha=0.1"]) == 0
     assert capsys.readouterr().out == f"{file} is written; look through it, then: fedmitr run -c {file}\n"
     assert Config.from_file(file) == resolve(Config.from_flat({"data.path": photos, "partition.alpha": 0.1}))
-    assert file.read_text("utf-8").startswith("# 2 classes: cat, dog\n# 2 test images.")
+    assert file.read_text("utf-8").startswith("# 2 classes: cat, dog\n")
     for words, line in (([photos, "-o", str(file)], "File exists"), (["nowhere"], "there is no folder")):
         assert main(["init", *words]) == 2
         assert line in capsys.readouterr().err

@@ -16,13 +16,17 @@ from ..common.fingerprint import core
 from ..config import ModelConfig
 from ..config.limits import SEPARATOR
 from ..uploads.upload import Upload
-from ..vit.build import TOLERANCE, require_token_code, vit_of, without_numbers
+from ..vit.build import TOLERANCE, Weights, require_token_code, vit_of, without_numbers
 from ..vit.names import STATISTICS, architecture, channel_statistics, require_plain
 from ..vit.weights_file import read_weights, without_prefix
 
 Model = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 PLAIN = "vit_tiny_patch16_224"  # of which a network without a name is a variant
+_NEEDED = {  # to describe a network, with their numbers of axes
+    **{"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4},
+    **{"blocks.0.mlp.fc1.weight": 2, "head.weight": 2},
+}
 
 
 def members(
@@ -45,30 +49,34 @@ def members(
         ModelError: a model cannot be read, or is none that can be run by patches, or is not as the first one is.
     """
     if not models:
-        raise ModelError("there are no models; give at least two")
-    states = [_state(model, label(model, k)) for k, model in enumerate(models)]
-    config = described(models[0], states[0], name, dict(kwargs or {}))
-    for model in models:
-        if isinstance(model, nn.Module):
-            _require_same_answers(config, model)
+        raise ModelError("there are no models; give two or more")
+    labels = [str(model) if isinstance(model, str | os.PathLike) else f"model {k}" for k, model in enumerate(models)]
+    config = described(models[0], _state(models[0], labels[0]), name, dict(kwargs or {}))
     require_token_code(config)
-    wanted = {key: tuple(tensor.shape) for key, tensor in without_numbers(config).state_dict().items()}
-    for k, (model, state) in enumerate(zip(models, states, strict=True)):
-        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        if other := sorted(wanted.items() ^ found.items()):
-            key = other[0][0]
-            raise ModelError(
-                f"{label(model, k)}: {key} is {found.get(key, 'missing')}, not {wanted.get(key, 'in the model')}; "
-                "give models of one architecture and of the same classes"
-            )
-        if bad := next((key for key, tensor in state.items() if not torch.isfinite(tensor).all()), None):
-            raise ModelError(f"{label(model, k)}: {bad} has NaN or infinity; leave that model out")
+    states = [weights_of(model, label, config) for model, label in zip(models, labels, strict=True)]
     return config, _uploads(states, config.num_classes, sizes, counts)
 
 
-def label(model: Model, k: int) -> str:
-    """What an error calls a model."""
-    return str(model) if isinstance(model, str | os.PathLike) else f"model {k}"
+def weights_of(model: Model, label: str, config: ModelConfig) -> Weights:
+    """Its weights by timm's names, in float32 on the CPU; errors call the model `label`.
+
+    Raises:
+        ModelError: it cannot be read, or is not of this architecture.
+    """
+    state = _state(model, label)
+    wanted = {key: tuple(tensor.shape) for key, tensor in without_numbers(config).state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if other := sorted(wanted.items() ^ found.items()):
+        key = other[0][0]
+        raise ModelError(
+            f"{label}: {key} is {found.get(key, 'missing')}, not {wanted.get(key, 'in the model')}; "
+            "give models of one architecture and of the same classes"
+        )
+    if bad := next((key for key, tensor in state.items() if not torch.isfinite(tensor).all()), None):
+        raise ModelError(f"{label}: {bad} has NaN or infinity; leave that model out")
+    if isinstance(model, nn.Module):
+        _require_same_answers(config, model, state)
+    return state
 
 
 def described(model: Model, state: Mapping[str, Tensor], name: str | None, kwargs: dict[str, object]) -> ModelConfig:
@@ -94,7 +102,7 @@ def described(model: Model, state: Mapping[str, Tensor], name: str | None, kwarg
         img_size=grid * patch,
         patch_size=patch,
         in_chans=channels,
-        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        num_classes=len(state["head.weight"]),
         kwargs=_written(differs),
     )
     pixels = {key: tuple(given[key]) for key in STATISTICS if len(given.get(key, ())) == channels}
@@ -132,8 +140,8 @@ def _own(vit: Any) -> dict[str, object]:
     return {"num_heads": vit.blocks[0].attn.num_heads, "no_embed_class": vit.no_embed_class}
 
 
-def _state(model: Model, what: str) -> dict[str, Tensor]:
-    """Its weights by timm's names, in float32 on the CPU."""
+def _state(model: Model, label: str) -> Weights:
+    """As `weights_of`, of any architecture that has the parts by which it is described."""
     if isinstance(model, nn.Module):
         state: Mapping[str, Tensor] = model.state_dict()
     elif isinstance(model, Mapping):
@@ -143,14 +151,18 @@ def _state(model: Model, what: str) -> dict[str, Tensor]:
             state = read_weights(Path(model).expanduser())
         except ModelError as error:
             raise ModelError(str(error).removeprefix("model.weights: ")) from error
-    state = without_prefix(state, what)[0]
-    if missing := {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} - state.keys():
-        raise ModelError(f"{what}: {min(missing)} is missing; give a vision transformer of timm with a class token")
+    if other := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        raise ModelError(f"{label}: {other!r} is no tensor; give the state dict alone: checkpoint['state_dict']")
+    state = without_prefix(state, label)[0]
+    for key, axes in _NEEDED.items():
+        if key not in state or state[key].dim() != axes:
+            found = f"of {state[key].dim()} axes" if key in state else "missing"
+            raise ModelError(f"{label}: {key} is {found}; give a vision transformer of timm with class token and head")
     return {key: tensor.detach().to("cpu", torch.float32) for key, tensor in state.items()}
 
 
 @torch.no_grad()
-def _require_same_answers(config: ModelConfig, model: nn.Module) -> None:
+def _require_same_answers(config: ModelConfig, model: nn.Module, state: Weights) -> None:
     """Raise ModelError unless the network that timm builds answers as the given one does."""
     images = torch.randn(
         1, config.in_chans, config.img_size, config.img_size, generator=torch.Generator().manual_seed(0)
@@ -158,7 +170,6 @@ def _require_same_answers(config: ModelConfig, model: nn.Module) -> None:
     training, place = model.training, next(model.parameters())
     try:
         wanted = model.eval()(images.to(place)).float().cpu()
-        state = {key: tensor.detach().to("cpu", torch.float32) for key, tensor in model.state_dict().items()}
         found = vit_of(config, state)(images)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(f"timm does not build this network by {config.name!r}, {config.kwargs!r}: {error}") from error

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,17 +86,19 @@ def _recipe(uploads: Sequence[Upload]) -> dict[str, object]:
 
     Models that were drawn apart have no common start, so neither has the student.
     """
-    bodies = [
-        torch.cat([each.flatten() for name, each in upload.weights.items() if not name.startswith("head.")])
-        for upload in uploads
-    ]
-    pairs = list(combinations(bodies, 2))
-    apart = [((one - other).norm() / one.norm()).item() for one, other in pairs]
-    alike = [cosine_similarity(one, other, 0).item() for one, other in pairs]
-    near = bool(pairs) and sum(apart) / len(pairs) < NEAR
+    apart, alike = [], []
+    for one, other in pairwise(map(_body, uploads)):  # linear in the models, two of them in memory
+        apart.append(((one - other).norm() / one.norm()).item())
+        alike.append(cosine_similarity(one, other, 0).item())
+    near = bool(apart) and sum(apart) / len(apart) < NEAR
     recipe = dict(WITH_WEIGHTS if near else FROM_SCRATCH)
     said = "fine-tuned from one model" if near else "trained from scratch"
-    if pairs and sum(alike) / len(pairs) < STRANGE:
+    if alike and sum(alike) / len(alike) < STRANGE:
         recipe["distill.init"], said = "initial", "trained from different starts"
     log.info("the models are taken to be %s", said)
     return {key: value for key, value in recipe.items() if not key.startswith("local.")}
+
+
+def _body(upload: Upload) -> Tensor:
+    """All weights but the head's, as one vector."""
+    return torch.cat([tensor.flatten() for name, tensor in upload.weights.items() if not name.startswith("head.")])
