@@ -11,12 +11,12 @@ from tiny import a_vit, same, settings, some_images
 from torch import Tensor
 
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.api.run import Run
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig, UploadConfig
 from fedmitr_flwr.data.images import Images, prepare
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.api.run import Run
 from fedmitr_flwr.merging.closed_form import beside_student, pooled
 from fedmitr_flwr.publish.hub import save_model
 from fedmitr_flwr.runs.folder import RunFolder
