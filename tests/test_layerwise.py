@@ -115,7 +115,7 @@ def test_norms_positions_and_prefix_tokens_are_the_averages() -> None:
 def test_the_order_of_clients_and_where_they_are_kept_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     together = fitted(uploads(3))
     assert close(together, fitted(uploads(3)[::-1]), atol=1e-5)
-    monkeypatch.setattr("fedmitr_flwr.ensemble.teachers.CHUNK", 1)
+    monkeypatch.setattr("fedmitr_flwr.ensemble.teachers.ROOM", 1)
     assert close(together, fitted(uploads(3)), atol=0)
 
 

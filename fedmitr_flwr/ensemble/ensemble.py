@@ -91,11 +91,11 @@ class Ensemble(nn.Module):
     def slope(self, loss: Loss, patches_BME: Tensor, positions_BM: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
-        Teachers that do not all fit into memory are run twice: for their answers, and, once it is known how the loss
-        depends on each answer, one by one for the gradient. No more than one such graph exists at a time.
+        Teachers that do not all fit into memory, or whose graphs do not, are run twice: for their answers, and, once
+        it is known how the loss depends on each answer, one by one for the gradient, with one graph at a time.
         """
         leaf_BME = patches_BME.detach().requires_grad_()
-        together = not self.teachers.streamed
+        together = self.teachers.keep_graphs(patches_BME)
         with torch.set_grad_enabled(together):
             asked = [answer[0] for answer in self._ask(forward_cls, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
@@ -141,7 +141,7 @@ class Ensemble(nn.Module):
         self, question: Question, patches_BME: Tensor, positions_BM: Tensor, routing: Routing
     ) -> Iterator[tuple[Tensor, ...]]:
         """The answer of each teacher that is asked anything, for the images that it is asked about."""
-        if _stacks(patches_BME) and routing.share == 1 and not self.teachers.streamed:
+        if _stacks(patches_BME) and routing.share == 1 and self.teachers.keep_graphs(patches_BME):
             yield from zip(*self.teachers.ask_stacked(question, patches_BME, positions_BM), strict=True)
         else:
             for k, rows in routing.rows.items():
