@@ -57,7 +57,7 @@ class Teachers(nn.Module):
     def keep_graphs(self, patches_BME: Tensor) -> bool:
         """Whether all of them at once may keep what a gradient by these patches needs."""
         batch, given, _ = patches_BME.shape
-        vit = self.residents[0]
+        vit: VisionTransformer = self.residents[0]
         tokens = batch * (given + vit.num_prefix_tokens)
         kept = 4 * _KEPT * tokens * vit.embed_dim * len(vit.blocks)
         return not self.streamed and (len(self) <= FEW or len(self) * kept <= GRAPHS)

@@ -74,7 +74,7 @@ class Fused:
     predict: nn.Module  # images (B, C, S, S) -> scores (B, Y)
     weights: Mapping[str, Tensor] | None  # of the one model that it is (`vit.taps`); None where it keeps several
     pool: Pool | None = None  # the synthetic images it was distilled from, if any
-    ensemble: Ensemble | None = None  # all teachers, weighted as the method did in the end, if it asked them
+    ensemble: Ensemble | None = None  # of all uploads, in order, weighted as in the end, if the method asked them
 
     @classmethod
     def of_weights(cls, weights: Weights, job: Job) -> Self:
