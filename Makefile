@@ -48,7 +48,7 @@ lint: $(STAMP)
 # A site of docs/ in site/.
 docs: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 clean:
 	rm -rf $(VENV) .flwr .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache dist site
