@@ -15,6 +15,7 @@ AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training st
 HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
 DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/LOG.md)
 EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may contain beside weights
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # each the name of the package that it needs
 MERGED = ("average", "classwise")  # starts of the student that are made of the clients' weights
 
 

@@ -28,6 +28,7 @@ from ..config.text import read_flat
 from ..uploads.gate import admit, require_finite
 from ..uploads.upload import Upload, load, narrowed, save
 from ..vit.names import SMALL
+from . import track
 from .result import sealed, unsealed
 
 log = logging.getLogger("fedmitr")
@@ -64,6 +65,7 @@ class RunFolder:
         self.partition_path = path / "partition.png"
         self.work_path = path / "work"  # checkpoints of a server phase that has not ended
         self._lock: FileLock | None = None
+        self._track: track.Add | None = None
 
     @classmethod
     def create(cls, config: Config, name: str, *, or_next: bool = False) -> Self:
@@ -116,6 +118,7 @@ class RunFolder:
 
     def _make(self, *, uploads: bool = False) -> bool:
         """Make the folder with its config.toml at once, for its owner alone; False: it exists, and not empty."""
+        track.require(self.config.track)
         parent = self.path.parent
         made = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
         temporary: Path | None = None
@@ -147,10 +150,13 @@ class RunFolder:
 
     @contextmanager
     def at_work(self) -> Iterator[Self]:
-        """Hold the lock, with config.toml as this run's settings have it, while the block lasts."""
+        """Hold the lock, with config.toml as this run's settings have it and its tracker, while the block lasts."""
+        config = self.config
         with self.locked():
-            self.continue_with(self.config)
-            yield self
+            self.continue_with(config)
+            with track.tracking(config.track, self.path, config.to_flat(), self.metrics_path) as self._track:
+                yield self
+            self._track = None
 
     def continue_with(self, config: Config) -> None:
         """Make `config` this run's own."""
@@ -289,12 +295,15 @@ class RunFolder:
 
     def log_metrics(self, **values: object) -> None:
         """Append one line to metrics.jsonl."""
-        line = json.dumps(plain(values), ensure_ascii=False, allow_nan=False)
+        said = plain(values)
+        line = json.dumps(said, ensure_ascii=False, allow_nan=False)
         try:
             with open(self.metrics_path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
                 file.write(line + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}") from error
+        if self._track:
+            self._track(said)
 
     def save_model(self, weights: Mapping[str, Tensor], timm_config: Mapping[str, object]) -> None:
         """Write model.safetensors, and beside it the config.json by which timm builds the model they fit.
@@ -311,6 +320,8 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, object]) -> None:
         write_text(self.result_path, _json(sealed(plain(result))))
+        if self._track:
+            self._track({"stage": "accuracy", **plain(result["accuracy"])})
 
     def clear_work(self) -> None:
         """Remove the checkpoints of a run that has ended."""
