@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python scripts/flower_run.py -c configs/digits.toml --clients $(CLIENTS)
+	$(BIN)/fedmitr demo --clients $(CLIENTS)
 
 deploy-demo: $(STAMP)
 	$(BIN)/python deploy/demo.py

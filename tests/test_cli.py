@@ -196,7 +196,7 @@ def test_help_does_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from fedmitr_flwr.cli import main"
     done = python("-c", f"{code}; main(['--help'])")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"flwr run \.(.|\n)*fedmitr fuse", done.stdout)
+    assert re.search(r"in Flower(.|\n)*fedmitr fuse", done.stdout)
 
 
 def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name in ("pyproject.toml", ".gitignore", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for folder in (*PACKAGES, "tests", "configs", "scripts"):
+    for folder in (*PACKAGES, "tests", "configs"):
         shutil.copytree(ROOT / folder, copy / folder)
     program = Path(sys.executable).with_name("flwr")
     environment = os.environ | {"FLWR_HOME": str(copy.parent / "home")}
@@ -204,6 +204,6 @@ def test_of_the_methods_only_what_ran_counts(copy: Path) -> None:
 def test_flower_s_strategies_depend_on_the_apps_too(tmp_path: Path) -> None:
     for app in ("server_app", "client_app"):
         shutil.copytree(ROOT / app, tmp_path / app, ignore=shutil.ignore_patterns("__pycache__"))
-    assert _with_apps(core(), tmp_path) == of_flower() != core()
+    assert _with_apps(core(), tmp_path.joinpath) == of_flower() != core()
     (tmp_path / "server_app" / "builtin.py").write_text("")
-    assert _with_apps(core(), tmp_path) != of_flower()
+    assert _with_apps(core(), tmp_path.joinpath) != of_flower()

@@ -34,7 +34,7 @@ def bench(
     Results go to `out`, by default `bench-<name>` beside the run folders. The options are those of the command line.
     """
     if (file is None) == (table is None):
-        raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")
+        raise ConfigError("give a bench file, such as smoke, or --table and a folder; not both")
     if known is not None and file is None:
         raise ConfigError("--known goes with a bench file, some of whose cells it holds; give one, or leave it out")
     if table is not None:
