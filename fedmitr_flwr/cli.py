@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -13,6 +13,7 @@ from . import __version__
 from .common.errors import ConfigError, Failed, UserError, printable
 from .common.process import NO_HOME, begin, homeless
 from .config import Config
+from .config.limits import nearest
 from .config.presets import BENCHES, named_file
 from .config.text import located, option_hint, parse_assignment, read_settings
 from .config.unread import unread_line
@@ -53,7 +54,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> _Parser:
+def _parser() -> tuple[_Parser, Collection[str]]:
+    """The parser, and the names of all commands."""
     parser = _Parser(
         prog="fedmitr",
         description="One-shot federated learning with vision transformers, in one process or in Flower.",
@@ -62,7 +64,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedmitr {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = partial(commands.add_parser, allow_abbrev=False)
     init = add("init", help="write a settings file for a folder of images, with all that they need")
     run = add("run", help="local training and server phase in this process")
@@ -77,6 +79,8 @@ def _parser() -> _Parser:
     config = add("config", help="list the settings, with defaults and choices")
     diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
     add("methods", help="list the methods")
+    runs = add("list", help="the runs, newest first: what they are and how good")
+    runs.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of runs (default: ~/fedmitr-runs)")
     init.add_argument("folder", type=Path, metavar="FOLDER", help="of images, as data.path")
     init.add_argument("--model", metavar="NAME", help="a timm ViT, pretrained unless model.weights says otherwise")
     init.add_argument("-o", "--out", type=Path, default=Path("fedmitr.toml"), metavar="FILE", help="(fedmitr.toml)")
@@ -124,15 +128,19 @@ def _parser() -> _Parser:
             help="settings in TOML, or a preset such as digits",
         )
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the file's")
-    return parser
+    return parser, commands.choices
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words; `key=value` may stand before, between and behind the options."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    parser, commands = _parser()
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if words[0] == "help":  # `fedmitr help run` is `fedmitr run --help`
+        words = [*words[1:2], "--help"]
+    if not words[0].startswith("-") and words[0] not in commands:
+        raise ConfigError(f"there is no command {words[0]!r}{nearest(words[0], commands) or '; see fedmitr --help'}")
+    arguments, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-") or "settings" not in arguments]:
-        words = list(sys.argv[1:] if argv is None else argv)
         hint = option_hint(unknown[0], words[words.index(unknown[0]) + 1 :], Config().to_flat())
         if hint and "settings" in arguments:
             raise ConfigError(f"unknown argument {unknown[0]!r}{hint}")
@@ -258,11 +266,16 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _methods(_: argparse.Namespace) -> None:
-    from . import methods
+    from .config.described import methods
 
-    for name in methods.available():
-        summary = (methods.load(name).__doc__ or "").strip().partition("\n")[0]
-        print(f"{name:12} {summary}")
+    for name, summary in methods().items():
+        print(f"{name:15} {summary}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from .runs.listing import listed
+
+    print(*listed(arguments.folder), sep="\n")
 
 
 def _report(folder: "RunFolder") -> None:
@@ -293,17 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = _MadeFolder()
     logging.getLogger("fedmitr").addHandler(made)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
-        **{
-            "init": _init,
-            "run": _run,
-            "simulate": _simulate,
-            "demo": _simulate,
-            "fuse": _fuse,
-            "merge": _merge,
-            "central": _central,
-            "bench": _bench,
-        },
-        **{"report": _report_page, "diagnose": _diagnose, "predict": _predict, "config": _config, "methods": _methods},
+        **{"init": _init, "run": _run, "simulate": _simulate, "demo": _simulate, "fuse": _fuse, "merge": _merge},
+        **{"central": _central, "bench": _bench, "report": _report_page, "diagnose": _diagnose, "predict": _predict},
+        **{"config": _config, "methods": _methods, "list": _list},
     }
     command = ""
     try:

@@ -123,7 +123,7 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("central nowhere", "nowhere is not a run folder (no config.toml)"),
         ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
-        ("bench", "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
+        ("bench", "give a bench file, such as smoke, or --table and a folder; not both"),
         ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
         ("bench --table nowhere", "nowhere; give the path of one"),
         ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..common.errors import ModelError
 from ..config import ModelConfig
 from ..config.limits import check
+from ..config.sections import SMALL
 
 RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
-SMALL = "small"  # our own shape, by model.width and model.depth
 STATISTICS = ("mean", "std")  # in model.kwargs: of the pixels, one number by channel; no arguments of the network
 
 _UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
