@@ -1,10 +1,11 @@
 """The command line: `fedmitr run` in one process without Flower, `fedmitr fuse` on saved uploads."""
 
 import argparse
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -54,8 +55,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> tuple[_Parser, Collection[str]]:
-    """The parser, and the names of all commands."""
+def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command."""
     parser = _Parser(
         prog="fedmitr",
         description="One-shot federated learning with vision transformers, in one process or in Flower.",
@@ -86,6 +87,7 @@ def _parser() -> tuple[_Parser, Collection[str]]:
     init.add_argument("-o", "--out", type=Path, default=Path("fedmitr.toml"), metavar="FILE", help="(fedmitr.toml)")
     config.add_argument("words", nargs="*", metavar="KEY | SECTION", help="such as local.lr, or distill")
     config.add_argument("--search", metavar="TEXT", help="in keys and descriptions")
+    config.add_argument("--schema", action="store_true", help="all as a JSON schema, for editors of TOML files")
     config.add_argument("--diff", nargs=2, type=Path, metavar="RUN", help="what two run folders have otherwise")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
     for command in (fuse, central, report, predict, diagnose):
@@ -134,6 +136,11 @@ def _parser() -> tuple[_Parser, Collection[str]]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words; `key=value` may stand before, between and behind the options."""
     parser, commands = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from .config.completion import complete
+        from .runs.folder import HOME
+
+        complete(parser, commands, HOME)
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if words[0] == "help":  # `fedmitr help run` is `fedmitr run --help`
         words = [*words[1:2], "--help"]
@@ -210,6 +217,11 @@ def _init(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> None:
     from .config.described import difference, settings_like
 
+    if arguments.schema:
+        from .config.schema import schema
+
+        print(json.dumps(schema(), indent=1, ensure_ascii=False))
+        return
     if arguments.diff is None:
         print(*settings_like(arguments.words, arguments.search), sep="\n")
         return
