@@ -151,7 +151,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         hint = option_hint(unknown[0], words[words.index(unknown[0]) + 1 :], Config().to_flat())
         if hint and "settings" in arguments:
             raise ConfigError(f"unknown argument {unknown[0]!r}{hint}")
-        parser.error(f"unknown argument {unknown[0]!r}")
+        near = nearest(unknown[0].partition("=")[0], commands[words[0]]._option_string_actions)
+        raise ConfigError(f"unknown argument {unknown[0]!r}{near or '; see fedmitr --help'}")
     if "settings" in arguments:
         arguments.settings += rest
     return arguments

@@ -100,6 +100,9 @@ def test_a_key_is_found_by_its_last_part_and_by_what_others_call_it() -> None:
         ("lokal.lr", 0.1): "local.lr",
         ("sede", 3): "seed",
         ("local.head", 0.1): "local.head-lr",
+        ("epochs", 3): "local.epochs distill.epochs-per-round",
+        ("distil.epochs", 3): "distill.epochs-per-round",
+        ("batch", 3): "local.batch-size inversion.batch-size",
         ("zzz", 3): "",
     }
     assert {(key, value): " ".join(keys_like(key, DEFAULTS, value)) for key, value in likely} == likely

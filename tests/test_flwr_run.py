@@ -126,6 +126,12 @@ def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
     assert seen.bad_input
 
 
+def test_escapes_are_for_terminals() -> None:
+    coloured = b"\x1b[92mINFO \x1b[0m:      \x1b[?25l\x1b[1;36m5\x1b[0m\xe2\x94\x81\n"
+    assert simulate.shown(coloured, colours=True) == coloured
+    assert simulate.shown(coloured, colours=False) == b"INFO :      5\xe2\x94\x81\n"
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -25,7 +25,9 @@ def named_file(given: Path, folder: str = SETTINGS) -> Path:
     if name in known and not given.is_file():  # a folder of this name is no settings
         return known[name]
     if not os.path.lexists(given):
-        what = "bench file" if folder == BENCHES else "config file"
+        what, others = ("bench file", SETTINGS) if folder == BENCHES else ("config file", BENCHES)
         hint = nearest(name, known)
+        if name in presets(others):
+            hint = f"; {name} goes with `fedmitr {'bench' if others == BENCHES else 'run -c'}`"
         raise ConfigError(f"there is no {what} {given}; give the path of one, or a preset: {', '.join(known)}{hint}")
     return given

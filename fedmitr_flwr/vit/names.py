@@ -58,7 +58,9 @@ def architecture(name: str) -> Architecture:
 
 def _examples(name: str) -> str:
     families = ["vit_*", "deit*"]
-    near = difflib.get_close_matches(name, [SMALL, *timm.list_models(families), *timm.list_pretrained(families)], n=3)
+    names = [SMALL, *timm.list_models(families), *timm.list_pretrained(families)]
+    begin = [each for each in names if name and each.startswith(name)]
+    near = difflib.get_close_matches(name, names, n=3) or begin[:5]
     if near:
         return f"did you mean {' | '.join(near)}?"
     return "use small, or a plain ViT such as deit_tiny_patch16_224; timm.list_models(['vit_*', 'deit*']) names them"
