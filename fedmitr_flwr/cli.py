@@ -15,7 +15,7 @@ from .common.errors import ConfigError, Failed, UserError, printable
 from .common.process import NO_HOME, begin, homeless
 from .config import Config
 from .config.limits import nearest
-from .config.presets import BENCHES, named_file
+from .config.presets import named_file
 from .config.text import located, option_hint, parse_assignment, read_settings
 from .config.unread import unread_line
 
@@ -249,8 +249,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .bench.command import bench
 
     words = dict(parse_assignment(word, Config().to_flat()) for word in arguments.settings)
-    file = arguments.file and named_file(arguments.file, BENCHES)
-    chosen = file, words, arguments.out, arguments.table
+    chosen = arguments.file, words, arguments.out, arguments.table
     return bench(*chosen, known=arguments.known, any_code=arguments.any_code, verbose=arguments.verbose)
 
 
@@ -286,7 +285,7 @@ def _methods(_: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from .runs.listing import listed
+    from .report.listing import listed
 
     print(*listed(arguments.folder), sep="\n")
 

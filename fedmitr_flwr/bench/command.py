@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from ..common.files import absolute, write_text
+from ..config.presets import BENCHES, named_file
 from ..runs.folder import HOME
 from .figures import draw
 from .flower import runner
@@ -46,7 +47,7 @@ def bench(
         signal.signal(number, signal.default_int_handler)  # Flower's processes are stopped in good order
     logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
     log.setLevel(logging.INFO)
-    spec = read(file, words)
+    spec = read(named_file(file, BENCHES), words)
     folder = absolute(out or HOME / f"bench-{spec.name}", "--out")
     log.info("bench folder: %s", folder)
     earlier = load(absolute(known, "--known")) if known else None

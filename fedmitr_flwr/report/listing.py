@@ -10,8 +10,8 @@ from ..common.files import absolute, read_text
 from ..config import Config
 from ..config.sections import ONE_SHOT
 from ..config.text import read_flat
-from ..report.words import data_set
-from .folder import HOME, RunFolder
+from ..runs.folder import HOME, RunFolder
+from .words import data_set
 
 _HEAD = ("run", "method", "data", "clients", "student", "FedAvg", "ensemble", "state")
 _ALIGNED = "<<<>>>><"
