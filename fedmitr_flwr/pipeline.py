@@ -77,7 +77,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
         log.info("%s", chosen)
     if config.flower.strategy != ONE_SHOT:
         raise ConfigError(
-            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: python scripts/flower_run.py; "
+            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: fedmitr simulate; "
             f"or set method to one of: {', '.join(methods.available())}"
         )
     if without_effect := unread_line(config, methods.unread(config) | WITHOUT_FLOWER):

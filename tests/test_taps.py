@@ -128,7 +128,7 @@ def test_lda_on_taps_is_one_file_that_answers_as_scikit_learn(tmp_path: Path) ->
 
 
 def test_closed_form_and_student_are_added_by_hand(tmp_path: Path) -> None:
-    """Each divided by the deviation of its scores over the classes that somebody has, the student's 0.3 of that.
+    """Each divided by the deviation of its scores over the classes that somebody has, the student's 0.05 of that.
 
     That of the closed form is on the very images that were summed, and so can be had of them.
     """
@@ -143,7 +143,7 @@ def test_closed_form_and_student_are_added_by_hand(tmp_path: Path) -> None:
         return asked[which](of)[:, :4].double().numpy()
 
     centred = [each - each.mean(1, keepdims=True) for each in (scores(0, pixels), scores(1, pool))]
-    wanted = scores(0, pool) / centred[0].std() + 0.3 * scores(1, pool) / centred[1].std(ddof=1)
+    wanted = scores(0, pool) / centred[0].std() + 0.05 * scores(1, pool) / centred[1].std(ddof=1)
     weights = beside_student(student, statistics, pool, TINY, CPU)
     model = network_of(TINY.model, weights)
     np.testing.assert_allclose(model(pool)[:, :4].numpy(), wanted, rtol=1e-4, atol=1e-4)

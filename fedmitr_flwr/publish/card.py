@@ -111,9 +111,7 @@ def card(result: Mapping[str, Any], name: str, *, central: bool = False, plain: 
 def command(config: Mapping[str, Any]) -> str:
     """The line that makes the run again, from its settings by dotted key."""
     own, defaults = config["partition.scheme"] == OWN, Config().to_flat()
-    words = (
-        ["fedmitr", "run"] if config["flower.strategy"] == ONE_SHOT and not own else ["python", "scripts/flower_run.py"]
-    )
+    words = ["fedmitr", "run" if config["flower.strategy"] == ONE_SHOT and not own else "simulate"]
     for key, value in config.items():
         if key in defaults and value != defaults[key] and key not in _NOT_SHOWN:
             short = key in PATHS or (key in OUTSIDE and is_file(value))
