@@ -2,21 +2,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 CLIENTS ?= 5
+# Of pyproject.toml, separated by commas. A machine of a deployment needs none: make env EXTRAS=
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo deploy-demo test test-deploy lint clean
+.PHONY: env lock demo deploy-demo test test-deploy lint docs clean
 
 env: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".$(if $(EXTRAS),[$(EXTRAS)])"
 	@touch $@
 
+# The versions that are installed here, for all machines of a deployment.
+lock: $(STAMP)
+	(echo "# Versions that were tested together; written by: make lock"; $(BIN)/python -m pip freeze --exclude-editable) >$@.new
+	mv $@.new deploy/constraints.txt
+
 demo: $(STAMP)
-	$(BIN)/python scripts/flower_run.py -c configs/digits.toml --clients $(CLIENTS)
+	$(BIN)/fedmitr demo --clients $(CLIENTS)
 
 deploy-demo: $(STAMP)
 	$(BIN)/python deploy/demo.py
@@ -38,6 +45,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# A site of docs/ in site/.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 clean:
-	rm -rf $(VENV) .flwr .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .flwr .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

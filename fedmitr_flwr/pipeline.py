@@ -41,11 +41,12 @@ from .runs.evaluation import Evaluation
 from .runs.folder import RunFolder
 from .screening.screen import screen
 from .statistics.inputs import measure as measure_inputs
-from .statistics.moments import frozen_features, measure
+from .statistics.moments import frozen_features, measure, sent
 from .uploads import cache as kept
 from .uploads.gate import admit, require_finite, require_loss, require_model, shapes
 from .uploads.upload import Upload, size
 from .vit.build import Weights, build_vit, initial_weights
+from .vit.taps import network_of
 
 log = logging.getLogger("fedmitr")
 
@@ -77,7 +78,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
         log.info("%s", chosen)
     if config.flower.strategy != ONE_SHOT:
         raise ConfigError(
-            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: python scripts/flower_run.py; "
+            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: fedmitr simulate; "
             f"or set method to one of: {', '.join(methods.available())}"
         )
     if without_effect := unread_line(config, methods.unread(config) | WITHOUT_FLOWER):
@@ -175,7 +176,8 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     with threads(config.local.threads):
         if config.upload.statistics:  # first: of the weights that training changes
             features = frozen_features(vit, images, config.model, device)
-            statistics |= measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
+            classes, variances = config.model.num_classes, config.upload.variances
+            statistics |= sent(measure(features, images.labels, classes, variances=variances))
         if config.privacy.epsilon:  # the loss would tell of the images without noise
             epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
         else:
@@ -207,10 +209,9 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
 def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
     """The global model on the part that the client held out of training (evaluate.where = clients)."""
     held = client_images(config, client, place)[1]
-    vit = build_vit(config.model)
-    vit.load_state_dict(weights)  # a copy: some of Flower's strategies make float64 of them
+    own = {name: tensor.float() for name, tensor in weights.items()}  # some of Flower's strategies make float64 of them
     with threads(config.local.threads):
-        return evaluate_on(vit, held, config, resolve_device(config.device))
+        return evaluate_on(network_of(config.model, own), held, config, resolve_device(config.device))
 
 
 def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] | None = None) -> Outcome:

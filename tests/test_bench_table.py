@@ -22,10 +22,10 @@ from fedmitr_flwr.bench.markup import spread as as_text
 from fedmitr_flwr.bench.markup import tabular
 from fedmitr_flwr.bench.results import load, save
 from fedmitr_flwr.bench.rows import Row, p_value, reference_of, rows
-from fedmitr_flwr.bench.spec import STRATEGIES
 from fedmitr_flwr.bench.stats import Spread, holm, paired_p
 from fedmitr_flwr.bench.table import as_csv, latex, markdown
 from fedmitr_flwr.common.errors import ConfigError, RunError
+from fedmitr_flwr.flower.strategies import STRATEGIES
 
 # Differences from fedmitr: 2, 4, 7 (lda), and -20, -20.5, -19.5 (fedavg)
 FEDMITR, LDA, FEDAVG = (48.0, 50.0, 57.0), (50.0, 54.0, 64.0), (28.0, 29.5, 37.5)

@@ -23,7 +23,6 @@ from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import DataSet, prepare
-from fedmitr_flwr.ensemble import teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.report.page import write_page
@@ -430,7 +429,8 @@ def test_teacher_by_teacher_it_is_the_ensemble(combine: str, weights: str, tiny:
         alive.append(sum(each() is not None for each in built))
         return vit
 
-    monkeypatch.setattr(teachers, "vit_of", counted)
-    found = judge.ensemble_alone(uploads, tiny.test, config, CPU)
-    assert (found.loss, found.confusion) == (wanted.loss, wanted.confusion)
+    monkeypatch.setattr(judge, "vit_of", counted)
+    answers = judge.answers_of(uploads, tiny.test, config, CPU)
+    found = judge.together(answers, judge.weights_alone(uploads, config, CPU), tiny.test, config)
+    assert (found.loss, found.confusion) == (pytest.approx(wanted.loss, rel=1e-5), wanted.confusion)
     assert alive == [1] * 5

@@ -12,7 +12,7 @@ from typing import Any, Self
 from ..common.errors import ConfigError
 from . import sections
 from .limits import Section, check
-from .sections import OWN, REBIRTHS
+from .sections import OWN, REBIRTHS, TRACKERS
 from .text import parse_toml, read_flat, spelled, toml_value, typed
 
 
@@ -26,6 +26,7 @@ class Config(Section):
     threads: int = 0  # CPU threads of the server phase; 0: OMP_NUM_THREADS, or one per core that this process may use
     out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
     resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
+    track: str = ""  # metrics also go to tensorboard | wandb | mlflow; "": to metrics.jsonl alone
     data: sections.DataConfig = field(default_factory=sections.DataConfig)
     partition: sections.PartitionConfig = field(default_factory=sections.PartitionConfig)
     model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
@@ -44,6 +45,7 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
+        self._one_of("track", "", *TRACKERS)
         if self.ensemble.weights == "counts" and not self.upload.counts:
             raise ConfigError(
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.extras = 'counts'"

@@ -16,7 +16,8 @@ from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
-from ..vit.build import Weights, initial_weights, vit_of
+from ..vit.build import Weights, initial_weights
+from ..vit.taps import network_of
 
 # Settings that a method without synthetic images does not read. The others of `inversion.*` are also the ensemble's.
 OF_IMAGES = ("inversion.mode", "inversion.steps", "inversion.stops", "inversion.route", "relabel.", "distill.")
@@ -80,14 +81,14 @@ class Fused:
     """A global model."""
 
     predict: nn.Module  # images (B, C, S, S) -> scores (B, Y)
-    weights: Mapping[str, Tensor] | None  # of the one ViT that it is; None where it keeps several models
+    weights: Mapping[str, Tensor] | None  # of the one model that it is (`vit.taps`); None where it keeps several
     pool: Pool | None = None  # the synthetic images it was distilled from, if any
-    ensemble: Ensemble | None = None  # all teachers, weighted as the method did in the end, if it asked them
+    ensemble: Ensemble | None = None  # of all uploads, in order, weighted as in the end, if the method asked them
 
     @classmethod
     def of_weights(cls, weights: Weights, job: Job) -> Self:
         """The network of these weights."""
-        return cls(vit_of(job.config.model, weights).to(job.device), weights)
+        return cls(network_of(job.config.model, weights).to(job.device), weights)
 
     @classmethod
     def of_student(cls, student: nn.Module, ensemble: Ensemble, pool: Pool | None = None) -> Self:
