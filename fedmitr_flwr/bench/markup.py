@@ -18,8 +18,8 @@ _MARKED = {r"\*\*(.+?)\*\*": r"\\textbf{\1}", r"\*(.+?)\*": r"\\textit{\1}", "`(
 
 def tabular(lines: Sequence[str]) -> list[str]:
     """A table of `table` for LaTeX, by its packages booktabs and amssymb."""
-    head, _, *rows = ([_in_tex(cell) for cell in line[2:-2].split(" | ")] for line in lines if line[:1] == "|")
-    head, *body = (f"{' & '.join(row)} \\\\" for row in (head, *rows))
+    first, _, *rows = ([_in_tex(cell) for cell in line[2:-2].split(" | ")] for line in lines if line[:1] == "|")
+    head, *body = (f"{' & '.join(row)} \\\\" for row in (first, *rows))
     columns = "l" + "r" * (lines[-1].count(" | "))
     return [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
 

@@ -1,23 +1,18 @@
 """The model card: what the model is, what it was made of, how good it is, and what not to do with it."""
 
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 from textwrap import indent
 from typing import Any
 
 from ..common.errors import printable
-from ..common.outside import is_file
-from ..config import Config
-from ..config.sections import ONE_SHOT, OWN
-from ..config.text import OUTSIDE, PATHS, PLACES
-from ..report.words import data_set, evaluated, measure, model, skew
+from ..config.sections import ONE_SHOT
+from ..report.words import command, data_set, evaluated, measure, model, skew
 from ..runs.result import accuracy_table
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _FROM_SCRATCH, _FROM_TIMM = "none", "timm"
-_NOT_SHOWN = (*PLACES, "flower.clients")  # where the run lies, and who took part
 
 _CARD = """\
 ---
@@ -106,18 +101,6 @@ def card(result: Mapping[str, Any], name: str, *, central: bool = False, plain: 
         classes=config["model.num-classes"],
         leaks=_PRIVATE.format(epsilon=epsilon) if epsilon else _PLAIN,
     )
-
-
-def command(config: Mapping[str, Any]) -> str:
-    """The line that makes the run again, from its settings by dotted key."""
-    own, defaults = config["partition.scheme"] == OWN, Config().to_flat()
-    words = ["fedmitr", "run" if config["flower.strategy"] == ONE_SHOT and not own else "simulate"]
-    for key, value in config.items():
-        if key in defaults and value != defaults[key] and key not in _NOT_SHOWN:
-            short = key in PATHS or (key in OUTSIDE and is_file(value))
-            shown = PurePath(value).name if short and PurePath(value).is_absolute() else value
-            words.append(f"{key}={str(shown).lower() if isinstance(shown, bool) else shown}")
-    return printable(shlex.join(words))
 
 
 def _front(result: Mapping[str, Any], name: str, *, central: bool, plain: bool) -> str:

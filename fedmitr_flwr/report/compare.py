@@ -19,8 +19,10 @@ from .words import data_set, skew
 
 log = logging.getLogger("fedmitr")
 
-HEAD = ("run", "method", "accuracy %", "FedAvg %", "gain", "ensemble %", "worst class %", "NLL", "ECE %")
-HEAD += ("images", "server s", "up MB")
+HEAD = (
+    *("run", "method", "accuracy %", "FedAvg %", "gain", "ensemble %", "worst class %", "NLL", "ECE %"),
+    *("images", "server s", "up MB"),
+)
 _PLACES = ("out-dir", "resume-from")
 
 

@@ -21,11 +21,10 @@ from ..config import Config
 from ..config.text import toml_value
 from ..diagnostics.table import NAME, tables
 from ..judge import GLIMPSE
-from ..publish.card import command
 from ..runs.folder import RunFolder
 from . import charts
 from .figures import partition, samples
-from .words import data_set, evaluated, model, skew
+from .words import command, data_set, evaluated, model, skew
 
 Rows = list[tuple[str, ...]]
 
@@ -141,8 +140,9 @@ def _files(folder: RunFolder) -> list[tuple[str, str]]:
         folder.card_path,
         folder.pool_path,
         folder.path / "config.toml",
+        folder.result_path,
+        folder.metrics_path,
     )
-    paths += (folder.result_path, folder.metrics_path)
     return [(path.name, f"{path.stat().st_size / 1e6:.2f} MB") for path in paths if path.exists()]
 
 
