@@ -3,6 +3,7 @@
 Shapes: B or M images, Y classes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,9 +57,8 @@ def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:
     right, count = confusion_YY.diag().double(), len(labels_M)
     recall = tuple((100 * right / confusion_YY.sum(1)).tolist())
     answers = tuple(map(tuple, confusion_YY.tolist()))
-    return Evaluation(
-        100 * right.sum().item() / count, loss, recall, count, answers, calibration_error(scores_MY, labels_M)
-    )
+    ece = calibration_error(scores_MY, labels_M) if math.isfinite(loss) else None
+    return Evaluation(100 * right.sum().item() / count, loss, recall, count, answers, ece)
 
 
 def calibration_error(scores_MY: Tensor, labels_M: Tensor) -> float:
