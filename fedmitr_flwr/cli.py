@@ -181,7 +181,7 @@ def _run(arguments: argparse.Namespace) -> None:
     config = Config.from_flat(_overrides(arguments, Config()))
     from . import pipeline
 
-    _report(pipeline.run(config, arguments.name))
+    _report(lambda: pipeline.run(config, arguments.name))
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -194,7 +194,6 @@ def _simulate(arguments: argparse.Namespace) -> None:
     config = Config.from_flat(_overrides(arguments, Config()))
     from .flower.simulate import Options, simulate
 
-    logging.getLogger("fedmitr").setLevel(logging.ERROR)  # all that it logs comes again, from the ServerApp
     given = {key: getattr(arguments, key) for key in ("superlink", "client_gpus", "flwr_home", "offline")}
     simulate(config, Options(**{key: value for key, value in given.items() if value is not None}))
 
@@ -209,7 +208,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
     config = Config.from_flat({**overrides, "method": method}, run.config)
     if without_effect := unread_line(config, methods.unread(config), overrides):
         logging.getLogger("fedmitr").warning("%s", without_effect)
-    _report(pipeline.fuse(run, method, overrides))
+    _report(lambda: pipeline.fuse(run, method, overrides))
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -247,7 +246,7 @@ def _central(arguments: argparse.Namespace) -> None:
     from .central import train_centrally
     from .runs.folder import RunFolder
 
-    _report(train_centrally(RunFolder.open(arguments.run)))
+    _report(lambda: train_centrally(RunFolder.open(arguments.run)))
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -301,10 +300,14 @@ def _list(arguments: argparse.Namespace) -> None:
     print(*listed(arguments.folder), sep="\n")
 
 
-def _report(folder: "RunFolder") -> None:
-    from .runs.result import accuracy_table
+def _report(work: Callable[[], "RunFolder"]) -> None:
+    """Do the work, which gives a run folder, and show it."""
+    from .common.progress import on_screen
+    from .runs.result import ending
 
-    print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
+    with on_screen():
+        folder = work()
+    print(ending(folder.read_result(), folder.path))
 
 
 class _MadeFolder(logging.Handler):
