@@ -52,10 +52,11 @@ class OneShot(Strategy):
 
     def summary(self) -> None:
         config, missing = self.config, self.folder.missing()
-        log.info("\t├── Method: %s, seed %d", config.method, config.seed)
+        told = getLogger("flwr")  # among what Flower itself says of a strategy
+        told.info("\t├── Method: %s, seed %d", config.method, config.seed)
         clients = config.partition.clients
-        log.info("\t├── Clients: %d, uploads on disk: %d", clients, clients - len(missing))
-        log.info("\t└── Run folder: %s", self.folder.path)
+        told.info("\t├── Clients: %d, uploads on disk: %d", clients, clients - len(missing))
+        told.info("\t└── Run folder: %s", self.folder.path)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -21,7 +21,7 @@ _log = logging.getLogger("fedmitr")
 EVERY = "FEDMITR_EVERY"  # an environment variable: seconds between two lines of a process whose log another one reads
 FEW = 24  # clients that are spoken of one by one
 
-_SAID = {"alive": "{:.0%} of patches alive", "accuracy": "student {:.1f} %"}
+_SAID = {"alive": "alive {:.0%}", "accuracy": "student {:.1f} %"}
 _bars: "Bars | None" = None  # of this process's terminal, while `on_screen` lasts
 
 
@@ -45,12 +45,12 @@ def on_screen(*, total: bool = True) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
-    console, label = Console(stderr=True), TextColumn("{task.description}", table_column=Column(min_width=18))
+    console, label = Console(stderr=True), TextColumn("{task.description}", table_column=Column(min_width=16))
     time_left: ProgressColumn = TimeRemainingColumn(
         compact=True, elapsed_when_finished=True, table_column=Column(min_width=5, justify="right")
     )
     said = TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    bars = Progress(label, BarColumn(20), time_left, TextColumn("{task.fields[left]:4}"), said, console=console)
+    bars = Progress(label, BarColumn(16), time_left, TextColumn("{task.fields[left]:4}"), said, console=console)
     whole = Progress(label, TimeElapsedColumn(), console=console)
     if total:
         whole.add_task("total")
@@ -139,7 +139,10 @@ class Progress:
     def _so_far(self) -> str:
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
         shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-        parts = [f"{int(self._done + 1e-6)}/{self._total} {self._unit}", self._text, f"{shown} {self._unit}/s"]
+        count = f"{int(self._done + 1e-6)}/{self._total} {self._unit}"
+        if self._bars and self._total > 1000:  # of which the bar says enough, in a terminal of 80 columns
+            count = ""
+        parts = [count, self._text, f"{shown} {self._unit}/s"]
         return ", ".join(part for part in parts if part)
 
 

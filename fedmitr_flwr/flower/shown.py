@@ -53,16 +53,16 @@ class Shown:
         if found := re.search(r"Successfully started run (\d+)", text):
             self.run_id = found[1]
         if found := _OURS.search(text):
-            self._ours(logging.getLevelNamesMapping()[found[1]], found[2])
+            self._ours(logging.getLevelNamesMapping()[found[1]], found[2], text.startswith("(ClientAppActor"))
 
-    def _ours(self, level: int, text: str) -> None:
+    def _ours(self, level: int, text: str, of_client: bool) -> None:
         if self.ending or not text:  # an empty line is the first of the ending
             self.ending.append(text)
         elif text.startswith(BAD_INPUT):
             self.bad_input = text.removeprefix(BAD_INPUT)
         elif work := _WORK.fullmatch(text):
             self._work(text, **work.groupdict())
-        elif level > logging.INFO or not _CLIENT.match(text):  # which the line of all clients tells
+        elif level > logging.INFO or not (of_client or _CLIENT.match(text)):  # of whom one line tells
             log.log(level, "%s", text)
         if text.startswith("run folder: ") and not self.folder:
             self.folder = text.removeprefix("run folder: ")
