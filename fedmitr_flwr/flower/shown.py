@@ -35,10 +35,8 @@ class Shown:
         self.run_id = self.folder = self.bad_input = ""
         self.ending: list[str] = []
         self.log = home / f"flower-{time.strftime('%Y%m%d-%H%M%S')}.log"
-        self._stages, self._parts = (
-            dict[str, Progress](),
-            dict[str, float](),
-        )  # and the part of each client's that is done
+        self._stages = dict[str, Progress]()
+        self._parts = dict[str, float]()  # of each client's work, what is done
 
     def close(self) -> None:
         """End the stages that have not ended by themselves."""
@@ -56,14 +54,18 @@ class Shown:
             self._ours(logging.getLevelNamesMapping()[found[1]], found[2], text.startswith("(ClientAppActor"))
 
     def _ours(self, level: int, text: str, of_client: bool) -> None:
-        if self.ending or not text:  # an empty line is the first of the ending
-            self.ending.append(text)
-        elif text.startswith(BAD_INPUT):
+        if text.startswith(BAD_INPUT):
             self.bad_input = text.removeprefix(BAD_INPUT)
+        elif level > logging.INFO:
+            log.log(level, "%s", text)
         elif work := _WORK.fullmatch(text):
             self._work(text, **work.groupdict())
-        elif level > logging.INFO or not (of_client or _CLIENT.match(text)):  # of whom one line tells
-            log.log(level, "%s", text)
+        elif of_client or _CLIENT.match(text):  # of all of whom one line tells
+            return
+        elif self.ending or not text:  # an empty line is the first of the ending
+            self.ending.append(text)
+        else:
+            log.info("%s", text)
         if text.startswith("run folder: ") and not self.folder:
             self.folder = text.removeprefix("run folder: ")
             if Path(self.folder).is_dir():
