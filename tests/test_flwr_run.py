@@ -19,7 +19,6 @@ from tiny import ROOT, contents
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.flower import simulate
 from fedmitr_flwr.flower.processes import command_of, marked, of_sessions, session_of
 from fedmitr_flwr.runs.folder import RunFolder
 
@@ -171,7 +170,7 @@ def only_it_is_asked_again(start: Start, folder: RunFolder, missing: int) -> Run
 
 @pytest.mark.deploy
 @pytest.mark.smoke
-def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_path: Path) -> None:
+def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start) -> None:
     run, folder, missing = a_killed_client(start)
     (kept,) = folder.path.glob("flower-*.log")
     assert f"; see {kept}\n" in run.log

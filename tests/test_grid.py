@@ -19,7 +19,6 @@ from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 
-import server_app.app
 from client_app.app import app as client_app
 from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.common.process import begin, forward
