@@ -23,14 +23,13 @@ from .common.errors import ConfigError, RunError, UploadError
 from .common.files import load_tensors
 from .common.fingerprint import core
 from .common.outside import short
-from .common.progress import FEW, Progress
+from .common.progress import Progress
 from .common.rng import secret, stream
 from .config import Config, recipe
 from .config.sections import ONE_SHOT, OWN
 from .config.unread import unread_line
 from .data.images import Images
 from .data.own import Place
-from .data.partition import table
 from .data.shares import class_names, client_images, known_parts, parts_of, server_images
 from .ensemble.ensemble import Ensemble
 from .judge import Lines, by_client, compare, evaluate_on, glimpse
@@ -419,8 +418,6 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) ->
         facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
     if draws and config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
         counts = torch.tensor(facts["counts"])
-        if len(counts) <= FEW:
-            log.info("images by client and class:\n%s", table(counts, classes))
         save_partition(counts, classes, folder.partition_path)
     return classes, facts
 

@@ -73,8 +73,8 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
                 evaluate_config=order(config),
                 evaluate_fn=session.evaluate if config.evaluate.where == "server" else None,
             )
-        told = session.finish(result)
-    log.info("%s", report.ending(told, folder.path))
+        found = session.finish(result)
+    log.info("%s", report.ending(found, folder.path))
 
 
 def _strategy(config: Config) -> Strategy:
@@ -176,10 +176,8 @@ class _Session:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             with self.stopwatch.stage("aggregation"):
-                try:
-                    return aggregate(*args, **kwargs)
-                finally:
-                    self.progress.update()
+                self.progress.update()
+                return aggregate(*args, **kwargs)
 
         strategy.aggregate_train = counted  # type: ignore[method-assign]
         return strategy

@@ -51,12 +51,7 @@ class OneShot(Strategy):
         return super().start(self.observed, *args, **kwargs)
 
     def summary(self) -> None:
-        config, missing = self.config, self.folder.missing()
-        told = getLogger("flwr")  # among what Flower itself says of a strategy
-        told.info("\t├── Method: %s, seed %d", config.method, config.seed)
-        clients = config.partition.clients
-        told.info("\t├── Clients: %d, uploads on disk: %d", clients, clients - len(missing))
-        told.info("\t└── Run folder: %s", self.folder.path)
+        """Flower's hook, which must be there: the run folder has been named, and `configure_train` says the rest."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -63,7 +63,7 @@ def train_privately(
             the noise away.
         device: where to train.
         prox_mu: FedProx's μ.
-        on_epoch: called as often as there are epochs; no loss is told, which would be of the images.
+        on_epoch: called as often as there are epochs; without a loss, which would be of the images.
     """
     require_opacus(config)
     local, privacy = config.local, config.privacy

@@ -26,7 +26,7 @@ def train_local(
     """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
     `prox_mu` is FedProx's μ; w⁰ are the weights given. The skew that `local.outliers` is multiplied by is that of
-    `images`. `on_epoch` is told each epoch's loss.
+    `images`. `on_epoch` gets each epoch's loss.
     """
     local = config.local
     vit.to(device).train()

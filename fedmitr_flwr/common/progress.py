@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:  # it takes a tenth of a second to import, and only a terminal needs it
@@ -42,18 +41,15 @@ def on_screen(*, total: bool = True) -> Iterator[None]:
         return
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
     console, label = Console(stderr=True), TextColumn("{task.description}", table_column=Column(min_width=16))
-    time_left: ProgressColumn = TimeRemainingColumn(
-        compact=True, elapsed_when_finished=True, table_column=Column(min_width=5, justify="right")
-    )
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
     said = TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    bars = Progress(label, BarColumn(16), time_left, TextColumn("{task.fields[left]:4}"), said, console=console)
+    bars = Progress(label, BarColumn(16), left, TextColumn("{task.fields[left]:4}"), said, console=console)
     whole = Progress(label, TimeElapsedColumn(), console=console)
-    if total:
-        whole.add_task("total")
+    whole.add_task("total", visible=total)
     handlers = [each for each in logging.getLogger().handlers if getattr(each, "stream", None) is sys.stderr]
     before = sys.stderr
     with Live(Group(bars, whole), console=console, transient=not total, redirect_stdout=False):
@@ -96,12 +92,7 @@ class Progress:
             _log.info("%s", self._line())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(failed=kind is not None)
-
-    def close(self, *, failed: bool) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         """The work has ended, or failed, and its line stays as it is."""
         if self._bars:
             done = self._total if self._done > self._total - 1e-6 else self._done  # parts may sum to a little less
@@ -118,7 +109,6 @@ class Progress:
         with self._lock:
             self._done += n
             self._values |= values
-            self._text = ", ".join(_said(*each) for each in self._values.items()) or self._text
             now = time.monotonic()
             if self._bars:
                 self._bars.update(self._task, completed=self._done, said=self._so_far())
@@ -127,7 +117,7 @@ class Progress:
                 _log.info("%s", self._line())
 
     def reach(self, done: float, said: str) -> None:
-        """`done` units in all, with values in words: told by another process."""
+        """`done` units in all, with values in words, as another process has them."""
         self._text = said or self._text
         self.update(done - self._done)
 
@@ -139,21 +129,17 @@ class Progress:
     def _so_far(self) -> str:
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
         shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-        count = f"{int(self._done + 1e-6)}/{self._total} {self._unit}"
+        values = [_SAID.get(name, name + "={:.4g}").format(float(value)) for name, value in self._values.items()]
+        parts = [f"{int(self._done + 1e-6)}/{self._total} {self._unit}", self._text, *values, f"{shown} {self._unit}/s"]
         if self._bars and self._total > 1000:  # of which the bar says enough, in a terminal of 80 columns
-            count = ""
-        parts = [count, self._text, f"{shown} {self._unit}/s"]
-        return ", ".join(part for part in parts if part)
+            del parts[0]
+        return ", ".join(filter(None, parts))
 
 
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _said(name: str, value: float) -> str:
-    return _SAID.get(name, name + "={:.4g}").format(float(value))
 
 
 class Series:

@@ -25,7 +25,7 @@ class Shown:
     """Takes Flower's output line by line.
 
     Attributes:
-        run_id, folder: what it has told of the run; "" until then.
+        run_id, folder: what it has said of the run; "" until then.
         bad_input: what the ServerApp says of bad input, if it does.
         ending: what the run ends with, line by line.
         log: the file of all lines; in the run folder, as soon as there is one on this machine.
@@ -41,7 +41,7 @@ class Shown:
     def close(self) -> None:
         """End the stages that have not ended by themselves."""
         for stage in self._stages.values():
-            stage.close(failed=True)
+            stage.__exit__(True)
         self._stages.clear()
 
     def line(self, raw: bytes) -> None:
@@ -60,7 +60,7 @@ class Shown:
             log.log(level, "%s", text)
         elif work := _WORK.fullmatch(text):
             self._work(text, **work.groupdict())
-        elif of_client or _CLIENT.match(text):  # of all of whom one line tells
+        elif of_client or _CLIENT.match(text):  # one line is of all
             return
         elif self.ending or not text:  # an empty line is the first of the ending
             self.ending.append(text)
@@ -87,5 +87,5 @@ class Shown:
         if stage:
             stage.reach(max(reached, sum(self._parts.values())) if label == "clients" else reached, said or "")
         if stage and ended:
-            self._stages.pop(label).close(failed=str(end).startswith("stopped"))
+            self._stages.pop(label).__exit__(str(end).startswith("stopped"))
             self._parts.clear()
