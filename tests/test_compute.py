@@ -266,11 +266,10 @@ def test_there_are_no_escapes_without_a_terminal_or_with_no_color(
 def test_many_clients_are_a_line_a_minute(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     with Progress.of_clients(1000) as bar:
         for _ in range(1000):
-            clock.now += 0.2
-            bar.update(0.5)
-            bar.update(0.5)
+            clock.now += 0.25
+            bar.update()
     assert [line.split(",")[0] for line in caplog.messages] == [
-        f"clients: {done}/1000 clients" for done in (300, 600, 900, 1000)
+        f"clients: {done}/1000 clients" for done in (240, 480, 720, 960, 1000)
     ]
 
 

@@ -185,5 +185,5 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     if sent:
         lines += ["", f"upload: {sum(sent) / len(sent):.2f} MB per client, {sum(sent):.2f} MB in all"]
     spent = {"clients": sum(filter(None, result.get("client_seconds") or ())), **result["seconds"]}
-    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in spent.items() if seconds))
-    return "\n".join(lines)
+    stages = [f"{stage} {seconds:.1f}" for stage, seconds in spent.items() if seconds]
+    return "\n".join([*lines, *(["seconds: " + ", ".join(stages)] if stages else [])])
