@@ -71,7 +71,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     init = add("init", help="write a settings file for a folder of images, with all that they need")
     run = add("run", help="local training and server phase in this process")
     simulate = add("simulate", help="the same in Flower, on simulated clients or at a SuperLink")
-    demo = add("demo", help="simulate on scikit-learn's digits: no network, some minutes on two cores")
+    demo = add("demo", help="simulate on digits, four classes at each client: no network, some minutes on two cores")
     fuse = add("fuse", help="the server phase again, on a run's saved uploads")
     merge = add("merge", help="fuse files of weights that were trained elsewhere")
     central = add("central", help="one model on all of a run's images, to compare")
@@ -124,7 +124,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
         command.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub")
     simulate.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml, for real clients")
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the preset's")
-    demo.set_defaults(config=Path("digits"), superlink=None)
+    demo.set_defaults(config=Path("demo"), superlink=None)
     for command in (init, run, simulate, fuse):
         command.add_argument(
             "-c",

@@ -256,7 +256,7 @@ def test_simulate_passes_settings_and_options_and_ends_as_flower_did(capsys: pyt
     with patch("fedmitr_flwr.flower.simulate.simulate") as simulated:
         assert main(["demo", "--clients", "3", "seed=2", "--offline"]) == 0
         (config, options) = simulated.call_args.args
-        preset = Config.from_file(ROOT / "configs" / "digits.toml")
+        preset = Config.from_file(ROOT / "configs" / "demo.toml")
         assert config == Config.from_flat({"seed": 2, "partition.clients": 3}, preset)
         assert options == Options(offline=True)
         told = {Failed("no\nway"): (1, "error: no way"), Failed("bad", 2): (2, "error: bad")}
