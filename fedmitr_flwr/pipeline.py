@@ -180,7 +180,8 @@ def _train(
 ) -> Upload:
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
-    log.debug("client %d: training on %d images", client, len(images))
+    if not shared:
+        log.info("client %d: training on %d images", client, len(images))
     part = 1 / config.local.epochs if shared else 1.0  # of a unit, in each epoch
     own = nullcontext(shared) if shared else Progress(f"client {client}", config.local.epochs, "epochs")
     started = time.perf_counter()

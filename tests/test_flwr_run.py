@@ -62,7 +62,7 @@ class Run:
     def trained(self) -> list[str]:
         """The clients that trained in the last start on this folder."""
         log = max(self.folder().path.glob("flower-*.log"), key=lambda path: path.stat().st_mtime).read_text()
-        return re.findall(r"client (\d+): 0/", log)
+        return re.findall(r"client (\d+): training on", log)
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Wait for the exit status; whatever the run started must be gone with it."""

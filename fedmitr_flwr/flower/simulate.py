@@ -232,6 +232,7 @@ def run(app: Path, environment: dict[str, str], run_file: Path, options: Options
     if not status.startswith("finished") and link:
         log.warning("the log broke off (status: %s); the run may go on, and is waited for", status)
         status, details = _wait_for_end(run_id, link, environment)
+        seen.ending.clear()  # all is said again
         _follow(["flwr", "log", run_id, *link, "--show"], environment, seen)
     if status != "finished:completed":
         reason = f"{seen.bad_input or details or f'Flower gives no reason ({status})'}"
