@@ -214,10 +214,9 @@ def test_short_work_is_one_line_and_hours_are_shown(clock: SimpleNamespace, capl
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Stands in for stderr; the log goes there."""
+    """Stands in for stderr, once a test has put it there; the log goes there."""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr", terminal)
     for name, value in {"TERM": "xterm", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -233,9 +232,12 @@ def at_work() -> None:
         bar.update(1, loss=0.125)
 
 
-def test_a_terminal_has_a_live_line_below_the_log_and_keeps_the_last_state(terminal: io.StringIO) -> None:
+def test_a_terminal_has_a_live_line_below_the_log_and_keeps_the_last_state(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", terminal)
     at_work()
-    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
     assert re.search(r"inversion +━+ +\d\d:\d\d +4/4 images, loss=0.125, .*images/s", said)
     assert re.search(r"^a line\s*$", said, re.MULTILINE)
     assert said.rstrip().splitlines()[-1].split() == ["total", "0:00:00"]
@@ -248,6 +250,7 @@ def test_a_terminal_has_a_live_line_below_the_log_and_keeps_the_last_state(termi
 def test_there_are_no_escapes_without_a_terminal_or_with_no_color(
     terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("NO_COLOR", "1")
     at_work()
     monkeypatch.delenv("NO_COLOR")
