@@ -131,7 +131,7 @@ class Soak:
             text=True,
         )
         (self.scratch / "last.log").write_text(done.stdout)
-        paths = set(re.findall(r"^fedmitr: run folder: (.+)$", done.stdout, re.MULTILINE))
+        paths = set(re.findall(r"^run folder: (.+)$", done.stdout, re.MULTILINE))
         require("simulate", len(paths) == 1, f"not one run folder\n{done.stdout[-3000:]}")
         return {"log": done.stdout, "folder": RunFolder.open(paths.pop()), "status": done.returncode, "start": started}
 

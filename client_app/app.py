@@ -27,8 +27,8 @@ from fedmitr_flwr.vit.build import Weights, initial_weights
 from . import ledger
 
 app = ClientApp()
-log = logging.getLogger("flwr")
-forward("fedmitr", log)  # the core's progress appears where Flower's log does
+log = logging.getLogger("fedmitr")
+forward("fedmitr", logging.getLogger("flwr"))  # the core's progress appears where Flower's log does
 
 RAISED = 2  # Flower's code for a ClientApp that raised
 # What a --node-config may say. Any other key is a mistake, such as a limit that would not hold.

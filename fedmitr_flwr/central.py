@@ -11,6 +11,7 @@ import torch
 from .client.train import train_local
 from .common.compute import forget_peak, peak_memory, resolve_device, threads
 from .common.errors import ConfigError
+from .common.progress import Progress
 from .common.rng import stream
 from .config.sections import OWN
 from .data.images import Images
@@ -59,8 +60,10 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
     vit.load_state_dict(initial)
     log.info("training on the %d images of %d clients", len(images), config.partition.clients)
     with threads(config.threads):
-        with stopwatch.stage("training"):
-            loss = train_local(vit, images, config, stream(config.seed, NAME), device)
+        epochs = Progress("training", config.local.epochs, "epochs")
+        with stopwatch.stage("training"), epochs as progress:
+            rng = stream(config.seed, NAME)
+            loss = train_local(vit, images, config, rng, device, on_epoch=lambda loss: progress.update(loss=loss))
         with stopwatch.stage("evaluation"):
             found = evaluate_on(vit, test, config, device)
     require_model(vit.state_dict(), config.model, _FIX)

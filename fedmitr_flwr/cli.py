@@ -71,7 +71,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     init = add("init", help="write a settings file for a folder of images, with all that they need")
     run = add("run", help="local training and server phase in this process")
     simulate = add("simulate", help="the same in Flower, on simulated clients or at a SuperLink")
-    demo = add("demo", help="simulate on scikit-learn's digits: no network, some minutes on two cores")
+    demo = add("demo", help="simulate on digits, four classes at each client: no network, some minutes on two cores")
     fuse = add("fuse", help="the server phase again, on a run's saved uploads")
     merge = add("merge", help="fuse files of weights that were trained elsewhere")
     central = add("central", help="one model on all of a run's images, to compare")
@@ -124,7 +124,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
         command.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub")
     simulate.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml, for real clients")
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings; they win over the preset's")
-    demo.set_defaults(config=Path("digits"), superlink=None)
+    demo.set_defaults(config=Path("demo"), superlink=None)
     for command in (init, run, simulate, fuse):
         command.add_argument(
             "-c",
@@ -181,7 +181,7 @@ def _run(arguments: argparse.Namespace) -> None:
     config = Config.from_flat(_overrides(arguments, Config()))
     from . import pipeline
 
-    _report(pipeline.run(config, arguments.name))
+    _report(lambda: pipeline.run(config, arguments.name))
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -194,7 +194,6 @@ def _simulate(arguments: argparse.Namespace) -> None:
     config = Config.from_flat(_overrides(arguments, Config()))
     from .flower.simulate import Options, simulate
 
-    logging.getLogger("fedmitr").setLevel(logging.ERROR)  # all that it logs comes again, from the ServerApp
     given = {key: getattr(arguments, key) for key in ("superlink", "client_gpus", "flwr_home", "offline")}
     simulate(config, Options(**{key: value for key, value in given.items() if value is not None}))
 
@@ -209,7 +208,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
     config = Config.from_flat({**overrides, "method": method}, run.config)
     if without_effect := unread_line(config, methods.unread(config), overrides):
         logging.getLogger("fedmitr").warning("%s", without_effect)
-    _report(pipeline.fuse(run, method, overrides))
+    _report(lambda: pipeline.fuse(run, method, overrides))
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -247,7 +246,7 @@ def _central(arguments: argparse.Namespace) -> None:
     from .central import train_centrally
     from .runs.folder import RunFolder
 
-    _report(train_centrally(RunFolder.open(arguments.run)))
+    _report(lambda: train_centrally(RunFolder.open(arguments.run)))
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -301,10 +300,14 @@ def _list(arguments: argparse.Namespace) -> None:
     print(*listed(arguments.folder), sep="\n")
 
 
-def _report(folder: "RunFolder") -> None:
-    from .runs.result import accuracy_table
+def _report(work: Callable[[], "RunFolder"]) -> None:
+    """Do the work, which gives a run folder, and show it."""
+    from .common.progress import on_screen
+    from .runs.result import ending
 
-    print(f"\n{accuracy_table(folder.read_result())}\n\nrun folder: {folder.path}")
+    with on_screen():
+        folder = work()
+    print(ending(folder.read_result(), folder.path))
 
 
 class _MadeFolder(logging.Handler):

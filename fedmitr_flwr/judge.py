@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .common.compute import resolve_device, return_memory
+from .common.progress import Progress
 from .common.rng import stream
 from .config import Config
 from .data.images import Images
@@ -68,9 +69,12 @@ def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device
 
     def answers(upload: Upload) -> Tensor:
         return_memory()
-        return scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
+        scores = scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
+        progress.update()
+        return scores
 
-    return torch.stack(list(map(answers, uploads)))
+    with Progress("evaluation", len(uploads), "models") as progress:
+        return torch.stack(list(map(answers, uploads)))
 
 
 def weights_alone(uploads: Sequence[Upload], config: Config, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ The Flower apps call the same functions, so both paths give the same bits.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,13 +23,13 @@ from .common.errors import ConfigError, RunError, UploadError
 from .common.files import load_tensors
 from .common.fingerprint import core
 from .common.outside import short
+from .common.progress import Progress
 from .common.rng import secret, stream
 from .config import Config, recipe
 from .config.sections import ONE_SHOT, OWN
 from .config.unread import unread_line
 from .data.images import Images
 from .data.own import Place
-from .data.partition import table
 from .data.shares import class_names, client_images, known_parts, parts_of, server_images
 from .ensemble.ensemble import Ensemble
 from .judge import Lines, by_client, compare, evaluate_on, glimpse
@@ -95,8 +96,10 @@ def run(config: Config, name: str | None = None) -> RunFolder:
     log.info("run folder: %s", folder.path)
     with folder.at_work():
         folder.note_start(initial)
-        for client in folder.missing():
-            take_upload(folder, client, initial)
+        if missing := folder.missing():
+            with Progress.of_clients(len(missing)) as progress:
+                for client in missing:
+                    take_upload(folder, client, initial, progress)
         serve(folder)
         if config.evaluate.where == "clients":
             if not folder.model_path.exists():
@@ -135,9 +138,9 @@ def created(config: Config, name: str | None) -> RunFolder:
     return RunFolder.create(config, name, or_next=True)
 
 
-def take_upload(folder: RunFolder, client: int, initial: Weights) -> None:
+def take_upload(folder: RunFolder, client: int, initial: Weights, progress: Progress | None = None) -> None:
     """Train a client and keep its upload, if it passes the gate."""
-    upload = train_client(folder.config, client, initial)
+    upload = train_client(folder.config, client, initial, progress=progress)
     folder.save_upload(admit(upload, folder.config, fingerprint=core()))
 
 
@@ -150,40 +153,51 @@ def train_client(
     keep: Path | None = None,
     server_round: int = 1,
     prox_mu: float = 0.0,
+    progress: Progress | None = None,
 ) -> Upload:
     """Train client `client` of `config.partition.clients` from `initial` on its own part of the data.
 
     With partition.scheme = "own" its images are in its own `place`. What it makes is kept in the file `keep`, if any,
-    and taken from there when the same is asked again.
+    and taken from there when the same is asked again. `progress`, if given, is of several clients, one unit each.
     """
     images = client_images(config, client, place)[0]
     if keep is None:
-        return _train(config, client, initial, images, server_round, prox_mu)
+        return _train(config, client, initial, images, server_round, prox_mu, progress)
     deciding = {name: value for name, value in config.to_flat().items() if name.startswith(UPLOAD_SETTINGS)}
     facts = {**deciding, "client": client, "round": server_round, "prox-mu": prox_mu}
     key = kept.key_of(facts, initial, images, resolve_device(config.device))
-    return kept.once(keep, key, lambda: _train(config, client, initial, images, server_round, prox_mu))
+    return kept.once(keep, key, lambda: _train(config, client, initial, images, server_round, prox_mu, progress))
 
 
-def _train(config: Config, client: int, initial: Weights, images: Images, server_round: int, prox_mu: float) -> Upload:
+def _train(
+    config: Config,
+    client: int,
+    initial: Weights,
+    images: Images,
+    server_round: int,
+    prox_mu: float,
+    shared: Progress | None,
+) -> Upload:
     vit = build_vit(config.model)
     vit.load_state_dict(initial)
-    log.info("client %d: training on %d images", client, len(images))
+    if not shared:
+        log.info("client %d: training on %d images", client, len(images))
+    part = 1 / config.local.epochs if shared else 1.0  # of a unit, in each epoch
+    own = nullcontext(shared) if shared else Progress(f"client {client}", config.local.epochs, "epochs")
     started = time.perf_counter()
     device, loss, epsilon = resolve_device(config.device), 0.0, None
     dtype = getattr(torch, config.upload.dtype)
     statistics: dict[str, Tensor] = {}
-    with threads(config.local.threads):
+    with threads(config.local.threads), own as progress:
         if config.upload.statistics:  # first: of the weights that training changes
             features = frozen_features(vit, images, config.model, device)
             classes, variances = config.model.num_classes, config.upload.variances
             statistics |= sent(measure(features, images.labels, classes, variances=variances))
         if config.privacy.epsilon:  # the loss would tell of the images without noise
-            epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
+            epsilon = train_privately(vit, images, config, secret(), device, prox_mu, lambda: progress.update(part))
         else:
             rng = stream(config.seed, "local", server_round, client)
-            loss = train_local(vit, images, config, rng, device, prox_mu)
-            log.info("client %d: loss %.4f after %d epochs", client, loss, config.local.epochs)
+            loss = train_local(vit, images, config, rng, device, prox_mu, lambda loss: progress.update(part, loss=loss))
         try:  # what has diverged is not worth sending, and statistics cannot be had of it
             require_finite(vit.state_dict(), "lower local.lr", "its training")
         except RunError as error:
@@ -405,7 +419,6 @@ def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) ->
         facts["counts"] = by_client(config, uploads, lambda upload: upload.class_counts)
     if draws and config.evaluate.where == "server" and facts.get("counts") and None not in facts["counts"]:
         counts = torch.tensor(facts["counts"])
-        log.info("images by client and class:\n%s", table(counts, classes))
         save_partition(counts, classes, folder.partition_path)
     return classes, facts
 

@@ -16,7 +16,7 @@ from fedmitr_flwr.config.sections import ONE_SHOT
 from fedmitr_flwr.config.text import located
 from fedmitr_flwr.flower.checks import prepared
 from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.runs.result import accuracy_table
+from fedmitr_flwr.runs.result import ending
 
 from . import builtin
 from .clients import Clients, meet, with_number_of
@@ -24,8 +24,8 @@ from .records import order
 from .strategy import OneShot
 
 app = ServerApp()
-log = logging.getLogger("flwr")
-forward("fedmitr", log)  # the core's progress appears where Flower's log does
+log = logging.getLogger("fedmitr")
+forward("fedmitr", logging.getLogger("flwr"))  # the core's progress appears where Flower's log does
 
 
 @app.main()
@@ -65,7 +65,7 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     with folder.at_work():
         folder.note_start(arrays.to_torch_state_dict())
         strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))
-    log.info("\n%s\n\nrun folder: %s", accuracy_table(strategy.result), folder.path)
+    log.info("%s", ending(strategy.result, folder.path))
 
 
 def meet_again(grid: Grid, folder: RunFolder) -> Clients:

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.compute import forget_peak, peak_memory, resolve_device, threads
 from fedmitr_flwr.common.errors import RunError, UploadError
+from fedmitr_flwr.common.progress import Progress
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.sections import OWN
 from fedmitr_flwr.data.shares import class_names, server_images
@@ -33,7 +34,7 @@ from .grid import ObservedGrid
 from .intake import checked
 from .records import order, read_evaluation
 
-log = getLogger("flwr")
+log = getLogger("fedmitr")
 
 _FIX = "lower local.lr, or eta in flower.options"
 
@@ -61,18 +62,19 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
     log.info("run folder: %s", folder.path)
     with folder.at_work():
         checked_grid = _CheckedGrid(grid, clients, config)
-        session = _Session(folder, checked_grid)
-        result = session.timed(_strategy(config)).start(
-            grid=checked_grid,
-            initial_arrays=initial,
-            num_rounds=config.flower.rounds,
-            timeout=config.flower.upload_timeout,
-            train_config=order(config),
-            evaluate_config=order(config),
-            evaluate_fn=session.evaluate if config.evaluate.where == "server" else None,
-        )
-        table = session.finish(result)
-    log.info("\n%s\n\nrun folder: %s", table, folder.path)
+        with Progress("rounds", config.flower.rounds, "rounds") as progress:
+            session = _Session(folder, checked_grid, progress)
+            result = session.timed(_strategy(config)).start(
+                grid=checked_grid,
+                initial_arrays=initial,
+                num_rounds=config.flower.rounds,
+                timeout=config.flower.upload_timeout,
+                train_config=order(config),
+                evaluate_config=order(config),
+                evaluate_fn=session.evaluate if config.evaluate.where == "server" else None,
+            )
+        found = session.finish(result)
+    log.info("%s", report.ending(found, folder.path))
 
 
 def _strategy(config: Config) -> Strategy:
@@ -161,8 +163,8 @@ class _CheckedGrid(ObservedGrid):
 class _Session:
     """What is timed and evaluated while a strategy runs, and what is told of it at the end."""
 
-    def __init__(self, folder: RunFolder, grid: _CheckedGrid) -> None:
-        self.folder, self.config, self.grid = folder, folder.config, grid
+    def __init__(self, folder: RunFolder, grid: _CheckedGrid, progress: Progress) -> None:
+        self.folder, self.config, self.grid, self.progress = folder, folder.config, grid, progress
         self.device = resolve_device(self.config.device)
         self.stopwatch, self.started = Stopwatch(), time.monotonic()
         self.last: Evaluation | None = None
@@ -174,6 +176,7 @@ class _Session:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             with self.stopwatch.stage("aggregation"):
+                self.progress.update()
                 return aggregate(*args, **kwargs)
 
         strategy.aggregate_train = counted  # type: ignore[method-assign]
@@ -189,10 +192,11 @@ class _Session:
         with threads(config.threads), self.stopwatch.stage("evaluation"):
             self.last = evaluate_on(vit, server_images(config)[0], config, self.device)
         self.folder.log_metrics(round=server_round, accuracy=self.last.accuracy, loss=self.last.loss)
+        self.progress.update(0, accuracy=self.last.accuracy)
         return MetricRecord({"accuracy": self.last.accuracy, "eval_loss": self.last.loss})
 
-    def finish(self, flower_result: Result) -> str:
-        """Write the model and result.json; return the accuracy table."""
+    def finish(self, flower_result: Result) -> dict[str, Any]:
+        """Write the model and result.json, and return what is in that."""
         weights = {name: tensor.float() for name, tensor in flower_result.arrays.to_torch_state_dict().items()}
         if not weights:
             raise RunError(f"flower.strategy = {self.config.flower.strategy!r} made no model; see the failures above")
@@ -215,7 +219,7 @@ class _Session:
         )
         result["method"] = self.config.flower.strategy
         write_result(self.folder, result)
-        return report.accuracy_table(result)
+        return result
 
     def _by_client(self, counted: Mapping[int, Any]) -> list[Any]:
         """None for a client that was not there."""

@@ -21,7 +21,7 @@ from fedmitr_flwr.config.sections import OWN
 from .grid import ObservedGrid, first_line, reason
 from .records import order
 
-log = getLogger("flwr")
+log = getLogger("fedmitr")
 
 _LONGEST_NAME = 64  # it comes from outside, and is printed
 _NOT_LOADED, _RAISED, _UNSIGNED = 1, 2, 7  # Flower's codes of what the ClientApp did, or was not let do

@@ -11,11 +11,12 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmitr_flwr.common.errors import RunError, UploadError, printable
+from fedmitr_flwr.common.progress import Progress
 from fedmitr_flwr.config.limits import needed
 
 from .records import addressed
 
-log = getLogger("flwr")
+log = getLogger("fedmitr")
 
 STUMBLE = 300.0  # seconds for which a SuperLink may do nothing but fail
 MOST_SAID = 10_000  # characters of an error's text that are kept
@@ -170,6 +171,8 @@ class ObservedGrid(Grid):
             return self.clients.get(node, len(self.clients)), node
 
         questions = sorted(messages, key=rank)
+        if not questions:
+            return []
         asked = {found: number for number, one in enumerate(questions) for found in self.push_messages([one])}
         waiting = dict(asked)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -177,28 +180,30 @@ class ObservedGrid(Grid):
         answers: dict[int, Message] = {}
         bereft: list[int] = []  # questions that a dead actor was handed
         tries = Counter(asked.values())
-        while waiting and (deadline is None or time.monotonic() < deadline + self._in_hook):
-            freed = False  # has an actor that lives become free?
-            for reply in self.pull_messages(waiting):
-                number = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if number is None:  # a second reply to one question; the hook has seen it
-                    continue
-                answers[number] = reply
-                freed |= reply.has_content()
-                lost = asked.get(self._never_began(reply))
-                if lost is not None and tries[lost] < TRIES:
-                    bereft.append(lost)
-            if bereft and (freed or not waiting):  # only one: Flower's pool gives it to the actor freed last
-                tries[number := bereft.pop(0)] += 1
-                again = dict.fromkeys(self.push_messages([_again(questions[number])]), number)
-                asked |= again
-                waiting |= again
-            if waiting:
-                time.sleep(self.poll)
+        with Progress.of_clients(len(questions)) as progress:
+            while waiting and (deadline is None or time.monotonic() < deadline + self._in_hook):
+                freed = False  # has an actor that lives become free?
+                for reply in self.pull_messages(waiting):
+                    number = waiting.pop(reply.metadata.reply_to_message_id, None)
+                    if number is None:  # a second reply to one question; the hook has seen it
+                        continue
+                    progress.update(number not in answers)
+                    answers[number] = reply
+                    freed |= reply.has_content()
+                    lost = asked.get(self._never_began(reply))
+                    if lost is not None and tries[lost] < TRIES:
+                        bereft.append(lost)
+                if bereft and (freed or not waiting):  # only one: Flower's pool gives it to the actor freed last
+                    tries[number := bereft.pop(0)] += 1
+                    again = dict.fromkeys(self.push_messages([_again(questions[number])]), number)
+                    asked |= again
+                    waiting |= again
+                if waiting:
+                    time.sleep(self.poll)
         for number in sorted(set(waiting.values()) - set(answers)):
             log.warning("%s did not reply in time", self.name_of(questions[number].metadata.dst_node_id))
         good = sum(reply.has_content() for reply in answers.values())
-        if questions and self.quorum and good < needed(self.quorum, len(questions)):
+        if self.quorum and good < needed(self.quorum, len(questions)):
             raise RunError(f"{good} of {len(questions)} clients replied well, fewer than flower.quorum = {self.quorum}")
         return [answers[number] for number in sorted(answers)]
 

@@ -1,9 +1,9 @@
 """Taking in an upload: read, checked and written to disk, or refused by name and kept apart. No reply gets past it."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
-from logging import getLogger
 from pathlib import Path
 
 from flwr.app import Message
@@ -11,6 +11,7 @@ from flwr.app import Message
 from fedmitr_flwr.common.compute import return_memory
 from fedmitr_flwr.common.errors import DiskError, RunError, UploadError, UserError
 from fedmitr_flwr.common.fingerprint import core
+from fedmitr_flwr.common.progress import FEW
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.gate import admit, shapes
@@ -18,7 +19,7 @@ from fedmitr_flwr.uploads.upload import Upload, extras_like
 
 from .records import keep, read_upload, room
 
-log = getLogger("flwr")
+log = logging.getLogger("fedmitr")
 
 PAUSE, REMIND = 2.0, 60.0  # seconds between two tries to write, and between two complaints that it does not work
 MOST = 10  # times the arrays of a model are kept of a refused upload, no more
@@ -78,7 +79,8 @@ def _accept(upload: Upload, folder: RunFolder) -> None:
         folder.log_metrics(stage="upload", **metrics)
     except RunError as error:  # no reason to refuse what is on disk
         log.error("client %d: its upload is on disk, but not in the metrics: %s", upload.client, error)
-    log.info("client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
+    level = logging.INFO if folder.config.partition.clients <= FEW else logging.DEBUG
+    log.log(level, "client %d: %.2f MB on disk, %s", upload.client, upload.num_bytes / 1e6, path.name)
 
 
 def _however_long(name: str, write: Callable[[], Path]) -> Path:

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.compute import return_memory
 from fedmitr_flwr.common.errors import RunError, UploadError
+from fedmitr_flwr.common.progress import FEW
 from fedmitr_flwr.config.limits import needed
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
@@ -21,7 +22,7 @@ from .grid import ObservedGrid
 from .intake import take
 from .records import read_evaluation
 
-log = getLogger("flwr")
+log = getLogger("fedmitr")
 
 DAY = 86400.0
 
@@ -50,11 +51,7 @@ class OneShot(Strategy):
         return super().start(self.observed, *args, **kwargs)
 
     def summary(self) -> None:
-        config, missing = self.config, self.folder.missing()
-        log.info("\t├── Method: %s, seed %d", config.method, config.seed)
-        clients = config.partition.clients
-        log.info("\t├── Clients: %d, uploads on disk: %d", clients, clients - len(missing))
-        log.info("\t└── Run folder: %s", self.folder.path)
+        """Flower's hook, which must be there: the run folder has been named, and `configure_train` says the rest."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -64,7 +61,8 @@ class OneShot(Strategy):
         missing = self.folder.missing()
         asked = [client for client in missing if client in self.nodes]
         self.folder.require_room(len(asked), size(self.shapes | extras_like(self.shapes, self.config.upload)))
-        log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
+        which = (asked if len(asked) <= FEW else "too many to list") or "all have uploaded"
+        log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, which)
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)
 

@@ -50,8 +50,8 @@ class Row:
 def messages(log: str, out: Path) -> list[str]:
     """The warnings and errors in what the user sees, without colours, ids and this machine's paths."""
     wanted = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines()]
-    wanted = [line for line in wanted if re.match(r"WARNING|ERROR|fedmitr: (error|the log)", line)]
-    plain = [re.sub(r"^(WARNING|ERROR) *: *", "", line).replace(str(out), "OUT") for line in wanted]
+    wanted = [line for line in wanted if re.match(r"WARNING|ERROR|fedmitr: error|the log broke off", line)]
+    plain = [re.sub(r"^(WARNING|ERROR) *: *(fedmitr: )?", "", line).replace(str(out), "OUT") for line in wanted]
     return list(dict.fromkeys(re.sub(r"\d{6,}", "N", re.sub(r"OUT/\w+-\d+|OUT/run", "RUN", line)) for line in plain))
 
 
@@ -70,7 +70,11 @@ class Run:
 
     @property
     def log(self) -> str:
-        return re.sub(r"\x1b\[[0-9;]*m", "", self.path.read_text(errors="replace"))
+        """What the user sees, and behind it what Flower has said so far."""
+        shown = self.path.read_text(errors="replace")
+        named = re.findall(r"^log of Flower and Ray: (.+)$|; see (/.+\.log)$", shown, re.MULTILINE)
+        logs = dict.fromkeys(Path(path) for found in named for path in found if path)
+        return "".join([shown, *(path.read_text(errors="replace") for path in logs if path.exists())])
 
     def end(self) -> int:
         return int(self.process.wait(PATIENCE))

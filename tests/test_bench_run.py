@@ -349,7 +349,7 @@ def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: py
     (cell, _) = cells(read(a_bench(tmp_path, FLOWER)))
     with pytest.raises(RunError, match=r"^Flower: too few nodes \(its log, until the next try: .*flower\.log\)$"):
         real_flower.runner()(cell.config, tmp_path)
-    script.write_text("import sys; print('fedmitr: run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
+    script.write_text("import sys; print('run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
     assert real_flower.runner(0.5)(cell.config, tmp_path) == Path("/there/30.5")
 
 

@@ -73,8 +73,8 @@ def test_run_ends_with_the_table_and_the_folder(
         os.umask(before)
     assert calls == [("run", Config(), "first")]
     lines = capsys.readouterr().out.splitlines()
-    assert "fedmitr (student)               61.00" in lines
-    assert lines[-1] == f"run folder: {tmp_path / 'first'}"
+    assert any(line.startswith("fedmitr (student)              61.00") for line in lines)
+    assert lines[-2:] == [f"run folder: {tmp_path / 'first'}", f"next: fedmitr report {tmp_path / 'first'}"]
     modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
     folders, files = ("first", "first/uploads", "first/uploads/refused"), ("first/config.toml", "first/result.json")
     assert modes == dict.fromkeys(folders, "0o700") | dict.fromkeys(files, "0o600")
@@ -105,7 +105,7 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
     file.write_text("distill.rounds = 2\n")
     assert main(["fuse", str(run.path), "--method", "fedavg", "-c", str(file), "relabel.mode=drop"]) == 0
     assert calls == [("fuse", run.path, "fedavg", {"distill.rounds": 2, "relabel.mode": "drop"})]
-    assert capsys.readouterr().out.splitlines()[-1] == f"run folder: {run.path / 'fused' / 'fedavg-1'}"
+    assert capsys.readouterr().out.splitlines()[-2] == f"run folder: {run.path / 'fused' / 'fedavg-1'}"
     calls.clear()
     line = refused(capsys, "fuse", str(run.path), "--method", "fedavg", "model.img-size=10")
     assert "use a multiple of model.patch-size = 4" in line  # settings are checked on top of the run's own
@@ -256,7 +256,7 @@ def test_simulate_passes_settings_and_options_and_ends_as_flower_did(capsys: pyt
     with patch("fedmitr_flwr.flower.simulate.simulate") as simulated:
         assert main(["demo", "--clients", "3", "seed=2", "--offline"]) == 0
         (config, options) = simulated.call_args.args
-        preset = Config.from_file(ROOT / "configs" / "digits.toml")
+        preset = Config.from_file(ROOT / "configs" / "demo.toml")
         assert config == Config.from_flat({"seed": 2, "partition.clients": 3}, preset)
         assert options == Options(offline=True)
         told = {Failed("no\nway"): (1, "error: no way"), Failed("bad", 2): (2, "error: bad")}

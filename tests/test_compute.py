@@ -27,7 +27,7 @@ from fedmitr_flwr.common.compute import (
     threads,
     usable_cores,
 )
-from fedmitr_flwr.common.progress import Progress
+from fedmitr_flwr.common.progress import EVERY, Progress, on_screen
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -173,10 +173,10 @@ def test_one_line_per_interval_with_rate_and_time_left(
             bar.update(100, loss=1 / (step + 1), alive=0.5)
     # 25 images/s; after 12, 24 and 36 s, since those are the first updates 10 s after the last line.
     assert caplog.messages == [
-        "inversion: 300/1000 images, loss=0.3333, alive=0.5, 25 images/s, 0:28 left",
-        "inversion: 600/1000 images, loss=0.1667, alive=0.5, 25 images/s, 0:16 left",
-        "inversion: 900/1000 images, loss=0.1111, alive=0.5, 25 images/s, 0:04 left",
-        "inversion: 1000/1000 images, loss=0.1, alive=0.5, 25 images/s, done in 0:40",
+        "inversion: 300/1000 images, loss=0.3333, alive 50%, 25 images/s, 0:28 left",
+        "inversion: 600/1000 images, loss=0.1667, alive 50%, 25 images/s, 0:16 left",
+        "inversion: 900/1000 images, loss=0.1111, alive 50%, 25 images/s, 0:04 left",
+        "inversion: 1000/1000 images, loss=0.1, alive 50%, 25 images/s, done in 0:40",
     ]
 
 
@@ -212,13 +212,76 @@ def test_short_work_is_one_line_and_hours_are_shown(clock: SimpleNamespace, capl
     ]
 
 
-def test_a_bar_on_a_terminal_and_no_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "fedmitr")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Stands in for stderr, once a test has put it there; the log goes there."""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr", terminal)
-    with Progress("inversion", 4, "images", every=0) as bar:
+    for name, value in {"TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(terminal)])
+    logging.getLogger("fedmitr").setLevel(logging.INFO)
+    return terminal
+
+
+def at_work() -> None:
+    with on_screen(), Progress("inversion", 4, "images", every=0) as bar:
         bar.update(3, loss=0.25)
+        logging.getLogger("fedmitr").info("a line")
         bar.update(1, loss=0.125)
-    assert caplog.messages == []
-    assert re.search("inversion.*4/4.*loss=0.125", terminal.getvalue())
+
+
+def test_a_terminal_has_a_live_line_below_the_log_and_keeps_the_last_state(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", terminal)
+    at_work()
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    assert re.search(r"inversion +━+ +\d\d:\d\d +4/4 images, loss=0.125, .*images/s", said)
+    assert re.search(r"^a line\s*$", said, re.MULTILINE)
+    assert said.rstrip().splitlines()[-1].split() == ["total", "0:00:00"]
+    with Progress("alone", 1, "models"):
+        pass
+    assert "alone" in terminal.getvalue()
+    assert logging.getLogger().handlers[0].stream is terminal  # type: ignore[attr-defined]
+
+
+def test_there_are_no_escapes_without_a_terminal_or_with_no_color(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    at_work()
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(terminal, "isatty", lambda: False)
+    at_work()
+    lines = terminal.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == 2 * [
+        "inversion: 3/4 images",
+        "a line",
+        "inversion: 4/4 images",
+        "inversion: 4/4 images",
+    ]
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_many_clients_are_a_line_a_minute(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Progress.of_clients(1000) as bar:
+        for _ in range(1000):
+            clock.now += 0.25
+            bar.update()
+    assert [line.split(",")[0] for line in caplog.messages] == [
+        f"clients: {done}/1000 clients" for done in (240, 480, 720, 960, 1000)
+    ]
+
+
+def test_who_reads_the_log_of_another_process_hears_of_the_beginning(
+    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EVERY, "2")
+    with Progress("inversion", 3, "images") as bar:
+        for _ in range(3):
+            clock.now += 1
+            bar.update()
+    assert [line.split(",")[0] for line in caplog.messages] == [f"inversion: {n}/3 images" for n in (0, 2, 3)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config import PartitionConfig
-from fedmitr_flwr.data.partition import Partition, holdout, split, table
+from fedmitr_flwr.data.partition import Partition, holdout, split
 
 Y = 10
 LABELS = torch.arange(2000) % Y  # 200 images of each class
@@ -116,21 +116,3 @@ def test_what_is_held_out_depends_on_size_seed_and_client_only() -> None:
     assert first not in (seed, client)
     with pytest.raises(ConfigError, match=r"client 3 .*\(1\).*partition.min-size = 2"):
         holdout(torch.tensor([8]), 0.1, seed=0, client=3)
-
-
-def test_the_table_by_hand() -> None:
-    """Of many classes it stays narrow."""
-    assert table(torch.tensor([[1, 20], [300, 0]]), ("cat", "a very long name")).splitlines() == [
-        "client  cat  a very lon  all",
-        "     0    1          20   21",
-        "     1  300           0  300",
-        "   all  301          20  321",
-    ]
-    counts = torch.zeros(2, 100, dtype=torch.int64)
-    counts[0, 5], counts[0, 6], counts[1, 99] = 3, 4, 12
-    assert table(counts, tuple(f"class {label}" for label in range(100))).splitlines() == [
-        "client  images  classes  largest class",
-        "     0       7        2    class 6 (4)",
-        "     1      12        1  class 99 (12)",
-        "   all      19        3  class 99 (12)",
-    ]

@@ -363,7 +363,8 @@ def test_a_method_is_checked_with_the_clients_that_there_are(federate: Federate)
 def test_a_run_by_two_nodes_of_six_clients_and_a_relative_path(
     federate: Federate, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, "flwr")
+    for name in ("flwr", "fedmitr"):
+        caplog.set_level(logging.INFO, name)
     monkeypatch.chdir(tmp_path)
     before = os.umask(0o022)
     federate(LocalGrid(client_app, 2), **{"out-dir": "runs", "partition.clients": 6})

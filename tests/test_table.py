@@ -333,7 +333,7 @@ def test_a_demonstration_tells_what_it_took_and_no_path(capfdbinary: pytest.Capt
     result = {"bytes_up": [343_000_000, 343_400_000], "config": config, "accuracy": {"student": 10.0}}
     result |= {"fingerprint": "0123456789ab", "versions": {"python": "3.11.9"}, "machine": {"device": "cpu"}}
     peaks = {"flwr-serverapp": 1_234_000_000, "flower-superlink": 987_000_000, "flwr-clientapp": 2_500_000_000}
-    log = b"a\nfedmitr: run folder: /x y/z\n"
+    log = b"a\nrun folder: /x y/z\n"
     assert demo.passed_on(log.splitlines(keepends=True)) == "/x y/z"
     assert demo.passed_on([b"a"]) == ""
     assert capfdbinary.readouterr().out == log + b"a"

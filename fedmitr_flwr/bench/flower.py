@@ -45,7 +45,7 @@ def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
                 process.kill()
             raise
     said = log.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"^fedmitr: run folder: (.+)$", said, re.MULTILINE)
+    found = re.findall(r"^run folder: (.+)$", said, re.MULTILINE)
     if status or not found:
         reasons = re.findall(r"^fedmitr: error: (.+)$", said, re.MULTILINE) or said.strip().splitlines()[-1:]
         raise RunError(f"Flower: {(reasons or ['it said nothing'])[-1]} (its log, until the next try: {log})")

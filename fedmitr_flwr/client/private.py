@@ -9,7 +9,7 @@ Shapes: B images of a batch, N patches, E numbers in a patch.
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ def train_privately(
     secret: torch.Generator,
     device: torch.device,
     prox_mu: float = 0.0,
+    on_epoch: Callable[[], None] = lambda: None,
 ) -> float:
     """Train `vit` in place, as `train_local` does but for its clipping; return the ε that was spent at δ.
 
@@ -62,6 +63,7 @@ def train_privately(
             the noise away.
         device: where to train.
         prox_mu: FedProx's μ.
+        on_epoch: called as often as there are epochs; without a loss, which would be of the images.
     """
     require_opacus(config)
     local, privacy = config.local, config.privacy
@@ -78,7 +80,7 @@ def train_privately(
     start = [weight.detach().clone() for weight in vit.parameters()] if prox_mu else []
     stepper = client_stepper(vit, local, steps)
     mechanism = _mechanism(vit, noise, privacy.clip, expected, secret)
-    for chosen in _sampler(len(images), rate, steps, secret):
+    for step, chosen in enumerate(_sampler(len(images), rate, steps, secret), 1):
         # For every image, chosen or not: what one is given says nothing of the others.
         seeds = torch.randint(2**32, (len(images),), generator=secret)
         # At least one part, if only of no images: a step without images has its noise, too.
@@ -91,6 +93,8 @@ def train_privately(
             _pull(vit, start, prox_mu)
         stepper.advance()
         mechanism.zero_grad()
+        if not step % batches:
+            on_epoch()
     vit.eval()
     spent = epsilon_of(noise, rate, steps, privacy.delta)
     log.info("private training: ε = %.3f at δ = %g, %d steps with noise %.3f", spent, privacy.delta, steps, noise)

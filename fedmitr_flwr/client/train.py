@@ -1,5 +1,7 @@
 """Training at the client: one ViT on the client's own images."""
 
+from collections.abc import Callable
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -19,11 +21,12 @@ def train_local(
     rng: torch.Generator,
     device: torch.device,
     prox_mu: float = 0.0,
+    on_epoch: Callable[[float], None] = lambda _: None,
 ) -> float:
     """Train `vit` in place and return the last epoch's mean loss of its own images, without the proximal term.
 
     `prox_mu` is FedProx's μ; w⁰ are the weights given. The skew that `local.outliers` is multiplied by is that of
-    `images`.
+    `images`. `on_epoch` gets each epoch's loss.
     """
     local = config.local
     vit.to(device).train()
@@ -50,6 +53,7 @@ def train_local(
             stepper.step(loss + proximal(vit.parameters(), start, prox_mu) if prox_mu else loss)
         of_batches = zip(torch.stack(losses).tolist(), shuffled, strict=True)
         epoch_loss = sum(mean_loss * len(batch) for mean_loss, batch in of_batches) / len(images)
+        on_epoch(epoch_loss)
     vit.eval()
     return epoch_loss
 

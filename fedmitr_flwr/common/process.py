@@ -7,6 +7,7 @@ import sys
 
 from .errors import printable
 
+MARK = "fedmitr: "  # before each of our lines in Flower's log
 PRIVATE = 0o077  # permissions that no file or folder gets
 NO_HOME = "there is no home folder for ~ (HOME is not set); set HOME, or give absolute paths (out-dir=/runs)"
 
@@ -40,7 +41,7 @@ def _in_lines(text: str) -> str:
 
 
 class Forward(logging.Handler):
-    """Passes every record on to another logger, as if it had been logged there."""
+    """Passes every record on to another logger, line by line and with a mark, as if it had been logged there."""
 
     def __init__(self, to: logging.Logger) -> None:
         super().__init__()
@@ -48,7 +49,10 @@ class Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= self.to.getEffectiveLevel():
-            self.to.handle(record)
+            *lines, last = (MARK + line for line in record.getMessage().split("\n"))
+            for line in lines:
+                self.to.handle(logging.makeLogRecord({**record.__dict__, "msg": line, "args": (), "exc_info": None}))
+            self.to.handle(logging.makeLogRecord({**record.__dict__, "msg": last, "args": ()}))
 
 
 def forward(name: str, to: logging.Logger) -> None:

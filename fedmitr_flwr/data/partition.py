@@ -13,14 +13,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..common.errors import ConfigError, printable
+from ..common.errors import ConfigError
 from ..common.rng import derive, stream
 from ..config import PartitionConfig
 from .flower_datasets import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 
 log = logging.getLogger("fedmitr")
-
-_WIDE = 20  # with more classes than this, the table counts classes and does not list them
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,22 +74,6 @@ def holdout(indices: Tensor, share: float, seed: int, client: int) -> tuple[Tens
     held = min(max(1, round(share * len(indices))), len(indices) - 1)
     shuffled = indices[torch.randperm(len(indices), generator=stream(seed, "holdout", client))]
     return shuffled[held:].sort().values, shuffled[:held].sort().values
-
-
-def table(counts: Tensor, classes: tuple[str, ...]) -> str:
-    """The counts (K, Y) as fixed-width text; with many classes, how many each client has and its largest one."""
-    classes = tuple(map(printable, classes))
-    rows = list(zip([*map(str, range(len(counts))), "all"], [*counts, counts.sum(0)], strict=True))
-    if len(classes) > _WIDE:
-        lines = [["client", "images", "classes", "largest class"]]
-        for name, row in rows:
-            largest = f"{classes[int(row.argmax())]} ({int(row.max())})"
-            lines.append([name, str(int(row.sum())), str(int((row > 0).sum())), largest])
-    else:  # ten characters tell "automobile" from "airplane" and keep ten classes within a terminal's width
-        lines = [["client", *(name[:10] for name in classes), "all"]]
-        lines += [[name, *map(str, row.tolist()), str(int(row.sum()))] for name, row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def _check_possible(labels: Tensor, config: PartitionConfig) -> None:

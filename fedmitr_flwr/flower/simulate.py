@@ -1,39 +1,40 @@
 """`flwr run` of this app, checked: it ends well only for a completed run, and leaves nothing running.
 
-It starts a SuperLink of its own (own ports, own FLWR_HOME), runs the app on simulated clients, streams the log, asks
-Flower how the run ended, and stops what it started, also after Ctrl-C. With `superlink` the app runs on the SuperNodes
-of a SuperLink that is there already; that one is left as it is, and there a run goes on after Ctrl-C.
+It starts a SuperLink of its own (own ports, own FLWR_HOME), runs the app on simulated clients, shows its stages, asks
+Flower how the run ended, and stops what it started, also after Ctrl-C. What Flower and Ray say goes to a log file. With
+`superlink` the app runs on the SuperNodes of a SuperLink that is there already; that one is left as it is, and there a
+run goes on after Ctrl-C.
 """
 
 import contextlib
 import json
+import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..common.errors import ConfigError, Failed
 from ..common.files import absolute
 from ..common.outside import short
+from ..common.progress import EVERY, on_screen
 from ..common.shipped import INSIDE, PACKAGE, shipped
 from ..config import Config
 from ..config.sections import ONE_SHOT
 from ..data.layout import found_source
 from ..runs.folder import HOME
 from .processes import MARK, free_ports, quiet, stop, wait_until_up
+from .shown import Shown
 
 START_SECONDS, LOST_SECONDS = 60.0, 300.0
-BAD_INPUT = "bad input: "  # before what the ServerApp says of settings, data or weights that cannot be
-_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
+log = logging.getLogger("fedmitr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,35 +47,34 @@ class Options:
     offline: bool = False
 
 
-@dataclass
-class Seen:
-    """What Flower's log has told of the run."""
-
-    run_id: str = ""
-    folder: str = ""
-    bad_input: bool = False
-
-
 def simulate(config: Config, options: Options) -> None:
-    """Check the settings, run, and show the log.
+    """Check the settings, run, and show the stages and what the run ends with.
 
     Raises:
         UserError: the settings cannot be. Nothing was started.
         Failed: the run did not complete.
         KeyboardInterrupt: it was interrupted; the text says how it goes on.
     """
+    log.setLevel(logging.ERROR)  # all that the check logs comes again, from the ServerApp
     check(config, options)
-    seen = Seen()
+    log.setLevel(logging.INFO)
+    home = absolute(options.flwr_home, "--flwr-home")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--flwr-home: cannot make the folder {home}: {error.strerror}; name another") from error
+    seen = Shown(home)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
-    link = there_already() if options.superlink else super_link(config, options)
+    link = there_already() if options.superlink else super_link(config, options, seen.log)
     try:
-        with tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, link as environment:
+        with on_screen(), tempfile.TemporaryDirectory(prefix="fedmitr-") as scratch, link as environment:
             run_file = Path(scratch) / "run.toml"
             run_file.write_text(config.to_toml(), encoding="utf-8")
             run(app_in(Path(scratch) / "fedmitr-flwr"), environment, run_file, options, seen)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(seen, options.superlink, config)) from None
+    print(*seen.ending, sep="\n")
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -83,7 +83,7 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _interrupted(seen: Seen, superlink: str | None, config: Config) -> str:
+def _interrupted(seen: Shown, superlink: str | None, config: Config) -> str:
     """Where the run is, and how it goes on."""
     if superlink:
         run_id = seen.run_id or "RUN"
@@ -99,7 +99,7 @@ def _interrupted(seen: Seen, superlink: str | None, config: Config) -> str:
     return f"{how} (run folder: {folder})"
 
 
-def _made(seen: Seen, config: Config) -> str:
+def _made(seen: Shown, config: Config) -> str:
     """The run folder that is there, but of which Flower's log, which comes late, has not told yet."""
     if not seen.run_id:
         return ""
@@ -153,6 +153,7 @@ def environment_for(config: Config, options: Options, ports: Sequence[int]) -> d
         "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # everything is installed, and there may be no network
         "RAY_USAGE_STATS_ENABLED": "0",
+        EVERY: "1",  # seconds: `Shown` hears of the work by its lines
         "RAY_DEDUP_LOGS": "0",  # "client 1: ..." and "client 2: ..." are no duplicates
         # Threads that wait in a loop take the cores from those that work as soon as anything else runs here.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
@@ -168,39 +169,33 @@ def there_already() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def super_link(config: Config, options: Options) -> Iterator[dict[str, str]]:
-    """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment."""
+def super_link(config: Config, options: Options, log: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink of our own, as `flwr run` would start it, for as long as the block lasts; gives its environment.
+
+    What it says goes to the file `log`.
+    """
     port, control = free_ports(2)
     environment = environment_for(config, options, (port, control))
     home = Path(environment["FLWR_HOME"])
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--flwr-home: cannot make the folder {home}: {error.strerror}; name another") from error
     with ray_folder(environment):
-        log = home / f"superlink-{port}.log"
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
         command += ["--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = subprocess.Popen(  # its own session: Ctrl-C reaches only us, and we stop it in good order
                 command, cwd=home, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-        failed, at_once = False, True
+        at_once = True
         try:
             wait_until_up(process, f"http://127.0.0.1:{port}", log, START_SECONDS)
             yield environment
             at_once = False
         except RuntimeError:
-            failed, at_once = True, False
+            at_once = False
             raise
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave them behind
             stop([process], environment[MARK], at_once=at_once)
-            if failed:
-                print(f"fedmitr: the SuperLink's log is kept, since the run failed: {log}", flush=True)
-            else:
-                log.unlink()
 
 
 @contextlib.contextmanager
@@ -217,11 +212,11 @@ def ray_folder(environment: dict[str, str]) -> Iterator[None]:
         shutil.rmtree(short_path, ignore_errors=True)
 
 
-def run(app: Path, environment: dict[str, str], run_file: Path, options: Options, seen: Seen) -> None:
-    """Submit the app and show its log, from which `seen` learns.
+def run(app: Path, environment: dict[str, str], run_file: Path, options: Options, seen: Shown) -> None:
+    """Submit the app and follow its log, from which `seen` learns.
 
     Raises:
-        Failed: the run did not complete. It says what Flower says of it.
+        Failed: the run did not complete. It says what Flower says of it, and where the log is.
     """
     link = [options.superlink] if options.superlink else []
     command = ["flwr", "run", str(app), *link, "-c", str(run_file), "--stream"]
@@ -232,46 +227,30 @@ def run(app: Path, environment: dict[str, str], run_file: Path, options: Options
     _follow(command, environment, seen)
     run_id = seen.run_id
     if not run_id:
-        raise Failed("Flower did not take the run; see above")
+        raise Failed(f"Flower did not take the run; see {seen.log}")
     status, details = _status(run_id, link, environment)
     if not status.startswith("finished") and link:
-        print(f"fedmitr: the log broke off (status: {status}); the run may go on, and is waited for", flush=True)
+        log.warning("the log broke off (status: %s); the run may go on, and is waited for", status)
         status, details = _wait_for_end(run_id, link, environment)
+        seen.ending.clear()  # all is said again
         _follow(["flwr", "log", run_id, *link, "--show"], environment, seen)
-    print(f"fedmitr: run {run_id}: {status}")
-    if seen.folder:
-        print(f"fedmitr: run folder: {seen.folder}", flush=True)
     if status != "finished:completed":
-        raise Failed(details or "Flower gives no reason; see above", 2 if seen.bad_input else 1)
+        reason = f"{seen.bad_input or details or f'Flower gives no reason ({status})'}"
+        raise Failed(f"{reason}; see {seen.log}", 2 if seen.bad_input else 1)
 
 
-def _follow(command: Sequence[str], environment: dict[str, str], seen: Seen) -> None:
-    """Show what one of Flower's commands says, until it ends."""
+def _follow(command: Sequence[str], environment: dict[str, str], seen: Shown) -> None:
+    """Take what one of Flower's commands says, until it ends."""
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         try:
-            _show(process.stdout, seen)
+            for line in process.stdout:
+                seen.line(line)
         except BaseException:
             process.kill()  # it only shows the log; or leaving the block would wait for the end of the run
             raise
-
-
-def _show(stream: IO[bytes], seen: Seen) -> None:
-    """Pass Flower's output on as it comes, and pick out of it what is needed at the end."""
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for line in stream:
-        sys.stdout.buffer.write(shown(line, colours))
-        sys.stdout.flush()
-        if found := re.search(rb"Successfully started run (\d+)", line):
-            seen.run_id = found[1].decode()
-        if found := re.search(rb"run folder: (.+)", line):
-            seen.folder = found[1].decode(errors="replace").strip()
-        seen.bad_input |= BAD_INPUT.encode() in line
-
-
-def shown(line: bytes, colours: bool) -> bytes:
-    """A line of Flower's or Ray's output as the user sees it."""
-    return line if colours else _ESCAPES.sub(b"", line)
+        finally:
+            seen.close()
 
 
 def _wait_for_end(run_id: str, link: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..common.progress import Progress
 from ..common.rng import stream
 from ..config import Config
 from ..ensemble.competence import estimate
@@ -54,17 +55,31 @@ class Weigher:
 
 def first_images(ensemble: Ensemble, config: Config, pixels: Pixels = PIXELS) -> tuple[Tensor, Tensor]:
     """Images (M, C, S, S) and the classes (M,) that they were made for."""
-    pool = quick_images(ensemble, config, IMAGES_PER_CLASS, stream(config.seed, "scouting"), pixels).require_finite()
+    total = STEPS * IMAGES_PER_CLASS * config.model.num_classes
+    with Progress("scouting", total, "image steps") as progress:
+        rng = stream(config.seed, "scouting")
+        pool = quick_images(ensemble, config, IMAGES_PER_CLASS, rng, pixels, progress).require_finite()
     return pool.images, pool.targets
 
 
 def quick_images(
-    ensemble: Ensemble, config: Config, per_class: int, rng: torch.Generator, pixels: Pixels = PIXELS
+    ensemble: Ensemble,
+    config: Config,
+    per_class: int,
+    rng: torch.Generator,
+    pixels: Pixels = PIXELS,
+    progress: Progress | None = None,
 ) -> Pool:
     """So many images of each class, whole and of few steps, on which all teachers have a say."""
     targets = torch.arange(config.model.num_classes).repeat(per_class)
     settings = replace(config.inversion, mode="dense", steps=STEPS, route=0.0)
-    chunks = targets.split(config.inversion.batch_size)
-    return join(
-        [invert(ensemble, each, settings, config.model, pixels, flip=config.data.flips, rng=rng) for each in chunks]
-    )
+
+    def made(chunk: Tensor) -> Pool:
+        def on_step(loss: float, _: float) -> None:
+            if progress:
+                progress.update(len(chunk), loss=loss)
+
+        how = settings, config.model, pixels
+        return invert(ensemble, chunk, *how, flip=config.data.flips, rng=rng, on_step=on_step)
+
+    return join([made(chunk) for chunk in targets.split(config.inversion.batch_size)])

@@ -74,7 +74,7 @@ def follow(
     stepper = student_stepper(student, config, PASSES * -(-len(pixels_NCHW) // BATCH))
     student.train()
     mean = 0.0
-    with Progress("distillation", PASSES * len(pixels_NCHW), unit="img") as progress:
+    with Progress("distillation", PASSES * len(pixels_NCHW), unit="images") as progress:
         for _ in range(PASSES):
             losses = []
             for batch in torch.randperm(len(pixels_NCHW), generator=rng).split(BATCH):

@@ -99,7 +99,7 @@ class Rounds:
             # Also if few are missing: sums are split by thread.
             workers = len(chunks) if self._teachers.ensemble.by_many else 1
             with (
-                Progress(self._label(self._stage, r), total, unit="img·step") as progress,
+                Progress(self._label(self._stage, r), total, unit="image steps") as progress,
                 side_by_side(workers) as at_once,
             ):
 
@@ -157,14 +157,14 @@ class Rounds:
         job, config = self._job, self._job.config
         epochs, seen = config.distill.epochs_per_round, 0
         shown = {round(epochs * part / GLIMPSES) for part in range(1, GLIMPSES + 1)} - {0} if job.judge else set()
-        series, alive = Series(), pool.alive.float().mean().item()
-        with Progress(self._label("distillation", r), total=epochs * len(pool), unit="img") as progress:
+        series = Series()
+        with Progress(self._label("distillation", r), total=epochs * len(pool), unit="images") as progress:
 
             def on_batch(count: int, parts: Parts) -> None:
                 nonlocal seen
                 loss, *values = torch.stack([parts.total(), *parts]).tolist()  # a GPU is waited for once
                 series.add(**dict(zip(parts._fields, values, strict=True)))
-                progress.update(count, loss=loss, alive=alive)
+                progress.update(count, loss=loss)
                 seen += count
                 epoch, rest = divmod(seen, len(pool))
                 if job.judge and not rest and epoch in shown:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from ..common.errors import printable
@@ -142,33 +144,46 @@ def _seconds(spent: float | None) -> float | None:
     return None if spent is None else round(float(spent), 3)
 
 
+def ending(result: Mapping[str, Any], folder: Path) -> str:
+    """What a run ends with: the table, the run folder and what to do next."""
+    return f"\n{accuracy_table(result)}\n\nrun folder: {folder}\nnext: fedmitr report {folder}"
+
+
 def accuracy_table(result: Mapping[str, Any]) -> str:
-    """The table at the end of a run: one row per model, then the student's recall by class."""
+    """How good each model is and what the student gains, then what it cost; plain text, however many clients."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
     accuracy = result["accuracy"]
-    local: list[float | None] = accuracy["local"]
-    known = [value for value in local if value is not None]
-    rows = [(f"client {client} alone", value) for client, value in enumerate(local)]
-    rows.append(("clients alone, mean", sum(known) / len(known) if known else None))
-    rows += [("fedavg, one round", accuracy["fedavg"]), ("ensemble of all clients", accuracy["ensemble"])]
-    rows.append((f"{result['method']} (student)", accuracy["student"]))
-    width = max(26, *(len(name) for name, _ in rows))
-    lines = [f"{'model':{width}} {'accuracy %':>10}", "-" * (width + 11)]
-    lines += [f"{name:{width}} {_cell(value):>10}" for name, value in rows]
-    if recall := {printable(name): value for name, value in accuracy["per_class"].items()}:
-        lines += ["", "recall % of the student by class", *_columns(recall)]
-    measured = result.get("evaluated_on", {})
+    student, fedavg, ensemble = accuracy["student"], accuracy["fedavg"], accuracy["ensemble"]
+    known = [value for value in accuracy["local"] if value is not None]
+    gains = [] if None in (student, fedavg) else [f"{student - fedavg:+.2f} over fedavg"]
+    gains += [f"{100 * student / ensemble:.0f} % of the ensemble"] if student is not None and ensemble else []
+    rows = [
+        ("fedavg, one round", fedavg, ""),
+        ("ensemble of all clients", ensemble, ""),
+        (f"{result['method']} (student)", student, ", ".join(gains)),
+    ]
+    if known:
+        alone = f"{min(known):.2f} to {max(known):.2f}" if len(known) > 1 else ""
+        rows.insert(0, ("clients alone, mean", sum(known) / len(known), alone))
+    if worst := [name for name, value in accuracy["per_class"].items() if value == accuracy.get("worst_class")]:
+        rows.append(("its worst class", accuracy["worst_class"], printable(worst[0])))
+    table = Table("model", Column("accuracy %", justify="right"), "", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, value, remark in rows:
+        table.add_row(Text(name), "-" if value is None else f"{value:.2f}", Text(remark))
+    console = Console(file=StringIO(), width=_WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    measured = result.get("evaluated_on") or {}
     if measured.get("split") == "validation":
-        lines += ["", f"on {measured['images']} validation images; the test images were not read"]
-    return "\n".join(lines)
-
-
-def _columns(per_class: Mapping[str, float | None]) -> list[str]:
-    """As many `name  number` cells per line as fit, all equally wide, read line by line."""
-    width = min(max(len(name) for name in per_class), _WIDTH // 2)
-    cells = [f"{name[:width]:{width}} {_cell(value):>6}" for name, value in per_class.items()]
-    per_line = max(1, (_WIDTH + 3) // (width + 10))
-    return ["   ".join(cells[start : start + per_line]) for start in range(0, len(cells), per_line)]
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+        lines.append(f"on {measured['images']} validation images; the test images were not read")
+    sent = [size / 1e6 for size in result.get("bytes_up") or () if size]
+    if sent:
+        lines += ["", f"upload: {sum(sent) / len(sent):.2f} MB per client, {sum(sent):.2f} MB in all"]
+    spent = {"clients": sum(filter(None, result.get("client_seconds") or ())), **result["seconds"]}
+    stages = [f"{stage} {seconds:.1f}" for stage, seconds in spent.items() if seconds]
+    return "\n".join([*lines, *(["seconds: " + ", ".join(stages)] if stages else [])])

@@ -18,6 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..common.progress import Progress
 from ..common.rng import stream
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
@@ -87,8 +88,10 @@ def strange_answers(
         return []
     folds = min(FOLDS, len(uploads))
     first: list[tuple[Upload, Names]] = []
-    for fold in range(folds):
-        first += _judged(uploads[fold::folds], uploads, images, config, device, fold)
+    with Progress("screening", len(uploads), "clients") as progress:
+        for fold in range(folds):
+            first += _judged(uploads[fold::folds], uploads, images, config, device, fold)
+            progress.update(len(uploads[fold::folds]))
     found = [finding for upload, finding in _unsure(first) if _led(upload, images, config, device) > ANY]
     unsure = {finding.client for finding in found}
     for upload, names in first:
