@@ -430,7 +430,7 @@ def test_teacher_by_teacher_it_is_the_ensemble(combine: str, weights: str, tiny:
         return vit
 
     monkeypatch.setattr(judge, "vit_of", counted)
-    answers = judge.answers_of(uploads, tiny.test, config, CPU)
+    answers = torch.stack(list(judge.answers_of(uploads, tiny.test, config, CPU)))
     found = judge.together(answers, judge.weights_alone(uploads, config, CPU), tiny.test, config)
     assert (found.loss, found.confusion) == (pytest.approx(wanted.loss, rel=1e-5), wanted.confusion)
     assert alive == [1] * 5

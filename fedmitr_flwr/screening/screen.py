@@ -21,6 +21,7 @@ log = logging.getLogger("fedmitr")
 
 _LEFT_OUT = "left out; if it is honest, fuse the run again with screen.mode = 'warn'"
 _USED = "used all the same; screen.mode = 'exclude' leaves it out"
+_MOST = 20  # findings that are told line by line
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ def screen(
         line = "screening: %d of %d uploads would be left out, too many to say who is right; none is left out"
         log.warning(line, len(excluded), len(uploads))
         excluded = []
-    for finding in findings:
+    for number, finding in enumerate(findings):
         out = finding.client in excluded
-        log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, _LEFT_OUT if out else _USED)
+        if number < _MOST:
+            log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, _LEFT_OUT if out else _USED)
+        elif number == _MOST:
+            log.warning("and %d more clients; metrics.jsonl says which", len(findings) - _MOST)
         report(stage="screen", **asdict(finding), excluded=out)
     kept = [upload for upload in uploads if upload.client not in excluded]
     bounded = kept if mode == "warn" else _bounded(kept)
