@@ -5,7 +5,7 @@
 
 README.md has what benchmarks/studies.py makes of benchmarks/results/*.json and of one bench; docs/results.md has all
 studies, benches (bench/*/results.jsonl) and ablations (ablation/*.json); docs/performance.md has speed/*.json and
-routing/*.json; docs/security.md has security/*.json and privacy/*.json.
+routing/*.json; docs/security.md has those of security, inference and privacy.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def blocks(options: argparse.Namespace) -> dict[Path, dict[str, str]]:
         },
         docs / "security.md": {
             "hostile": security.hostile(results / "security"),
+            "inference": security.inference(results / "inference"),
             "privacy": security.privacy(results / "privacy"),
         },
     }

@@ -22,11 +22,10 @@ from .runs.evaluation import Evaluation, evaluate, graded, scores_of
 from .uploads.upload import Upload
 from .vit.build import vit_of
 
-log = logging.getLogger("fedmitr")
-
-
 GLIMPSE = 500  # images that a student is shown while it learns
 ROOM = 2**28  # bytes of all clients' answers at once; where they are more, the ensemble is asked on its own
+
+log = logging.getLogger("fedmitr")
 
 
 class Lines(TypedDict):

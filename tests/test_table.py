@@ -23,7 +23,7 @@ from fedmitr_flwr.vit.build import initial_weights
 
 FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # the name `faults` is tests/faults.py
 DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
-DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
+DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "inference", "privacy"]}
 
 
 class Folder:
@@ -264,6 +264,20 @@ def test_the_hostile_table() -> None:
     assert f"| 2 scaled {'| 11.0 ± 1.4 (2) ' * columns}| 3 of 4, 2 |" in text
     assert text[0].startswith("Seeds 0, 1; ")
     assert "Command: `python benchmarks/x.py`" in text
+
+
+def test_the_tables_of_attacks_on_privacy() -> None:
+    alone = {"loss": {"auc": 60.0, "found": 2.0}, "lira": {"auc": 70.0, "found": 4.0}, "own": 90.0, "others": 80.0}
+    rows: list[dict[str, Any]] = [{"seed": seed, "images": 50, "epsilon": 0.0, **alone} for seed in (0, 1)]
+    rows[0]["sums"], rows[1]["own"] = {"auc": 91.0, "found": 50.0}, 92.0
+    text = document._inference({"command": "python benchmarks/x.py", **facts(), "rows": rows})
+    cells = "91.0 ± 1.4 (2) | 80.0 ± 0.0 (2) | 60.0 ± 0.0 (2); 2.0 ± 0.0 (2) | 70.0 ± 0.0 (2); 4.0 ± 0.0 (2)"
+    assert f"| 50 | - | {cells} | 91.0 (1); 50.0 (1) |" in text
+    near = {"auc": 51.0, "found": 1.0, "returned": 49.0, "class": 0.5}
+    run = {"seed": 0, "inversion": "sparse", "epsilon": 8.0, **alone, "pixels": near, "features": near | {"auc": 52.0}}
+    text = document._inference({"command": "python benchmarks/x.py", **facts(), "rows": [run]})
+    cells = "60.0 (1); 2.0 (1) | 51.0 (1); 1.0 (1) | 52.0 (1); 1.0 (1) | 49.0 (1) | 49.0 (1)"
+    assert f"| sparse | 8 | 90.0 (1) | 80.0 (1) | {cells} |" in text
 
 
 def fault(name: str, **other: Any) -> dict[str, Any]:
