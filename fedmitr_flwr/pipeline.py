@@ -37,6 +37,7 @@ from .publish.hub import save_model, write_result
 from .report.figures import save_images, save_partition
 from .resolve import resolve
 from .runs import result as report
+from .runs.checkpoints import Checkpoints
 from .runs.evaluation import Evaluation
 from .runs.folder import RunFolder
 from .screening.screen import screen
@@ -233,12 +234,15 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     started = time.perf_counter()
     with threads(config.threads):
         with stopwatch.stage("screening"):
-            screened = screen(uploads, config, device, folder.log_metrics)
+            known = Checkpoints.of_any_method(folder.common_path, config, uploads, device)
+            screened = screen(uploads, config, device, folder.log_metrics, known=known)
+        stopwatch.add({"screening": screened.earlier})
         if screened.changed:
             uploads, lines = screened.kept, None
         on_server = config.evaluate.where == "server"
         judge = glimpse(config, device) if on_server and lines is None else None
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge)
+        places = folder.work_path, judge, folder.common_path
+        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, *places)
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
         aside = stopwatch.seconds.get("evaluation", 0.0)

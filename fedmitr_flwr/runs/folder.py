@@ -206,6 +206,11 @@ class RunFolder:
         return self.uploads_path / ".start.sha256"
 
     @property
+    def common_path(self) -> Path:
+        """What all fusions of the uploads make of them alike."""
+        return self.uploads_path / ".common"
+
+    @property
     def finished(self) -> bool:
         return os.path.lexists(self.result_path)
 
