@@ -329,7 +329,7 @@ def continued(config: Config) -> RunFolder:
         uploads = RunFolder(folder.path, config).load_uploads()
         folder.continue_with(config)
     if stale := [upload.client for upload in uploads if upload.fingerprint != core()]:
-        log.warning("the uploads of clients %s were made by another version of the code", stale)
+        log.warning("the uploads of clients %s were made by another version of the code", config.flower.labels(stale))
     return folder
 
 

@@ -300,7 +300,7 @@ class RunFolder:
         if clients - len(missing) < (wanted := needed(self.config.flower.quorum, clients)):
             raise RunError(
                 f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {wanted} are needed; "
-                f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(self.config.flower.label, missing))}; "
+                f"missing: client{'s' * (len(missing) > 1)} {self.config.flower.labels(missing)}; "
                 f"run with resume-from = '{self.root}' to ask only them, or lower flower.quorum"
             )
 
