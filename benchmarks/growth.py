@@ -1,6 +1,6 @@
 """How CPU seconds and memory grow with clients K and classes Y, stage by stage, at one budget of images and steps.
 
-    python benchmarks/growth.py --json benchmarks/results/speed/growth/small.json
+    python benchmarks/growth.py --json benchmarks/results/growth/small.json
 
 Every run is `fedmitr run`'s own line in this process: clients of one epoch, then the server phase with screening and
 scouting as by default, on 8 px images of noise around a mean for each class, in one thread. Seconds are of the CPU.

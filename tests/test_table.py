@@ -23,7 +23,7 @@ from fedmitr_flwr.vit.build import initial_weights
 
 FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # the name `faults` is tests/faults.py
 DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
-DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "inference", "privacy"]}
+DOCUMENTS |= {"performance.md": ["speed", "routing", "growth"], "security.md": ["hostile", "inference", "privacy"]}
 
 
 class Folder:
