@@ -5,7 +5,8 @@
 
 README.md has what benchmarks/studies.py makes of benchmarks/results/*.json and of one bench; docs/results.md has all
 studies, benches (bench/*/results.jsonl) and ablations (ablation/*.json); docs/performance.md has speed/*.json,
-routing/*.json and growth/*.json; docs/security.md has those of security, inference and privacy.
+routing/*.json and growth/*.json; docs/theory.md has theory/*.json; docs/security.md has those of security, inference
+and privacy.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import ablation
 import benches
 import growth
 import studies
+import theory
 from security import document as security
 from speed import document, routes
 
@@ -51,6 +53,7 @@ def blocks(options: argparse.Namespace) -> dict[Path, dict[str, str]]:
             "routing": routes.block(results / "routing"),
             "growth": growth.block(results / "growth"),
         },
+        docs / "theory.md": {"theory": theory.block(results / "theory")},
         docs / "security.md": {
             "hostile": security.hostile(results / "security"),
             "inference": security.inference(results / "inference"),
