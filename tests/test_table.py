@@ -151,6 +151,15 @@ def speeds(*rows: dict[str, Any]) -> dict[str, Any]:
     return facts() | content | {"peak_flops": {"float32": 367.6e9}}
 
 
+def test_growth_says_how_much_twice_the_clients_cost(folder: Folder) -> None:
+    stages = dict.fromkeys(("clients", "screening", "scouting", "inversion", "distillation", "evaluation", "rest"), 1.0)
+    runs = [{"clients": 10 * k, "classes": 10, "seconds": stages, "all": 8.0 * k, "peak_mib": 900} for k in (1, 2, 3)]
+    folder.write("growth/a.json", facts() | {"command": "python benchmarks/growth.py", "rows": runs})
+    lines = [line for line in folder.made("performance.md").splitlines() if line[:3] in ("| 1", "| 2", "| 3")]
+    ends = ["8 | - | 900 |", "16 | 2 | 900 |", "24 | - | 900 |"]
+    assert lines == [f"| {10 * k} | 10 |{' 1 |' * 7} {end}" for k, end in enumerate(ends, 1)]
+
+
 def test_speeds_become_a_table(folder: Folder) -> None:
     ratios = {"ratio_to_dense": 12.264, "ratio_bound": 13.062, "bound_fraction": 0.9389, "images_per_second": 4.9056}
     pri = {"seconds_median": 11.4155, "seconds_spread": [11.0, 1234.5], "images": 56, "mfu": 0.4694}
