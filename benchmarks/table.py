@@ -4,8 +4,9 @@
     python benchmarks/table.py --check    exit status 1 if a block is not what the files say
 
 README.md has what benchmarks/studies.py makes of benchmarks/results/*.json and of one bench; docs/results.md has all
-studies, benches (bench/*/results.jsonl) and ablations (ablation/*.json); docs/performance.md has speed/*.json and
-routing/*.json; docs/theory.md has theory/*.json; docs/security.md has those of security, inference and privacy.
+studies, benches (bench/*/results.jsonl) and ablations (ablation/*.json); docs/performance.md has speed/*.json,
+routing/*.json and growth/*.json; docs/theory.md has theory/*.json; docs/security.md has those of security, inference
+and privacy.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import ablation
 import benches
+import growth
 import studies
 import theory
 from security import document as security
@@ -49,6 +51,7 @@ def blocks(options: argparse.Namespace) -> dict[Path, dict[str, str]]:
         docs / "performance.md": {
             "speed": document.block(results / "speed"),
             "routing": routes.block(results / "routing"),
+            "growth": growth.block(results / "growth"),
         },
         docs / "theory.md": {"theory": theory.block(results / "theory")},
         docs / "security.md": {

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -14,7 +14,8 @@ from .common.rng import stream
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
-from .ensemble.ensemble import combine_answers, teacher_weights
+from .ensemble.ensemble import Ensemble, combine_answers, teacher_weights
+from .ensemble.teachers import Teachers
 from .inversion.scout import scouted_ensemble
 from .merging.average import average
 from .methods.contract import Fused
@@ -23,6 +24,7 @@ from .uploads.upload import Upload
 from .vit.build import vit_of
 
 GLIMPSE = 500  # images that a student is shown while it learns
+ROOM = 2**28  # bytes of all clients' answers at once; where they are more, the ensemble is asked on its own
 
 log = logging.getLogger("fedmitr")
 
@@ -44,37 +46,38 @@ def compare(
 ) -> dict[str, Any]:
     """Accuracy on the server's test images: the result's, and the lines it is compared with."""
     images, classes = server_images(config)
-    ensemble: float | None = None
+    ensemble = fused.ensemble
+    scores: Evaluation | None = None
     if known is None:  # what each client answers is asked once, before all teachers may have to be in memory
-        answers_KMY = answers_of(uploads, images, config, device)
-        compared = _lines(answers_KMY, uploads, images, config, device)
-        weights_KY = fused.ensemble.weights.cpu() if fused.ensemble else weights_alone(uploads, config, device)
-        ensemble = _accuracy(together(answers_KMY, weights_KY, images, config), "the ensemble")
-    else:
-        compared = known
-        if fused.ensemble:
-            ensemble = _accuracy(evaluate_on(fused.ensemble, images, config, device), "the ensemble")
+        answers: Iterable[Tensor] = answers_of(uploads, images, config, device)
+        few = 4 * len(uploads) * len(images) * config.model.num_classes <= ROOM
+        kept_KMY = torch.stack(list(answers)) if few else None
+        known = _lines(answers if kept_KMY is None else kept_KMY, uploads, images, config, device)
+        weights_KY = ensemble.weights.cpu() if ensemble else weights_alone(uploads, config, device)
+        if kept_KMY is not None:
+            scores = together(kept_KMY, weights_KY, images, config)
+        elif not ensemble:
+            ensemble = Ensemble(Teachers.of(uploads, config.model), weights_KY, config.ensemble.combine)
+    if ensemble and not scores:
+        scores = evaluate_on(ensemble, images, config, device)
     return {
         "student": student.accuracy,
         "per_class": dict(zip(classes, student.per_class, strict=True)),
         "confusion": student.confusion,
         "calibration": student.calibration,
-        **compared,
-        "ensemble": ensemble,
+        **known,
+        "ensemble": _accuracy(scores, "the ensemble") if scores else None,
     }
 
 
-def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
-    """What each upload answers alone (K, M, Y), on the CPU; one network at a time is in memory."""
-
-    def answers(upload: Upload) -> Tensor:
-        return_memory()
-        scores = scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
-        progress.update()
-        return scores
-
+def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Iterator[Tensor]:
+    """What each upload answers alone (M, Y), on the CPU; one network at a time is in memory."""
+    return_memory()
     with Progress("evaluation", len(uploads), "models") as progress:
-        return torch.stack(list(map(answers, uploads)))
+        for upload in uploads:
+            yield scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
+            return_memory(cycles=False)  # a network is in none
+            progress.update()
 
 
 def weights_alone(uploads: Sequence[Upload], config: Config, device: torch.device) -> Tensor:
@@ -98,7 +101,7 @@ def lines(uploads: Sequence[Upload], config: Config) -> Lines:
 
 
 def _lines(
-    answers_KMY: Tensor, uploads: Sequence[Upload], images: Images, config: Config, device: torch.device
+    answers_KMY: Iterable[Tensor], uploads: Sequence[Upload], images: Images, config: Config, device: torch.device
 ) -> Lines:
     alone = {
         upload.client: _accuracy(

@@ -38,6 +38,7 @@ from .publish.hub import save_model, write_result
 from .report.figures import save_images, save_partition
 from .resolve import resolve
 from .runs import result as report
+from .runs.checkpoints import Checkpoints
 from .runs.evaluation import Evaluation
 from .runs.folder import RunFolder
 from .screening.screen import screen
@@ -247,12 +248,15 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     started = time.perf_counter()
     with threads(config.threads):
         with stopwatch.stage("screening"):
-            screened = screen(uploads, config, device, folder.log_metrics)
+            known = Checkpoints.of_any_method(folder.common_path, config, uploads, device)
+            screened = screen(uploads, config, device, folder.log_metrics, known=known)
+        stopwatch.add({"screening": screened.earlier})
         if screened.changed:
             uploads, lines = screened.kept, None
         on_server = config.evaluate.where == "server"
         judge = glimpse(config, device) if on_server and lines is None else None
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge)
+        places = folder.work_path, judge, folder.common_path
+        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, *places)
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
         aside = stopwatch.seconds.get("evaluation", 0.0)
@@ -339,7 +343,7 @@ def continued(config: Config) -> RunFolder:
         uploads = RunFolder(folder.path, config).load_uploads()
         folder.continue_with(config)
     if stale := [upload.client for upload in uploads if upload.fingerprint != core()]:
-        log.warning("the uploads of clients %s were made by another version of the code", stale)
+        log.warning("the uploads of clients %s were made by another version of the code", config.flower.labels(stale))
     return folder
 
 

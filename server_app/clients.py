@@ -299,5 +299,5 @@ def _too_few(clients: Clients, flower: FlowerConfig, uploaded: Collection[int], 
     here = f"{len(clients.nodes)} of {wanted - len(uploaded)} nodes"
     return (
         f"{here} after flower.node-wait = {flower.node_wait:.0f} s, missing: "
-        f"client{'s' * (len(missing) > 1)} {', '.join(map(flower.label, missing))}; {fix}"
+        f"client{'s' * (len(missing) > 1)} {flower.labels(missing)}; {fix}"
     )

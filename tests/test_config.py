@@ -15,7 +15,7 @@ from tiny import ROOT, an_upload, fused, same, settings
 
 from fedmitr_flwr import methods
 from fedmitr_flwr.common.errors import ConfigError
-from fedmitr_flwr.config import Config
+from fedmitr_flwr.config import Config, FlowerConfig
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
 from fedmitr_flwr.config.text import flatten, keys_like, located, parse_assignment, read_flat, read_settings
 from fedmitr_flwr.config.unread import unread_line
@@ -426,3 +426,9 @@ def test_what_is_said_to_be_unread_changes_no_bit(method: str, clients: int) -> 
     if read := {key: value for key, value in OTHERS.items() if key.startswith("distill.l") and key not in ignored}:
         assert method in ("adi", "dense")
         assert not same(weights(**read), plain)
+
+
+def test_of_many_clients_the_first_are_named() -> None:
+    flower = FlowerConfig(clients="north | south")
+    assert flower.labels(range(3)) == "0 (north), 1 (south), 2"
+    assert flower.labels(range(1, 1001)).endswith(", 19, 20, and 980 more")

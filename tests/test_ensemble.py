@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -283,3 +284,22 @@ def test_a_teacher_that_nobody_asks_is_not_read(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(ensemble.teachers), "__getitem__", resident)
     target_loss(ensemble, *some_patches(), targets, route(ensemble.weights, targets, 0.5))
     assert read == [0, 2, 0, 2]  # for the answers, then for the gradient
+
+
+@pytest.mark.parametrize(("chunk", "kept"), [(3, 1), (3, 2), (2, 1)])
+def test_graphs_that_are_kept_spare_questions_and_change_no_bit(
+    chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, (patches, ids) = many("probs", chunk), some_patches()
+    asked = Mock(side_effect=module.forward_cls)
+    monkeypatch.setattr(module, "forward_cls", asked)
+    monkeypatch.setattr(teachers_module, "FEW", 0)
+    found = []
+    for graphs in (0, kept):
+        monkeypatch.setattr(
+            teachers_module, "GRAPHS", graphs * 4 * 9.5 * 4 * 7 * 16 * 2
+        )  # images, tokens, width, depth
+        found.append(target_loss(ensemble, patches, ids, TARGETS, everyone(ensemble.weights)))
+        assert asked.call_count == 6 - graphs  # three teachers, for answers and for gradients
+        asked.reset_mock()
+    assert all(map(torch.equal, *found))

@@ -24,11 +24,13 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import DataSet, prepare
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.inversion import scout
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import accuracy_table
+from fedmitr_flwr.screening import screen
 from fedmitr_flwr.uploads.upload import size
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
@@ -430,7 +432,39 @@ def test_teacher_by_teacher_it_is_the_ensemble(combine: str, weights: str, tiny:
         return vit
 
     monkeypatch.setattr(judge, "vit_of", counted)
-    answers = judge.answers_of(uploads, tiny.test, config, CPU)
+    answers = torch.stack(list(judge.answers_of(uploads, tiny.test, config, CPU)))
     found = judge.together(answers, judge.weights_alone(uploads, config, CPU), tiny.test, config)
     assert (found.loss, found.confusion) == (pytest.approx(wanted.loss, rel=1e-5), wanted.confusion)
     assert alive == [1] * 5
+
+
+@pytest.mark.parametrize("method", ["fedmitr", "fedavg"])
+def test_answers_that_are_too_many_to_be_kept_change_no_accuracy(
+    method: str, done: RunFolder, monkeypatch: Patch
+) -> None:
+    found = []
+    for room in (judge.ROOM, 0):
+        monkeypatch.setattr(judge, "ROOM", room)
+        found.append(pipeline.fuse(done, method, {}).read_result()["accuracy"])
+    assert found[0] == found[1]
+    assert found[0]["ensemble"] == done.read_result()["accuracy"]["ensemble"]
+
+
+def test_a_fusion_takes_screening_and_scouting_from_the_run(tmp_path: Path, monkeypatch: Patch) -> None:
+    changes = {"screen.mode": "warn", "ensemble.weights": "estimated", "partition.clients": 5, "data.train-limit": 100}
+    run = a_run(tmp_path, **changes)
+    looks = [Mock(side_effect=screen.strange_answers), Mock(side_effect=scout.first_images)]
+    monkeypatch.setattr(screen, "strange_answers", looks[0])
+    monkeypatch.setattr(scout, "first_images", looks[1])
+    again = pipeline.fuse(run, "fedmitr", {})
+    assert [look.call_count for look in looks] == [0, 0]
+    for name in MODELS:
+        assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
+    before, after = run.read_result(), again.read_result()
+    assert [after[key] for key in ("screen", "teacher_weights")] == [
+        before[key] for key in ("screen", "teacher_weights")
+    ]
+    assert after["seconds"]["scouting"] == before["seconds"]["scouting"]  # as of a start that goes on
+    assert after["seconds"]["screening"] >= before["seconds"]["screening"] - 0.5
+    pipeline.fuse(run, "fedmitr", {"inversion.batch-size": 5})
+    assert [look.call_count for look in looks] == [1, 1]

@@ -25,7 +25,7 @@ from fedmitr_flwr.common.progress import Series
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.report import charts, figures
 from fedmitr_flwr.report.figures import _fade, samples, save_images, save_partition
-from fedmitr_flwr.report.page import write_page
+from fedmitr_flwr.report.page import _client_costs, write_page
 from fedmitr_flwr.runs.folder import RunFolder
 
 JSON = ("result.json", "metrics.jsonl")
@@ -365,3 +365,17 @@ def test_class_names_are_no_formulas_and_equal_contents_make_equal_files(tmp_pat
 def test_pyplot_is_never_used() -> None:
     sources = Path(figures.__file__).parents[1].rglob("*.py")
     assert not [path for path in sources if re.search(r"import\b.*pyplot", path.read_text(encoding="utf-8"))]
+
+
+def test_of_a_thousand_clients_pictures_and_tables_stay_small() -> None:
+    figure = charts.weights({str(client): [0.001] * 10 for client in range(1000)}, [*map(str, range(10))], ())
+    assert words(figure.axes[0].texts) == []
+    assert figure.get_figheight() < 7
+    uploads = [1e6 * client for client in range(1001)]
+    rows = _client_costs({"bytes_up": [*uploads, None], "client_seconds": [2.0] * 1002})
+    assert rows == [
+        ("least", "0.000", "-", "2.0"),
+        ("median", "500.000", "-", "2.0"),
+        ("most", "1,000.000", "-", "2.0"),
+        ("all", "500,500.000", "-", "2,004.0"),
+    ]

@@ -25,7 +25,9 @@ from fedmitr_flwr.data.images import DataSet, Images
 from fedmitr_flwr.merging.closed_form import statistics_of
 from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.runs.folder import RunFolder
+from fedmitr_flwr.screening import sums
 from fedmitr_flwr.screening.answers import Names, strange_answers
+from fedmitr_flwr.screening.findings import Finding
 from fedmitr_flwr.screening.screen import _bounded, screen
 from fedmitr_flwr.screening.sums import strange_sums
 from fedmitr_flwr.screening.weights import Measured, _directions, mean_cosines, robust_z, strange_weights
@@ -347,3 +349,17 @@ def test_a_run_goes_on_without_the_excluded_and_says_so(tmp_path: Path, monkeypa
     warned = pipeline.fuse(folder, "fedavg", {"screen.mode": "warn"}).read_result()
     assert (warned["screen"]["excluded"], len(warned["screen"]["findings"])) == ([], 1)
     assert warned["accuracy"]["fedavg"] != result["accuracy"]["fedavg"]
+
+
+def test_of_many_clients_each_is_compared_with_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "MOST", 2)
+    assert [sums._others("abcde", k) for k in (0, 3)] == [["b", "c"], ["e", "a"]]
+    assert sums._others("abc", 1) == ["a", "c"]
+
+
+def test_many_findings_are_few_lines(monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
+    monkeypatch.setattr("fedmitr_flwr.screening.screen._MOST", 1)
+    copies = [Finding(client, "copy", 1.0, "it is a copy") for client in range(5)]
+    monkeypatch.setattr("fedmitr_flwr.screening.screen._findings", lambda *_: copies)
+    assert screen(arrows(*similar(5)), settings(**{"screen.mode": "warn"}), CPU).findings == copies
+    assert [record.args for record in caplog.records][1:] == [(4,)]

@@ -26,7 +26,7 @@ from fedmitr_flwr.vit.build import initial_weights
 FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # the name `faults` is tests/faults.py
 DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
 DOCUMENTS |= {
-    "performance.md": ["speed", "routing"],
+    "performance.md": ["speed", "routing", "growth"],
     "security.md": ["hostile", "inference", "privacy"],
     "theory.md": ["theory"],
 }
@@ -149,6 +149,15 @@ def speed_row(mode: str = "dense", **other: Any) -> dict[str, Any]:
 def speeds(*rows: dict[str, Any]) -> dict[str, Any]:
     content = {"command": "python benchmarks/inversion_speed.py --teachers 2", "model": "deit", "rows": rows}
     return facts() | content | {"peak_flops": {"float32": 367.6e9}}
+
+
+def test_growth_says_how_much_twice_the_clients_cost(folder: Folder) -> None:
+    stages = dict.fromkeys(("clients", "screening", "scouting", "inversion", "distillation", "evaluation", "rest"), 1.0)
+    runs = [{"clients": 10 * k, "classes": 10, "seconds": stages, "all": 8.0 * k, "peak_mib": 900} for k in (1, 2, 3)]
+    folder.write("growth/a.json", facts() | {"command": "python benchmarks/growth.py", "rows": runs})
+    lines = [line for line in folder.made("performance.md").splitlines() if line[:3] in ("| 1", "| 2", "| 3")]
+    ends = ["8 | - | 900 |", "16 | 2 | 900 |", "24 | - | 900 |"]
+    assert lines == [f"| {10 * k} | 10 |{' 1 |' * 7} {end}" for k, end in enumerate(ends, 1)]
 
 
 def test_speeds_become_a_table(folder: Folder) -> None:

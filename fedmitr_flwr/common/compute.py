@@ -169,10 +169,14 @@ def share_memory() -> None:
     _glibc("mallopt", _M_ARENA_MAX, 1)
 
 
-def return_memory() -> None:
-    """Give unused memory back to the operating system: otherwise, Python and glibc keep whole models' worth."""
-    _leave_out_imports()
-    gc.collect()
+def return_memory(*, cycles: bool = True) -> None:
+    """Give unused memory back to the operating system: otherwise, Python and glibc keep whole models' worth.
+
+    What refers to itself is looked for among all objects: of K networks in memory K times, unless `cycles` is False.
+    """
+    if cycles:
+        _leave_out_imports()
+        gc.collect()
     _glibc("malloc_trim", 0)
 
 

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..common.errors import ConfigError
@@ -397,3 +398,8 @@ class FlowerConfig(Section):
         """A client's number, and its name where it has one."""
         names = self.client_names
         return f"{client} ({names[client]})" if client < len(names) else str(client)
+
+    def labels(self, clients: Sequence[int]) -> str:
+        """Those of several clients; of many, of the first ones."""
+        more = [f"and {len(clients) - 20} more"] if len(clients) > 20 else []
+        return ", ".join([*map(self.label, clients[:20]), *more])

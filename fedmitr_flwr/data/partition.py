@@ -8,15 +8,17 @@ import logging
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from ..common.errors import ConfigError
 from ..common.rng import derive, stream
 from ..config import PartitionConfig
-from .flower_datasets import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
+
+if TYPE_CHECKING:  # with pandas, two CPU seconds, which are imported where images are dealt out
+    from .flower_datasets import Partitioner
 
 log = logging.getLogger("fedmitr")
 
@@ -110,6 +112,8 @@ def _impossible(config: PartitionConfig, reason: str) -> ConfigError:
 
 
 def _dirichlet(labels: Tensor, config: PartitionConfig, seed: int) -> list[Tensor]:
+    from .flower_datasets import DirichletPartitioner
+
     partitioner = DirichletPartitioner(
         num_partitions=config.clients,
         partition_by="label",
@@ -128,6 +132,8 @@ def _classes_per_client(labels: Tensor, config: PartitionConfig, seed: int) -> l
     None of the partitioner's own modes covers every class whenever K c >= Y does ("deterministic" gives client k the
     classes k .. k + c - 1, so 5 clients of 2 classes leave 4 of 10 classes out). K c parts of one class each do.
     """
+    from .flower_datasets import PathologicalPartitioner
+
     present = _present(labels)
     places = torch.searchsorted(present, labels)
     shuffled = torch.randperm(len(present), generator=stream(seed, "partition", "classes"))
@@ -148,14 +154,18 @@ def _classes_per_client(labels: Tensor, config: PartitionConfig, seed: int) -> l
 
 
 def _iid(labels: Tensor, config: PartitionConfig, seed: int) -> list[Tensor]:  # noqa: ARG001  (the rows are shuffled)
+    from .flower_datasets import IidPartitioner
+
     return _shares(IidPartitioner(num_partitions=config.clients), labels, config.clients)
 
 
 _SCHEMES = {"dirichlet": _dirichlet, "classes-per-client": _classes_per_client, "iid": _iid}
 
 
-def _shares(partitioner: Partitioner, labels: Tensor, parts: int) -> list[Tensor]:
+def _shares(partitioner: "Partitioner", labels: Tensor, parts: int) -> list[Tensor]:
     """The row numbers of every part. The partitioners know data sets only, so the row numbers ride along."""
+    from datasets import Dataset
+
     partitioner.dataset = Dataset.from_dict({"label": labels.numpy(), "row": torch.arange(len(labels)).numpy()})
     with warnings.catch_warnings():
         # Said again, once and with our settings' names, by ConfigError or by the log.

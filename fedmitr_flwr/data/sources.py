@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -321,6 +320,8 @@ def data_folder(data: DataConfig) -> Path:
 @functools.lru_cache(maxsize=2)
 def _hub_splits(path: str) -> Mapping[str, Any]:
     """The splits, by name, of a data set on the Hub or of a local folder that `datasets` can read."""
+    import datasets  # here: it takes pandas and two seconds with it
+
     local = Path(path).expanduser().absolute()
     if local.is_dir():
         check_shards(sorted(file for file in local.rglob("*") if "of" in file.name))

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,8 +100,9 @@ class HubTable:
         self.place = f"{path}, split {split!r},"
         self._dataset = dataset
         self.schema = dataset.features.arrow_schema
-        # Where `datasets` keeps the files of data sets whose tables name them.
-        caches = HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
+        from datasets import config  # where it keeps the files of data sets whose tables name them
+
+        caches = HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.EXTRACTED_DATASETS_PATH
         self._folder = Path(path).expanduser().absolute()
         self._roots = (self._folder, self._folder.resolve(), *(Path(cache).absolute() for cache in caches))
 
@@ -237,7 +237,7 @@ def find_images(table: Table, configured: str, fix: str = "") -> str:
         DataError: it is missing, of an unsuitable type, or ambiguous; the columns that would do are listed.
     """
     images = [field.name for field in table.schema if _holds_images(field.type)]
-    typed = _of_feature(table, datasets.Image, images)
+    typed = _of_feature(table, "Image", images)
     candidates = [configured] if configured in images else typed if len(typed) == 1 else images
     if len(candidates) == 1 and configured in ("", candidates[0]):
         return candidates[0]
@@ -254,7 +254,7 @@ def find_labels(table: Table, configured: str) -> str:
     suitable: list[str] = [field.name for field in table.schema if kind_of(field.type)]
     if configured in suitable:
         return configured
-    typed = _of_feature(table, datasets.ClassLabel, suitable)
+    typed = _of_feature(table, "ClassLabel", suitable)
     there = {name.casefold(): name for name in table.schema.names} | {name: name for name in table.schema.names}
     usual = next((there[name] for name in _USUAL_LABELS if name in there), "")
     if not configured and len(typed) == 1:
@@ -301,13 +301,12 @@ def read_labels(table: Table, name: str) -> Labels:
 
 
 def _declared(table: Table, name: str) -> tuple[str, ...] | None:
-    feature = _features(table).get(name)
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return tuple(_features(table)[name].names) if _of_feature(table, "ClassLabel", [name]) else None
 
 
-def _of_feature(table: Table, feature: type, names: Sequence[str]) -> list[str]:
+def _of_feature(table: Table, feature: str, names: Sequence[str]) -> list[str]:
     features = _features(table)
-    return [name for name in names if isinstance(features.get(name), feature)]
+    return [name for name in names if type(features.get(name)).__name__ == feature]
 
 
 def _features(table: Table) -> Mapping[str, Any]:
@@ -315,7 +314,12 @@ def _features(table: Table) -> Mapping[str, Any]:
     text = (table.schema.metadata or {}).get(b"huggingface")
     try:
         features = json.loads(text)["info"]["features"] if text else None
-        return datasets.Features.from_dict(features) if features else {}
+        if not features:
+            return {}
+        from datasets import Features  # here: it takes pandas and two seconds with it
+
+        found: Mapping[str, Any] = Features.from_dict(features)
+        return found
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{table.place} has Hugging Face metadata that this version of datasets cannot read; upgrade datasets"

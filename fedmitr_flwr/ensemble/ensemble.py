@@ -91,13 +91,16 @@ class Ensemble(nn.Module):
     def slope(self, loss: Loss, patches_BME: Tensor, positions_BM: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
-        Teachers that do not all fit into memory, or whose graphs do not, are run twice: for their answers, and, once
-        it is known how the loss depends on each answer, one by one for the gradient, with one graph at a time.
+        Teachers that do not fit into memory, or whose graphs do not, are run twice: for their answers, and, once it is
+        known how the loss depends on each answer, one by one for the gradient, with one such graph at a time.
         """
         leaf_BME = patches_BME.detach().requires_grad_()
-        together = self.teachers.keep_graphs(patches_BME)
-        with torch.set_grad_enabled(together):
-            asked = [answer[0] for answer in self._ask(forward_cls, leaf_BME, positions_BM, routing)]
+        together, room = self.teachers.keep_graphs(patches_BME), self.teachers.graphs(patches_BME)
+        asked: list[Tensor] = []
+        answers = self._ask(forward_cls, leaf_BME, positions_BM, routing)
+        for k in routing.rows:
+            with torch.set_grad_enabled(together or k < room):
+                asked.append(next(answers)[0])
         logits = [answer.detach().requires_grad_() for answer in asked]
         answers_KBY = self._spread(logits, routing, len(leaf_BME))
         scores_BY = combine_answers(answers_KBY, routing.weights, self.combine)
@@ -107,8 +110,10 @@ class Ensemble(nn.Module):
         if together:
             gradient_BME += torch.autograd.grad(asked, leaf_BME, slopes)[0]
         else:
-            for answer, slope in zip(self._ask(forward_cls, leaf_BME, positions_BM, routing), slopes, strict=True):
-                gradient_BME += torch.autograd.grad(answer[0], leaf_BME, slope)[0]
+            for (k, rows), answer, slope in zip(routing.rows.items(), asked, slopes, strict=True):
+                kept = k < room
+                again = answer if kept else forward_cls(self.teachers[k], leaf_BME[rows], positions_BM[rows])[0]
+                gradient_BME += torch.autograd.grad(again, leaf_BME, slope)[0]
         return loss_B.detach(), gradient_BME
 
     @torch.no_grad()

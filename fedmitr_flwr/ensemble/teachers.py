@@ -56,11 +56,17 @@ class Teachers(nn.Module):
 
     def keep_graphs(self, patches_BME: Tensor) -> bool:
         """Whether all of them at once may keep what a gradient by these patches needs."""
+        return self.graphs(patches_BME) >= len(self)
+
+    def graphs(self, patches_BME: Tensor) -> int:
+        """How many of them, from the first on, may at once keep what a gradient by these patches needs."""
         batch, given, _ = patches_BME.shape
         vit: VisionTransformer = self.residents[0]
         tokens = batch * (given + vit.num_prefix_tokens)
         kept = 4 * _KEPT * tokens * vit.embed_dim * len(vit.blocks)
-        return not self.streamed and (len(self) <= FEW or len(self) * kept <= GRAPHS)
+        if self.streamed:  # whose weights are another's when its gradient is wanted
+            return min(len(self) - len(self.streamed), int(GRAPHS // kept))
+        return len(self) if len(self) <= FEW else min(len(self), int(GRAPHS // kept))
 
     def ask_stacked(self, question: Question, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
         """All teachers in one call, answers with a first axis K: fewer, larger kernels."""

@@ -65,12 +65,18 @@ class Job:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     work: Path | None = None  # the folder for checkpoints; None: nothing is kept
     judge: Callable[[nn.Module], float] | None = None  # a student's accuracy in percent, to be shown while it learns
+    common: Path | None = None  # the folder of what all methods make alike of these uploads; None: nothing is kept
     origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Where a method keeps what it has finished, so that a later start need not do it again."""
         return Checkpoints(self.work, self.config, self.uploads, self.device)
+
+    @cached_property
+    def in_common(self) -> Checkpoints:
+        """Where that is kept."""
+        return Checkpoints.of_any_method(self.common, self.config, self.uploads, self.device)
 
     @cached_property
     def start(self) -> Weights:

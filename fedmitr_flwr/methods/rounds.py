@@ -32,6 +32,7 @@ log = logging.getLogger("fedmitr")
 
 # Settings that decide a batch of images, and a student, given the uploads: under others a checkpoint is of no use.
 IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-round")
+SCOUT_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.batch-size", "inversion.prior")
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
 GLIMPSES = 10  # of the student in each round, at most
@@ -80,9 +81,19 @@ class Rounds:
 
     def scout(self, pixels: Pixels = PIXELS) -> None:
         """Weigh the teachers by a few quick images, where their weights are estimated."""
-        if self._teachers.estimates:
-            with self._job.stopwatch.stage("scouting"):
+        if not self._teachers.estimates:
+            return
+        job, ensemble, watch = self._job, self._teachers.ensemble, Stopwatch()
+        kept = job.in_common.load("scouting", SCOUT_SETTINGS) if pixels is PIXELS else None
+        if kept:
+            ensemble.weights = kept[0]["weights"].to(job.device)
+            watch.add(kept[1])
+        else:
+            with watch.stage("scouting"):
                 self._teachers.scout(pixels)
+            if pixels is PIXELS:
+                job.in_common.save("scouting", SCOUT_SETTINGS, {"weights": ensemble.weights}, **watch.seconds)
+        job.stopwatch.add(watch.seconds)
 
     def images(self, r: int, make: Make) -> Pool:
         """Add one round's images to the pool, batches side by side; those of an earlier start are taken back.

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ..common.errors import printable
-from .figures import blank, heat_map
+from .figures import MOST_ROWS, blank, heat_map
 
 Curve = Mapping[str, Sequence[float]]
 
@@ -89,7 +89,8 @@ def weights(teachers: Mapping[str, Sequence[float]], classes: Sequence[str], nam
     """The share that each teacher's answer has in the ensemble's, by class."""
     rows = [printable(names[int(k)]) if k.isdecimal() and int(k) < len(names) else k for k in teachers]
     shares = 100 * np.array(list(teachers.values()))
-    texts = [[f"{share:.0f}" for share in row] for row in shares] if shares.shape[1] <= _MOST_NUMBERS else None
+    few = shares.shape[1] <= _MOST_NUMBERS and len(rows) <= MOST_ROWS
+    texts = [[f"{share:.0f}" for share in row] for row in shares] if few else None
     return heat_map(shares, rows, classes, ("class", "teacher of client"), "% of the ensemble", texts)
 
 

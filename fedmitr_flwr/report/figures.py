@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and what fails before 
 _FADED = 0.3  # how much of a halted patch is left
 _FADE_TO = (150, 180, 235)  # the rest: a light blue, since digits are black and white themselves
 _LONGEST_NAME = 16  # characters
+MOST_ROWS = 40  # of a heat map, and of a table: clients, up to which each is shown
 
 
 def save_images(
@@ -90,7 +91,7 @@ def save_partition(counts_KY: Tensor, classes: Sequence[str], path: Path) -> Non
 def partition(counts_KY: Sequence[Sequence[int]], classes: Sequence[str]) -> "Figure":
     """The number of images by client (row) and class (column), with the clients' totals."""
     totals = [f"{client} (n = {sum(row)})" for client, row in enumerate(counts_KY)]
-    numbers = len(classes) <= 25 and len(totals) <= 40
+    numbers = len(classes) <= 25 and len(totals) <= MOST_ROWS
     return heat_map(
         np.array(counts_KY), totals, classes, ("class", "client"), "training images", counts_KY if numbers else None
     )

@@ -23,7 +23,7 @@ from ..diagnostics.table import NAME, tables
 from ..judge import GLIMPSE
 from ..runs.folder import RunFolder
 from . import charts
-from .figures import partition, samples
+from .figures import MOST_ROWS, partition, samples
 from .words import command, data_set, evaluated, model, skew
 
 Rows = list[tuple[str, ...]]
@@ -222,6 +222,12 @@ def _client_costs(result: Mapping[str, Any]) -> Rows:
         up, down, seconds = (each[client] if client < len(each) else None for each in lists)
         name = f"{client}, {names[client]}" if client < len(names) else str(client)
         rows.append((name, scaled(up, 1e6, 3), scaled(down, 1e6, 3), scaled(seconds, 1, 1)))
+    if len(rows) > MOST_ROWS:
+        every = [sorted(value for value in each if value is not None) for each in lists]
+        rows = []
+        for name, place in (("least", 0), ("median", 0.5), ("most", 1)):
+            found = [each[round(place * (len(each) - 1))] if each else None for each in every]
+            rows.append((name, *map(scaled, found, (1e6, 1e6, 1), (3, 3, 1))))
     totals = [sum(value for value in each if value is not None) if any(each) else None for each in lists]
     return [*rows, ("all", *(scaled(*each) for each in zip(totals, (1e6, 1e6, 1), (3, 3, 1), strict=True)))]
 

@@ -8,10 +8,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class Checkpoints:
     uploads: Sequence[Upload]
     device: torch.device
     threads: int = field(default_factory=torch.get_num_threads)
+
+    @classmethod
+    def of_any_method(
+        cls, folder: Path | None, config: Config, uploads: Sequence[Upload], device: torch.device
+    ) -> Self:
+        """Pieces that come before all methods and are alike for them."""
+        return cls(folder, replace(config, method=Config().method), uploads, device)
 
     def has(self, name: str, settings: tuple[str, ...]) -> bool:
         """Whether `load` would give something."""

@@ -206,6 +206,11 @@ class RunFolder:
         return self.uploads_path / ".start.sha256"
 
     @property
+    def common_path(self) -> Path:
+        """What all fusions of the uploads make of them alike."""
+        return self.uploads_path / ".common"
+
+    @property
     def finished(self) -> bool:
         return os.path.lexists(self.result_path)
 
@@ -295,7 +300,7 @@ class RunFolder:
         if clients - len(missing) < (wanted := needed(self.config.flower.quorum, clients)):
             raise RunError(
                 f"{clients - len(missing)} of {clients} uploads are in {self.uploads_path} and {wanted} are needed; "
-                f"missing: client{'s' * (len(missing) > 1)} {', '.join(map(self.config.flower.label, missing))}; "
+                f"missing: client{'s' * (len(missing) > 1)} {self.config.flower.labels(missing)}; "
                 f"run with resume-from = '{self.root}' to ask only them, or lower flower.quorum"
             )
 

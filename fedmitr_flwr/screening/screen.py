@@ -1,6 +1,7 @@
 """Look at all uploads before an ensemble is formed: say which are unusual, and leave out what cannot be honest."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from ..common.errors import ModelError
 from ..config import Config
+from ..runs.checkpoints import Checkpoints
 from ..statistics import moments
 from ..uploads.upload import Upload
 from ..vit.build import Weights, initial_weights
@@ -21,6 +23,10 @@ log = logging.getLogger("fedmitr")
 
 _LEFT_OUT = "left out; if it is honest, fuse the run again with screen.mode = 'warn'"
 _USED = "used all the same; screen.mode = 'exclude' leaves it out"
+# Settings that decide what is found, given the uploads.
+SETTINGS: tuple[str, ...] = ("seed", "data.flip", "model.", "upload.", "screen.", "ensemble.combine")
+SETTINGS += ("inversion.batch-size", "inversion.prior")
+_MOST = 20  # findings that are told line by line
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Screened:
     findings: list[Finding]  # by client
     excluded: list[int]  # the clients that are left out
     changed: bool = False  # whether `kept` are other uploads than were given
+    earlier: float = 0.0  # seconds that it took, where an earlier fusion of these uploads has done it
 
     def facts(self, mode: str) -> dict[str, Any]:
         """For result.json."""
@@ -43,30 +50,41 @@ def screen(
     device: torch.device,
     report: Callable[..., None] = lambda **_: None,
     images: int = IMAGES,
+    known: Checkpoints | None = None,
 ) -> Screened:
     """Judge the uploads by `config.screen`: one warning, and one `report` for metrics.jsonl, for each that is unusual.
 
     With `clear`, what no honest client can be is left out, and of the others none counts as more than `OWNS` times all
     the rest; with `exclude`, all that is unusual is left out. So many synthetic `images` are made for each class, to
-    see whether a client calls the classes by their names; 0: not looked at.
+    see whether a client calls the classes by their names; 0: not looked at. What is `known` is taken from there.
     """
     mode = config.screen.mode
     if mode == "off":
         return Screened(list(uploads), [], [])
-    findings = _findings(uploads, config, device, images)
+    kept, earlier, started = known.load("screening", SETTINGS) if known else None, 0.0, time.perf_counter()
+    if kept:
+        findings, earlier = [Finding(**each) for each in kept[1]["findings"]], kept[1]["seconds"]
+    else:
+        findings = _findings(uploads, config, device, images)
+        if known:
+            found, spent = [asdict(finding) for finding in findings], time.perf_counter() - started
+            known.save("screening", SETTINGS, {}, findings=found, seconds=spent)
     leaving = {finding.client for finding in findings if mode == "exclude" or (mode == "clear" and finding.clear)}
     excluded = sorted(leaving)
     if excluded and 2 * len(excluded) >= len(uploads):
         line = "screening: %d of %d uploads would be left out, too many to say who is right; none is left out"
         log.warning(line, len(excluded), len(uploads))
         excluded = []
-    for finding in findings:
+    for number, finding in enumerate(findings):
         out = finding.client in excluded
-        log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, _LEFT_OUT if out else _USED)
+        if number < _MOST:
+            log.warning("client %d is unusual: %s (%s)", finding.client, finding.text, _LEFT_OUT if out else _USED)
+        elif number == _MOST:
+            log.warning("and %d more clients; metrics.jsonl says which", len(findings) - _MOST)
         report(stage="screen", **asdict(finding), excluded=out)
-    kept = [upload for upload in uploads if upload.client not in excluded]
-    bounded = kept if mode == "warn" else _bounded(kept)
-    return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != kept)
+    left = [upload for upload in uploads if upload.client not in excluded]
+    bounded = left if mode == "warn" else _bounded(left)
+    return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != left, earlier=earlier)
 
 
 def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, images: int) -> list[Finding]:

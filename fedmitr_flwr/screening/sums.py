@@ -34,6 +34,7 @@ CLEAR_NAMED = 0.25
 IMAGES = 20  # of a class, for a client's mean to be a reference
 COMPARED = 0.5  # of a client's images, in classes that two others have: below it nothing is said
 SEPARABLE = 0.1  # of `Names.gain`: below it the classes cannot be separated
+MOST = 100  # others that a client is compared with
 SHRINKAGE = 0.5  # of the covariance within classes: few images of many numbers
 
 
@@ -61,7 +62,7 @@ def _by_reach(uploads: Sequence[Upload]) -> Finding | None:
 
 def _by_names(uploads: Sequence[Upload]) -> Finding | None:
     every = [statistics_of(upload) for upload in uploads]
-    names_of = [named([*every[:k], *every[k + 1 :]], statistics) for k, statistics in enumerate(every)]
+    names_of = [named(_others(every, k), statistics) for k, statistics in enumerate(every)]
     judged = [(names.kept, k) for k, names in enumerate(names_of) if names and names.gain > SEPARABLE]
     if not judged or min(judged)[0] >= NAMED:
         return None
@@ -71,6 +72,13 @@ def _by_names(uploads: Sequence[Upload]) -> Finding | None:
         "labels? compare its class list with the others'"
     )
     return Finding(uploads[worst].client, "sums", kept, text, clear=kept < CLEAR_NAMED)
+
+
+def _others(every: Sequence[Statistics], k: int) -> list[Statistics]:
+    """All others; of many the next `MOST` in a ring, or K clients would make K² comparisons."""
+    if len(every) <= MOST + 1:
+        return [*every[:k], *every[k + 1 :]]
+    return [*every[k + 1 :], *every[:k]][:MOST]
 
 
 def reaches(every: Sequence[Statistics]) -> Tensor:

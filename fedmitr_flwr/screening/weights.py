@@ -134,12 +134,11 @@ def mean_cosines(cosines_KK: Tensor) -> Tensor:
 
 def _copies(uploads: Sequence[Upload], cosines_KK: Tensor) -> Iterator[Finding]:
     """The first of equal updates passes: what was sent twice shall count once."""
-    for later, upload in enumerate(uploads):
-        for earlier in range(later):
-            if cosines_KK[earlier, later] > COPY:
-                text = f"its update is that of client {uploads[earlier].client}; give every client its own images"
-                yield Finding(upload.client, "copy", cosines_KK[earlier, later].item(), text)
-                break
+    equal_KK = (cosines_KK > COPY).triu(1)
+    for later in equal_KK.any(0).nonzero().flatten().tolist():
+        earlier = int(equal_KK[:, later].nonzero()[0])
+        text = f"its update is that of client {uploads[earlier].client}; give every client its own images"
+        yield Finding(uploads[later].client, "copy", cosines_KK[earlier, later].item(), text)
 
 
 def _owners(uploads: Sequence[Upload], owned_K: Tensor) -> Iterator[Finding]:

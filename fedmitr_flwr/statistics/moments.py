@@ -9,7 +9,7 @@ Shapes: n images, D numbers in a feature, Y classes, U = D (D + 1) / 2 places on
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Self
 
@@ -55,7 +55,7 @@ class Statistics:
         squares = None if self.squares is None or other.squares is None else self.squares + other.squares
         return type(self)(self.counts + other.counts, self.sums + other.sums, self.moment + other.moment, squares)
 
-    @property
+    @cached_property
     def means(self) -> Tensor:
         """(Y, D); zeros for a class without images."""
         return self.sums / self.counts.clamp_min(1)[:, None]
