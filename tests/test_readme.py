@@ -115,7 +115,9 @@ def test_the_flower_command_runs(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with super_link(Config(), Options(flwr_home=home / "flwr", offline=True)) as environment:
+    (home / "flwr").mkdir()
+    options = Options(flwr_home=home / "flwr", offline=True)
+    with super_link(Config(), options, home / "flwr" / "flower.log") as environment:
 
         def bash(text: str) -> str:
             words = ["bash", "-euo", "pipefail", "-c", text]
