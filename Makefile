@@ -23,7 +23,7 @@ lock: $(STAMP)
 	mv $@.new deploy/constraints.txt
 
 demo: $(STAMP)
-	$(BIN)/python scripts/flower_run.py -c configs/digits.toml --clients $(CLIENTS)
+	$(BIN)/fedmitr demo --clients $(CLIENTS)
 
 deploy-demo: $(STAMP)
 	$(BIN)/python deploy/demo.py

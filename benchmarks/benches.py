@@ -34,7 +34,7 @@ def section(path: Path) -> str:
     found = rows(bench)
     first = places(found)[0]
     own = [row for row in found if row.place[:2] == first[:2]]
-    drawn = sorted((path.parent / "figures").glob(f"*-K{first.clients}-bytes.png"))
+    drawn = sorted((path.parent / "figures").glob(f"*-K{first.clients}-accuracy.png"))
     parts = [
         f"### {title(own[0])}",
         "\n".join(accuracy(own, bench.reference)),

@@ -129,7 +129,8 @@ def memory_lines(runs: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def document(results: Path = RESULTS) -> str:
-    faults, soak = (json.loads((results / name).read_text(encoding="utf-8")) for name in ("one.json", "soak.json"))
+    texts = ((results / name).read_text(encoding="utf-8") for name in ("one.json", "soak.json"))
+    faults, soak = (json.loads(text.replace("flower_run: ", "fedmitr: ")) for text in texts)  # as it was called then
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("memory_*.json"))]
     codes = ", ".join(sorted({row["code"] for row in faults}))
     lines = [INTRODUCTION.replace("@MISSING@", _missing(faults)), *fault_lines(faults), "", f"Code {codes}."]

@@ -36,7 +36,7 @@ from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.screening.sums import SEPARABLE, named, reaches, strange_sums
 from fedmitr_flwr.screening.weights import Measured, mean_cosines
-from fedmitr_flwr.statistics.moments import Statistics, frozen_features, last_norm, measure, packed, problem
+from fedmitr_flwr.statistics.moments import Statistics, frozen_features, like, measure, packed, problem, sent
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
@@ -130,26 +130,25 @@ def features(data: DataConfig, model: ModelConfig, seed: int) -> tuple[Tensor, T
 def statistics_alone(config: Config) -> list[Statistics]:
     """Of each client, without any training; refused where an upload of them would be."""
     z_ND, labels_N = features(config.data, config.model, config.seed)
-    norm, classes = last_norm(initial_weights(config.model, config.seed)), config.model.num_classes
+    wanted, classes = like(initial_weights(config.model, config.seed), config.upload), config.model.num_classes
     every = []
     for rows in parts_of(config).indices:
-        tensors = measure(z_ND[rows], labels_N[rows], classes, variances=True)
+        tensors = sent(measure(z_ND[rows], labels_N[rows], classes, variances=True))
         counts = tuple(torch.bincount(labels_N[rows], minlength=classes).tolist())
-        if refusal := problem(tensors, counts, z_ND.shape[1], norm):
+        if refusal := problem(tensors, counts, wanted):
             raise SystemExit(f"honest statistics are refused: {refusal}")
         every.append(Statistics.of(tensors, counts))
     return every
 
 
-def of_sums(every: Sequence[Statistics], config: Config) -> dict[str, Any]:
+def of_sums(every: Sequence[Statistics]) -> dict[str, Any]:
     """What the checks of statistics look at, and whom they leave out or name."""
     names = [named([*every[:k], *every[k + 1 :]], own) for k, own in enumerate(every)]
     uploads = [_upload(client, each) for client, each in enumerate(every)]
-    norm = last_norm(initial_weights(config.model, config.seed))
-    findings = strange_sums(uploads, norm)
+    findings = strange_sums(uploads)
     return {
         "images": [int(each.counts.sum()) for each in every],
-        "reach": reaches(every, norm).tolist(),
+        "reach": reaches(every).tolist(),
         "names": [each.kept for each in names if each and each.gain > SEPARABLE],
         "left out": [finding.client for finding in findings if finding.clear],
         "unusual": [[finding.client, finding.check, finding.value] for finding in findings],
@@ -176,7 +175,7 @@ def of_uploads(folder: RunFolder) -> dict[str, Any]:
     config, uploads = folder.config, folder.load_uploads()
     measured = Measured.of(uploads, initial_weights(config.model, config.seed))
     found = screen(uploads, Config.from_flat({"screen.mode": "clear"}, base=config), CPU, images=0)
-    sums = of_sums([statistics_of(upload) for upload in uploads], config) if config.upload.statistics else {}
+    sums = of_sums([statistics_of(upload) for upload in uploads]) if config.upload.statistics else {}
     return {
         **sums,
         "length": measured.away.tolist(),
@@ -198,7 +197,7 @@ def rows_of(runs: Path, only: Sequence[str], known: Collection[str] = ()) -> Ite
             try:
                 config = resolve(Config.from_flat({**flat, "out-dir": str(runs)}))
                 alone = kind == "statistics"
-                values = of_sums(statistics_alone(config), config) if alone else of_uploads(run_of(name, config, runs))
+                values = of_sums(statistics_alone(config)) if alone else of_uploads(run_of(name, config, runs))
             except (ConfigError, DataError) as error:
                 print(f"{name}: {error}", flush=True)
                 continue

@@ -35,7 +35,7 @@ from fedmitr_flwr.screening.screen import screen
 from fedmitr_flwr.statistics.heads import lda, ridge
 from fedmitr_flwr.uploads.gate import admit
 from fedmitr_flwr.uploads.upload import Upload
-from fedmitr_flwr.vit.build import vit_of
+from fedmitr_flwr.vit.taps import network_of
 
 MODEL = {"model.depth": 2}
 UPLOADS = MODEL | {"partition.alpha": 0.3, "partition.clients": 10, "threads": 1, "screen.mode": "off"}
@@ -110,7 +110,7 @@ def of_statistics(uploads: Sequence[Upload], config: Config, memory: Memory) -> 
 def told(uploads: Sequence[Upload], config: Config) -> Accuracies:
     images, _ = server_images(config)
     heads = {make.__name__: make(pooled(uploads)) for make in (lda, ridge)}
-    models = {name: vit_of(config.model, frozen_weights(config, head)) for name, head in heads.items()}
+    models = {name: network_of(config.model, frozen_weights(config, head)) for name, head in heads.items()}
     models["ensemble"] = scouted_ensemble(uploads, config, CPU)
     return {name: evaluate_on(model, images, config, CPU).accuracy for name, model in models.items()}
 

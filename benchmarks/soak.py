@@ -79,8 +79,8 @@ def fail(message, context, call_next):
 
 
 def app_that_fails(folder: Path) -> Path:
-    """A copy of the app in `folder`, whose clients fail on order; gives its scripts/flower_run.py."""
-    for name in ("fedmitr_flwr", "server_app", "client_app", "scripts"):
+    """A copy of the app in `folder`, whose clients fail on order; which is then its folder."""
+    for name in ("fedmitr_flwr", "server_app", "client_app"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -89,14 +89,14 @@ def app_that_fails(folder: Path) -> Path:
     source = path.read_text()
     assert source.count(made) == 1
     path.write_text(source.replace(made, "from .failing import fail\n\napp = ClientApp(mods=[fail])\n"))
-    return folder / "scripts" / "flower_run.py"
+    return folder
 
 
 class Soak:
     """One seed."""
 
-    def __init__(self, script: Path, scratch: Path, seed: int) -> None:
-        self.script, self.scratch = script, scratch / f"seed-{seed}"
+    def __init__(self, app: Path, scratch: Path, seed: int) -> None:
+        self.app, self.scratch = app, scratch / f"seed-{seed}"
         self.out = self.scratch / "runs"
         self.out.mkdir(parents=True)
         draw = random.Random(seed)
@@ -112,19 +112,27 @@ class Soak:
         plan = self.scratch / "plan.json"
         plan.write_text(json.dumps({client: self.plan[client] for client in failing}))
         words = [f"{key}={json.dumps(value)}" for key, value in {**self.config.to_flat(), **changes}.items()]
-        command = [sys.executable, str(self.script), *words, f"--clients={CLIENTS}", f"--flwr-home={self.scratch}/home"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedmitr_flwr",
+            "simulate",
+            *words,
+            f"--clients={CLIENTS}",
+            f"--flwr-home={self.scratch}/home",
+        ]
         started = time.monotonic()
         done = subprocess.run(
             command,
             cwd=self.scratch,
-            env=os.environ | {"FEDMITR_SOAK": str(plan)},
+            env=os.environ | {"FEDMITR_SOAK": str(plan), "PYTHONPATH": str(self.app)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         (self.scratch / "last.log").write_text(done.stdout)
-        paths = set(re.findall(r"^flower_run: run folder: (.+)$", done.stdout, re.MULTILINE))
-        require("flower_run", len(paths) == 1, f"not one run folder\n{done.stdout[-3000:]}")
+        paths = set(re.findall(r"^fedmitr: run folder: (.+)$", done.stdout, re.MULTILINE))
+        require("simulate", len(paths) == 1, f"not one run folder\n{done.stdout[-3000:]}")
         return {"log": done.stdout, "folder": RunFolder.open(paths.pop()), "status": done.returncode, "start": started}
 
     def step(
@@ -189,9 +197,9 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fedmitr-soak-") as scratch:
-        script = app_that_fails(Path(scratch) / "fedmitr-flwr")
+        app = app_that_fails(Path(scratch) / "fedmitr-flwr")
         for seed in map(int, options.seeds.split(",")):
-            soak = Soak(script, Path(scratch), seed)
+            soak = Soak(app, Path(scratch), seed)
             for step in soak.run():
                 rows.append({"seed": seed, **step})
                 print(json.dumps(rows[-1]), flush=True)

@@ -31,7 +31,7 @@ from fedmitr_flwr.runs.folder import RunFolder
 SITES = ("hospital-a", "factory", "university", "observatory", "library", "museum")
 DIGITS = tuple("0123456789")
 
-_FOLDER = b"flower_run: run folder: "
+_FOLDER = b"fedmitr: run folder: "
 
 
 def main(argv: Sequence[str] | None = None) -> int:

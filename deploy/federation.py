@@ -18,9 +18,9 @@ from typing import Any, Self
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-from processes import MARK, command_of, free_ports, marked, quiet, stop, wait_until_up  # noqa: E402
+from fedmitr_flwr.flower.processes import MARK, command_of, free_ports, marked, quiet, stop, wait_until_up  # noqa: E402
 
 NAME = "federation"  # of the connection in Flower's config.toml
 START_SECONDS = 120.0
@@ -126,8 +126,8 @@ class Federation:
 
         It has a session of its own, as all that is started here: what is left of it ends with the federation.
         """
-        command = [sys.executable, ROOT / "scripts/flower_run.py", "--superlink", NAME, *words]
-        self._print(["python", "scripts/flower_run.py", *command[2:]])
+        command = [sys.executable, "-m", "fedmitr_flwr", "simulate", "--superlink", NAME, *words]
+        self._print(["fedmitr", *command[3:]])
         words = [str(word) for word in command]
         return subprocess.Popen(words, env=self.environment("operator"), start_new_session=True, **more)
 

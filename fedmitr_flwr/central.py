@@ -79,6 +79,7 @@ def _train(folder: RunFolder, initial: Weights, images: Images, device: torch.de
             student=found.accuracy,
             per_class=dict(zip(classes, found.per_class, strict=True)),
             confusion=found.confusion,
+            calibration=found.calibration,
             evaluated_on=report.on_server(config.data, len(test)),
         ),
         central=True,

@@ -2,26 +2,29 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from .common.compute import resolve_device, return_memory
+from .common.rng import stream
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
-from .ensemble.ensemble import Ensemble, combine_answers, teacher_weights
+from .ensemble.ensemble import combine_answers, teacher_weights
 from .inversion.scout import scouted_ensemble
 from .merging.average import average
-from .merging.closed_form import teachers_of
 from .methods.contract import Fused
 from .runs.evaluation import Evaluation, evaluate, graded, scores_of
 from .uploads.upload import Upload
 from .vit.build import vit_of
 
 log = logging.getLogger("fedmitr")
+
+
+GLIMPSE = 500  # images that a student is shown while it learns
 
 
 class Lines(TypedDict):
@@ -41,49 +44,69 @@ def compare(
 ) -> dict[str, Any]:
     """Accuracy on the server's test images: the result's, and the lines it is compared with."""
     images, classes = server_images(config)
-    compared = known or lines(uploads, config)  # before all teachers may have to be in memory
     ensemble: float | None = None
-    if fused.ensemble:
-        ensemble = _accuracy(evaluate_on(fused.ensemble, images, config, device), "the ensemble")
-    elif not known:
-        ensemble = _accuracy(ensemble_alone(uploads, images, config, device), "the ensemble")
+    if known is None:  # what each client answers is asked once, before all teachers may have to be in memory
+        answers_KMY = answers_of(uploads, images, config, device)
+        compared = _lines(answers_KMY, uploads, images, config, device)
+        weights_KY = fused.ensemble.weights.cpu() if fused.ensemble else weights_alone(uploads, config, device)
+        ensemble = _accuracy(together(answers_KMY, weights_KY, images, config), "the ensemble")
+    else:
+        compared = known
+        if fused.ensemble:
+            ensemble = _accuracy(evaluate_on(fused.ensemble, images, config, device), "the ensemble")
     return {
         "student": student.accuracy,
         "per_class": dict(zip(classes, student.per_class, strict=True)),
         "confusion": student.confusion,
+        "calibration": student.calibration,
         **compared,
         "ensemble": ensemble,
     }
 
 
-def ensemble_alone(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Evaluation:
-    """The ensemble that no method has asked; without weights that need images, one teacher at a time is in memory."""
-    if config.ensemble.weights == "estimated":
-        return evaluate_on(scouted_ensemble(uploads, config, device), images, config, device)
-    teachers, settings, classes = teachers_of(uploads, config), config.ensemble, config.model.num_classes
-    weights_KY = teacher_weights(teachers, classes, settings.weights)
+def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
+    """What each upload answers alone (K, M, Y), on the CPU; one network at a time is in memory."""
 
-    def answers(teacher: Upload) -> Tensor:
+    def answers(upload: Upload) -> Tensor:
         return_memory()
-        one = Ensemble.of([teacher], config.model, settings).to(device)
-        return scores_of(lambda batch: one.answers(batch)[0], images, config.model, device)
+        return scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
 
-    answers_KMY = torch.stack(list(map(answers, teachers)))
-    return graded(combine_answers(answers_KMY, weights_KY, settings.combine), images.labels, classes)
+    return torch.stack(list(map(answers, uploads)))
+
+
+def weights_alone(uploads: Sequence[Upload], config: Config, device: torch.device) -> Tensor:
+    """The teachers' weights (K, Y) in an ensemble that no method has asked."""
+    if config.ensemble.weights == "estimated":
+        return scouted_ensemble(uploads, config, device).weights.cpu()
+    return teacher_weights(uploads, config.model.num_classes, config.ensemble.weights)
+
+
+def together(answers_KMY: Tensor, weights_KY: Tensor, images: Images, config: Config) -> Evaluation:
+    """How good the ensemble of these answers is."""
+    scores_MY = combine_answers(answers_KMY, weights_KY, config.ensemble.combine)
+    return graded(scores_MY, images.labels, config.model.num_classes)
 
 
 def lines(uploads: Sequence[Upload], config: Config) -> Lines:
     """What the uploads are without any method: the accuracy in percent of their average and of each one alone."""
     images, _ = server_images(config)
     device = resolve_device(config.device)
+    return _lines(answers_of(uploads, images, config, device), uploads, images, config, device)
 
-    def accuracy(weights: Mapping[str, Tensor], what: str) -> float | None:
-        return_memory()
-        return _accuracy(evaluate_on(vit_of(config.model, weights), images, config, device), what)
 
+def _lines(
+    answers_KMY: Tensor, uploads: Sequence[Upload], images: Images, config: Config, device: torch.device
+) -> Lines:
+    alone = {
+        upload.client: _accuracy(
+            graded(answers, images.labels, config.model.num_classes), f"client {upload.client}'s model"
+        )
+        for upload, answers in zip(uploads, answers_KMY, strict=True)
+    }
+    fedavg = evaluate_on(vit_of(config.model, average(uploads)), images, config, device)
     return {
-        "fedavg": accuracy(average(uploads), "the clients' average"),
-        "local": by_client(config, uploads, lambda upload: accuracy(upload.weights, f"client {upload.client}'s model")),
+        "fedavg": _accuracy(fedavg, "the clients' average"),
+        "local": by_client(config, uploads, lambda upload: alone[upload.client]),
     }
 
 
@@ -93,6 +116,13 @@ def _accuracy(found: Evaluation, what: str) -> float | None:
         return found.accuracy
     log.warning("%s has a loss of %s on the test images; its accuracy is left out", what, found.loss)
     return None
+
+
+def glimpse(config: Config, device: torch.device) -> Callable[[torch.nn.Module], float]:
+    """What says a student's accuracy in percent while it learns, on `GLIMPSE` of the images; nothing goes by it."""
+    images = server_images(config)[0]
+    few = images.subset(torch.randperm(len(images), generator=stream(config.seed, "glimpse"))[:GLIMPSE])
+    return lambda student: evaluate_on(student, few, config, device).accuracy
 
 
 def evaluate_on(

@@ -30,7 +30,8 @@ from .data.images import Images
 from .data.own import Place
 from .data.partition import table
 from .data.shares import class_names, client_images, known_parts, parts_of, server_images
-from .judge import Lines, by_client, compare, evaluate_on
+from .ensemble.ensemble import Ensemble
+from .judge import Lines, by_client, compare, evaluate_on, glimpse
 from .methods.contract import DIVERGED, Fused, Job, Stopwatch
 from .publish.hub import save_model, write_result
 from .report.figures import save_images, save_partition
@@ -40,11 +41,12 @@ from .runs.evaluation import Evaluation
 from .runs.folder import RunFolder
 from .screening.screen import screen
 from .statistics.inputs import measure as measure_inputs
-from .statistics.moments import frozen_features, measure
+from .statistics.moments import frozen_features, measure, sent
 from .uploads import cache as kept
 from .uploads.gate import admit, require_finite, require_loss, require_model, shapes
 from .uploads.upload import Upload, size
 from .vit.build import Weights, build_vit, initial_weights
+from .vit.taps import network_of
 
 log = logging.getLogger("fedmitr")
 
@@ -76,7 +78,7 @@ def run(config: Config, name: str | None = None) -> RunFolder:
         log.info("%s", chosen)
     if config.flower.strategy != ONE_SHOT:
         raise ConfigError(
-            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: python scripts/flower_run.py; "
+            f"flower.strategy = {config.flower.strategy!r} runs in Flower only: fedmitr simulate; "
             f"or set method to one of: {', '.join(methods.available())}"
         )
     if without_effect := unread_line(config, methods.unread(config) | WITHOUT_FLOWER):
@@ -174,7 +176,8 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
     with threads(config.local.threads):
         if config.upload.statistics:  # first: of the weights that training changes
             features = frozen_features(vit, images, config.model, device)
-            statistics |= measure(features, images.labels, config.model.num_classes, variances=config.upload.variances)
+            classes, variances = config.model.num_classes, config.upload.variances
+            statistics |= sent(measure(features, images.labels, classes, variances=variances))
         if config.privacy.epsilon:  # the loss would tell of the images without noise
             epsilon = train_privately(vit, images, config, secret(), device, prox_mu)
         else:
@@ -206,10 +209,9 @@ def _train(config: Config, client: int, initial: Weights, images: Images, server
 def evaluate_client(config: Config, client: int, weights: Weights, place: Place | None = None) -> Evaluation:
     """The global model on the part that the client held out of training (evaluate.where = clients)."""
     held = client_images(config, client, place)[1]
-    vit = build_vit(config.model)
-    vit.load_state_dict(weights)  # a copy: some of Flower's strategies make float64 of them
+    own = {name: tensor.float() for name, tensor in weights.items()}  # some of Flower's strategies make float64 of them
     with threads(config.local.threads):
-        return evaluate_on(vit, held, config, resolve_device(config.device))
+        return evaluate_on(network_of(config.model, own), held, config, resolve_device(config.device))
 
 
 def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] | None = None) -> Outcome:
@@ -230,20 +232,23 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     forget_peak(device)
     started = time.perf_counter()
     with threads(config.threads):
-        screened = screen(uploads, config, device, folder.log_metrics)
+        with stopwatch.stage("screening"):
+            screened = screen(uploads, config, device, folder.log_metrics)
         if screened.changed:
             uploads, lines = screened.kept, None
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path)
+        on_server = config.evaluate.where == "server"
+        judge = glimpse(config, device) if on_server and lines is None else None
+        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge)
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
+        aside = stopwatch.seconds.get("evaluation", 0.0)
         cost = {
-            "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())),
+            "server_seconds": max(time.perf_counter() - started, sum(stopwatch.seconds.values())) - aside,
             "peak_memory": peak_memory(device),
         }
         fix = DIVERGED if "distillation" in stopwatch.seconds else "look at the uploads (screen.mode = 'warn')"
         if fused.weights is not None:
             require_model(fused.weights, config.model, fix)
-        on_server = config.evaluate.where == "server"
         scores: dict[str, Any] = {"student": None}
         with stopwatch.stage("evaluation"):
             if on_server:
@@ -358,6 +363,8 @@ def _report(
         pool.save(folder.pool_path)
         save_images(pool.images.cpu(), pool.alive.cpu(), pool.targets.cpu(), classes, config.model, folder.images_path)
         facts["synthetic_images"] = len(pool)
+    if fused.ensemble is not None:
+        facts["teacher_weights"] = _teacher_weights(fused.ensemble, uploads)
     if config.privacy.epsilon:
         facts["epsilon"] = by_client(config, uploads, lambda upload: upload.epsilon)
     if config.upload.sends_statistics:
@@ -375,6 +382,12 @@ def _report(
     )
     write_result(folder, result)
     return result
+
+
+def _teacher_weights(ensemble: Ensemble, uploads: Sequence[Upload]) -> dict[str, list[float]]:
+    """By client, the weight of its teacher for each class; `statistics` is the one that statistics make."""
+    names = [*(str(upload.client) for upload in uploads), "statistics"]
+    return {name: [round(w, 4) for w in row] for name, row in zip(names, ensemble.weights.tolist(), strict=False)}
 
 
 def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from .common.errors import ConfigError, DataError
 from .config import Config, ModelConfig
 from .config.recipe import settled
+from .config.sections import SMALL
 from .data.facts import Facts, facts
 from .data.layout import found_source
 from .vit.build import require_token_code
-from .vit.names import SMALL, architecture
+from .vit.names import architecture
 
 MOST_PATCHES = 8  # along a side of `small`, where its patch size is left to be found
 LEAST_PATCHES = 4  # with fewer, the images' own size is not taken

@@ -14,11 +14,11 @@ from fedmitr_flwr.common.process import begin, forward
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.sections import ONE_SHOT
 from fedmitr_flwr.config.text import located
+from fedmitr_flwr.flower.checks import prepared
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import accuracy_table
 
 from . import builtin
-from .checks import prepared
 from .clients import Clients, meet, with_number_of
 from .records import order
 from .strategy import OneShot
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         else:
             builtin.run(grid, config, context.run_id)
     except (ConfigError, DataError, ModelError) as error:
-        log.error("bad input: %s", printable(str(error)))  # by which scripts/flower_run.py knows it from a failure
+        log.error("bad input: %s", printable(str(error)))  # by which `fedmitr simulate` knows it from a failure
         raise
 
 

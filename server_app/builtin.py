@@ -14,10 +14,9 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.common.compute import forget_peak, peak_memory, resolve_device, threads
-from fedmitr_flwr.common.errors import ConfigError, RunError, UploadError
+from fedmitr_flwr.common.errors import RunError, UploadError
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.limits import nearest
-from fedmitr_flwr.config.sections import ONE_SHOT, OWN
+from fedmitr_flwr.config.sections import OWN
 from fedmitr_flwr.data.shares import class_names, server_images
 from fedmitr_flwr.judge import evaluate_on
 from fedmitr_flwr.methods.contract import Stopwatch
@@ -52,36 +51,6 @@ STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, float]]] = 
     "qfedavg": (flower.QFedAvg, {"client_learning_rate": 0.01}),
 }
 
-# What `flower.options` may set of a strategy, with the least and the most that it can be.
-_ADAPTIVE = {"eta": (0.0, math.inf), "tau": (0.0, math.inf)}
-OPTIONS: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "fedprox": {"proximal_mu": (0.0, math.inf)},
-    **dict.fromkeys(("fedadam", "fedyogi", "fedadagrad"), _ADAPTIVE),
-    "fedavgm": {"server_learning_rate": (0.0, math.inf), "server_momentum": (0.0, 0.999)},
-    "qfedavg": {"client_learning_rate": (1e-12, math.inf)},  # which it divides by
-}
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError for what Flower's strategies cannot do."""
-    name = config.flower.strategy
-    if name not in STRATEGIES:
-        known = (ONE_SHOT, *STRATEGIES)
-        raise ConfigError(f"flower.strategy = {name!r} is unknown; use {' | '.join(known)}{nearest(name, known)}")
-    _check_options(config)
-    if config.resume_from:
-        raise ConfigError(f"resume-from needs flower.strategy = 'oneshot'; {name} starts from the beginning")
-    if config.upload.sends_statistics:
-        raise ConfigError(
-            f"upload.extras = {config.upload.extras!r}: {name} averages all that is uploaded; leave out all but "
-            "counts, or use flower.strategy = 'oneshot'"
-        )
-    if config.upload.dtype != "float32":
-        raise ConfigError(
-            f"upload.dtype = {config.upload.dtype!r}: {name} would average in half precision; "
-            "use 'float32', or flower.strategy = 'oneshot'"
-        )
-
 
 def run(grid: Grid, config: Config, run_id: int) -> None:
     """Run `config.flower.rounds` rounds of one of Flower's strategies."""
@@ -104,17 +73,6 @@ def run(grid: Grid, config: Config, run_id: int) -> None:
         )
         table = session.finish(result)
     log.info("\n%s\n\nrun folder: %s", table, folder.path)
-
-
-def _check_options(config: Config) -> None:
-    name, known = config.flower.strategy, OPTIONS.get(config.flower.strategy, {})
-    for option, value in config.flower.strategy_options().items():
-        if option not in known:
-            takes = f"it has {' and '.join(known)}{nearest(option, known)}" if known else "it has none; leave it empty"
-            raise ConfigError(f"flower.options: {option} is no option of flower.strategy = {name!r}; {takes}")
-        least, most = known[option]
-        if not least <= value <= most:
-            raise ConfigError(f"flower.options: {option} = {value:g} is not possible; use {least:g} to {most:g}")
 
 
 def _strategy(config: Config) -> Strategy:
@@ -270,6 +228,7 @@ class _Session:
                 "student": self.last.accuracy,
                 "per_class": dict(zip(classes, self.last.per_class, strict=True)),
                 "confusion": self.last.confusion,
+                "calibration": self.last.calibration,
                 "evaluated_on": report.on_server(self.config.data, len(images)),
             }
         rounds = flower_result.evaluate_metrics_clientapp

@@ -14,7 +14,7 @@ from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.uploads.gate import admit, shapes
-from fedmitr_flwr.uploads.upload import Upload
+from fedmitr_flwr.uploads.upload import Upload, extras_like
 
 from .records import keep, read_upload, room
 
@@ -59,7 +59,8 @@ def take(reply: Message, client: int, node: int, folder: RunFolder) -> None:
 def _refuse(reply: Message, client: int, error: UserError, folder: RunFolder) -> None:
     """Keep what was sent, if that works at once: a refused reply is not worth waiting for."""
     try:
-        like = shapes(folder.config.model)
+        start = shapes(folder.config.model)
+        like = start | extras_like(start, folder.config.upload)
         kept = keep(reply.content, room(like), MOST * len(like))
         reason = f"{error}; {kept.left_out}" if kept.left_out else str(error)
         path = folder.refuse_upload(f"client {client}", kept.tensors, reason, kept.said)

@@ -19,7 +19,7 @@ from fedmitr_flwr.config.text import toml_value
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.uploads.foreign import raw, read_npy
 from fedmitr_flwr.uploads.gate import shapes
-from fedmitr_flwr.uploads.upload import Upload, size
+from fedmitr_flwr.uploads.upload import Upload, extras_like, size
 from fedmitr_flwr.vit.build import Weights
 
 UPLOAD: Mapping[str, type] = {"arrays": ArrayRecord, "metrics": MetricRecord}  # what an upload consists of
@@ -68,7 +68,8 @@ def read_upload(reply: Message, client: int, config: Config) -> Upload:
     Raises:
         UploadError: the reply is no upload, or names another client.
     """
-    asked, limit = config.upload, room(shapes(config.model))
+    asked, start = config.upload, shapes(config.model)
+    extras = extras_like(start, asked)
     _require_records(reply, client, {**UPLOAD, "statistics": ArrayRecord} if asked.sends_statistics else UPLOAD)
     records = reply.content.array_records
     numbers = reply.content.metric_records["metrics"]
@@ -77,14 +78,14 @@ def read_upload(reply: Message, client: int, config: Config) -> Upload:
         raise UploadError(f"client {client}: its upload says that it is client {named}'s; give every node its own id")
     return Upload(
         client=client,
-        weights=_read_arrays(records["arrays"], client, limit),
+        weights=_read_arrays(records["arrays"], client, room(start)),
         num_examples=_get(numbers, "num-examples", int, client),
         train_loss=_get(numbers, "train_loss", float, client),
         fingerprint=f"{_get(numbers, 'fingerprint', int, client):012x}",
         class_counts=_whole_numbers(numbers, "class-counts", client) if asked.counts else None,
         seconds=_get(numbers, "seconds", float, client),
         epsilon=_get(numbers, "epsilon", float, client) if "epsilon" in numbers else None,
-        statistics=_read_arrays(records["statistics"], client, limit) if asked.sends_statistics else None,
+        statistics=_read_arrays(records["statistics"], client, room(extras)) if asked.sends_statistics else None,
     )
 
 

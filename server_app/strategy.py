@@ -14,9 +14,8 @@ from fedmitr_flwr.common.errors import RunError, UploadError
 from fedmitr_flwr.config.limits import needed
 from fedmitr_flwr.runs.evaluation import Evaluation
 from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.statistics import inputs
 from fedmitr_flwr.uploads.gate import shapes
-from fedmitr_flwr.uploads.upload import size
+from fedmitr_flwr.uploads.upload import extras_like, size
 
 from .grid import ObservedGrid
 from .intake import take
@@ -64,8 +63,7 @@ class OneShot(Strategy):
         self.collecting, self.sent = True, arrays
         missing = self.folder.missing()
         asked = [client for client in missing if client in self.nodes]
-        extras = inputs.like(self.shapes) if self.config.upload.moments else {}
-        self.folder.require_room(len(asked), size(self.shapes) + size(extras))
+        self.folder.require_room(len(asked), size(self.shapes | extras_like(self.shapes, self.config.upload)))
         log.info("asking %d of %d clients: %s", len(asked), self.config.partition.clients, asked or "all have uploaded")
         config["server-round"] = server_round
         return self._messages(asked, MessageType.TRAIN, arrays, config)

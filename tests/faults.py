@@ -50,7 +50,7 @@ class Row:
 def messages(log: str, out: Path) -> list[str]:
     """The warnings and errors in what the user sees, without colours, ids and this machine's paths."""
     wanted = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines()]
-    wanted = [line for line in wanted if re.match(r"WARNING|ERROR|flower_run: (error|the log)", line)]
+    wanted = [line for line in wanted if re.match(r"WARNING|ERROR|fedmitr: (error|the log)", line)]
     plain = [re.sub(r"^(WARNING|ERROR) *: *", "", line).replace(str(out), "OUT") for line in wanted]
     return list(dict.fromkeys(re.sub(r"\d{6,}", "N", re.sub(r"OUT/\w+-\d+|OUT/run", "RUN", line)) for line in plain))
 
@@ -60,7 +60,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 class Run:
-    """`flower_run` as a process, and its output."""
+    """`fedmitr simulate` as a process, and its output."""
 
     def __init__(self, stage: "Stage", settings: dict[str, Any]) -> None:
         self.path = stage.folder / f"run-{len(list(stage.folder.glob('run-*')))}.log"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.bench import spec
 from fedmitr_flwr.bench.grid import cells, tune_cells
 from fedmitr_flwr.bench.spec import Bench, read
 from fedmitr_flwr.common.errors import ConfigError
 from fedmitr_flwr.config.text import PATHS, PLACES
+from fedmitr_flwr.flower.strategies import STRATEGIES
 from fedmitr_flwr.report.words import measure
 
 ROOT = Path(__file__).parents[1]
@@ -255,9 +255,9 @@ def test_uploads_of_its_own_are_a_method_s_that_says_so(tmp_path: Path) -> None:
 
 
 def test_the_names_of_flower_s_strategies_are_those_of_the_app() -> None:
-    from server_app.builtin import STRATEGIES
+    from server_app import builtin
 
-    assert set(spec.STRATEGIES) == set(STRATEGIES)
+    assert set(STRATEGIES) == set(builtin.STRATEGIES)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "bench").glob("*.toml")), ids=lambda path: path.stem)

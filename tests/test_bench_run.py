@@ -343,17 +343,14 @@ def test_results_of_an_older_version_are_known_by_today_s_names(tmp_path: Path) 
 
 
 def test_the_reason_of_flower_s_failure_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "flower_run.py"
-    script.write_text("import sys; print('flower_run: error: too few nodes', file=sys.stderr); sys.exit(1)")
-    monkeypatch.setattr(real_flower, "SCRIPT", script)
+    script = tmp_path / "simulate.py"
+    script.write_text("import sys; print('fedmitr: error: too few nodes', file=sys.stderr); sys.exit(1)")
+    monkeypatch.setattr(real_flower, "COMMAND", (sys.executable, str(script)))
     (cell, _) = cells(read(a_bench(tmp_path, FLOWER)))
     with pytest.raises(RunError, match=r"^Flower: too few nodes \(its log, until the next try: .*flower\.log\)$"):
         real_flower.runner()(cell.config, tmp_path)
-    script.write_text("import sys; print('flower_run: run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
+    script.write_text("import sys; print('fedmitr: run folder: /there/' + sys.argv[-3] + sys.argv[-1])")
     assert real_flower.runner(0.5)(cell.config, tmp_path) == Path("/there/30.5")
-    script.unlink()
-    with pytest.raises(RunError, match="need a checkout"):
-        real_flower.runner()(cell.config, tmp_path)
 
 
 def start(bench: Path, out: Path) -> "subprocess.Popen[str]":

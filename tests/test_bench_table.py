@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from matplotlib.figure import Figure
 
 from fedmitr_flwr.bench import figures
 from fedmitr_flwr.bench.command import bench
-from fedmitr_flwr.bench.figures import OURS, draw, points, recall, scatter, skew, styles
+from fedmitr_flwr.bench.figures import OURS, dots, draw, recall
 from fedmitr_flwr.bench.markup import spread as as_text
+from fedmitr_flwr.bench.markup import tabular
 from fedmitr_flwr.bench.results import load, save
 from fedmitr_flwr.bench.rows import Row, p_value, reference_of, rows
-from fedmitr_flwr.bench.spec import STRATEGIES
 from fedmitr_flwr.bench.stats import Spread, holm, paired_p
-from fedmitr_flwr.bench.table import as_csv, markdown
+from fedmitr_flwr.bench.table import as_csv, latex, markdown
 from fedmitr_flwr.common.errors import ConfigError, RunError
+from fedmitr_flwr.flower.strategies import STRATEGIES
 
 # Differences from fedmitr: 2, 4, 7 (lda), and -20, -20.5, -19.5 (fedavg)
 FEDMITR, LDA, FEDAVG = (48.0, 50.0, 57.0), (50.0, 54.0, 64.0), (28.0, 29.5, 37.5)
@@ -189,69 +191,60 @@ TWO = [an_entry("fedmitr", 50.0), an_entry("fedavg", 30.0)]  # at one place
 
 def drawn(name: str, found: list[Row], title: str = "digits") -> tuple[Figure, RendererBase]:
     """A figure, laid out."""
-    looks = styles(found, "fedmitr")
-    if name in ("bytes", "seconds"):
-        costs = {"bytes": ("bytes_up", 1e6, "MB"), "seconds": ("server_seconds", 1.0, "s")}
-        figure = scatter(found, looks, *costs[name], title)
-    else:
-        figure = skew(found, looks, title) if name == "skew" else recall(found, found[0].place)
+    figure = recall(found, found[0].place) if name == "recall" else dots(found, "fedmitr", title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return figure, canvas.get_renderer()  # type: ignore[no-untyped-call]
 
 
-def test_points_by_hand_and_those_of_equal_cost_at_equal_places(many: list[Row]) -> None:
+def marked(axis: Any) -> dict[tuple[float, float], tuple[str, str]]:
+    """Of each point where it is, its colour and what it is filled with."""
+    lines = [line for line in axis.get_lines() if line.get_marker() == "o"]
+    looks = [(to_hex(line.get_color()), to_hex(line.get_markerfacecolor())) for line in lines]
+    return {(line.get_xdata()[0], line.get_ydata()[0]): look for line, look in zip(lines, looks, strict=True)}
+
+
+def test_points_by_hand_each_on_the_line_of_its_method() -> None:
     entries = [an_entry("fedmitr", 50.0, 0), an_entry("fedmitr", 54.0, 1), an_entry("fedavg", 40.0)]
     entries += [an_entry("flower:krum", 30.0, rounds=5), an_entry("flower:krum", 20.0, rounds=1)]
-    assert points(rows(results(entries)), lambda row: row.cost("bytes_up")) == {  # not of clients alone: no bytes
-        "fedmitr": [(2e6, 52.0, pytest.approx(math.sqrt(8), abs=1e-9))],  # (2² + 2²) / 1
-        "fedavg": [(2e6, 40.0, 0.0)],
-        "flower:krum": [(2e6, 20.0, 0.0), (1e7, 30.0, 0.0)],
-    }
-    figure, _ = drawn("bytes", [row for row in many if row.cost("bytes_up") == 2e6])
-    drawn_at = [line.get_xdata()[0] for line in figure.axes[0].get_lines() if line.get_marker() not in ("None", "")]
-    assert len(drawn_at) > 10
-    assert set(drawn_at) == {2.0}
+    figure, _ = drawn("dots", rows(results(entries)))
+    accuracy, up, _ = figure.axes
+    names = ["fedmitr", "fedavg", "flower:krum, 5 rounds", "flower:krum, 1 round"]
+    assert [text.get_text() for text in accuracy.get_yticklabels()][:4] == names
+    assert list(marked(accuracy))[:4] == [(52.0, 0), (40.0, 1), (30.0, 2), (20.0, 3)]
+    (bar,) = accuracy.collections[0].get_segments()
+    assert bar[:, 0] == pytest.approx([52 - math.sqrt(8), 52 + math.sqrt(8)])  # (2² + 2²) / 1
+    assert list(marked(up)) == [(2.0, 0), (2.0, 1), (10.0, 2), (2.0, 3)]  # in MB; clients alone have none
 
 
-def test_every_method_looks_different(many: list[Row]) -> None:
-    looks = styles(many, "fedmitr")
-    assert len(set(looks.values())) == len(looks) == len(ONE_SHOT) + len(VARIANTS) + len(STRATEGIES) + 2
-    assert {label for label, style in looks.items() if style.colour == OURS} == {"fedmitr", *VARIANTS}
-    assert {label for label, style in looks.items() if style.hollow} == set(VARIANTS)
+def test_what_is_ours_stands_out_and_places_are_in_order_of_their_skew(many: list[Row]) -> None:
+    figure, _ = drawn("dots", many)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:4] == ["2 classes", "Dirichlet 0.1", "Dirichlet 0.5", "IID"]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    looks = {names[int(y)]: look for (_, y), look in marked(figure.axes[0]).items()}
+    ours = OURS.lower()
+    assert {name for name, (colour, _) in looks.items() if colour == ours} == {"fedmitr", *VARIANTS}
+    assert {name for name, (_, filled) in looks.items() if filled == "#ffffff"} == set(VARIANTS)
+    assert looks["fedmitr"] == (ours, ours)
+    assert len(names) == len(looks) == len(ONE_SHOT) + len(VARIANTS) + 2 * len(STRATEGIES) + 2
 
 
-@pytest.mark.parametrize("name", ["bytes", "seconds", "skew"])
-def test_nothing_is_on_top_of_anything(many: list[Row], name: str) -> None:
-    figure, renderer = drawn(name, many)
-    legend = figure.legends[0].get_window_extent(renderer)
-    axes = [axis.get_tightbbox(renderer) for axis in figure.axes]
+def test_nothing_is_on_top_of_anything(many: list[Row]) -> None:
+    figure, renderer = drawn("dots", many)
+    axes = [axis.get_tightbbox(renderer).padded(-0.5) for axis in figure.axes]
     for number, axis in enumerate(axes):
-        assert not any(axis.overlaps(other) for other in (legend, *axes[:number]))
-    assert 0 <= legend.x0 <= legend.x1 <= figure.bbox.width
-    assert legend.y0 >= -1  # of a pixel
+        assert not any(axis.overlaps(other) for other in axes[:number])
+        assert 0 <= axis.x0 <= axis.x1 <= figure.bbox.width
+    labels = [text.get_window_extent(renderer) for text in figure.axes[0].get_yticklabels()]
+    assert all(not one.overlaps(other) for one, other in pairwise(labels))
 
 
-@pytest.mark.parametrize("name", ["bytes", "seconds", "recall"])
+@pytest.mark.parametrize("name", ["dots", "recall"])
 def test_a_small_picture_holds_its_title(name: str) -> None:
     figure, renderer = drawn(name, rows(results(TWO)), "a data set with a long name, 10 clients")
     box = figure._suptitle.get_window_extent(renderer)  # type: ignore[attr-defined]
     assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
-
-
-def test_skew_is_in_order_and_has_the_rounds_with_most(many: list[Row]) -> None:
-    figure, _ = drawn("skew", many)
-    (axis,) = figure.axes
-    wanted = ["2 classes", "Dirichlet 0.1", "Dirichlet 0.5", "IID"]
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == wanted
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "flower:krum, 10 rounds" in names
-    assert "fedmitr-dense" not in names
-    ours = [line for line in axis.get_lines() if to_hex(line.get_color()).upper() == OURS and line.get_marker() == "*"]
-    heights = sorted(tuple(line.get_ydata()) for line in ours)
-    assert heights == [(24.5, 39.5), (54.5,), (69.5,)]  # fedmitr is number 4: 20 + 15 place + 4, mean of + 0 and + 1
-    two = rows(results(TWO))
-    assert skew(two, styles(two, "fedmitr"), "digits") is None  # of one place
 
 
 def test_the_heat_map_is_the_recall_a_mean_over_seeds_that_have_the_class() -> None:
@@ -269,6 +262,32 @@ def test_all_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(figures, "save", lambda _, path: saved.append(path.name))
     made = [an_entry(label, 50.0, 0, partition) for label in ("fedmitr", "lda") for partition in ("2 classes", "IID")]
     (tmp_path / "digits-K4-recall-dirichlet-0.1.png").write_bytes(b"of an earlier grid")
-    assert draw(results(made), tmp_path) == 5
+    assert draw(results(made), tmp_path) == 3
     assert not list(tmp_path.iterdir())
-    assert saved == [f"digits-K4-{name}.png" for name in ("bytes", "seconds", "skew", "recall-2-classes", "recall-iid")]
+    names = ("accuracy", "recall-2-classes", "recall-iid")
+    assert saved == [f"digits-K4-{name}.{kind}" for name in names for kind in ("png", "pdf")]
+
+
+def test_a_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
+    for name in ("a.pdf", "b.pdf", "a.png"):
+        figures.save(drawn("recall", rows(results(TWO)))[0], tmp_path / name)
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_for_latex() -> None:
+    text = latex(results(three_methods(data="my_data & more")))
+    for line in (
+        r"\begin{tabular}{lr}",
+        r"Method & Dirichlet 0.1 \\",
+        r"\texttt{lda} & \textbf{56.0 $\pm$ 7.2 (3)} \\",
+        r"\texttt{fedavg} & 31.7 $\pm$ 5.1 (3) $\blacktriangledown$ \\",
+        r"\textit{One-shot} &  \\",
+    ):
+        assert line in text
+    assert tabular(["| a_b | 5 % |", "| --- | --- |", "| `c\\d` | - |"])[2:5] == [
+        r"a\_b & 5 \% \\",
+        r"\midrule",
+        r"\texttt{c\textbackslash{}d} & - \\",
+    ]

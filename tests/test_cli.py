@@ -1,24 +1,31 @@
 """The command line: words to settings, one line and status 2 for bad input, the table and the folder at the end."""
 
 import io
+import json
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
+import jsonschema
 import pytest
 from tiny import ROOT
 
 from fedmitr_flwr import cli, methods, pipeline
 from fedmitr_flwr.cli import main
-from fedmitr_flwr.common.errors import DataError
+from fedmitr_flwr.common.errors import DataError, Failed, UserError
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.config.completion import settings
+from fedmitr_flwr.config.presets import named_file, presets
+from fedmitr_flwr.config.schema import limits
+from fedmitr_flwr.flower.simulate import Options
 from fedmitr_flwr.runs.folder import RunFolder
 from fedmitr_flwr.runs.result import build
 
@@ -116,22 +123,29 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
         ("run a.toml", "'a.toml' is not of the form key=value; for a file of settings write: -c a.toml"),
         ("run local.lr = 3", "'local.lr' is not of the form key=value; write it without spaces"),
         ("run -c a.toml -c b.toml", "-c is given twice; put the settings into one file"),
-        ("run --nme x", "unknown argument '--nme'; see fedmitr --help"),
-        ("run --nam x", "unknown argument '--nam'; see fedmitr --help"),
+        ("run --nam x", "unknown argument '--nam'; did you mean --name?"),
+        ("run --zzz x", "unknown argument '--zzz'; see fedmitr --help"),
         ("fuse nowhere --method fedavg", "nowhere is not a run folder (no config.toml)"),
         ("fuse", "the following arguments are required: RUN, --method"),
         ("central nowhere", "nowhere is not a run folder (no config.toml)"),
         ("central nowhere local.lr=1", "unknown argument 'local.lr=1'"),
         ("methods fedavg", "unknown argument 'fedavg'"),
-        ("bench", "give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both"),
+        ("bench", "give a bench file, such as smoke, or --table and a folder; not both"),
         ("bench nowhere.toml", "there is no bench file nowhere.toml; give the path of one"),
         ("bench --table nowhere", "nowhere; give the path of one"),
         ("report nowhere", "nowhere; name one that `fedmitr run` or Flower printed"),
         ("predict nowhere", "the following arguments are required: IMAGE"),
         ("predict nowhere image.png", "nowhere is not a run folder (no config.toml)"),
         ("diagnose nowhere", "nowhere is not a run folder (no config.toml)"),
-        ("", "are required: COMMAND; see fedmitr --help"),
-        ("train", "argument COMMAND: invalid choice: 'train'"),
+        ("train", "there is no command 'train'; see fedmitr --help"),
+        ("reprot here", "there is no command 'reprot'; did you mean report?"),
+        ("help reprot", "there is no command 'reprot'; did you mean report?"),
+        ("run -c digitz", "digits, fashion_mnist; did you mean digits?"),
+        ("run -c smoke", "smoke goes with `fedmitr bench`"),
+        ("bench smok", "seeds, smoke; did you mean smoke?"),
+        ("list nowhere", "nowhere; `fedmitr run` makes one, or give the folder of others"),
+        ("simulate --clients 4 partition.clients=3", "--clients 4 and partition.clients=3; give one of them"),
+        ("demo -c digits", "unknown argument '-c'; see fedmitr --help"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -196,7 +210,102 @@ def test_help_does_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from fedmitr_flwr.cli import main"
     done = python("-c", f"{code}; main(['--help'])")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"flwr run \.(.|\n)*fedmitr fuse", done.stdout)
+    assert re.search(r"in Flower(.|\n)*fedmitr fuse", done.stdout)
+
+
+def test_presets_go_by_name_and_files_before_them(
+    calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10_deit").mkdir()  # a folder is no file of settings
+    (tmp_path / "deployment").write_text("seed = 9")
+    wanted = [Config.from_file(ROOT / "configs" / "digits.toml"), Config.from_flat({"seed": 9})]
+    for name in ("digits", "deployment"):
+        assert main(["run", "-c", name, "--name", f"by-{name}"]) == 0
+    assert [call[1] for call in calls] == wanted
+    assert named_file(Path("cifar10_deit")) == ROOT / "configs" / "cifar10_deit.toml"
+
+
+def test_help_is_there_without_being_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, first in (([], "fedmitr "), (["help"], "fedmitr "), (["help", "run"], "fedmitr run ")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert (ended.value.code, capsys.readouterr().out.startswith(f"usage: {first}[-h]")) == (0, True)
+
+
+def test_runs_are_listed_newest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.from_flat({"out-dir": str(tmp_path), "partition.clients": 3, "data.source": "digits"})
+    for age, name in enumerate(("done", "begun", "other")):
+        folder = RunFolder.create(config, name)
+        if name == "done":
+            result = build(config=config, device="cpu", bytes_up=[], seconds={}, student=61.0, fedavg=5.256)
+            folder.write_result(result)
+        if name == "other":
+            (folder.path / "config.toml").write_text("seed")
+        os.utime(folder.path / "config.toml", (age, age))
+    assert main(["list", str(tmp_path)]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["run", "method", "data", "clients", "student", "FedAvg", "ensemble", "state"],
+        ["other", "cannot", "be", "read"],
+        ["begun", "fedmitr", "digits", "3", "0", "uploads,", "not", "finished"],
+        ["done", "fedmitr", "digits", "3", "61.00", "5.26", "-", "finished"],
+    ]
+
+
+def test_simulate_passes_settings_and_options_and_ends_as_flower_did(capsys: pytest.CaptureFixture[str]) -> None:
+    with patch("fedmitr_flwr.flower.simulate.simulate") as simulated:
+        assert main(["demo", "--clients", "3", "seed=2", "--offline"]) == 0
+        (config, options) = simulated.call_args.args
+        preset = Config.from_file(ROOT / "configs" / "digits.toml")
+        assert config == Config.from_flat({"seed": 2, "partition.clients": 3}, preset)
+        assert options == Options(offline=True)
+        told = {Failed("no\nway"): (1, "error: no way"), Failed("bad", 2): (2, "error: bad")}
+        told |= {KeyboardInterrupt("start it again"): (130, "interrupted; start it again")}
+        for error, (status, line) in told.items():
+            simulated.side_effect = error
+            assert (main(["simulate"]), capsys.readouterr().err) == (status, f"fedmitr: {line}\n")
+
+
+def test_the_schema_says_what_the_checks_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--schema"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    jsonschema.Draft7Validator.check_schema(said)
+    valid = jsonschema.Draft7Validator(said).is_valid
+    for path in presets("configs").values():
+        assert valid(tomllib.loads(path.read_text(encoding="utf-8"))), path
+    assert not valid({"local": {"epochz": 1}})
+    tried = 0
+    for key, limit in limits().items():
+        section, _, name = key.rpartition(".")
+        wrong = [limit[end] + step for end, step in (("minimum", -1), ("maximum", 1)) if end in limit]
+        wrong += [limit["exclusiveMinimum"]] if "exclusiveMinimum" in limit else []
+        for value in wrong or ["nonsense"]:
+            assert not valid({section: {name: value}} if section else {name: value}), key
+            with pytest.raises(UserError):
+                methods.check(Config.from_flat({key: value}))
+            tried += 1
+    assert tried > 50
+
+
+def test_keys_values_presets_and_commands_are_completed(tmp_path: Path) -> None:
+    def completed(line: str) -> set[str]:
+        asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "|"}
+        asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "_ARGCOMPLETE_SHELL": "fish"}
+        (tmp_path / "out").touch()
+        done = subprocess.run(
+            [sys.executable, "-m", "fedmitr_flwr"], cwd=ROOT, env=os.environ | asked, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return {word.strip() for word in (tmp_path / "out").read_text().split("|")}  # some versions end words
+
+    assert completed("fedmitr re") == {"report"}
+    assert completed("fedmitr run distill.e") == {"distill.epochs-per-round="}
+    assert {"digits", "fashion_mnist"} <= completed("fedmitr run -c ")
+    assert completed("fedmitr fuse x --method fedm") == {"fedmedian", "fedmitr"}
+    assert settings("inversion.mode=") == [f"inversion.mode={mode}" for mode in ("dense", "sparse", "pri4")]
+    assert settings("local.augment=t") == ["local.augment=true"]
+    assert settings("model.weights=t") == ["model.weights=timm"]
+    assert settings("local.lr=") == settings("nothing=") == []
 
 
 def test_a_bench_gets_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RETIRED, upgraded
 from fedmitr_flwr.config.text import flatten, keys_like, located, parse_assignment, read_flat, read_settings
 from fedmitr_flwr.config.unread import unread_line
-from server_app import builtin
+from fedmitr_flwr.flower.strategies import check as check_strategy
 
 DEFAULTS = Config().to_flat()
 
@@ -100,6 +100,9 @@ def test_a_key_is_found_by_its_last_part_and_by_what_others_call_it() -> None:
         ("lokal.lr", 0.1): "local.lr",
         ("sede", 3): "seed",
         ("local.head", 0.1): "local.head-lr",
+        ("epochs", 3): "local.epochs distill.epochs-per-round",
+        ("distil.epochs", 3): "distill.epochs-per-round",
+        ("batch", 3): "local.batch-size inversion.batch-size",
         ("zzz", 3): "",
     }
     assert {(key, value): " ".join(keys_like(key, DEFAULTS, value)) for key, value in likely} == likely
@@ -236,7 +239,7 @@ def test_old_settings_are_taken_as_today_s() -> None:
         found = upgraded(old | {"flower.strategy": strategy})
         assert found == {"flower.strategy": strategy, "flower.options": options}
         if options:
-            builtin.check(Config.from_flat(found))
+            check_strategy(Config.from_flat(found))
     for rate, wanted in ((0.0, 0.01), (0.1, 0.1)):  # 0 was: as the rest
         rates: dict[str, object] = {"local.lr": 0.01, "local.head-lr": rate}
         assert upgraded(rates) == rates | {"local.head-lr": wanted}

@@ -27,7 +27,7 @@ from fedmitr_flwr.runs.folder import RunFolder
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A finished run, whose fusion `begun` was killed when it had distilled, so that its checkpoints are there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmitr_flwr.report.page.as_svg", lambda _: "")  # drawn, and not written out
+        patch.setattr("fedmitr_flwr.report.charts.as_svg", lambda *_: "")  # drawn, and not written out
         small = {"model.width": 16, "model.depth": 1, "inversion.steps": 4, "method": "fedmitr"}
         run = pipeline.run(settings(**small | {"out-dir": str(tmp_path_factory.mktemp("whole"))}), "run")
         with pytest.MonkeyPatch.context() as kill:

@@ -93,22 +93,6 @@ def test_it_decides_by_one_rule_and_teaches_by_another(combine: str, teach: str)
     torch.testing.assert_close(ensemble.scores(patches, all_positions(patches)).cls, taught)
 
 
-@torch.no_grad()
-def test_a_silent_teacher_is_not_asked_for_what_its_patches_say() -> None:
-    config = settings(**{"ensemble.combine": "probs"})
-    uploads = [an_upload(config, client, size) for client, size in enumerate((10, 30, 40))]
-    patches = patchify(some_images(config, 4), 2)
-    silenced, everybody, two = (
-        Ensemble.of(uploads[:count], config.model, config.ensemble, "probs", silent)
-        for count, silent in ((3, 1), (3, 0), (2, 0))
-    )
-    torch.testing.assert_close(silenced.token_weights[:, 0], torch.tensor([0.25, 0.75, 0]))
-    given, of_all, of_two = (each.scores(patches, all_positions(patches)) for each in (silenced, everybody, two))
-    torch.testing.assert_close(given.patches, of_two.patches)
-    torch.testing.assert_close(given.cls, of_all.cls)
-    assert not torch.allclose(given.patches, of_all.patches)
-
-
 def test_teacher_weights_by_hand() -> None:
     """With counts, class 1 belongs to the second client alone, and nobody has class 2: there the sizes count."""
     uploads = [an_upload(settings(), 0, 2, (2, 0, 0)), an_upload(settings(), 1, 30, (6, 24, 0))]
@@ -159,7 +143,8 @@ def many(combine: str = "probs", chunk: int = 16, teachers: int = 3) -> Ensemble
     config = settings(**{"ensemble.combine": combine})
     uploads = [an_upload(config, client, 10 + 5 * client) for client in range(teachers)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers_module, "CHUNK", chunk)
+        network = sum(tensor.nbytes for tensor in uploads[0].weights.values())
+        patch.setattr(teachers_module, "ROOM", chunk * network)
         return Ensemble.of(uploads, config.model, config.ensemble, combine)
 
 
@@ -200,10 +185,32 @@ def test_teachers_streamed_from_their_uploads_are_the_ensemble(
     assert len(ensemble.teachers.residents) == chunk  # networks in memory
     assert bool(ensemble.teachers.streamed) == (chunk < 3)
     torch.testing.assert_close(answers(ensemble), in_turn, rtol=1e-4, atol=1e-6)
+    for name in ("FEW", "GRAPHS"):  # all are in memory, but no room for more than one graph
+        monkeypatch.setattr(teachers_module, name, 1)
+    torch.testing.assert_close(answers(many(combine)), in_turn, rtol=1e-4, atol=1e-6)
+    monkeypatch.undo()
     monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble._stacks", lambda _: True)
     stacked = many(combine)
     assert not stacked.by_many
     torch.testing.assert_close(answers(stacked), in_turn, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_gradient_keeps_is_counted_as_torch_does() -> None:
+    """Of so small a model to within 40 %: `keep_graphs` does not count what is as large as its 6 patches."""
+    patches, ids = some_patches()
+    leaf, ensemble, seen = patches.requires_grad_(), many(chunk=17, teachers=17), dict[int, int]()
+
+    def count(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf or tensor is leaf:
+            seen[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        forward_tokens(ensemble.teachers[0], leaf, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        for share, wanted in ((0.6, False), (1.7, True)):
+            patch.setattr(teachers_module, "GRAPHS", share * 17 * sum(seen.values()))
+            assert ensemble.teachers.keep_graphs(patches) == wanted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,4 @@
-"""Whole runs by `flwr run` on Ray, through scripts/flower_run.py: the straight line's bits, an honest exit status."""
+"""Whole runs by `flwr run` on Ray, through `fedmitr simulate`: the straight line's bits, an honest exit status."""
 
 import io
 import os
@@ -17,11 +17,12 @@ import pytest
 from local_grid import TINY
 from tiny import ROOT, contents
 
-import scripts.flower_run as flower_run
 from fedmitr_flwr import pipeline
+from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.flower import simulate
+from fedmitr_flwr.flower.processes import command_of, marked, of_sessions, session_of
 from fedmitr_flwr.runs.folder import RunFolder
-from scripts.processes import command_of, marked, of_sessions, session_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ PATIENCE = 900.0  # seconds for one step on a machine that is busy with other th
 
 
 class Run:
-    """The wrapper as a process of its own, its log, and the processes that it caused."""
+    """`fedmitr simulate` as a process of its own, its log, and the processes that it caused."""
 
     def __init__(self, out: Path, home: Path, clients: int, settings: Mapping[str, Any]) -> None:
         self.out, self.mark, self.lines = out, uuid.uuid4().hex, list[str]()
@@ -38,9 +39,9 @@ class Run:
         flat = {**TINY, "out-dir": out, "flower.node-wait": 120.0, **settings}
         words = [f"--clients={clients}", f"--flwr-home={home}", *(f"{key}={value}" for key, value in flat.items())]
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts/flower_run.py", *words],
+            [sys.executable, "-m", "fedmitr_flwr", "simulate", *words],
             cwd=out.parent,
-            env=os.environ | {MARK: self.mark},
+            env=os.environ | {MARK: self.mark, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -117,12 +118,18 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def test_bad_input_that_the_server_app_finds_is_told_from_a_failure() -> None:
-    seen = flower_run.Seen()
+    seen = simulate.Seen()
     lines = [b"Successfully started run 42\n", b"INFO : run folder: /runs/a b\n", b"ERROR : bad input: lr = 'x'\n"]
-    flower_run._show(io.BytesIO(b"".join(lines[:2])), seen)
-    assert seen == flower_run.Seen("42", "/runs/a b", False)
-    flower_run._show(io.BytesIO(lines[2]), seen)
+    simulate._show(io.BytesIO(b"".join(lines[:2])), seen)
+    assert seen == simulate.Seen("42", "/runs/a b", False)
+    simulate._show(io.BytesIO(lines[2]), seen)
     assert seen.bad_input
+
+
+def test_escapes_are_for_terminals() -> None:
+    coloured = b"\x1b[92mINFO \x1b[0m:      \x1b[?25l\x1b[1;36m5\x1b[0m\xe2\x94\x81\n"
+    assert simulate.shown(coloured, colours=True) == coloured
+    assert simulate.shown(coloured, colours=False) == b"INFO :      5\xe2\x94\x81\n"
 
 
 @pytest.mark.parametrize(
@@ -141,9 +148,9 @@ def test_what_is_seen_without_a_client_fails_before_anything_starts(
 ) -> None:
     flat = {**TINY, "out-dir": tmp_path / "out", **settings}
     words = " ".join(f"{key}={value}" for key, value in flat.items()).split()
-    assert flower_run.main([f"--flwr-home={tmp_path / 'home'}", *words]) == 2
+    assert main(["simulate", f"--flwr-home={tmp_path / 'home'}", *words]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("flower_run: error: ")
+    assert line.startswith("fedmitr: error: ")
     assert told in line
     assert line.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -160,7 +167,7 @@ def a_killed_client(start: Start) -> tuple[Run, RunFolder, int]:
     assert run.end() == 1
     folder = run.folder()
     (missing,) = folder.missing()
-    assert re.search(f"flower_run: error: .*3 of 4 uploads .* missing: client {missing};", run.log)
+    assert re.search(f"fedmitr: error: .*3 of 4 uploads .* missing: client {missing};", run.log)
     return run, folder, missing
 
 
@@ -181,7 +188,7 @@ def only_it_is_asked_again(start: Start, folder: RunFolder, missing: int) -> Run
 def test_a_killed_client_costs_itself_only_and_is_asked_again(start: Start, tmp_path: Path) -> None:
     run, folder, missing = a_killed_client(start)
     (kept,) = (tmp_path / "home").glob("superlink-*.log")
-    assert f"flower_run: the SuperLink's log is kept, since the run failed: {kept}" in run.log
+    assert f"fedmitr: the SuperLink's log is kept, since the run failed: {kept}" in run.log
     only_it_is_asked_again(start, folder, missing)
 
 
@@ -219,9 +226,8 @@ def test_an_interrupted_run_leaves_nothing_behind(
     run.process.send_signal(signal.SIGINT)
     assert run.end(180) == 130
     assert time.monotonic() - asked < 10  # on a busy machine
-    assert "flower_run: interrupted; ending what it has started\n" in run.lines
+    assert "fedmitr: interrupted; ending what it has started\n" in run.lines
     assert run.lines[-1] == (
-        f"flower_run: error: interrupted; the same command goes on with resume-from={folder.path} "
-        f"(run folder: {folder.path})\n"
+        f"fedmitr: interrupted; the same command goes on with resume-from={folder.path} (run folder: {folder.path})\n"
     )
     assert not list((tmp_path / "home").glob("superlink-*.log"))

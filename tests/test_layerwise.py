@@ -115,7 +115,7 @@ def test_norms_positions_and_prefix_tokens_are_the_averages() -> None:
 def test_the_order_of_clients_and_where_they_are_kept_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     together = fitted(uploads(3))
     assert close(together, fitted(uploads(3)[::-1]), atol=1e-5)
-    monkeypatch.setattr("fedmitr_flwr.ensemble.teachers.CHUNK", 1)
+    monkeypatch.setattr("fedmitr_flwr.ensemble.teachers.ROOM", 1)
     assert close(together, fitted(uploads(3)), atol=0)
 
 
@@ -132,13 +132,6 @@ def test_each_image_is_of_those_who_know_its_class() -> None:
     answers = x @ np.linalg.lstsq(x, says.numpy().astype(np.float64), rcond=1e-6)[0]
     np.testing.assert_allclose(student(IMAGES).numpy(), answers, atol=1e-2)
     assert np.abs(the_average(both)(IMAGES).numpy() - answers).max() > 0.1
-
-
-def test_a_teacher_of_statistics_has_no_say() -> None:
-    """Its patch tokens say nothing: the last teacher is left out, and the others' weights are made to sum to 1."""
-    student = the_average(uploads(2))
-    fit_layers(student, Ensemble.of(uploads(3), CONFIG.model, CONFIG.ensemble, silent=1), IMAGES, TARGETS, 0.01)
-    assert close(student, fitted(uploads(2)), atol=1e-5)
 
 
 def test_more_images_than_fit_are_left(monkeypatch: pytest.MonkeyPatch) -> None:

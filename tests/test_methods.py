@@ -280,7 +280,7 @@ def test_a_file_that_has_changed_is_read_again(first: Path) -> None:
 def test_an_installed_package_offers_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point has a name and a module; here the module is one that is there."""
     point = EntryPoint("theirs", "fedmitr_flwr.methods.fedavg", "fedmitr_flwr.methods")
-    monkeypatch.setattr(outside, "entry_points", lambda **wanted: EntryPoints([point]).select(**wanted))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **wanted: EntryPoints([point]).select(**wanted))
     assert "theirs" in methods.available()
     assert methods.load("theirs") is methods.load("fedavg")
     with pytest.raises(ConfigError, match=r"method = 'there' is not one of: .*; did you mean theirs\?"):

@@ -23,7 +23,6 @@ from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data import shares, sources
 from fedmitr_flwr.data.images import DataSet, prepare
-from fedmitr_flwr.ensemble import teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.report.page import write_page
@@ -126,12 +125,15 @@ def test_every_file_is_there_and_the_result_says_what_was_measured_and_what_it_c
     assert sorted(tensors["targets"].tolist()) == list(range(10))
     assert tensors["alive"].sum(1).tolist() == [7] * 10
     lines = [json.loads(line) for line in done.metrics_path.read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["inversion", "distillation"]
+    assert [line["stage"] for line in lines] == ["inversion", *["student"] * 10, "distillation"]
     result, uploads = done.read_result(), done.load_uploads()
+    assert lines[-2]["accuracy"] == pytest.approx(result["accuracy"]["student"])  # of all 200 images
     assert sum(map(sum, result["counts"])) == 60
     assert [list(upload.class_counts) for upload in uploads] == result["counts"]
     assert result["bytes_up"] == result["bytes_down"] == [size(upload.weights) for upload in uploads]
-    assert set(result["seconds"]) == {"inversion", "distillation", "evaluation"}
+    assert set(result["seconds"]) == {"screening", "inversion", "distillation", "evaluation"}
+    weights = torch.tensor([result["teacher_weights"][str(client)] for client in range(len(uploads))])
+    torch.testing.assert_close(weights.sum(0), torch.ones(10), atol=1e-3, rtol=0)
     assert (result["synthetic_images"], len(result["partition_sha256"])) == (10, 64)
     assert result["evaluated_on"] == {"where": "server", "split": "test", "images": 200}
     accuracy, confusion = result["accuracy"], torch.tensor(result["confusion"])
@@ -427,7 +429,8 @@ def test_teacher_by_teacher_it_is_the_ensemble(combine: str, weights: str, tiny:
         alive.append(sum(each() is not None for each in built))
         return vit
 
-    monkeypatch.setattr(teachers, "vit_of", counted)
-    found = judge.ensemble_alone(uploads, tiny.test, config, CPU)
-    assert (found.loss, found.confusion) == (wanted.loss, wanted.confusion)
+    monkeypatch.setattr(judge, "vit_of", counted)
+    answers = judge.answers_of(uploads, tiny.test, config, CPU)
+    found = judge.together(answers, judge.weights_alone(uploads, config, CPU), tiny.test, config)
+    assert (found.loss, found.confusion) == (pytest.approx(wanted.loss, rel=1e-5), wanted.confusion)
     assert alive == [1] * 5

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import processes
-from scripts.processes import MARK, stop
+from fedmitr_flwr.flower import processes
+from fedmitr_flwr.flower.processes import MARK, stop
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="without /proc no processes are known")
 

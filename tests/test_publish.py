@@ -23,8 +23,9 @@ from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.text import parse_assignment
 from fedmitr_flwr.data.images import prepare
-from fedmitr_flwr.publish.card import card, command
+from fedmitr_flwr.publish.card import card
 from fedmitr_flwr.publish.hub import save_model
+from fedmitr_flwr.report.words import command
 from fedmitr_flwr.runs.folder import RunFolder
 
 Out = pytest.CaptureFixture[str]

@@ -28,6 +28,7 @@ from fedmitr_flwr.cli import main
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.earlier import RENAMED, RETIRED
 from fedmitr_flwr.config.text import parse_assignment
+from fedmitr_flwr.flower.simulate import Options, super_link
 from fedmitr_flwr.methods.contract import Job
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,13 +111,11 @@ def test_the_commands_for_own_images_run(home: Path, mark: str) -> None:
 @pytest.mark.slow
 def test_the_flower_command_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a SuperLink of our own, so that none is left behind. Its environment is what the README exports."""
-    wrapper = runpy.run_path(str(ROOT / "scripts" / "flower_run.py"))
     ((_, text),) = blocks("run: flower", "bash")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = wrapper["_parse"]([f"--flwr-home={home / 'flwr'}", "--offline"])
-    with wrapper["super_link"](options, wrapper["settings"](options)) as environment:
+    with super_link(Config(), Options(flwr_home=home / "flwr", offline=True)) as environment:
 
         def bash(text: str) -> str:
             words = ["bash", "-euo", "pipefail", "-c", text]

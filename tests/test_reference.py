@@ -21,12 +21,10 @@ from fedmitr_flwr.common.errors import ConfigError, DataError
 from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.images import Images
+from fedmitr_flwr.data.images import Images, prepare
 from fedmitr_flwr.data.proxy import proxy_pixels
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.data.sources import load
-from fedmitr_flwr.inversion.scout import Weigher, scouted_ensemble
-from fedmitr_flwr.merging.closed_form import teachers_of
 from fedmitr_flwr.methods import feddf
 from fedmitr_flwr.methods.contract import Fused
 from fedmitr_flwr.runs.folder import RunFolder
@@ -34,6 +32,7 @@ from fedmitr_flwr.statistics import heads
 from fedmitr_flwr.statistics.moments import frozen_features
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
+from fedmitr_flwr.vit.taps import network_of
 
 
 def with_statistics(**changes: Any) -> Config:
@@ -62,12 +61,13 @@ def all_images(config: Config) -> Images:
 def test_lda_is_scikit_learns_on_all_clients_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "oas", lambda _: 0.2)
     config = with_statistics(method="lda")
-    images, fresh = all_images(config), some_images(config, 20)
+    images, fresh = all_images(config), client_images(settings(**{"data.train-limit": 100}), 0)[0]
     start = vit_of(config.model, initial_weights(config.model, config.seed))
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2)
     theirs.fit(frozen_features(start, images, small(), CPU).numpy(), images.labels.numpy())
-    wanted = theirs.decision_function(start.forward_head(start.forward_features(fresh), pre_logits=True).numpy())
-    np.testing.assert_allclose(made_by(config).predict(fresh).numpy(), wanted, rtol=1e-3, atol=1e-3)
+    wanted = theirs.decision_function(frozen_features(start, fresh, small(), CPU).numpy())
+    given = made_by(config).predict(prepare(fresh.pixels, config.model)).numpy()
+    np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -75,40 +75,12 @@ def test_lda_is_scikit_learns_on_all_clients_features(monkeypatch: pytest.Monkey
 def test_a_head_on_the_public_start_is_one_model_that_can_be_saved(method: str) -> None:
     config = with_statistics(method=method)
     made, start = made_by(config), initial_weights(config.model, config.seed)
-    changed = {name for name, tensor in start.items() if not torch.equal(made.weights[name], tensor)}
+    own = {name.removeprefix("backbone."): tensor for name, tensor in made.weights.items()}
+    changed = {name for name, tensor in start.items() if not torch.equal(own[name], tensor)}
     assert changed == {"head.weight", "head.bias"}
     images = some_images(config, 4)
-    assert torch.equal(vit_of(config.model, made.weights)(images), made.predict(images))
+    assert torch.equal(network_of(config.model, made.weights)(images), made.predict(images))
     assert same(made_by(config).weights, made.weights)
-
-
-@pytest.mark.parametrize(("extras", "teach", "silent"), [("statistics", "probs", 1), ("", "logits", 0)])
-def test_the_frozen_model_teaches_by_its_class_token_and_by_probabilities(extras: str, teach: str, silent: int) -> None:
-    """With its logits, and its patches, the losses were of a hundred and more: nothing else was learned."""
-    config, lines = settings(**{"upload.extras": extras}), list[dict[str, Any]]()
-    ensemble = Weigher(uploads_of(extras), config, CPU).ensemble
-    assert (ensemble.teach, ensemble.silent) == (teach, silent)
-    fused(config, uploads_of(extras), lines)
-    parts = [line for line in lines if line["stage"] == "distillation"]
-    assert all(0 < line["low"] < 5 and 0 < line["kd"] < 10 for line in parts)
-
-
-@torch.no_grad()
-def test_the_frozen_model_is_a_teacher_that_counts_as_much_as_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmitr_flwr.ensemble.ensemble.TEMPERATURE", 1.0)
-    config, uploads = with_statistics(**{"ensemble.combine": "probs"}), uploads_of()
-    *others, frozen = teachers_of(uploads, config)
-    assert others == uploads
-    assert frozen.num_examples == sum(upload.num_examples for upload in uploads)
-    assert frozen.class_counts == tuple(map(sum, zip(*(upload.class_counts for upload in uploads), strict=True)))
-    images = some_images(config, 6)
-    model = made_by(Config.from_flat({"method": "lda"}, config)).predict
-    without = Config.from_flat({"upload.extras": ""}, config)
-    given, clients = (scouted_ensemble(uploads, each, CPU)(images).softmax(1) for each in (config, without))
-    torch.testing.assert_close(given, (clients + model(images).softmax(1)) / 2)
-    by_counts = scouted_ensemble(uploads, with_statistics(**{"ensemble.weights": "counts"}), CPU).weights
-    counts_KY = torch.tensor([upload.class_counts for upload in uploads], dtype=torch.float32)
-    torch.testing.assert_close(by_counts, torch.cat([counts_KY / counts_KY.sum(0), torch.ones(1, 10)]) / 2)
 
 
 # --- FedDF

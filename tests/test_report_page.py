@@ -1,6 +1,7 @@
 """report.html and its pictures: all that is shown is the run's, nothing is from outside, overlaps or falls off."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -19,16 +20,20 @@ from torch import Tensor
 
 from fedmitr_flwr import cli, pipeline
 from fedmitr_flwr.common.errors import RunError
+from fedmitr_flwr.common.files import load_tensors
 from fedmitr_flwr.common.progress import Series
 from fedmitr_flwr.data.images import prepare
 from fedmitr_flwr.report import charts, figures
-from fedmitr_flwr.report.figures import _fade, save_images, save_partition
+from fedmitr_flwr.report.figures import _fade, samples, save_images, save_partition
 from fedmitr_flwr.report.page import write_page
 from fedmitr_flwr.runs.folder import RunFolder
 
+JSON = ("result.json", "metrics.jsonl")
 SECTIONS = [
     "accuracy",
     "partition",
+    "learning",
+    "weights",
     "images",
     "steps",
     "confusion",
@@ -44,7 +49,7 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.text = path.read_text(encoding="utf-8")
-        self.sections, self.open, self.links = list[str](), list[str](), list[str]()
+        self.sections, self.open, self.links, self.images = (list[str]() for _ in range(4))
         self.pictures, self.words = dict[str, dict[str, str]](), defaultdict[str, list[str]](list)
         self.feed(self.text)
         assert self.open == []
@@ -55,10 +60,13 @@ class Page(HTMLParser):
         if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag == "section":
-            self.sections.append(told["id"])
-        if tag == "img":
+            self.sections.append(told.get("id", ""))
+        self.images += [told.get("src", "")] * (tag == "img")
+        if tag in ("img", "svg"):
             self.pictures[self.sections[-1]] = told
-        self.links += [value for name, value in told.items() if name in ("src", "href", "srcset", "action", "data")]
+        self.links += [
+            value for name, value in told.items() if name in ("src", "href", "xlink:href", "srcset", "action", "data")
+        ]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -82,25 +90,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_every_section_is_there_nothing_comes_from_outside_and_what_it_says_is_the_run_s(run: RunFolder) -> None:
     page, result = Page(write_page(run.path)), run.read_result()
     assert page.sections == SECTIONS
-    assert {link.partition("/")[0] for link in page.links} == {"data:image"}
-    assert not re.search(r"http(?!-equiv)|url\(", page.text)
-    assert set(page.pictures) == {"accuracy", "partition", "images", "steps", "confusion"}
-    for picture in page.pictures.values():
-        kind, content = picture["src"].split(";base64,")
-        start = b"\x89PNG" if kind == "data:image/png" else b"<?xml"
-        assert base64.b64decode(content, validate=True).startswith(start)
-        assert len(picture["alt"]) > 20
+    files = {link for link in page.links if link[:1] != "#" and not link.startswith("data:image/png;base64,")}
+    assert files == {"model.safetensors", "config.json", "README.md", "pool.safetensors", "config.toml", *JSON}
+    assert all((run.path / name).is_file() for name in files)
+    assert not re.search(r"http(?!-equiv)|url\((?!#)|#000000", page.text)  # dark text would be lost on a dark page
+    drawn = {"accuracy", "partition", "learning", "weights", "steps", "confusion"}
+    assert set(page.pictures) == {*drawn, "images"}
+    assert all(len(page.pictures[name]["aria-label"]) > 20 for name in drawn)
     assert page.text == write_page(run.path).read_text(encoding="utf-8")  # equal runs have equal pages
     assert f"<b>{result['accuracy']['student']:.2f}</b>" in page.text
     recall = {name: "-" if value is None else f"{value:.2f}" for name, value in result["accuracy"]["per_class"].items()}
-    assert dict(zip(page.words["recall"][3:23:2], page.words["recall"][4:24:2], strict=True)) == recall
+    told = dict(zip(page.words["recall"][3:23:2], page.words["recall"][4:24:2], strict=True))
+    assert told == recall
+    assert list(told.values()) == sorted(recall.values(), key=float)  # from the worst
     cost = page.words["cost"]
     assert [cost[place] for place in (6, 10)] == [f"{bytes_ / 1e6:.3f}" for bytes_ in result["bytes_up"]]
     assert f"{result['server_seconds']:.2f}" in cost
     stated = page.words["config"][page.words["config"].index("All settings") + 1 :]
     assert dict(zip(stated[::2], stated[1::2], strict=True)).keys() == result["config"].keys()
     assert result["fingerprint"] in page.words["origin"]
-    assert (run.path / "images.png").read_bytes() == base64.b64decode(page.pictures["images"]["src"].split(",")[1])
+    pictures = [base64.b64decode(link.split(",")[1]) for link in page.images]
+    images, alive = (load_tensors(run.pool_path)[0][name] for name in ("images", "alive"))
+    chosen = samples(images, alive, load_tensors(run.pool_path)[0]["targets"], run.config.model, 24)
+    assert [imread(io.BytesIO(each)).shape for each in pictures] == [(8, 8, 3)] * 40  # 20 and their masks
+    wanted = [np.float32(picture / 255) for _, *both in chosen for picture in both]
+    np.testing.assert_allclose([imread(io.BytesIO(each)) for each in pictures], wanted, atol=1e-6)
+    assert "fedmitr run" in " ".join(page.words["config"])
 
 
 def test_what_a_run_does_not_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +126,8 @@ def test_what_a_run_does_not_have_is_said(tmp_path: Path, capsys: pytest.Capture
     assert page.sections == SECTIONS
     assert page.words["images"] == ["Synthetic images", "This method made none."]
     assert page.words["steps"][1].startswith("This run told none")
+    assert page.words["learning"][1].startswith("Not known")
+    assert page.words["weights"][1].startswith("Not known")
     assert set(page.pictures) == {"accuracy", "partition", "confusion"}
     folder = a_run(tmp_path / "other", method="fedavg", **{"evaluate.where": "clients"})
     page = Page(write_page(folder.path))
@@ -149,7 +166,7 @@ def test_names_cannot_become_markup(run: RunFolder, tmp_path: Path) -> None:
     page = Page(write_page(tmp_path))
     assert "<script" not in page.text
     assert evil in page.words["recall"]
-    assert (tmp_path / "partition.png").exists()  # drawn from the counts, since there was none
+    assert "partition" in page.pictures
 
 
 def test_a_series_is_thinned_evenly_with_both_ends() -> None:
@@ -168,15 +185,22 @@ def test_the_curves_are_those_of_the_run_and_a_batch_that_was_made_twice_is_draw
     batches = [line for line in lines if line["stage"] == "inversion"]
     assert [len(line["curve"]["loss"]) for line in batches] == [8, 8]  # inversion.steps
     assert batches[0]["curve"]["alive"][:4] == [1.0, 1.0, 0.6875, 0.6875]  # 11 of 16 from step 2 on
-    loss, alive, parts = charts.curves(lines).axes
+    loss, alive, parts = (figure.axes[0] for figure in charts.curves(lines))
     assert [list(line.get_ydata()) for line in loss.get_lines()] == [line["curve"]["loss"] for line in batches]
     assert list(alive.get_lines()[0].get_ydata())[-1] == 100 * 0.4375  # 7 of 16
     steps = list(parts.get_lines()[0].get_xdata())
     assert steps == sorted(set(steps))  # epoch behind epoch
     batch = {"stage": "inversion", "round": 0, "batch": 0}
-    figure = charts.curves([batch | {"curve": {"step": [0, 1], "loss": [2.0, last]}} for last in (1.0, 0.5)])
+    (figure,) = charts.curves([batch | {"curve": {"step": [0, 1], "loss": [2.0, last]}} for last in (1.0, 0.5)])
     assert [list(drawn.get_ydata()) for drawn in figure.axes[0].get_lines()] == [[2.0, 0.5]]
-    assert charts.curves([{"stage": "upload", "client": 0}]) is None
+    assert charts.curves([{"stage": "upload", "client": 0}]) == []
+    known = {"fedavg": 40.0, "ensemble": None}
+    told = [(0, 1, 5.0), (0, 2, 20.0), (0, 2, 30.0), (1, 2, 50.0)]  # an epoch that was done again counts once
+    learned = [{"stage": "student", "round": r, "epoch": epoch, "accuracy": percent} for r, epoch, percent in told]
+    first, _, second, fedavg = charts.learning(learned, known).axes[0].get_lines()
+    assert [list(map(list, line.get_data())) for line in (first, second)] == [[[1, 2], [5, 30]], [[4], [50]]]
+    assert fedavg.get_ydata()[0] == 40.0
+    assert charts.learning([], known) is None
 
 
 def words(texts: list[mpl.text.Text]) -> list[str]:
@@ -187,13 +211,56 @@ def test_bars_by_hand_and_a_confusion_matrix_shaded_by_row() -> None:
     accuracy = {"local": [30.0, None], "fedavg": 20.0, "ensemble": None, "student": 50.0}
     axis = charts.accuracies(accuracy, "adi", ["north", "south"]).axes[0]
     assert [bar.get_width() for bar in axis.patches] == [50.0, 20.0, 30.0]
-    assert words(axis.get_yticklabels()) == ["adi: the global model", "one-round FedAvg", "north alone"]
+    assert words(axis.get_yticklabels()) == ["adi: global", "one-round FedAvg", "north alone"]
     crowd = charts.accuracies(accuracy | {"local": [float(k) for k in range(40)]}, "adi").axes[0]
     assert crowd.get_yticklabels()[3].get_text() == "clients alone, mean of 40"
     assert [bar.get_width() for bar in crowd.patches][2:] == [0.0, 19.5, 39.0]
     axis = charts.confusion([[3, 1], [0, 0]], ["cat", "dog"]).axes[0]
     assert axis.images[0].get_array()[0].tolist() == [75.0, 25.0]
-    assert words(axis.texts) == ["3", "1", "0", "0"]
+    assert words(axis.texts) == ["3", "1"]  # of dogs there are none
+    axis = charts.weights({"0": [0.25], "1": [0.75], "statistics": [0.0]}, ["cat"], ["north"]).axes[0]
+    assert words(axis.get_yticklabels()) == ["north", "1", "statistics"]
+    assert words(axis.texts) == ["25", "75", "0"]
+
+
+def test_a_hundred_classes_are_a_histogram_and_the_worst_ten_and_names_are_thinned(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    result = run.read_result()
+    names = [f"class {number}" for number in range(100)]
+    result["accuracy"]["per_class"] = {name: float(number) for number, name in enumerate(names)}
+    result["confusion"] = torch.eye(100, dtype=torch.int64).tolist()
+    result["counts"], result["teacher_weights"] = [[1] * 100] * 2, {"0": [0.5] * 100, "1": [0.5] * 100}
+    RunFolder(tmp_path, run.config).write_result(result)
+    told = Page(write_page(tmp_path)).words["recall"]
+    worst = told.index("Class") + 2
+    assert told[worst : worst + 20 : 2] == names[:10]
+    assert told[worst + 20] == "All classes"
+    axis = charts.confusion(result["confusion"], names).axes[0]
+    assert words(axis.get_xticklabels()) == words(axis.get_yticklabels()) == names[::4]
+    assert [bar.get_height() for bar in charts.recalls([0.0, 4.0, 52.0]).axes[0].patches][:11] == [2, *[0] * 9, 1]
+
+
+def test_runs_and_their_fusions_are_compared(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, folder = run.read_result(), RunFolder(tmp_path / "first", run.config)
+    parts = {"student": 61.5, "fedavg": 20.25, "ensemble": None}
+    folder.sub("lda").write_result(result | {"accuracy": result["accuracy"] | parts, "calibration": None})
+    assert cli.main(["compare", str(folder.path), str(run.path)]) == 0
+    text, path = capsys.readouterr().out.strip().split("\n\n")
+    _, lda, own = text.splitlines()
+    assert lda.split()[:7] == ["first/lda-1", "fedmitr", "61.50", "20.25", "+41.25", "-", own.split()[6]]
+    assert own.split()[7:9] == [f"{result['calibration']['nll']:.3f}", f"{result['calibration']['ece']:.2f}"]
+    page = Page(Path(path))
+    assert Path(path) == folder.path / "compare.html"
+    assert "#000000" not in page.text
+    assert "61.50" in page.words[""]
+    assert "None." in page.words[""]  # their settings are alike
+    found = {"a": {"accuracy": parts}, "b": {"accuracy": parts | {"student": 70.0}}}
+    fedavg, student = charts.runs(found).axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in (fedavg, student)] == [[20.25, 20.25], [61.5, 70.0]]
+    assert cli.main(["compare", str(tmp_path)]) == 2
 
 
 @pytest.fixture
@@ -215,7 +282,8 @@ def outside(figure: Figure) -> list[str]:
     width, height = figure.bbox.size
     texts = list(figure.texts)
     for axis in figure.axes:
-        texts += [axis.title, *(axis.findobj(mpl.text.Text) if axis.axison else [])]
+        shown = axis.axison and axis.get_label() != "<colorbar>"  # whose ticks beyond its ends are not drawn
+        texts += [axis.title, *(axis.findobj(mpl.text.Text) if shown else [])]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
     return [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
 
@@ -247,8 +315,9 @@ def test_images(tmp_path: Path, drawn: list[Figure], channels: int, size: int, g
     assert picture.shape[0] > 100
     assert np.ptp(picture[..., :3]) > 0.5  # not blank
     (figure,) = drawn
-    assert [axis.get_title() for axis in figure.axes if axis.images] == ["class_with_long…"] * min(count, 40)
-    assert f"{min(count, 40)} of {count} synthetic images" in figure.get_suptitle()
+    titles = [axis.get_title() for axis in figure.axes if axis.images]
+    assert sorted(titles) == [""] * min(count, 30) + ["class_with_long…"] * min(count, 30)  # with masks below
+    assert f"{min(count, 30)} of {count} synthetic images" in figure.get_suptitle()
     assert f"{100 * alive.float().mean().item():.0f} % of all patches alive" in figure.get_suptitle()
     assert outside(figure) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["images.png"]
@@ -259,10 +328,11 @@ def test_the_chosen_images_cover_all_classes_and_stand_under_their_names(tmp_pat
     pixels = (targets * 20).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)  # the colour tells the class
     alive = torch.ones(200, 16, dtype=torch.bool)
     save_images(prepare(pixels, small()), alive, targets, [*map(str, range(10))], small(), tmp_path / "i.png")
-    titles = [axis.get_title() for axis in drawn[0].axes]
+    titled = [axis for axis in drawn[0].axes if axis.get_title()]
+    titles = [axis.get_title() for axis in titled]
     assert titles == sorted(titles)
-    assert all(titles.count(str(label)) == 4 for label in range(10))
-    for axis in drawn[0].axes:
+    assert all(titles.count(str(label)) == 3 for label in range(10))
+    for axis in titled:
         assert axis.images[0].get_array()[0, 0].tolist() == [20 * int(axis.get_title())] * 3
 
 
@@ -275,8 +345,8 @@ def test_partition(tmp_path: Path, drawn: list[Figure], clients: int, width: int
     (figure,) = drawn
     axis = figure.axes[0]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("class", "client")
-    assert words(axis.get_xticklabels())[3] == name.format(3)
-    assert words(axis.get_yticklabels()) == [f"{client}  (n = {of.sum()})" for client, of in enumerate(counts)]
+    assert words(axis.get_xticklabels())[3] == name.format(3 if width == 10 else 12)  # each fourth of 100
+    assert words(axis.get_yticklabels()) == [f"{client} (n = {of.sum()})" for client, of in enumerate(counts)]
     assert words(axis.texts) == ([str(count) for count in counts.flatten().tolist()] if width == 10 else [])
     assert outside(figure) == []
     assert not overlap([*axis.get_xticklabels(), *axis.get_yticklabels(), *axis.texts], figure)

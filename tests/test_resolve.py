@@ -18,10 +18,10 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config, ModelConfig, recipe
 from fedmitr_flwr.data.images import DataSet
 from fedmitr_flwr.distillation.start import start_student
+from fedmitr_flwr.flower.checks import prepared
 from fedmitr_flwr.resolve import patch_of, resolve
 from fedmitr_flwr.vit import build
 from fedmitr_flwr.vit.build import TOLERANCE, token_difference
-from server_app.checks import prepared
 from server_app.records import order
 
 TIMM = "test_vit"  # timm's smallest: 160 px, patches of 16, an image size that may vary

@@ -117,6 +117,10 @@ def test_accuracy_loss_and_recall_by_hand(batch_size: int, monkeypatch: pytest.M
     dark, grey = math.log(math.exp(2) + math.exp(-1) + math.exp(-2)), math.log(2 + math.e)
     wanted = ((dark - 2) + (dark + 1) + 2 * (grey - 1) + 2 * (dark + 2)) / 6
     assert found.loss == pytest.approx(wanted, rel=1e-5)
+    # Sure by e²/dark of two pairs, one right and none right, and by e/grey of two that are right: each pair in one bin.
+    low, high = math.e / math.exp(grey), math.exp(2 - dark)
+    ece = 100 * ((2 * high - 1) + (2 - 2 * low) + 2 * high) / 6
+    assert found.calibration == {"nll": round(found.loss, 4), "ece": round(ece, 2)}
 
 
 def test_images_arrive_resized_and_normalised(tiny: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:

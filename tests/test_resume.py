@@ -283,12 +283,18 @@ def test_images_that_depend_on_a_student_are_made_again_by_the_one_of_their_epoc
 def test_the_seconds_are_those_of_the_work_that_is_in_the_result(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that goes one second per look, so that every stage takes one second."""
     looks = count()
+    monkeypatch.setattr(pipeline, "glimpse", lambda *_: None)
     monkeypatch.setattr(contract.time, "perf_counter", lambda: float(next(looks)))
     folder = phase.start()
     phase.kill(folder, after=1)
     phase.kill(folder, after=BATCHES + 1)
     phase.end(folder)
-    assert folder.read_result()["seconds"] == {"inversion": ALL[0], "distillation": EPOCHS, "evaluation": 1}
+    assert folder.read_result()["seconds"] == {
+        "screening": 1,
+        "inversion": ALL[0],
+        "distillation": EPOCHS,
+        "evaluation": 1,
+    }
 
 
 def test_a_fusion_has_its_own_work_and_can_be_resumed(phase: Phase) -> None:

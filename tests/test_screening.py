@@ -29,7 +29,7 @@ from fedmitr_flwr.screening.answers import Names, strange_answers
 from fedmitr_flwr.screening.screen import _bounded, screen
 from fedmitr_flwr.screening.sums import strange_sums
 from fedmitr_flwr.screening.weights import Measured, _directions, mean_cosines, robust_z, strange_weights
-from fedmitr_flwr.statistics.moments import measure, packed, problem
+from fedmitr_flwr.statistics.moments import measure, packed, problem, sent
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights
 
@@ -41,7 +41,6 @@ DIGITS: dict[str, Any] = {"screen.mode": "exclude", "method": "fedavg", "partiti
 CLASSES = ((0, 1, 2), (0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (0, 2))
 LEARNED: dict[str, Any] = {"model.width": 32, "model.num-classes": 3, "partition.clients": 6, "screen.mode": "exclude"}
 LEARNED |= {"local.epochs": 20, "local.batch-size": 8, "local.lr": 3e-3, "ensemble.combine": "probs"}
-NORM = torch.ones(8).double(), torch.zeros(8).double()  # γ and β of a LayerNorm
 LIES = {"exchanged": lambda sums: sums.roll(1, 0), "turned": lambda sums: -sums, "zeros": lambda sums: 0 * sums}
 
 
@@ -219,7 +218,7 @@ def test_a_client_of_one_class_is_not_strange(learned: Learned, tiny: DataSet, o
 
 
 def normalised(client: int, images: int, classes: Sequence[int], width: int = 8) -> Upload:
-    """Features as a LayerNorm of γ = 1 and β = 0 gives them, with much in common."""
+    """Features as taps are, with much in common."""
     common, by_class = (torch.randn(*shape, width, generator=stream(0, "means")) for shape in ((1,), (3,)))
     labels = torch.tensor(classes).repeat(images // len(classes))
     own = torch.randn(len(labels), width, generator=stream(0, "features", client))
@@ -231,12 +230,13 @@ def normalised(client: int, images: int, classes: Sequence[int], width: int = 8)
 def test_statistics_that_contradict_all_others_are_clear_and_honest_ones_are_not() -> None:
     """Whatever classes a client has; a liar among the references makes no honest client wrong."""
     honest = [normalised(k, 60, classes) for k, classes in enumerate(((0, 1, 2), (0, 1, 2), (0, 1), (1, 2), (2,)))]
-    assert strange_sums(honest, NORM) == strange_sums(honest[:2], NORM) == []
+    assert strange_sums(honest) == strange_sums(honest[:2]) == []
     for name, lie in LIES.items():
         sums = lie(statistics_of(honest[0]).sums)
         lying = [replace(honest[0], statistics={**honest[0].statistics, "sums": sums}), *honest[1:]]
-        assert problem(lying[0].statistics, lying[0].class_counts, 8, NORM) is None, name  # sums that could be
-        (finding,) = strange_sums(lying, NORM)
+        as_sent = sent(lying[0].statistics)
+        assert problem(as_sent, lying[0].class_counts, as_sent) is None, name  # sums that could be
+        (finding,) = strange_sums(lying)
         assert (finding.client, finding.check, finding.clear) == (0, "sums", True), name
     assert finding.value == pytest.approx(0.0)  # of zeros: reaches nowhere
 

@@ -102,7 +102,7 @@ def test_flower_gives_the_straight_line_s_bits(federate: Federate, tmp_path: Pat
     if "upload.extras" in changes:
         sent = zip(ours["bytes_statistics"], ours["bytes_down"], strict=True)
         assert ours["bytes_up"] == [statistics + bytes_down // 2 for statistics, bytes_down in sent]
-        assert method != "lda" or ours["bytes_statistics"] == [8 * (10 * 32 + 32 * 33 // 2)] * 4
+        assert method != "lda" or ours["bytes_statistics"] == [4 * (10 * 192 + 192 * 193 // 2)] * 4
 
 
 def test_only_what_is_missing_is_asked(federate: Federate, plain: RunFolder, caplog: pytest.LogCaptureFixture) -> None:

@@ -200,7 +200,7 @@ def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(fold
     entry = bench_fakes.an_entry("fedmitr", 50.0)
     entry["accuracy"] |= {"fedavg": 40.0, "ensemble": 80.0}
     bench = folder.path / "results" / "bench"
-    for name in ("digits-K4-bytes", "digits-K4-recall-iid"):
+    for name in ("digits-K4-accuracy", "digits-K4-recall-iid"):
         folder.write(f"bench/cpu/figures/{name}.png", "")
     (bench / "smoke").mkdir()  # a trial: every method once, and no numbers to compare
     for name in ("cpu", "smoke"):
@@ -210,7 +210,7 @@ def test_a_bench_becomes_a_section_with_one_picture_and_lines_of_the_readme(fold
     assert text.count("| `lda` | **60.0 (1)** |") == 1
     assert "partitions and seeds: `fedmitr` 2 (2), `lda` 2 (2)." in text  # 2 seconds of the server; 1 and 3 MB up
     path = "../benchmarks/results/bench/cpu/figures/digits-K4"
-    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [f"{path}-bytes.png"]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [f"{path}-accuracy.png"]
     assert "Command: `fedmitr bench configs/bench/cpu.toml`\n\nMachine: Abacus, 2 cores." in text
     line = "| digits, Dirichlet 0.3 | 30.0 (1) | 40.0 (1) | - | 50.0 (1) | 62.5 (1) | 60.0 (1) |"
     assert line in folder.read("README.md")
@@ -294,7 +294,7 @@ def test_a_demonstration_tells_what_it_took_and_no_path(capfdbinary: pytest.Capt
     result = {"bytes_up": [343_000_000, 343_400_000], "config": config, "accuracy": {"student": 10.0}}
     result |= {"fingerprint": "0123456789ab", "versions": {"python": "3.11.9"}, "machine": {"device": "cpu"}}
     peaks = {"flwr-serverapp": 1_234_000_000, "flower-superlink": 987_000_000, "flwr-clientapp": 2_500_000_000}
-    log = b"a\nflower_run: run folder: /x y/z\n"
+    log = b"a\nfedmitr: run folder: /x y/z\n"
     assert demo.passed_on(log.splitlines(keepends=True)) == "/x y/z"
     assert demo.passed_on([b"a"]) == ""
     assert capfdbinary.readouterr().out == log + b"a"

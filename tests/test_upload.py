@@ -57,9 +57,10 @@ def an_upload(client: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def with_statistics(variances: bool = False) -> Upload:
-    features = torch.randn(12, 4, generator=stream(0))
+    features = torch.randn(12, 16, generator=stream(0))  # as many numbers as taps of `REFERENCE`
     labels = torch.tensor([0] * 3 + [2] * 9)
-    return replace(an_upload(), statistics=moments.measure(features, labels, 3, variances=variances))
+    told = moments.measure(features, labels, 3, variances=variances)
+    return replace(an_upload(), statistics=moments.sent(told))
 
 
 def altered(upload: Upload, of: str = "weights", **tensors: Tensor) -> Upload:
@@ -238,7 +239,7 @@ def test_a_digest_sees_everything_that_the_server_uses(tmp_path: Path) -> None:
     changed = [replace(upload, client=2), replace(upload, num_examples=11), replace(upload, class_counts=(0, 3, 9))]
     changed += [without(upload, "head.weight"), replace(upload, statistics=None), with_statistics()]
     changed += [altered(upload, **{"head.weight": other}) for other in (head.T.contiguous(), head * 2)]
-    changed += [altered(upload, "statistics", **{name: sums * (1 + 1e-15)}) for name, sums in upload.statistics.items()]
+    changed += [altered(upload, "statistics", **{name: sums * (1 + 1e-6)}) for name, sums in upload.statistics.items()]
     assert len({digest(each) for each in [upload, *changed]}) == 1 + len(changed)
 
 
@@ -247,9 +248,9 @@ def test_statistics_come_back_from_disk_bit_by_bit(tmp_path: Path) -> None:
     save(sent, tmp_path / "u")
     got = load(tmp_path / "u")
     assert same(got.statistics, sent.statistics)
-    assert {tensor.dtype for tensor in got.statistics.values()} == {torch.float64}
+    assert {tensor.dtype for tensor in got.statistics.values()} == {torch.float32}
     assert {name: (w.dtype, w.tolist()) for name, w in got.weights.items()} == {"w": (torch.float32, [1.5])}
-    assert got.num_bytes == sent.num_bytes == 2 + 8 * (12 + 10 + 12)
+    assert got.num_bytes == sent.num_bytes == 2 + 4 * (48 + 136 + 48)
     save(Upload(0, {"statistics/x": torch.ones(1)}, 1, 0.5, CODE), tmp_path / "v")
     assert load(tmp_path / "v").weights.keys() == {"statistics/x"}  # its own name, unless there are statistics
     assert load(tmp_path / "v").statistics is None
@@ -281,7 +282,7 @@ def test_a_client_tells_the_sums_of_its_own_unaugmented_images_before_training()
     images = client_images(config, 1)[0]
     features = moments.frozen_features(vit_of(config.model, initial), images, config.model, torch.device("cpu"))
     assert tuple(upload.statistics) == moments.names(config.upload) == ("sums", "moment", "squares")
-    assert same(upload.statistics, moments.measure(features, images.labels, 10, variances=True))
+    assert same(upload.statistics, moments.sent(moments.measure(features, images.labels, 10, variances=True)))
     assert upload.class_counts == tuple(torch.bincount(images.labels, minlength=10).tolist())
     without = pipeline.train_client(of_two(**{"upload.extras": "", "upload.dtype": "float16"}), 1, initial)
     assert (without.statistics, without.class_counts) == (None, None)

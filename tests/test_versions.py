@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.common.fingerprint import _core_of, _of_folder, _of_method, _with_apps, core, fingerprint, of_flower
 from fedmitr_flwr.common.releases import FLWR, release, require, too_old
 from fedmitr_flwr.config import Config
+from fedmitr_flwr.flower.simulate import app_in
 from server_app.clients import meet
 from server_app.records import order
 
@@ -112,13 +114,8 @@ def test_the_client_refuses_a_server_of_other_code_and_does_not_read_its_setting
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Names in the bundle. Built from a copy, because Flower wants a folder name without underscores and dots."""
-    copy = tmp_path_factory.mktemp("fab") / "fedmitr-flwr"
-    copy.mkdir()
-    for name in ("pyproject.toml", ".gitignore", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    for folder in (*PACKAGES, "tests", "configs", "scripts"):
-        shutil.copytree(ROOT / folder, copy / folder)
+    copy = app_in(tmp_path_factory.mktemp("fab") / "fedmitr-flwr")
+    shutil.copytree(ROOT / "tests", copy / "tests")
     program = Path(sys.executable).with_name("flwr")
     environment = os.environ | {"FLWR_HOME": str(copy.parent / "home")}
     built = subprocess.run([program, "build"], cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
@@ -146,6 +143,32 @@ def copy(tmp_path: Path) -> Path:
     return shutil.copytree(
         ROOT / "fedmitr_flwr", tmp_path / "bundle" / "fedmitr_flwr", ignore=shutil.ignore_patterns("__pycache__")
     )
+
+
+def test_an_installed_package_has_the_presets_and_the_apps_of_the_checkout(tmp_path: Path) -> None:
+    """Laid out as pyproject.toml has the wheel laid out; nothing here needs torch."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fedmitr_flwr", tmp_path / "fedmitr_flwr", ignore=ignored)
+    for source, target in wheel["force-include"].items():
+        place = tmp_path / target
+        place.parent.mkdir(exist_ok=True)
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, place, ignore=ignored)
+        else:
+            shutil.copy(ROOT / source, place)
+    code = """import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from fedmitr_flwr.common.fingerprint import core, fingerprint, of_flower
+from fedmitr_flwr.config.presets import BENCHES, SETTINGS, presets
+from fedmitr_flwr.flower.simulate import app_in
+print(fingerprint(), core(), of_flower(), *presets(SETTINGS), *presets(BENCHES))
+app_in(Path("app"))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    names = [path.stem for folder in ("configs", "configs/bench") for path in sorted((ROOT / folder).glob("*.toml"))]
+    assert done.stdout.split() == [fingerprint(), core(), of_flower(), *names], done.stderr
+    assert _of_folder(tmp_path / "app") == _of_folder(app_in(tmp_path / "other"))
 
 
 def test_a_fingerprint_by_hand(tmp_path: Path) -> None:
@@ -204,6 +227,6 @@ def test_of_the_methods_only_what_ran_counts(copy: Path) -> None:
 def test_flower_s_strategies_depend_on_the_apps_too(tmp_path: Path) -> None:
     for app in ("server_app", "client_app"):
         shutil.copytree(ROOT / app, tmp_path / app, ignore=shutil.ignore_patterns("__pycache__"))
-    assert _with_apps(core(), tmp_path) == of_flower() != core()
+    assert _with_apps(core(), tmp_path.joinpath) == of_flower() != core()
     (tmp_path / "server_app" / "builtin.py").write_text("")
-    assert _with_apps(core(), tmp_path) != of_flower()
+    assert _with_apps(core(), tmp_path.joinpath) != of_flower()

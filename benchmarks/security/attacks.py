@@ -12,7 +12,7 @@ from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images
 from fedmitr_flwr.data.shares import client_images
 from fedmitr_flwr.merging.closed_form import statistics_of
-from fedmitr_flwr.statistics.moments import Statistics, last_norm, packed
+from fedmitr_flwr.statistics.moments import Statistics, packed, sent
 from fedmitr_flwr.uploads.upload import Upload
 from fedmitr_flwr.vit.build import build_vit, initial_weights, vit_of
 
@@ -78,15 +78,10 @@ def exchanged(upload: Upload, config: Config) -> Upload:
 
 
 def turned(upload: Upload, config: Config) -> Upload:
-    """Each feature z as 2 β - z, which the public model's LayerNorm could give: pointing the other way."""
+    """Each feature z as -z, which is as long: pointing the other way."""
+    del config
     told = statistics_of(upload)
-    norm = last_norm(initial_weights(config.model, config.seed))
-    assert norm is not None, "a ViT has one"
-    beta_D, total_D = norm[1], told.sums.sum(0)
-    sums_YD = 2 * told.counts[:, None] * beta_D - told.sums
-    crossed_DD = 2 * torch.outer(beta_D, total_D)
-    moment_DD = told.moment - crossed_DD - crossed_DD.T + 4 * told.counts.sum() * torch.outer(beta_D, beta_D)
-    return _with(upload, Statistics(told.counts, sums_YD, moment_DD))
+    return _with(upload, Statistics(told.counts, -told.sums, told.moment))
 
 
 ATTACKS: dict[str, Attack] = {"scaled": scaled, "reversed": reversed_, "random": random, "permuted": permuted}
@@ -96,7 +91,7 @@ LIES: dict[str, Attack] = {"shifted": shifted, "enlarged": enlarged, "exchanged"
 def _with(upload: Upload, told: Statistics) -> Upload:
     """The upload with other sums."""
     assert upload.statistics is not None, "which are to be changed"
-    statistics = {**upload.statistics, "sums": told.sums, "moment": packed(told.moment)}
+    statistics = {**upload.statistics, **sent({"sums": told.sums, "moment": packed(told.moment)})}
     return replace(upload, class_counts=tuple(map(int, told.counts.tolist())), statistics=statistics)
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.errors import RunError
 from ..common.files import load_tensors
 from ..config import Config
 from ..runs.folder import RunFolder
-from ..vit.build import build_vit, vit_of
+from ..vit.build import vit_of
+from ..vit.taps import network_of
 
 
 class Run:
@@ -31,13 +32,11 @@ class Run:
         """result.json."""
         return self._folder.read_result()
 
-    def model(self) -> VisionTransformer:
+    def model(self) -> nn.Module:
         """The global model, in eval mode."""
         if not self._folder.model_path.exists():
             raise RunError(f"{self._folder.path} has no model: it has not ended, or its method keeps several")
-        vit = build_vit(self.config.model)
-        vit.load_state_dict(load_tensors(self._folder.model_path)[0])
-        return vit
+        return network_of(self.config.model, load_tensors(self._folder.model_path)[0])
 
     def uploads(self) -> list[VisionTransformer]:
         """Each client's model, in order: `fuse(run.uploads(), sizes=run.sizes)` goes on from here."""

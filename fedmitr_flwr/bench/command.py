@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from ..common.files import absolute, write_text
+from ..config.presets import BENCHES, named_file
 from ..runs.folder import HOME
 from .figures import draw
 from .flower import runner
@@ -14,7 +15,7 @@ from .results import load, save
 from .run import run
 from .spec import read
 from .store import Store
-from .table import as_csv, markdown
+from .table import as_csv, latex, markdown
 
 log = logging.getLogger("fedmitr.bench")
 
@@ -34,7 +35,7 @@ def bench(
     Results go to `out`, by default `bench-<name>` beside the run folders. The options are those of the command line.
     """
     if (file is None) == (table is None):
-        raise ConfigError("give a bench file, such as configs/bench/smoke.toml, or --table and a folder; not both")
+        raise ConfigError("give a bench file, such as smoke, or --table and a folder; not both")
     if known is not None and file is None:
         raise ConfigError("--known goes with a bench file, some of whose cells it holds; give one, or leave it out")
     if table is not None:
@@ -46,7 +47,7 @@ def bench(
         signal.signal(number, signal.default_int_handler)  # Flower's processes are stopped in good order
     logging.getLogger("fedmitr").setLevel(logging.INFO if verbose else logging.WARNING)
     log.setLevel(logging.INFO)
-    spec = read(file, words)
+    spec = read(named_file(file, BENCHES), words)
     folder = absolute(out or HOME / f"bench-{spec.name}", "--out")
     log.info("bench folder: %s", folder)
     earlier = load(absolute(known, "--known")) if known else None
@@ -65,6 +66,7 @@ def write(results: Path, out: Path) -> None:
     if out / "results.jsonl" != results:
         save(found, out / "results.jsonl")
     write_text(out / "table.csv", as_csv(found))
+    write_text(out / "table.tex", latex(found))
     written = draw(found, out / "figures")
     write_text(out / "table.md", markdown(found))
     counts = len(found.entries), len(found.missing)

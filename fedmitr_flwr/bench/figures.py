@@ -1,9 +1,8 @@
-"""The pictures of a bench: accuracy against bytes, skew and server seconds, and recall by class."""
+"""The pictures of a bench: accuracy and costs by method, and recall by class."""
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,135 +15,78 @@ from .rows import Place, Row, places, rows
 if TYPE_CHECKING:  # matplotlib takes a second to import, and a grid may be refused
     from matplotlib.figure import Figure
 
-Point = tuple[float, float, float]  # x, mean accuracy, its standard deviation
-
-# Okabe and Ito's colours, which people with any colour vision tell apart; the yellow is too light for points.
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-OURS = "#D55E00"
-GREY = "#767676"
-MARKERS = "osDXPv^<>hp"  # 11, so that with 6 colours 66 methods differ; the star is ours
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+OURS, OTHERS, FLOWER, GREY = "#D55E00", "#0072B2", "#009E73", "#767676"
+COLOURS = {"one-shot": OTHERS, "flower": FLOWER, "reference": GREY}
 SCHEMES = ("classes-per-client", "dirichlet", "iid")  # from the most skewed
-_PANEL = (4.0, 3.1)  # inches
-_ACROSS = 3
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one method looks in every picture."""
-
-    colour: str
-    marker: str
-    hollow: bool = False
-    line: str = "-"
+COSTS = {"bytes_up": ("MB uploaded\nby each client", 1e6), "server_seconds": ("seconds\nof the server", 1.0)}
+_TALL, _WIDE = 0.19, 1.9  # inches of a line, and of a panel
 
 
 def draw(results: Results, folder: Path) -> int:
-    """Write all pictures there are data for, as PNG, and remove those of an earlier grid; gives their number."""
+    """Write all pictures there are data for, as PNG and PDF, and remove those of an earlier grid; how many."""
     found = rows(results)
     folder.mkdir(parents=True, exist_ok=True)
     written: set[Path] = set()
     for data, clients in dict.fromkeys((place.data, place.clients) for place in places(found)):
         own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
-        looks = styles(own, results.reference)
-        title = f"{data}, {clients} clients"
-        with_bytes = [row for row in own if not looks[row.label].hollow]  # variants of the reference have its bytes
-        up, seconds = "MB uploaded by each client, all rounds", "seconds of the server, without evaluation"
-        made: dict[str, Figure | None] = {
-            "bytes": scatter(with_bytes, looks, "bytes_up", 1e6, up, title),
-            "seconds": scatter(_longest(own), looks, "server_seconds", 1.0, seconds, title),
-            "skew": skew(own, looks, title),
-        }
+        made: dict[str, Figure | None] = {"accuracy": dots(own, results.reference, f"{data}, {clients} clients")}
         made |= {f"recall-{_slug(place.partition)}": recall(own, place) for place in places(own)}
         for name, figure in made.items():
             if figure is not None:
                 path = folder / f"{_slug(data)}-K{clients}-{name}.png"
                 save(figure, path)
-                written.add(path)
-    for path in set(folder.glob("*.png")) - written:
+                save(figure, path.with_suffix(".pdf"))
+                written |= {path, path.with_suffix(".pdf")}
+    for path in {*folder.glob("*.png"), *folder.glob("*.pdf")} - written:
         path.unlink()
-    return len(written)
+    return len(written) // 2
 
 
-def styles(found: Sequence[Row], reference: str) -> dict[str, Style]:
-    """By label: the reference is one colour, and its variants are hollow points of it; all others differ."""
-    ours = next((row.entries[0]["method"] for row in found if row.label == reference), reference)
-    looks: dict[str, Style] = {}
-    for row in found:
-        if row.label in looks:
-            continue
-        if row.label == reference:
-            looks[row.label] = Style(OURS, "*")
-        elif row.entries[0]["method"] == ours and row.kind == "one-shot":
-            looks[row.label] = Style(OURS, MARKERS[_count(looks, OURS) % len(MARKERS)], hollow=True)
-        elif row.kind == "reference":
-            looks[row.label] = Style(GREY, MARKERS[_count(looks, GREY) % len(MARKERS)], line=":")
-        else:
-            number = len(looks) - _count(looks, OURS) - _count(looks, GREY)
-            dashed = "--" if row.kind == "flower" else "-"
-            looks[row.label] = Style(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], line=dashed)
-    return looks
+def dots(found: Sequence[Row], reference: str, title: str) -> "Figure":
+    """Methods as lines, from the best of each kind; a panel for each partition, from the most skewed, and each cost.
 
-
-def _count(looks: Mapping[str, Style], colour: str) -> int:
-    return sum(style.colour == colour for style in looks.values())
-
-
-def points(found: Sequence[Row], x_of: Callable[[Row], float | None]) -> dict[str, list[Point]]:
-    """By label: where its rows lie, from left to right; rows without an x are left out."""
-    made: dict[str, list[Point]] = {}
-    for row in found:
-        x = x_of(row)
-        if x is not None:
-            made.setdefault(row.label, []).append((x, row.accuracy.mean, row.accuracy.std or 0.0))
-    return {label: sorted(where) for label, where in made.items()}
-
-
-def scatter(
-    found: Sequence[Row], looks: Mapping[str, Style], cost: str, unit: float, x_label: str, title: str
-) -> "Figure | None":
-    """Accuracy against a cost on a logarithmic axis: one panel for each partition.
-
-    Every point is where its numbers are, also where several lie on each other.
+    Every point is where its numbers are. Filled: the reference, and what has another method; hollow: its variants.
     """
-    shown = [row for row in found if row.cost(cost)]
-    if not shown:
-        return None
-    columns = places(shown)
-    figure, axes = _panels(len(columns))
-    for axis, place in zip(axes, columns, strict=True):
-        here = points([row for row in shown if row.place == place], lambda row: (row.cost(cost) or 0) / unit)
+    method = next((row.entries[0]["method"] for row in found if row.label == reference), reference)
+    of_name: dict[str, list[Row]] = {}
+    for row in found:
+        of_name.setdefault(row.name, []).append(row)
+    kinds = tuple(COLOURS)
+    mean = {name: sum(row.accuracy.mean for row in own) / len(own) for name, own in of_name.items()}
+    order = sorted(of_name, key=lambda name: (kinds.index(of_name[name][0].kind), -mean[name]))
+    columns = sorted(places(found), key=lambda place: _skewness(next(row for row in found if row.place == place)))
+    costs = [key for key in COSTS if any(row.cost(key) for row in found)]
+    figure = blank(1.9 + _WIDE * (len(columns) + len(costs)), 1.1 + _TALL * len(order))
+    axes = figure.subplots(1, len(columns) + len(costs), sharey=True, squeeze=False)[0]
+    for y, name in enumerate(order):
+        first = of_name[name][0]
+        colour = COLOURS[first.kind]
+        variant = first.kind == "one-shot" and first.entries[0]["method"] == method
+        look: dict[str, Any] = {"color": OURS if variant else colour, "marker": "o", "markersize": 4.5}
+        look["markerfacecolor"] = "white" if variant and first.label != reference else look["color"]
+        for axis, place in zip(axes, columns, strict=False):
+            for row in of_name[name]:
+                if row.place == place:
+                    axis.errorbar(row.accuracy.mean, y, xerr=row.accuracy.std, elinewidth=0.8, **look)
+        for axis, key in zip(axes[len(columns) :], costs, strict=True):
+            if known := [value for row in of_name[name] if (value := row.cost(key))]:
+                axis.plot(sum(known) / len(known) / COSTS[key][1], y, **look)
+    for axis, place in zip(axes, columns, strict=False):
+        axis.set_title(place.partition, fontsize=9)
+        axis.set_xlabel("accuracy, %", fontsize=8)
+    for axis, key in zip(axes[len(columns) :], costs, strict=True):
         axis.set_xscale("log")
-        for label, where in here.items():
-            _plot(axis, where, looks[label], label)
-        axis.set_title(place.partition, fontsize=10)
-        axis.set_xlabel(x_label, fontsize=8)
-    _finish(figure, axes, f"{title}: accuracy, mean ± standard deviation over seeds")
-    return figure
-
-
-def skew(found: Sequence[Row], looks: Mapping[str, Style], title: str) -> "Figure | None":
-    """Accuracy against skew, from few classes per client to IID; lines join the Dirichlet partitions."""
-    order = sorted(places(found), key=lambda place: _skewness(next(row for row in found if row.place == place)))
-    if len(order) < 2:
-        return None
-    figure, (axis,) = _panels(1, (9.0, 4.4))
-    dirichlet = {at for at, place in enumerate(order) if place.partition.startswith("Dirichlet")}
-    labels = list(dict.fromkeys(row.label for row in found if not looks[row.label].hollow))
-    for number, label in enumerate(labels):
-        own = [row for row in found if row.label == label]
-        most = max(row.rounds for row in own)
-        (where,) = points([row for row in own if row.rounds == most], lambda row: order.index(row.place)).values()
-        shift = 0.5 * (number / max(1, len(labels) - 1) - 0.5)
-        moved = [(x + shift, mean, std) for x, mean, std in where]
-        joined = [point for point, (x, _, _) in zip(moved, where, strict=True) if x in dirichlet]
-        single = [point for point, (x, _, _) in zip(moved, where, strict=True) if x not in dirichlet]
-        name = f"{label}, {most} rounds" if most > 1 else label
-        _plot(axis, joined or single, looks[label], name)
-        for point in single if joined else single[1:]:
-            _plot(axis, [point], looks[label], name)
-    axis.set_xticks(range(len(order)), [place.partition for place in order], fontsize=8)
-    axis.set_xlabel("partition, from skewed to even", fontsize=9)
-    _finish(figure, [axis], f"{title}: accuracy in percent by partition")
+        axis.set_title(COSTS[key][0], fontsize=9)
+    for axis in axes:
+        axis.grid(alpha=0.3, linewidth=0.5)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(range(len(order)), order, parse_math=False)
+    axes[0].set_ylim(len(order) - 0.5, -0.5)
+    title = f"{title}: mean ± standard deviation over seeds"
+    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
     return figure
 
 
@@ -180,49 +122,6 @@ def _longest(found: Sequence[Row]) -> list[Row]:
     """Of each method the rows with most rounds."""
     most = {row.label: max(other.rounds for other in found if other.label == row.label) for row in found}
     return [row for row in found if row.rounds == most[row.label]]
-
-
-def _panels(count: int, size: tuple[float, float] = _PANEL) -> "tuple[Figure, list[Any]]":
-    across = min(count, _ACROSS)
-    down = math.ceil(count / across)
-    figure = blank(max(size[0] * across, 6.4), size[1] * down + 1.4)
-    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flatten())
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
-
-
-def _plot(axis: Any, where: Sequence[Point], style: Style, label: str) -> None:
-    xs, means, spreads = zip(*where, strict=True)
-    axis.errorbar(
-        xs,
-        means,
-        yerr=spreads if any(spreads) else None,
-        label=label,
-        color=style.colour,
-        marker=style.marker,
-        markersize=12 if style.marker == "*" else 6,
-        markerfacecolor="white" if style.hollow else style.colour,
-        linestyle=style.line,
-        linewidth=1.0,
-        elinewidth=0.7,
-        alpha=0.8,  # what lies below others shows through
-        zorder=3 if style.colour == OURS else 2,
-    )
-
-
-def _finish(figure: "Figure", axes: Sequence[Any], title: str) -> None:
-    """Grid, ticks, and one legend beside all panels."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0].set_ylabel("accuracy, %", fontsize=9)
-    across = max(2, int(figure.get_figwidth() / 2.1))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=across, frameon=False)
-    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
 
 
 def _slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""One cell of Flower's own strategies, by the real app: scripts/flower_run.py as a process of its own."""
+"""One cell of Flower's own strategies, by the real app: `fedmitr simulate` as a process of its own."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from ..common.errors import RunError
 from ..config import Config
 from ..config.text import toml_value
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "flower_run.py"
+COMMAND = (sys.executable, "-m", "fedmitr_flwr", "simulate")
 STOP_SECONDS = 120.0  # it stops a SuperLink and Ray
 
 Runner = Callable[[Config, Path], Path]  # (config, folder to work in) -> the run folder
@@ -29,13 +29,9 @@ def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
     Raises:
         RunError: the run did not complete; the reason is Flower's.
     """
-    if not SCRIPT.is_file():
-        raise RunError(
-            f"there is no {SCRIPT}: Flower's own strategies need a checkout of the project; run it from there"
-        )
     settings, defaults = replace(config, out_dir=str(scratch)).to_flat(), Config().to_flat()
     words = [f"{key}={toml_value(value)}" for key, value in settings.items() if value != defaults[key]]
-    command = [sys.executable, str(SCRIPT), *words]
+    command = [*COMMAND, *words]
     command += ["--clients", str(config.partition.clients), "--client-gpus", str(client_gpus)]
     log = scratch / "flower.log"
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
@@ -49,8 +45,8 @@ def _run(config: Config, scratch: Path, client_gpus: float) -> Path:
                 process.kill()
             raise
     said = log.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"^flower_run: run folder: (.+)$", said, re.MULTILINE)
+    found = re.findall(r"^fedmitr: run folder: (.+)$", said, re.MULTILINE)
     if status or not found:
-        reasons = re.findall(r"^flower_run: error: (.+)$", said, re.MULTILINE) or said.strip().splitlines()[-1:]
+        reasons = re.findall(r"^fedmitr: error: (.+)$", said, re.MULTILINE) or said.strip().splitlines()[-1:]
         raise RunError(f"Flower: {(reasons or ['it said nothing'])[-1]} (its log, until the next try: {log})")
     return Path(found[-1])

@@ -13,13 +13,12 @@ from ..common.errors import ConfigError
 from ..common.outside import is_file
 from ..config import Config
 from ..config.text import flatten, located, read_document, read_flat, typed
+from ..flower.strategies import STRATEGIES
 from .checked import as_list, as_number, as_numbers, as_table, as_text, as_texts, quoted, require_known, require_one_of
 
 Flat = Mapping[str, object]
 
 FLOWER = "flower:"  # before the name of a strategy that Flower ships
-STRATEGIES = ["fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"]
-STRATEGIES += ["fedmedian", "fedtrimmedavg", "krum", "qfedavg"]
 CENTRAL = "central"  # no method, but a ceiling: one model on all images
 SCHEMES = ("dirichlet", "classes-per-client", "iid")
 _NUMBERS = {"alpha": "dirichlet", "classes": "classes-per-client"}  # the axis of a scheme

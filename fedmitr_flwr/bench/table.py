@@ -1,4 +1,4 @@
-"""The tables of a bench: Markdown for people, CSV for everything else."""
+"""The tables of a bench: Markdown for people, LaTeX for papers, CSV for everything else."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..report.words import measure, model
-from .markup import figure, origin, spread, table
+from .markup import figure, origin, spread, table, tabular
 from .results import Results
 from .rows import Place, Row, p_value, places, reference_of, rows
 from .stats import difference, holm
@@ -42,6 +42,16 @@ def markdown(results: Results) -> str:
     for made_by in dict.fromkeys(map(origin, results.entries)):  # each machine and code that results are from
         lines += [made_by, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def latex(results: Results) -> str:
+    """The accuracies and the worst recall, a `tabular` each."""
+    found, lines = rows(results), [r"% needs \usepackage{booktabs,amssymb}"]
+    for data, clients in dict.fromkeys((place.data, place.clients) for place in places(found)):
+        own = [row for row in found if (row.place.data, row.place.clients) == (data, clients)]
+        for part in (accuracy(own, results.reference), _worst(own)):
+            lines += ["", f"% {title(own[0])}. {part[0]}", *tabular(part[2:])]
+    return "\n".join(lines) + "\n"
 
 
 def title(row: Row) -> str:

@@ -35,6 +35,14 @@ class DiskError(RunError):
     """A file of the run cannot be written or read: the disk is full or read-only, or permission is denied."""
 
 
+class Failed(RuntimeError):
+    """A run through Flower did not complete; the message is Flower's. `status` is what the command line exits with."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def unread(what: str, path: Path, error: Exception) -> str:
     """Explain why a user-supplied file cannot be read, with the fix. `what` describes the expected content."""
     if isinstance(error, FileNotFoundError):

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, uint8
 
 from .errors import DiskError, RunError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and lists and pages of runs need none of it
+    from torch import Tensor
 
 PRIVATE = 0o600  # mode of a file: uploads, and what is made of them, are for the owner of the run
 PRIVATE_FOLDER = 0o700
@@ -96,38 +97,42 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object] | None = None) -> None:
     """Write safetensors; `header` is any JSON object. Equal tensors and headers give equal bytes."""
+    from safetensors.torch import save_file
+
     content, own = dict(header or {}), _each_its_own(tensors)
     content[_CHECKSUM] = checksum(own, content)
     with replacing(path) as temporary:
         save_file(own, temporary, {_HEADER: json.dumps(content, sort_keys=True)})
 
 
-def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
+def checksum(tensors: Mapping[str, "Tensor"], header: Mapping[str, object]) -> str:
     """64 hexadecimal characters over tensors and header; one tensor is read at a time."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     hash_tensors(digest, tensors)
     return digest.hexdigest()
 
 
-def hash_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+def hash_tensors(digest: "hashlib._Hash", tensors: Mapping[str, "Tensor"], prefix: str = "") -> None:
     """Add names, types, shapes and contents to a hash; one tensor is read at a time."""
+    import torch
+
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(repr((prefix + name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def require_checksum(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], expected: str | None
+    path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object], expected: str | None
 ) -> None:
     """Raise RunError if these are not the contents that `path` was written with; None: it was written without one."""
     if expected is not None and checksum(tensors, header) != expected:
         raise RunError(f"{path} was altered after it was written (its checksum differs)")
 
 
-def _each_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _each_its_own(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """On the CPU, contiguous, and none a part of another's memory, which safetensors refuses; no copy but for that."""
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -141,7 +146,7 @@ def _each_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """The tensors and the header of a file written by `save_tensors`.
 
     Raises:

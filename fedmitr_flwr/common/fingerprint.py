@@ -2,17 +2,19 @@
 
 import ast
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from .shipped import INSIDE, PACKAGE, shipped
 
 # Folders and modules that look at results and make none: a change there leaves every number as it is.
 _METHODS = "methods/"  # each a file of its own: another method's is no part of what ran
 _SHARED = ("methods/__init__.py", "methods/contract.py")
 _ABOUT_RESULTS = (
-    *("bench/", "report/", "publish/", "diagnostics/", "api/"),
-    *("cli.py", "__main__.py", "common/progress.py"),
+    *("bench/", "report/", "publish/", "diagnostics/", "api/", "flower/"),
+    *("cli.py", "__main__.py", "common/progress.py", "common/shipped.py", "config/described.py", "config/presets.py"),
 )
-_PACKAGE = Path(__file__).parents[1]
 
 
 @cache
@@ -21,7 +23,7 @@ def fingerprint() -> str:
 
     Only what Flower would put into an app bundle counts, so a checkout and the bundle made from it agree.
     """
-    return _of_folder(_PACKAGE)
+    return _of_folder(PACKAGE)
 
 
 @cache
@@ -30,25 +32,25 @@ def core() -> str:
 
     What starts, draws and reports experiments is left out, and so are the methods.
     """
-    return _core_of(_PACKAGE)
+    return _core_of(PACKAGE)
 
 
 @cache
 def of_method(method: str) -> str:
     """`core` with the method's own file, and with those of the methods that it imports."""
-    return _of_method(_PACKAGE, method)
+    return _of_method(PACKAGE, method)
 
 
 @cache
 def of_flower() -> str:
     """`core` with the two apps, which have the values that Flower's strategies get where no setting says otherwise."""
-    return _with_apps(core(), _PACKAGE.parent)
+    return _with_apps(core(), shipped)
 
 
 def changed() -> bool:
     """Whether the code on disk, which a new process would run, is no longer that of this process's first question."""
     before = of_flower()
-    return _with_apps(_core_of(_PACKAGE), _PACKAGE.parent) != before
+    return _with_apps(_core_of(PACKAGE), shipped) != before
 
 
 def _core_of(package: Path) -> str:
@@ -81,8 +83,8 @@ def _imported(source: bytes) -> set[str]:
     return found
 
 
-def _with_apps(code: str, beside: Path) -> str:
-    parts = [code, *(_of_folder(beside / app) for app in ("server_app", "client_app"))]
+def _with_apps(code: str, place: Callable[[str], Path]) -> str:
+    parts = [code, *(_of_folder(place(app)) for app in ("server_app", "client_app"))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
@@ -93,7 +95,7 @@ def _of_folder(root: Path, without: tuple[str, ...] = (), but: tuple[str, ...] =
         hidden = any(part.startswith(".") for part in relative.parts)  # editors' backups and locks
         test = path.stem.startswith("test_") or path.stem.endswith("_test")  # not bundled by Flower
         left_out = relative.as_posix().startswith(without) and relative.as_posix() not in but
-        if not hidden and not test and not left_out:
+        if not hidden and not test and not left_out and relative.parts[0] != INSIDE:
             content = path.read_bytes()
             digest.update(f"{relative.as_posix()}\n{len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 from functools import lru_cache
-from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +30,8 @@ def contents(value: object) -> object:
 
 def names(group: str) -> list[str]:
     """Of the entry points of installed packages in `fedmitr_flwr.<group>`."""
+    from importlib.metadata import entry_points  # which half of a short command's time goes to
+
     return sorted(entry_points(group=f"fedmitr_flwr.{group}").names)
 
 
@@ -48,6 +49,8 @@ def load(value: str, group: str, key: str) -> Any:
             raise ConfigError(f"{key}: {unread('Python file', path, error)}") from error
         except Exception as error:  # of any type: it is somebody's program
             raise ConfigError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error}); mend it") from error
+    from importlib.metadata import entry_points
+
     (found,) = entry_points(group=f"fedmitr_flwr.{group}", name=value)
     try:
         return found.load()

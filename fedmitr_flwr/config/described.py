@@ -5,11 +5,23 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from ..common import outside
 from ..common.errors import ConfigError
+from ..common.shipped import PACKAGE
 from .config import Config
 from .text import key_hint, spelled, toml_value
 
 Value = bool | int | float | str
+
+
+def methods() -> dict[str, str]:
+    """The first line of each method's description, by name; the files are read, not run. Installed ones are named."""
+    found = dict.fromkeys(outside.names("methods"), "(of an installed package)")
+    for path in (PACKAGE / "methods").glob("[!_]*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "fuse" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 @functools.cache

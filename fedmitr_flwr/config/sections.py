@@ -12,6 +12,7 @@ REBIRTHS = 4  # v of `pri4`: sparse images that one trajectory gives
 ONE_SHOT = "oneshot"  # the strategy that is none of Flower's
 OWN = "own"  # the scheme without a partition: every client has its own images
 AUTO = "auto"  # of a text setting, as 0 of a number: chosen by what training starts from (recipe.py)
+SMALL = "small"  # our own shape of a ViT, by model.width and model.depth
 HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 (a quarter of DeiT-Tiny's 64)
 DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/LOG.md)
 EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may contain beside weights

@@ -292,7 +292,11 @@ def keys_like(key: str, known: Mapping[str, object], value: object = None) -> li
     key = spelled(key).lower()
     section, _, last = key.rpartition(".")
     fits = _ending(last, known)
+    if any(other.rpartition(".")[2] == last for other in fits):  # epochs: epochs-per-round, too
+        fits += [other for other in known if other.rpartition(".")[2].startswith(f"{last}-")]
     if section and fits:
+        sections = {other.rpartition(".")[0] for other in known}
+        section = next(iter(difflib.get_close_matches(section, sections, n=1)), section)
         own = [other for other in fits if other.startswith(f"{section}.")]
         fits = own or difflib.get_close_matches(key, fits, n=1, cutoff=0.85) or fits
     fits = fits or [other for other in known if other.startswith(f"{key}-")]

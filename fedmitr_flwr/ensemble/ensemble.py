@@ -38,19 +38,15 @@ class Ensemble(nn.Module):
         weights_KY: Tensor,
         combine: str,
         teach: str = "logits",
-        silent: int = 0,
     ) -> None:
-        """`combine` is how answers are combined to decide, `teach` how to teach: `logits` or `probs`.
-
-        The last `silent` teachers never learned to say anything by their patch tokens, and are not asked for it.
-        """
+        """`combine` is how answers are combined to decide, `teach` how to teach: `logits` or `probs`."""
         super().__init__()
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.patch: int = self.teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
         self.grid: int = self.teachers[0].patch_embed.grid_size[0]  # patches along an image's side
         self.weights: Tensor
         self.register_buffer("weights", weights_KY)
-        self.combine, self.teach, self.silent = combine, teach, silent
+        self.combine, self.teach = combine, teach
 
     @classmethod
     def of(
@@ -59,10 +55,9 @@ class Ensemble(nn.Module):
         model: ModelConfig,
         config: EnsembleConfig,
         teach: str = "logits",
-        silent: int = 0,
     ) -> "Ensemble":
         weights_KY = teacher_weights(uploads, model.num_classes, config.weights)
-        return cls(Teachers.of(uploads, model), weights_KY, config.combine, teach, silent)
+        return cls(Teachers.of(uploads, model), weights_KY, config.combine, teach)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Scores (B, Y) of whole images."""
@@ -83,19 +78,10 @@ class Ensemble(nn.Module):
         teach = rule(self.teach)
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
         parts = (  # made one by one: all teachers' answers together may not fit into memory
-            TokenLogits(teach.part(cls, cls_Y), teach.part(patches, patches_Y))
-            for (cls, patches), cls_Y, patches_Y in zip(answers, self.weights, self.token_weights, strict=True)
+            TokenLogits(teach.part(cls, weights_Y), teach.part(patches, weights_Y))
+            for (cls, patches), weights_Y in zip(answers, self.weights, strict=True)
         )
         return reduce(lambda total, part: TokenLogits(*map(teach.join, total, part)), parts)
-
-    @property
-    def token_weights(self) -> Tensor:
-        """The weights (K, Y) of answers by patch tokens: those of silent teachers are the others'."""
-        if not self.silent:
-            return self.weights
-        speaking = self.weights.clone()
-        speaking[-self.silent :] = 0
-        return speaking / speaking.sum(0).clamp_min(1e-30)
 
     @property
     def by_many(self) -> bool:
@@ -105,11 +91,11 @@ class Ensemble(nn.Module):
     def slope(self, loss: Loss, patches_BME: Tensor, positions_BM: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """`loss(scores (B, Y), patches)` of each image (B,), and its gradient by the patches (B, M, E).
 
-        Teachers that do not all fit into memory are run twice: for their answers, and, once it is known how the loss
-        depends on each answer, one by one for the gradient. No more than one such graph exists at a time.
+        Teachers that do not all fit into memory, or whose graphs do not, are run twice: for their answers, and, once
+        it is known how the loss depends on each answer, one by one for the gradient, with one graph at a time.
         """
         leaf_BME = patches_BME.detach().requires_grad_()
-        together = not self.teachers.streamed
+        together = self.teachers.keep_graphs(patches_BME)
         with torch.set_grad_enabled(together):
             asked = [answer[0] for answer in self._ask(forward_cls, leaf_BME, positions_BM, routing)]
         logits = [answer.detach().requires_grad_() for answer in asked]
@@ -155,7 +141,7 @@ class Ensemble(nn.Module):
         self, question: Question, patches_BME: Tensor, positions_BM: Tensor, routing: Routing
     ) -> Iterator[tuple[Tensor, ...]]:
         """The answer of each teacher that is asked anything, for the images that it is asked about."""
-        if _stacks(patches_BME) and routing.share == 1 and not self.teachers.streamed:
+        if _stacks(patches_BME) and routing.share == 1 and self.teachers.keep_graphs(patches_BME):
             yield from zip(*self.teachers.ask_stacked(question, patches_BME, positions_BM), strict=True)
         else:
             for k, rows in routing.rows.items():

@@ -1,4 +1,4 @@
-"""K frozen networks, no more of them in memory than a chunk.
+"""K frozen networks, no more of them in memory than there is room for.
 
 Shapes: K teachers, B images, M given patches.
 """
@@ -16,7 +16,10 @@ from ..uploads.upload import Upload
 from ..vit.build import build_vit, vit_of
 from ..vit.tokens import Question, ask_with
 
-CHUNK = 16  # networks in memory at once: of DeiT-Tiny 350 MB
+ROOM = 400 * 2**20  # bytes of networks in memory at once: 18 DeiT-Tiny, or 500 small ViTs
+FEW = 16  # networks whose graphs are in memory at once, however large they are
+GRAPHS = 2**30  # bytes of the graphs of more of them, in one thread
+_KEPT = 9.5  # numbers for each token and each of a block's channels, as counted by torch's hooks on saved tensors
 
 
 class Teachers(nn.Module):
@@ -30,13 +33,13 @@ class Teachers(nn.Module):
 
     @classmethod
     def of(cls, uploads: Sequence[Upload], model: ModelConfig) -> "Teachers":
-        """At most `CHUNK` networks in memory: where more are wanted, the last one's place is for guests."""
-        resident = len(uploads) if len(uploads) <= CHUNK else CHUNK - 1
+        """Networks of `ROOM` in memory: where more are wanted, the last one's place is for guests."""
+        guest = build_vit(model)
+        at_once = max(1, ROOM // sum(tensor.nbytes for tensor in guest.state_dict().values()))
+        resident = len(uploads) if len(uploads) <= at_once else at_once - 1
         networks = [vit_of(model, upload.weights) for upload in uploads[:resident]]
         streamed = [upload.weights for upload in uploads[resident:]]
-        if streamed:
-            networks.append(build_vit(model))
-        return cls(networks, streamed)
+        return cls([*networks, guest] if streamed else networks, streamed)
 
     def __len__(self) -> int:
         return len(self.residents) + len(self.streamed) - bool(self.streamed)
@@ -50,6 +53,14 @@ class Teachers(nn.Module):
         for name, tensor in guest.state_dict().items():  # not load_state_dict, which would read all of them first
             tensor.copy_(self.streamed[k - own][name])
         return guest
+
+    def keep_graphs(self, patches_BME: Tensor) -> bool:
+        """Whether all of them at once may keep what a gradient by these patches needs."""
+        batch, given, _ = patches_BME.shape
+        vit: VisionTransformer = self.residents[0]
+        tokens = batch * (given + vit.num_prefix_tokens)
+        kept = 4 * _KEPT * tokens * vit.embed_dim * len(vit.blocks)
+        return not self.streamed and (len(self) <= FEW or len(self) * kept <= GRAPHS)
 
     def ask_stacked(self, question: Question, patches_BME: Tensor, positions_BM: Tensor) -> tuple[Tensor, ...]:
         """All teachers in one call, answers with a first axis K: fewer, larger kernels."""

@@ -13,7 +13,6 @@ from ..common.rng import stream
 from ..config import Config
 from ..ensemble.competence import estimate
 from ..ensemble.ensemble import Ensemble
-from ..merging.closed_form import teachers_of
 from ..uploads.upload import Upload
 from .invert import PIXELS, Pixels, invert
 from .pool import Pool, join
@@ -36,13 +35,10 @@ class Weigher:
     def __init__(
         self, uploads: Sequence[Upload], config: Config, device: torch.device, *, teach: str = "logits"
     ) -> None:
-        """The ensemble teaches by `teach`, but by `probs` beside statistics. Without images it is weighted by size."""
-        self.teachers, self.config = teachers_of(uploads, config), config
+        """The ensemble teaches by `teach`. Without images it is weighted by size."""
+        self.uploads, self.config = uploads, config
         self.estimates = config.ensemble.weights == "estimated"
-        frozen = len(self.teachers) - len(uploads)  # of statistics: one, or none
-        # Its logits are of another scale, next to which others are nothing; its head has learned from class tokens.
-        teach = "probs" if frozen else teach
-        self.ensemble = Ensemble.of(self.teachers, config.model, config.ensemble, teach, frozen).to(device)
+        self.ensemble = Ensemble.of(uploads, config.model, config.ensemble, teach).to(device)
 
     def scout(self, pixels: Pixels = PIXELS) -> None:
         """Make the first images, and weigh by them."""
@@ -52,7 +48,7 @@ class Weigher:
     def refine(self, images_MCHW: Tensor, targets_M: Tensor) -> None:
         """Weigh by all images that were made so far, and by the classes that they were made for."""
         if self.estimates:
-            sizes_K = torch.tensor([float(teacher.num_examples) for teacher in self.teachers]).to(images_MCHW)
+            sizes_K = torch.tensor([float(upload.num_examples) for upload in self.uploads]).to(images_MCHW)
             self.ensemble.weights = estimate(self.ensemble.probabilities(images_MCHW), sizes_K, targets_M)
 
 

@@ -24,8 +24,7 @@ def merge_heads(student: VisionTransformer, ensemble: Ensemble, images_MCHW: Ten
     images, which are of all classes alike, as much as the classes' logits do on average. Rows of one length
     (τ-normalisation, Kang et al. 2020) would do that if features varied alike in all directions.
     """
-    uploaded = len(ensemble.teachers) - ensemble.silent  # a teacher of frozen features has a head for others
-    weights_KY = ensemble.weights[:uploaded] / ensemble.weights[:uploaded].sum(0).clamp_min(1e-30)
+    weights_KY = ensemble.weights / ensemble.weights.sum(0).clamp_min(1e-30)
     student.head.weight.zero_()
     student.head.bias.zero_()
     for k, weights_Y in enumerate(weights_KY):

@@ -33,15 +33,14 @@ def fit_layers(
 
     Args:
         student: the clients' average.
-        ensemble: the clients, of the same architecture; each counts on an image by its weight for the image's class,
-            one that says nothing by its patch tokens not at all.
+        ensemble: the clients, of the same architecture; each counts on an image by its weight for the image's class.
         images_BCHW: synthetic images.
         targets_B: the classes that they were made for.
         ridge: of the mean square of a layer's inputs: how strongly it is held where it is.
     """
     student.eval()
     most = max(1, TOKENS // (student.num_prefix_tokens + student.patch_embed.num_patches))
-    weights_KB11 = ensemble.token_weights[:, targets_B[:most], None, None]
+    weights_KB11 = ensemble.weights[:, targets_B[:most], None, None]
     patches_BME = patchify(images_BCHW[:most], ensemble.patch)
     positions_BM = all_positions(patches_BME)
     teachers, clients = ensemble.teachers, range(len(ensemble.teachers))

@@ -91,7 +91,7 @@ def load(name: str) -> ModuleType:
     known = available()
     if not outside.is_file(name) and name not in known:
         raise ConfigError(
-            f"method = {name!r} is not one of: {', '.join(known)}{nearest(name, known)}, nor a path to a .py file"
+            f"method = {name!r} is not one of: {', '.join(known)}, nor a path to a .py file{nearest(name, known)}"
         )
     module: ModuleType = outside.load(name, "methods", "method")
     if not callable(getattr(module, "fuse", None)):

@@ -16,7 +16,8 @@ from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
 from ..runs.checkpoints import Checkpoints
 from ..uploads.upload import Upload
-from ..vit.build import Weights, initial_weights, vit_of
+from ..vit.build import Weights, initial_weights
+from ..vit.taps import network_of
 
 # Settings that a method without synthetic images does not read. The others of `inversion.*` are also the ensemble's.
 OF_IMAGES = ("inversion.mode", "inversion.steps", "inversion.stops", "inversion.route", "relabel.", "distill.")
@@ -37,6 +38,14 @@ class Stopwatch:
         finally:
             self.add({name: time.perf_counter() - start})
 
+    @contextmanager
+    def aside(self, name: str, within: str) -> Iterator[None]:
+        """A stage inside another one, whose seconds are not that one's."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.add({name: spent, within: -spent})
+
     def add(self, seconds: Mapping[str, float]) -> None:
         """Count what was measured elsewhere, such as by an earlier start of the run."""
         for name, spent in seconds.items():
@@ -53,6 +62,7 @@ class Job:
     log: Callable[..., None]  # one line of metrics.jsonl
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     work: Path | None = None  # the folder for checkpoints; None: nothing is kept
+    judge: Callable[[nn.Module], float] | None = None  # a student's accuracy in percent, to be shown while it learns
     origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
 
     @cached_property
@@ -71,14 +81,14 @@ class Fused:
     """A global model."""
 
     predict: nn.Module  # images (B, C, S, S) -> scores (B, Y)
-    weights: Mapping[str, Tensor] | None  # of the one ViT that it is; None where it keeps several models
+    weights: Mapping[str, Tensor] | None  # of the one model that it is (`vit.taps`); None where it keeps several
     pool: Pool | None = None  # the synthetic images it was distilled from, if any
-    ensemble: Ensemble | None = None  # all teachers, weighted as the method did in the end, if it asked them
+    ensemble: Ensemble | None = None  # of all uploads, in order, weighted as in the end, if the method asked them
 
     @classmethod
     def of_weights(cls, weights: Weights, job: Job) -> Self:
         """The network of these weights."""
-        return cls(vit_of(job.config.model, weights).to(job.device), weights)
+        return cls(network_of(job.config.model, weights).to(job.device), weights)
 
     @classmethod
     def of_student(cls, student: nn.Module, ensemble: Ensemble, pool: Pool | None = None) -> Self:

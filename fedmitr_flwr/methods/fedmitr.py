@@ -4,6 +4,7 @@ A reconstruction: the paper's equations were not available. docs/fedmitr.md says
 come from a cited method [C], and which are ours [M].
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from ..inversion.invert import PIXELS, Pixels, invert
 from ..inversion.pool import Pool
 from ..inversion.scout import Weigher
 from ..inversion.trajectory import OnStep
+from ..merging.closed_form import beside_student, pooled
 from .contract import Fused, Job
 from .rounds import Rounds
 
@@ -29,7 +31,15 @@ def fuse(job: Job) -> Fused:
         rounds.images(r, partial(synthesise, teachers.ensemble, job.config))
         rounds.weigh()
         rounds.distil(r)
-    return rounds.fused()
+    return rounds.fused() if not job.config.upload.statistics else with_closed_form(rounds.fused(), job)
+
+
+def with_closed_form(student: Fused, job: Job) -> Fused:
+    """The student beside what the clients' statistics say, which is known exactly and needs no teacher: one model."""
+    assert student.weights, "it is one model"
+    assert student.pool, "it was distilled"
+    weights = beside_student(student.weights, pooled(job.uploads), student.pool.images, job.config, job.device)
+    return replace(Fused.of_weights(weights, job), pool=student.pool, ensemble=student.ensemble)
 
 
 def synthesise(

@@ -17,5 +17,5 @@ UNREAD = OF_IMAGES
 
 
 def fuse(job: Job) -> Fused:
-    """The public start with the head that `statistics.heads.ridge` makes."""
+    """The public start with the head that `statistics.heads.ridge` makes on its taps."""
     return Fused.of_weights(frozen_weights(job.config, ridge(pooled(job.uploads))), job)

@@ -34,6 +34,8 @@ log = logging.getLogger("fedmitr")
 IMAGE_SETTINGS = ("seed", "data.flip", "model.", "ensemble.", "inversion.", "relabel.", "distill.images-per-round")
 STUDENT_SETTINGS = (*IMAGE_SETTINGS, "distill.")
 
+GLIMPSES = 10  # of the student in each round, at most
+
 # (targets, random stream, what to call after each step) -> images of these targets, with their labels
 Make = Callable[[Tensor, torch.Generator, OnStep], Pool]
 
@@ -79,7 +81,7 @@ class Rounds:
     def scout(self, pixels: Pixels = PIXELS) -> None:
         """Weigh the teachers by a few quick images, where their weights are estimated."""
         if self._teachers.estimates:
-            with self._job.stopwatch.stage("inversion"):
+            with self._job.stopwatch.stage("scouting"):
                 self._teachers.scout(pixels)
 
     def images(self, r: int, make: Make) -> Pool:
@@ -153,14 +155,24 @@ class Rounds:
 
     def _train(self, r: int, pool: Pool, stepper: Stepper, plain: Plain | None) -> None:
         job, config = self._job, self._job.config
-        images = config.distill.epochs_per_round * len(pool)
+        epochs, seen = config.distill.epochs_per_round, 0
+        shown = {round(epochs * part / GLIMPSES) for part in range(1, GLIMPSES + 1)} - {0} if job.judge else set()
         series, alive = Series(), pool.alive.float().mean().item()
-        with Progress(self._label("distillation", r), total=images, unit="img") as progress:
+        with Progress(self._label("distillation", r), total=epochs * len(pool), unit="img") as progress:
 
             def on_batch(count: int, parts: Parts) -> None:
+                nonlocal seen
                 loss, *values = torch.stack([parts.total(), *parts]).tolist()  # a GPU is waited for once
                 series.add(**dict(zip(parts._fields, values, strict=True)))
                 progress.update(count, loss=loss, alive=alive)
+                seen += count
+                epoch, rest = divmod(seen, len(pool))
+                if job.judge and not rest and epoch in shown:
+                    with job.stopwatch.aside("evaluation", "distillation"):
+                        accuracy = job.judge(self.student)
+                        self.student.train()
+                    progress.update(0, accuracy=accuracy)
+                    job.log(stage="student", round=r, epoch=epoch, accuracy=accuracy)
 
             rng = stream(config.seed, "distillation", r)
             distil(self.student, self._teachers.ensemble, pool, config, stepper, rng, on_batch, plain)

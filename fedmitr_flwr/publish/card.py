@@ -1,23 +1,18 @@
 """The model card: what the model is, what it was made of, how good it is, and what not to do with it."""
 
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 from textwrap import indent
 from typing import Any
 
 from ..common.errors import printable
-from ..common.outside import is_file
-from ..config import Config
-from ..config.sections import ONE_SHOT, OWN
-from ..config.text import OUTSIDE, PATHS, PLACES
-from ..report.words import data_set, evaluated, measure, model, skew
+from ..config.sections import ONE_SHOT
+from ..report.words import command, data_set, evaluated, measure, model, skew
 from ..runs.result import accuracy_table
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _FROM_SCRATCH, _FROM_TIMM = "none", "timm"
-_NOT_SHOWN = (*PLACES, "flower.clients")  # where the run lies, and who took part
 
 _CARD = """\
 ---
@@ -30,19 +25,7 @@ _CARD = """\
 
 ## Use
 
-```python
-import timm
-import torch
-from PIL import Image
-
-vit = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False)
-image = prepare(Image.open("image.png").convert("{mode}"))
-with torch.no_grad():
-    chances = vit(image[None]).softmax(-1)[0]
-print(vit.pretrained_cfg["label_names"][chances.argmax()], chances.max().item())
-```
-
+{use}
 `fedmitr predict RUN IMAGES...` also turns photographs upright and puts transparent images on white, as for training.
 
 ## Accuracy
@@ -72,6 +55,24 @@ of the images and of the weights at the start.
 - Publish `model.safetensors`, `config.json` and this file, and not the run folder, which has the clients' uploads.
 """
 
+_WITH_TIMM = """\
+```python
+import timm
+import torch
+from PIL import Image
+
+vit = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False)
+image = prepare(Image.open("image.png").convert("{mode}"))
+with torch.no_grad():
+    chances = vit(image[None]).softmax(-1)[0]
+print(vit.pretrained_cfg["label_names"][chances.argmax()], chances.max().item())
+```
+"""
+_WITH_THIS_PACKAGE = """\
+This is no model of timm alone: `fedmitr_flwr.vit.taps.load_model(Path("."))` gives it, for images that are normalised
+as the `pretrained_cfg` of `config.json` says.
+"""
 _PLAIN = """\
 Uploads leak: images can be inverted from the clients' plain weights, and what the model has learnt from them can still
   show what they were trained on. No differential privacy was used."""
@@ -80,15 +81,18 @@ Clients trained with differential privacy for each single image (epsilon {epsilo
   share can still be inverted from its upload and shows in the model."""
 
 
-def card(result: Mapping[str, Any], name: str, *, central: bool = False) -> str:
-    """README.md of the model `name`, from the contents of result.json. No client, path or machine is named in it."""
+def card(result: Mapping[str, Any], name: str, *, central: bool = False, plain: bool = True) -> str:
+    """README.md of the model `name`, from the contents of result.json; `plain`: timm alone loads it.
+
+    No client, path or machine is named in it.
+    """
     config = result["config"]
     epsilon = config.get("privacy.epsilon")
     return _CARD.format(
-        front=_front(result, name, central=central),
+        front=_front(result, name, central=central, plain=plain),
         title=printable(f"{'central' if central else result['method']} on {data_set(config)}"),
         what=_what(result, central=central),
-        mode="L" if config["model.in-chans"] == 1 else "RGB",
+        use=_WITH_TIMM.format(mode="L" if config["model.in-chans"] == 1 else "RGB") if plain else _WITH_THIS_PACKAGE,
         measure=measure(config),
         evaluated=evaluated(result.get("evaluated_on")),
         table=indent(accuracy_table(result), "    "),
@@ -99,21 +103,7 @@ def card(result: Mapping[str, Any], name: str, *, central: bool = False) -> str:
     )
 
 
-def command(config: Mapping[str, Any]) -> str:
-    """The line that makes the run again, from its settings by dotted key."""
-    own, defaults = config["partition.scheme"] == OWN, Config().to_flat()
-    words = (
-        ["fedmitr", "run"] if config["flower.strategy"] == ONE_SHOT and not own else ["python", "scripts/flower_run.py"]
-    )
-    for key, value in config.items():
-        if key in defaults and value != defaults[key] and key not in _NOT_SHOWN:
-            short = key in PATHS or (key in OUTSIDE and is_file(value))
-            shown = PurePath(value).name if short and PurePath(value).is_absolute() else value
-            words.append(f"{key}={str(shown).lower() if isinstance(shown, bool) else shown}")
-    return printable(shlex.join(words))
-
-
-def _front(result: Mapping[str, Any], name: str, *, central: bool) -> str:
+def _front(result: Mapping[str, Any], name: str, *, central: bool, plain: bool) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     config, student = result["config"], result["accuracy"]["student"]
@@ -129,7 +119,7 @@ def _front(result: Mapping[str, Any], name: str, *, central: bool) -> str:
         metric_value=None if student is None else round(student / 100, 4),
     )
     return ModelCardData(
-        library_name="timm",
+        library_name="timm" if plain else "fedmitr-flwr",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "fedmitr", *kinds],
         license="unknown",

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..runs.folder import RunFolder
+from ..uploads.stored import StoredWeights
 from ..vit.build import timm_arguments, without_numbers
 from .card import card
 
 
 def save_model(folder: RunFolder, weights: Mapping[str, Tensor], classes: Sequence[str]) -> None:
     """Write model.safetensors and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` works.
+
+    A model on taps is not timm's: `vit.taps.load_model` reads it from the same files.
 
     Raises:
         RunError: a number is NaN or infinite.
@@ -23,7 +26,8 @@ def save_model(folder: RunFolder, weights: Mapping[str, Tensor], classes: Sequen
 def write_result(folder: RunFolder, result: Mapping[str, Any], *, central: bool = False) -> None:
     """Write result.json, and before it, where there is a model, its card; a `central` one is of all clients' images."""
     if folder.model_path.exists():
-        folder.write_card(card(result, folder.path.name, central=central))
+        plain = "cls_token" in StoredWeights(folder.model_path)
+        folder.write_card(card(result, folder.path.name, central=central, plain=plain))
     folder.write_result(result)
 
 

@@ -16,8 +16,7 @@ from ..data.layout import contents, listed
 from ..data.sources import ImageFiles
 from ..runs.evaluation import scores_of
 from ..runs.folder import RunFolder
-from ..uploads.gate import shapes
-from ..vit.build import vit_of
+from ..vit.taps import network_of
 
 
 def predictions(folder: RunFolder, places: Sequence[Path], top: int = 1) -> Iterator[str]:
@@ -38,15 +37,18 @@ def predictions(folder: RunFolder, places: Sequence[Path], top: int = 1) -> Iter
             "resume it, or fuse it by another method"
         )
     weights, _ = load_tensors(folder.model_path)
-    if {name: tensor.shape for name, tensor in weights.items()} != {k: t.shape for k, t in shapes(model).items()}:
-        raise RunError(f"{folder.model_path} is not a model of the settings in config.toml beside it; restore it")
+    try:
+        network = network_of(model, weights)
+    except RuntimeError as error:  # other names or shapes
+        wrong = f"{folder.model_path} is not a model of the settings in config.toml beside it; restore it"
+        raise RunError(wrong) from error
     classes, files = _classes(folder), _files(places)
     pixels = decode(ImageFiles(files), np.arange(len(files)), model.in_chans, model.img_size)
     # A run on a GPU is looked at elsewhere, too.
     device = resolve_device("auto" if config.device.startswith("cuda") else config.device)
     images = Images(pixels, torch.zeros(len(files), dtype=torch.int64))
     with threads(config.threads):
-        scores_MY = scores_of(vit_of(model, weights).to(device), images, model, device)
+        scores_MY = scores_of(network.to(device), images, model, device)
     chances, best = scores_MY.softmax(-1).topk(min(top, model.num_classes))
     for file, row, numbers in zip(files, chances.tolist(), best.tolist(), strict=True):
         cells = [

@@ -1,8 +1,17 @@
 """What a run was, in words: from its settings as result.json has them."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
+
+from ..common.errors import printable
+from ..common.outside import is_file
+from ..config import Config
+from ..config.sections import ONE_SHOT, OWN
+from ..config.text import OUTSIDE, PATHS, PLACES
+
+_NOT_SHOWN = (*PLACES, "flower.clients")  # where the run lies, and who took part
 
 Flat = Mapping[str, Any]
 
@@ -41,3 +50,15 @@ def evaluated(on: Mapping[str, Any] | None) -> str:
     if on["where"] == "clients":
         return f"On {on['images']} images that the clients held out."
     return f"On {on['images']} {on['split']} images of the server, after the last epoch."
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """The line that makes the run again, from its settings by dotted key."""
+    own, defaults = config["partition.scheme"] == OWN, Config().to_flat()
+    words = ["fedmitr", "run" if config["flower.strategy"] == ONE_SHOT and not own else "simulate"]
+    for key, value in config.items():
+        if key in defaults and value != defaults[key] and key not in _NOT_SHOWN:
+            short = key in PATHS or (key in OUTSIDE and is_file(value))
+            shown = PurePath(value).name if short and PurePath(value).is_absolute() else value
+            words.append(f"{key}={str(shown).lower() if isinstance(shown, bool) else shown}")
+    return printable(shlex.join(words))

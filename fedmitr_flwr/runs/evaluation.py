@@ -3,6 +3,7 @@
 Shapes: B or M images, Y classes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ..config import ModelConfig
 from ..data.images import Images, prepare
 
 BATCH = 256  # images that a model is asked about at once
+BINS = 15  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Evaluation:
     per_class: tuple[float, ...]  # recall in percent; NaN where there is no image of a class
     num_examples: int  # how many images
     confusion: tuple[tuple[int, ...], ...] = ()  # images by true class (row) and answer (column); empty: not known
+    ece: float | None = None  # expected calibration error, in percent; None: not known
+
+    @property
+    def calibration(self) -> dict[str, float | None]:
+        """For result.json."""
+        return {"nll": round(self.loss, 4), "ece": None if self.ece is None else round(self.ece, 2)}
 
 
 def evaluate(
@@ -49,4 +57,13 @@ def graded(scores_MY: Tensor, labels_M: Tensor, num_classes: int) -> Evaluation:
     right, count = confusion_YY.diag().double(), len(labels_M)
     recall = tuple((100 * right / confusion_YY.sum(1)).tolist())
     answers = tuple(map(tuple, confusion_YY.tolist()))
-    return Evaluation(100 * right.sum().item() / count, loss, recall, count, answers)
+    ece = calibration_error(scores_MY, labels_M) if math.isfinite(loss) else None
+    return Evaluation(100 * right.sum().item() / count, loss, recall, count, answers, ece)
+
+
+def calibration_error(scores_MY: Tensor, labels_M: Tensor) -> float:
+    """In percent: how far confidence is from accuracy, mean over `BINS` bins of equal width (Guo et al. 2017)."""
+    sure_M, answers_M = scores_MY.double().softmax(-1).max(-1)
+    excess_M = sure_M - (answers_M == labels_M).double()
+    bins_M = (BINS * sure_M).long().clamp(max=BINS - 1)
+    return 100 * excess_M.new_zeros(BINS).index_add_(0, bins_M, excess_M).abs().sum().item() / len(labels_M)

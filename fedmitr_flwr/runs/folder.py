@@ -13,23 +13,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from ..common.errors import ConfigError, DiskError, RunError, unread
 from ..common.files import PRIVATE, PRIVATE_FOLDER, absolute, checksum, read_text, save_tensors, sync_folder, write_text
 from ..config import Config, recipe
 from ..config.earlier import RETIRED, UNSET, gone, upgraded
 from ..config.limits import needed
-from ..config.sections import DIRECTIONS, HEAD_WIDTH, REBIRTHS
+from ..config.sections import DIRECTIONS, HEAD_WIDTH, REBIRTHS, SMALL
 from ..config.text import read_flat
-from ..uploads.gate import admit, require_finite
-from ..uploads.upload import Upload, load, narrowed, save
-from ..vit.names import SMALL
 from . import track
 from .result import sealed, unsealed
+
+if TYPE_CHECKING:  # torch takes seconds to import: it is imported where weights are read or written
+    from torch import Tensor
+
+    from ..uploads.upload import Upload
 
 log = logging.getLogger("fedmitr")
 
@@ -208,19 +209,21 @@ class RunFolder:
     def finished(self) -> bool:
         return os.path.lexists(self.result_path)
 
-    def note_start(self, weights: Mapping[str, Tensor]) -> None:
+    def note_start(self, weights: Mapping[str, "Tensor"]) -> None:
         """Remember which weights the clients start from, wherever their file may lie later."""
         if not self.start_path.exists():
             self.uploads_path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
             write_text(self.start_path, checksum(weights, {}) + "\n")
 
-    def is_start(self, weights: Mapping[str, Tensor]) -> bool:
+    def is_start(self, weights: Mapping[str, "Tensor"]) -> bool:
         """Whether the clients are known to have started from these."""
         if not self.start_path.is_file():
             return False
         return self.start_path.read_text("utf-8", "replace").strip() == checksum(weights, {})
 
-    def save_upload(self, upload: Upload) -> Path:
+    def save_upload(self, upload: "Upload") -> Path:
+        from ..uploads.upload import save
+
         path = self.uploads_path / _name_of(upload.client)
         if path.exists():
             raise RunError(f"client {upload.client} has uploaded already: {path}; every client uploads once")
@@ -228,7 +231,7 @@ class RunFolder:
         return path
 
     def refuse_upload(
-        self, client_or_node: str, weights: Mapping[str, Tensor], reason: str, said: Mapping[str, str] | None = None
+        self, client_or_node: str, weights: Mapping[str, "Tensor"], reason: str, said: Mapping[str, str] | None = None
     ) -> Path:
         """Keep an upload that must not be used, the reason and what else it `said` in its header: nothing is lost."""
         self.refused_path.mkdir(parents=True, exist_ok=True)
@@ -255,13 +258,16 @@ class RunFolder:
         clients = {int(match[1]): path for path, match in found.items() if match}
         return {client: path for client, path in sorted(clients.items()) if path.name == _name_of(client)}
 
-    def load_uploads(self) -> list[Upload]:
+    def load_uploads(self) -> list["Upload"]:
         """In the clients' order, as far as this run's settings ask; weights stay on disk until they are asked for.
 
         Raises:
             UploadError: one of them does not pass the gate (`gate.admit`); its client is named.
             RunError: one of them cannot be read, or is no upload.
         """
+        from ..uploads.gate import admit
+        from ..uploads.upload import load, narrowed
+
         uploads = []
         for client, path in self.upload_paths().items():
             try:
@@ -278,7 +284,7 @@ class RunFolder:
         present = self.upload_paths()
         return [client for client in range(self.config.partition.clients) if client not in present]
 
-    def require_uploads(self) -> list[Upload]:
+    def require_uploads(self) -> list["Upload"]:
         """`load_uploads`, if `require_quorum` is met."""
         self.require_quorum()
         return self.load_uploads()
@@ -305,12 +311,14 @@ class RunFolder:
         if self._track:
             self._track(said)
 
-    def save_model(self, weights: Mapping[str, Tensor], timm_config: Mapping[str, object]) -> None:
+    def save_model(self, weights: Mapping[str, "Tensor"], timm_config: Mapping[str, object]) -> None:
         """Write model.safetensors, and beside it the config.json by which timm builds the model they fit.
 
         Raises:
             RunError: a number is NaN or infinite, which no caller should have let come here (`gate.require_model`).
         """
+        from ..uploads.gate import require_finite
+
         require_finite(weights, "it is not written")
         write_text(self.model_config_path, _json(timm_config))
         save_tensors(self.model_path, weights)

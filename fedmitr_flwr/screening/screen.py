@@ -74,7 +74,7 @@ def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, i
     start = _start(config)
     found = [] if start is None else strange_weights(uploads, start)
     if config.upload.statistics:
-        found += strange_sums(uploads, None if start is None else moments.last_norm(start))
+        found += strange_sums(uploads)
     gravest: dict[int, Finding] = {}
     for finding in sorted(found, key=lambda finding: not finding.clear):
         gravest.setdefault(finding.client, finding)

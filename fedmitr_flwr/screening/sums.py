@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..merging.closed_form import statistics_of
-from ..statistics.moments import Norm, Statistics
+from ..statistics.moments import Statistics
 from ..uploads.upload import Upload
 from .answers import Names
 from .findings import Finding
@@ -37,22 +37,19 @@ SEPARABLE = 0.1  # of `Names.gain`: below it the classes cannot be separated
 SHRINKAGE = 0.5  # of the covariance within classes: few images of many numbers
 
 
-def strange_sums(uploads: Sequence[Upload], norm: Norm | None) -> list[Finding]:
-    """Of each upload, what is unusual in its statistics. The worst is set aside first: it misleads about the others.
-
-    `norm` is of the public model's last LayerNorm; None: it has none.
-    """
+def strange_sums(uploads: Sequence[Upload]) -> list[Finding]:
+    """Of each upload, what is unusual in its statistics. The worst is set aside first: it misleads about the others."""
     left = list(uploads)
     found: list[Finding] = []
-    for look in (lambda some: _by_reach(some, norm), _by_names):
+    for look in (_by_reach, _by_names):
         while len(left) >= FEWEST and (worst := look(left)):
             found.append(worst)
             left = [upload for upload in left if upload.client != worst.client]
     return found
 
 
-def _by_reach(uploads: Sequence[Upload], norm: Norm | None) -> Finding | None:
-    reaches_K = reaches([statistics_of(upload) for upload in uploads], norm)
+def _by_reach(uploads: Sequence[Upload]) -> Finding | None:
+    reaches_K = reaches([statistics_of(upload) for upload in uploads])
     worst = int((reaches_K - 1).abs().argmax())
     reach = reaches_K[worst].item()
     if REACH[0] <= reach <= REACH[1]:
@@ -76,16 +73,9 @@ def _by_names(uploads: Sequence[Upload]) -> Finding | None:
     return Finding(uploads[worst].client, "sums", kept, text, clear=kept < CLEAR_NAMED)
 
 
-def reaches(every: Sequence[Statistics], norm: Norm | None) -> Tensor:
-    """How far each client's mean feature reaches along the middle one (their median, number by number): (K,).
-
-    Features count without the LayerNorm's γ and β, which all have in common.
-    """
+def reaches(every: Sequence[Statistics]) -> Tensor:
+    """How far each client's mean feature reaches along the middle one (their median, number by number): (K,)."""
     means_KD = torch.stack([each.sums.sum(0) / each.counts.sum() for each in every])
-    if norm is not None:
-        gamma_D, beta_D = norm
-        seen_D = gamma_D != 0
-        means_KD = (means_KD - beta_D)[:, seen_D] / gamma_D[seen_D]
     middle_D = means_KD.quantile(0.5, dim=0)
     reaches_K: Tensor = means_KD @ middle_D / middle_D.square().sum().clamp_min(1e-300)
     return reaches_K

@@ -3,6 +3,7 @@
 Shapes: n images, D numbers in a feature, Y classes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .moments import Statistics
 
-RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: features of a LayerNorm have about unit size
+RIDGE = 1.0  # the penalty on squared weights, scikit-learn's default: taps are of normalised tokens, of about unit size
 UNSEEN = -1e4  # score of a class without images: never the answer, and finite
 
 
@@ -63,3 +64,11 @@ def ridge(statistics: Statistics, penalty: float = RIDGE) -> Head:
     ridged_DD = centred_DD + penalty * torch.eye(len(centred_DD), dtype=torch.float64)
     weight_YD = torch.linalg.solve(ridged_DD, centred_DY).T
     return Head(weight_YD, shares_Y - weight_YD @ mean_D)
+
+
+def spread(head: Head, statistics: Statistics) -> float:
+    """The standard deviation of a head's scores, centred over its classes, on the images that the sums are of."""
+    weight_YD, bias_Y = head.weight - head.weight.mean(0), head.bias - head.bias.mean()
+    total = (weight_YD @ statistics.moment * weight_YD).sum() + 2 * bias_Y @ weight_YD @ statistics.sums.sum(0)
+    number = statistics.counts.sum()
+    return math.sqrt(max(((total / number + bias_Y @ bias_Y) / len(bias_Y)).item(), 1e-12))

@@ -1,8 +1,8 @@
 """Sums over one client's frozen features. They add up: the sum over clients is that of all images in one place.
 
-A feature is the class token before the head, of the public weights that all clients start from: nothing in it was
-trained on anybody's images. The sums are float64, since in float32 their own rounding (6e-8) would be the largest
-difference between many clients and one.
+A feature is what `vit.taps` makes of the public weights that all clients start from: nothing in it was trained on
+anybody's images. Sums are made and added in float64, in which many clients are equal to one place; they are sent in
+float32, whose rounding (6e-8) is far below what shrinkage adds to a covariance.
 
 Shapes: n images, D numbers in a feature, Y classes, U = D (D + 1) / 2 places on and above a matrix's diagonal.
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..config import ModelConfig, UploadConfig
 from ..data.images import Images, prepare
+from ..vit.taps import FEATURES, count_taps, projection, taps
 
-_BATCH = 256  # images
-_ROUNDING = 1e-9  # of the features' whole power; honest sums of a million images differ by less
-_FLOAT32 = 1e-3  # of a normalised feature's power, in which features are computed; honest ones differ by 1e-6
-_SHORTEST = 0.5  # of that power: a token whose variance is below the ε of its LayerNorm (1e-6) is shorter, and none is
-
-Norm = tuple[Tensor, Tensor]  # γ and β (D,) of the public model's last LayerNorm, whose outputs are the features
+_BATCH = 128  # images
+_ROUNDING = 1e-6  # of the features' whole power; honest sums differ by less than 2e-7, the rounding to float32
+# Of the mean square of a feature's numbers. Class tokens are a sixth of the taps or more, and have 1; means of patches
+# have less; a projection to 512 random signs changes the whole by some 6 percent.
+_POWER = 0.1, 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,10 @@ class Statistics:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], counts: tuple[int, ...]) -> Self:
-        """From what `measure` made, and the class counts that came with it."""
-        sums_YD = tensors["sums"]
+        """From what `measure` made, as it was or as it was sent, and the class counts that came with it."""
+        told = {name: tensor.double() for name, tensor in tensors.items()}
         number = torch.tensor(counts, dtype=torch.float64)
-        return cls(number, sums_YD, _unpacked(tensors["moment"], sums_YD.shape[1]), tensors.get("squares"))
+        return cls(number, told["sums"], _unpacked(told["moment"], told["sums"].shape[1]), told.get("squares"))
 
     def __add__(self, other: Self) -> Self:
         squares = None if self.squares is None or other.squares is None else self.squares + other.squares
@@ -79,16 +79,28 @@ def total(parts: Iterable[Statistics]) -> Statistics:
 
 @torch.no_grad()
 def frozen_features(vit: VisionTransformer, images: Images, model: ModelConfig, device: torch.device) -> Tensor:
-    """What the head gets of each whole, unaugmented image: (n, D), float64 on the CPU."""
+    """Of each whole, unaugmented image: (n, D), float64 on the CPU."""
     vit.to(device).eval()
+    projected_TD = projection(count_taps(vit.state_dict()))
     batches = (prepare(pixels.to(device), model) for pixels in images.pixels.split(_BATCH))
-    features = [vit.forward_head(vit.forward_features(batch), pre_logits=True).cpu() for batch in batches]
-    return torch.cat(features).double()
+    return torch.cat([taps(vit, batch).cpu().double() @ projected_TD for batch in batches])
+
+
+def sent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `measure` made, as it is uploaded."""
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def names(upload: UploadConfig) -> tuple[str, ...]:
     """What a client is asked for."""
     return ("sums", "moment", *["squares"] * upload.variances) if upload.statistics else ()
+
+
+def like(weights: Mapping[str, Tensor], upload: UploadConfig) -> dict[str, Tensor]:
+    """What a client sends that starts from weights like these, without its numbers; only their shapes are looked at."""
+    classes, width = len(weights["head.weight"]), min(FEATURES, count_taps(weights))
+    shapes = {name: (width * (width + 1) // 2,) if name == "moment" else (classes, width) for name in names(upload)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def measure(features_ND: Tensor, labels_N: Tensor, num_classes: int, *, variances: bool = False) -> dict[str, Tensor]:
@@ -112,30 +124,21 @@ def resized(tensors: Mapping[str, Tensor], counts: tuple[int, ...], wanted: tupl
     return {"sums": sums_YD, "moment": packed(moment_DD), **squares}
 
 
-def last_norm(weights: Mapping[str, Tensor]) -> Norm | None:
-    """γ and β of the last LayerNorm; None: only their shapes are known, or there is none."""
-    gamma_D, beta_D = weights.get("norm.weight"), weights.get("norm.bias")
-    if gamma_D is None or beta_D is None or gamma_D.is_meta:
-        return None
-    return gamma_D.double(), beta_D.double()
-
-
-def problem(tensors: Mapping[str, Tensor], counts: tuple[int, ...], width: int, norm: Norm | None = None) -> str | None:
-    """Why these cannot be sums over so many features of D = `width` numbers, made by this LayerNorm; None: they can."""
+def problem(tensors: Mapping[str, Tensor], counts: tuple[int, ...], wanted: Mapping[str, Tensor]) -> str | None:
+    """Why these cannot be sums over features, as they are sent and as `like` wants them; None: they can."""
     for name, tensor in tensors.items():
-        shape = (width * (width + 1) // 2,) if name == "moment" else (len(counts), width)
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
-            return f"its statistics' {name} are {_kind(tensor.dtype, tensor.shape)}, not {_kind(torch.float64, shape)}"
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            line = f"its statistics' {name} are {_kind(tensor)}, not {_kind(wanted[name])}"
+            of_0_1_0 = "; 0.1.0 summed other features: fuse without them, upload.extras = 'counts'"
+            return line + of_0_1_0 * (tensor.dtype == torch.float64)
         if not torch.isfinite(tensor).all():
             return f"NaN or infinity in its statistics' {name}; look at model.weights and at the images"
     statistics = Statistics.of(tensors, counts)
-    contradiction = _contradiction(statistics) or (norm and _not_normalised(statistics, *norm))
+    contradiction = _contradiction(statistics) or _impossible_length(statistics)
     return f"its statistics are no sums of features: {contradiction}; do not edit uploads" if contradiction else None
 
 
 def _contradiction(statistics: Statistics) -> str | None:
-    if not torch.isfinite(statistics.scatter).all():
-        return "numbers too large to be multiplied"
     rounding = _ROUNDING * (1 + statistics.moment.diagonal().abs().sum().item())
     if statistics.sums[statistics.counts == 0].any():
         return "a class without images has a sum"
@@ -152,36 +155,19 @@ def _contradiction(statistics: Statistics) -> str | None:
     return None
 
 
-def _not_normalised(statistics: Statistics, gamma_D: Tensor, beta_D: Tensor) -> str | None:
-    """What contradicts that x = (z - β) / γ of each feature z has mean 0 over its D numbers, and a mean square of 1.
-
-    The mean square is var / (var + ε), a little below 1. So over n images Σ |x|² is n D, and Σ (Σ_i x_i)² is 0; and of
-    each class |mean of x|² is at most D. Where γ is all but 0, x is lost in rounding: then Σ |x|² is only bounded.
-    """
-    seen = gamma_D.abs() > _FLOAT32 * gamma_D.abs().max()
-    gamma, beta = gamma_D[seen], beta_D[seen]
-    number, total = statistics.counts.sum(), statistics.sums.sum(0)[seen]
-    moment = statistics.moment[seen][:, seen]
-    crossed = torch.outer(total, beta)
-    moment = (moment - crossed - crossed.T + number * torch.outer(beta, beta)) / torch.outer(gamma, gamma)
-    power = moment.trace().item() / (number.item() * len(gamma_D))
-    if power > 1 + _FLOAT32:
-        return f"a feature is {power**0.5:.3g} times as long as the LayerNorm of model.weights makes any"
-    means = (statistics.means[:, seen] - beta) / gamma
-    longest = means[statistics.counts > 0].square().sum(1).max().item() / len(gamma_D)
-    if longest > 1 + _FLOAT32:
-        return f"the mean of a class is {longest**0.5:.3g} times as long as the LayerNorm of model.weights makes any"
-    if not seen.all():
-        return None
-    if power < _SHORTEST:
-        return f"a feature has {power**0.5:.3g} of the length that the LayerNorm of model.weights gives each"
-    if moment.sum().item() > _FLOAT32 * number.item() * len(gamma_D):
-        return "features have not the mean that the LayerNorm of model.weights gives each"
+def _impossible_length(statistics: Statistics) -> str | None:
+    """What contradicts that features are of tokens that were normalised: see `_POWER`."""
+    least, most = _POWER
+    power = statistics.moment.trace().item() / (statistics.counts.sum().item() * len(statistics.moment))
+    longest = statistics.means.square().mean(1).max().item()
+    for length, what in ((power, "a feature"), (max(longest, least), "the mean of a class")):
+        if not least <= length <= most:
+            return f"{what} is {length**0.5:.3g} long where taps of model.weights are 0.4 to 1"
     return None
 
 
-def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def packed(matrix_DD: Tensor) -> Tensor:

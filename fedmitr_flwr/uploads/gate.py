@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import DiskError, RunError, UploadError
 from ..config import Config, ModelConfig
-from ..vit.build import Weights, initial_weights, without_numbers
+from ..vit.build import Weights, without_numbers
 from ..vit.probe import computes
 from .stored import StoredWeights
 from .upload import ASK_AGAIN, Upload, validate
@@ -27,15 +27,6 @@ def shapes(model: ModelConfig) -> Weights:
     return dict(without_numbers(model).state_dict())
 
 
-@lru_cache(maxsize=4)
-def _reference(config: Config) -> Weights:
-    """`shapes`; beside statistics with the numbers of the start's last LayerNorm, which limit features."""
-    if not config.upload.statistics:
-        return shapes(config.model)
-    initial = initial_weights(config.model, config.seed)
-    return shapes(config.model) | {name: initial[name] for name in initial if name.startswith("norm.")}
-
-
 def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> Upload:
     """The upload, if it may enter the ensemble of a run: names, shapes, types, possible numbers, and it computes.
 
@@ -44,7 +35,6 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
     Raises:
         UploadError: "client 3: ..." with what is wrong and the fix.
         DiskError: it cannot be read.
-        ModelError: it has statistics, and the start that their features are of cannot be had.
     """
     stored = upload.weights if isinstance(upload.weights, StoredWeights) else None
     if stored is not None:
@@ -55,7 +45,7 @@ def admit(upload: Upload, config: Config, *, fingerprint: str | None = None) -> 
         except RunError as error:
             raise UploadError(f"client {upload.client}: {error}; {ASK_AGAIN}") from error
     exact = upload if stored is None else replace(upload, weights=stored.exact)
-    validate(exact, _reference(config), config, fingerprint)
+    validate(exact, shapes(config.model), config, fingerprint)
     # One whose checksum is right has passed here before it was written; the probe takes seconds for a large model.
     proven = stored is not None and stored.has_checksum
     if not proven and not computes(upload.weights, config.model):

@@ -165,22 +165,24 @@ def _wrong_numbers(upload: Upload, num_classes: int, max_images: int) -> str | N
     return None
 
 
+def extras_like(weights: Mapping[str, Tensor], asked: UploadConfig) -> dict[str, Tensor]:
+    """The tensors beside weights like these, without their numbers."""
+    return moments.like(weights, asked) | (inputs.like(weights) if asked.moments else {})
+
+
 def _wrong_statistics(upload: Upload, reference: Mapping[str, Tensor], asked: UploadConfig) -> str | None:
-    tensors, sums = upload.statistics or {}, moments.names(asked)
-    layers = inputs.like(reference) if asked.moments else {}
-    if set(tensors) != {*sums, *layers}:
-        names = f"{_NAMES.repr(sorted(tensors))}, not {_NAMES.repr(sorted([*sums, *layers]))}"
+    tensors, wanted = upload.statistics or {}, extras_like(reference, asked)
+    if set(tensors) != set(wanted):
+        names = f"{_NAMES.repr(sorted(tensors))}, not {_NAMES.repr(sorted(wanted))}"
         return f"its statistics are {names} (upload.extras)"
     problem: str | None = None
-    if sums:
+    if sums := {name: tensors[name] for name in moments.names(asked)}:
         if upload.class_counts is None:
             return "statistics without class counts; run this app's own ClientApp there, which sends both"
-        own_sums = {name: tensors[name] for name in sums}
-        width, norm = reference["head.weight"].shape[1], moments.last_norm(reference)
-        problem = moments.problem(own_sums, upload.class_counts, width, norm)
-    if layers and not problem:
-        own_layers = {name: tensors[name] for name in layers}
-        problem = _wrong_tensor(own_layers, layers) or inputs.problem(own_layers)
+        problem = moments.problem(sums, upload.class_counts, wanted)
+    if asked.moments and not problem:
+        layers = {name: tensors[name] for name in wanted if name not in sums}
+        problem = _wrong_tensor(layers, {name: wanted[name] for name in layers}) or inputs.problem(layers)
     return problem
 
 

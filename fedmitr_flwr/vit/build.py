@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..common.errors import ModelError, say_once
 from ..common.rng import seeded_init, stream
 from ..config import ModelConfig
-from .names import RESIZED, SMALL, STATISTICS, architecture, channel_statistics, require_plain
+from ..config.sections import SMALL
+from .names import RESIZED, STATISTICS, architecture, channel_statistics, require_plain
 from .tokens import all_positions, forward_cls, forward_tokens, patchify
 from .weights_file import read_weights, without_prefix
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..common.errors import ModelError
 from ..config import ModelConfig
 from ..config.limits import check
+from ..config.sections import SMALL
 
 RESIZED = "bilinear"  # how images are resized, antialiased, here and as they are decoded
-SMALL = "small"  # our own shape, by model.width and model.depth
 STATISTICS = ("mean", "std")  # in model.kwargs: of the pixels, one number by channel; no arguments of the network
 
 _UNBUILDABLE = (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError)
@@ -58,7 +58,9 @@ def architecture(name: str) -> Architecture:
 
 def _examples(name: str) -> str:
     families = ["vit_*", "deit*"]
-    near = difflib.get_close_matches(name, [SMALL, *timm.list_models(families), *timm.list_pretrained(families)], n=3)
+    names = [SMALL, *timm.list_models(families), *timm.list_pretrained(families)]
+    begin = [each for each in names if name and each.startswith(name)]
+    near = difflib.get_close_matches(name, names, n=3) or begin[:5]
     if near:
         return f"did you mean {' | '.join(near)}?"
     return "use small, or a plain ViT such as deit_tiny_patch16_224; timm.list_models(['vit_*', 'deit*']) names them"

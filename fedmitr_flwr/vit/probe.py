@@ -11,17 +11,20 @@ from torch import Tensor
 
 from ..common.rng import stream
 from ..config import ModelConfig
-from .build import vit_of
 from .names import normalisation
+from .taps import network_of
 from .tokens import all_positions, forward_tokens, patchify
 
 NOISE_IMAGES = 4
 
 
 def computes(weights: Mapping[str, Tensor], model: ModelConfig) -> bool:
-    """Whether logits and their gradient by the pixels are finite on noise, on black and on white images."""
-    vit = vit_of(model, {name: tensor.float() for name, tensor in weights.items()}).requires_grad_(False)
-    return all(_is_finite(vit, patchify(image, model.patch_size)) for image in _probes(model).split(1))
+    """Whether logits are finite on noise, on black and on white images; and the gradient of a plain ViT's."""
+    network = network_of(model, {name: tensor.float() for name, tensor in weights.items()}).requires_grad_(False)
+    images = _probes(model).split(1)
+    if not isinstance(network, VisionTransformer):
+        return all(bool(torch.isfinite(network(image)).all()) for image in images)
+    return all(_is_finite(network, patchify(image, model.patch_size)) for image in images)
 
 
 def _is_finite(vit: VisionTransformer, patches_BME: Tensor) -> bool:

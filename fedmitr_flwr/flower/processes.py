@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..common.errors import Failed
+
 MARK = "FEDMITR_RUN"  # an environment variable that all processes of one run inherit
 STOP_SECONDS = 15.0
 LEAST_SECONDS = 1.0  # between being told to end and being ended, after Ctrl-C
@@ -33,7 +35,7 @@ def wait_until_up(
     """Wait until a SuperLink answers.
 
     Raises:
-        RuntimeError: it does not, or has ended. Its log is named.
+        Failed: it does not, or has ended. Its log is named.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
     deadline = time.monotonic() + seconds
@@ -43,7 +45,7 @@ def wait_until_up(
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
-    raise RuntimeError(f"the SuperLink did not start; see {log}")
+    raise Failed(f"the SuperLink did not start; see {log}")
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,27 +2,26 @@
 
 from logging import getLogger
 
-from fedmitr_flwr import methods
-from fedmitr_flwr.common.compute import resolve_device
-from fedmitr_flwr.common.errors import ConfigError
-from fedmitr_flwr.config import Config, recipe
-from fedmitr_flwr.config.sections import ONE_SHOT, OWN
-from fedmitr_flwr.config.unread import unread_line
-from fedmitr_flwr.data.own import named_classes
-from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.resolve import resolve
-from fedmitr_flwr.runs.folder import RunFolder
-from fedmitr_flwr.vit.build import initial_weights
+from .. import methods
+from ..common.compute import resolve_device
+from ..common.errors import ConfigError
+from ..config import Config, recipe
+from ..config.sections import ONE_SHOT, OWN
+from ..config.unread import unread_line
+from ..data.own import named_classes
+from ..data.shares import server_images
+from ..resolve import resolve
+from ..runs.folder import RunFolder
+from ..vit.build import initial_weights
+from . import strategies
 
-from . import builtin
-
-log = getLogger("flwr")
+log = getLogger("fedmitr")
 
 
 def require_possible(config: Config) -> None:
     """Raise ConfigError for settings that cannot work together, wherever the run takes place."""
     if config.flower.strategy != ONE_SHOT:
-        builtin.check(config)
+        strategies.check(config)
         return
     methods.check(config)
     if config.flower.options:
