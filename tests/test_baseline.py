@@ -34,8 +34,8 @@ def baseline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_it_has_the_form_of_a_baseline() -> None:
     """The six modules, the front matter and the sections that Flower's template and its structure test ask for."""
-    there = {path.name for path in (HOME / HOME.name).glob("*.py")}
-    assert there == {f"{name}.py" for name in "__init__ client_app dataset model server_app strategy utils".split()}
+    there = {path.stem for path in (HOME / HOME.name).glob("*.py")}
+    assert there == {"__init__", "client_app", "dataset", "model", "server_app", "strategy", "utils"}
     readme = (HOME / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(readme.split("---\n")[1])
     assert front.keys() == {"title", "url", "labels", "dataset"}
