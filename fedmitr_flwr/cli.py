@@ -194,8 +194,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--clients {arguments.clients} and partition.clients={said}; give one of them")
         arguments.settings.append(f"partition.clients={arguments.clients}")
     config = Config.from_flat(_overrides(arguments, Config()))
+    from .flower.checks import require_connection
     from .flower.simulate import Options, simulate
 
+    if arguments.superlink is not None:
+        require_connection(arguments.superlink)
     logging.getLogger("fedmitr").setLevel(logging.ERROR)  # all that it logs comes again, from the ServerApp
     given = {key: getattr(arguments, key) for key in ("superlink", "client_gpus", "flwr_home", "offline")}
     simulate(config, Options(**{key: value for key, value in given.items() if value is not None}))
