@@ -27,7 +27,6 @@ from fedmitr_flwr.common.errors import UploadError
 from fedmitr_flwr.common.files import write_text
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.shares import server_images
-from fedmitr_flwr.inversion.scout import scouted_ensemble
 from fedmitr_flwr.judge import Lines, evaluate_on, lines
 from fedmitr_flwr.merging.closed_form import frozen_weights, pooled
 from fedmitr_flwr.runs.folder import RunFolder
@@ -98,20 +97,19 @@ def fused(uploads: RunFolder, method: str, settings: dict[str, Any], known: Line
 
 
 def of_statistics(uploads: Sequence[Upload], config: Config, memory: Memory) -> tuple[Accuracies, list[int]]:
-    """As `of_weights`, of what statistics make: two heads in closed form, and the ensemble with one as a teacher."""
+    """As `of_weights`, of what statistics make: two heads in closed form."""
     kept, out = screened(uploads, config)
-    plain, clients = told(uploads, config), tuple(upload.client for upload in kept)
-    clear = plain if not out else memory.get(clients) or told(kept, config)
+    plain, clients = closed_forms(uploads, config), tuple(upload.client for upload in kept)
+    clear = plain if not out else memory.get(clients) or closed_forms(kept, config)
     memory[clients] = clear
     found = {f"{name} plain": value for name, value in plain.items()}
     return found | {f"{name} clear": value for name, value in clear.items()}, out
 
 
-def told(uploads: Sequence[Upload], config: Config) -> Accuracies:
+def closed_forms(uploads: Sequence[Upload], config: Config) -> Accuracies:
     images, _ = server_images(config)
     heads = {make.__name__: make(pooled(uploads)) for make in (lda, ridge)}
     models = {name: network_of(config.model, frozen_weights(config, head)) for name, head in heads.items()}
-    models["ensemble"] = scouted_ensemble(uploads, config, CPU)
     return {name: evaluate_on(model, images, config, CPU).accuracy for name, model in models.items()}
 
 

@@ -12,9 +12,6 @@ What is in the file is not run again: a study can go on over several sittings.
 """
 
 import argparse
-import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from markup import scripts
+from markup import Cell, go_on
 from security.inference import Power, confidence, halves, leverage, likelihood_ratio, nearest, power, returned
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -32,9 +29,6 @@ from fedmitr_flwr import Run, pipeline
 from fedmitr_flwr.client.private import train_privately
 from fedmitr_flwr.client.train import train_local
 from fedmitr_flwr.common.compute import threads
-from fedmitr_flwr.common.files import write_text
-from fedmitr_flwr.common.fingerprint import fingerprint
-from fedmitr_flwr.common.provenance import machine, versions
 from fedmitr_flwr.common.rng import secret, stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.data.images import Images, prepare
@@ -53,9 +47,6 @@ SIZES = (50, 200, 1000)  # images of the client
 BUDGETS = (32.0, 8.0, 2.0)  # ε, of a client of 200 images
 PRIVATE = {"local.optimizer": "adamw", "local.lr": 2e-3, "local.epochs": 30, "local.outliers": 0.0}
 SMALL = {"model.depth": 2, "inversion.steps": 20, "distill.rounds": 1, "distill.images-per-round": 80}
-
-Row = dict[str, Any]
-Cell = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # what tells a row from others, and what makes the rest
 
 
 def of_uploads(data: str, seeds: list[int]) -> Iterator[Cell]:
@@ -186,17 +177,8 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data/fashion_mnist", help="Fashion-MNIST's folder")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
-    rows: list[Row] = json.loads(arguments.json.read_text("utf-8"))["rows"] if arguments.json.exists() else []
-    for key, make in STUDIES[arguments.study](arguments.data, list(map(int, arguments.seeds.split(",")))):
-        if any(row.items() >= key.items() for row in rows):
-            continue
-        with threads(1):
-            rows.append(key | make())
-        print(json.dumps(rows[-1]), flush=True)
-        command = shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]])
-        about = {"fingerprint": fingerprint(), "versions": versions(), "machine": machine("cpu")}
-        content = {"command": command, "scripts": scripts(), **about, "rows": rows}
-        write_text(arguments.json, json.dumps(content, indent=1) + "\n")
+    with threads(1):
+        go_on(arguments.json, STUDIES[arguments.study](arguments.data, list(map(int, arguments.seeds.split(",")))))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,34 @@
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from fedmitr_flwr.bench.markup import origin
+from fedmitr_flwr.common.files import write_text
+from fedmitr_flwr.common.fingerprint import fingerprint
+from fedmitr_flwr.common.provenance import machine, versions
 from fedmitr_flwr.config.text import PATHS
 from fedmitr_flwr.runs.folder import RunFolder
+
+Cell = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # what tells a row from others, and what makes the rest
+
+
+def go_on(path: Path, cells: Iterable[Cell], **about: Any) -> None:
+    """Make the rows that a study's file does not have yet, and write it after each."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    for key, make in cells:
+        if any(row.items() >= key.items() for row in rows):
+            continue
+        rows.append(key | make())
+        print(json.dumps(rows[-1]), flush=True)
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        made_by = {"fingerprint": fingerprint(), "versions": versions(), "machine": machine("cpu")}
+        content = {"command": command, "scripts": scripts(), **about, **made_by, "rows": rows}
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def sections(results: Path, section: Callable[[Mapping[str, Any]], list[str]], maker: str) -> str:

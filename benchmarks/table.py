@@ -5,7 +5,7 @@
 
 README.md has what benchmarks/studies.py makes of benchmarks/results/*.json and of one bench; docs/results.md has all
 studies, benches (bench/*/results.jsonl) and ablations (ablation/*.json); docs/performance.md has speed/*.json and
-routing/*.json; docs/security.md has security/*.json and privacy/*.json.
+routing/*.json; docs/theory.md has theory/*.json; docs/security.md has those of security, inference and privacy.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import ablation
 import benches
 import studies
+import theory
 from security import document as security
 from speed import document, routes
 
@@ -49,8 +50,10 @@ def blocks(options: argparse.Namespace) -> dict[Path, dict[str, str]]:
             "speed": document.block(results / "speed"),
             "routing": routes.block(results / "routing"),
         },
+        docs / "theory.md": {"theory": theory.block(results / "theory")},
         docs / "security.md": {
             "hostile": security.hostile(results / "security"),
+            "inference": security.inference(results / "inference"),
             "privacy": security.privacy(results / "privacy"),
         },
     }

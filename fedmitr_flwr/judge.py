@@ -21,10 +21,9 @@ from .runs.evaluation import Evaluation, evaluate, graded, scores_of
 from .uploads.upload import Upload
 from .vit.build import vit_of
 
-log = logging.getLogger("fedmitr")
-
-
 GLIMPSE = 500  # images that a student is shown while it learns
+
+log = logging.getLogger("fedmitr")
 
 
 class Lines(TypedDict):

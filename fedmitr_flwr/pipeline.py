@@ -385,9 +385,9 @@ def _report(
 
 
 def _teacher_weights(ensemble: Ensemble, uploads: Sequence[Upload]) -> dict[str, list[float]]:
-    """By client, the weight of its teacher for each class; `statistics` is the one that statistics make."""
-    names = [*(str(upload.client) for upload in uploads), "statistics"]
-    return {name: [round(w, 4) for w in row] for name, row in zip(names, ensemble.weights.tolist(), strict=False)}
+    """By client, the weight of its teacher for each class."""
+    rows = zip(uploads, ensemble.weights.tolist(), strict=True)
+    return {str(upload.client): [round(weight, 4) for weight in row] for upload, row in rows}
 
 
 def _data_facts(folder: RunFolder, uploads: Sequence[Upload], *, draws: bool) -> tuple[tuple[str, ...], dict[str, Any]]:

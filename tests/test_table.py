@@ -1,6 +1,7 @@
 """Scripts of benchmarks/: tables by hand, refused files, documents that are up to date, attacks and class sets."""
 
 import json
+import math
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import bench_fakes
 import pytest
 import table as results_table
+import theory
 import torch
 from cifar100_sets import COARSE, FINE, SUPERCLASSES, classes_of, subset
 from datasets import ClassLabel, Dataset, Features, Value
@@ -23,7 +25,11 @@ from fedmitr_flwr.vit.build import initial_weights
 
 FAULTS = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))  # the name `faults` is tests/faults.py
 DOCUMENTS = {"README.md": ["glance"], "results.md": ["studies", "bench", "ablation"]}
-DOCUMENTS |= {"performance.md": ["speed", "routing"], "security.md": ["hostile", "privacy"]}
+DOCUMENTS |= {
+    "performance.md": ["speed", "routing"],
+    "security.md": ["hostile", "inference", "privacy"],
+    "theory.md": ["theory"],
+}
 
 
 class Folder:
@@ -264,6 +270,39 @@ def test_the_hostile_table() -> None:
     assert f"| 2 scaled {'| 11.0 ± 1.4 (2) ' * columns}| 3 of 4, 2 |" in text
     assert text[0].startswith("Seeds 0, 1; ")
     assert "Command: `python benchmarks/x.py`" in text
+
+
+def test_the_tables_of_attacks_on_privacy() -> None:
+    alone = {"loss": {"auc": 60.0, "found": 2.0}, "lira": {"auc": 70.0, "found": 4.0}, "own": 90.0, "others": 80.0}
+    rows: list[dict[str, Any]] = [{"seed": seed, "images": 50, "epsilon": 0.0, **alone} for seed in (0, 1)]
+    rows[0]["sums"], rows[1]["own"] = {"auc": 91.0, "found": 50.0}, 92.0
+    text = document._inference({"command": "python benchmarks/x.py", **facts(), "rows": rows})
+    cells = "91.0 ± 1.4 (2) | 80.0 ± 0.0 (2) | 60.0 ± 0.0 (2); 2.0 ± 0.0 (2) | 70.0 ± 0.0 (2); 4.0 ± 0.0 (2)"
+    assert f"| 50 | - | {cells} | 91.0 (1); 50.0 (1) |" in text
+    near = {"auc": 51.0, "found": 1.0, "returned": 49.0, "class": 0.5}
+    run = {"seed": 0, "inversion": "sparse", "epsilon": 8.0, **alone, "pixels": near, "features": near | {"auc": 52.0}}
+    text = document._inference({"command": "python benchmarks/x.py", **facts(), "rows": [run]})
+    cells = "60.0 (1); 2.0 (1) | 51.0 (1); 1.0 (1) | 52.0 (1); 1.0 (1) | 49.0 (1) | 49.0 (1)"
+    assert f"| sparse | 8 | 90.0 (1) | 80.0 (1) | {cells} |" in text
+
+
+def test_the_verdict_on_a_claim_by_hand() -> None:
+    """Of logarithms 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt(3), t of 2 degrees of freedom 4.3027."""
+    ratios = [math.exp(-value) for value in (0.1, 0.2, 0.3)]
+    assert theory.verdict(ratios) == ("0.64 to 1.05", "not seen")
+    assert theory.verdict([math.exp(-value) for value in (0.19, 0.2, 0.21)]) == ("0.80 to 0.84", "holds")
+    assert theory.verdict([math.exp(value) for value in (0.19, 0.2, 0.21)]) == ("1.19 to 1.25", "fails")
+    assert theory.verdict([0.5]) == ("-", "not decided")
+
+
+def test_the_table_of_claims() -> None:
+    pairs = {claim.name: [1.0, 2.0] for each in theory.CLAIMS.values() for claim in each}
+    rows: list[dict[str, Any]] = [{"seed": seed, "pairs": pairs} for seed in (0, 1)]
+    rows += [{"seed": seed, "arm": "sparse tokens", "student": 80.0 + seed, "ensemble": 90.0} for seed in (0, 1)]
+    text = theory.section({"title": "digits", "command": "python benchmarks/x.py", **facts(), "rows": rows})
+    assert "| gap: sparse tokens / sparse none | 0.50 ± 0.00 (2) | 0.50 to 0.50 | holds |" in text
+    assert "| sparse | - | 80.5 ± 0.7 (2) |" in text
+    assert theory.value({"a": {"b": [1, 2]}}, "a/b") == 2.0
 
 
 def fault(name: str, **other: Any) -> dict[str, Any]:

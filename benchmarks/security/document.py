@@ -25,11 +25,14 @@ DEFENCES = {
 }
 OF_STATISTICS = {
     f"{name} {screening}": f"{title}{', `clear`' * (screening == 'clear')}"
-    for name, title in (("lda", "LDA"), ("ridge", "Ridge"), ("ensemble", "Ensemble with statistics"))
+    for name, title in (("lda", "LDA"), ("ridge", "Ridge"))
     for screening in ("plain", "clear")
 }
 LIE = "statistics "  # before the name of an attack on these
 BUDGETS = ("Local", "FedAvg", "Ensemble", "Student")
+RIGHT = ("own", "others")
+OF_UPLOADS = {"loss": "Loss", "lira": "LiRA", "sums": "Sums"}
+OF_RUNS = {"loss": "Student's loss", "pixels": "Nearest image: pixels", "features": "Nearest image: features"}
 
 
 def hostile(results: Path) -> str:
@@ -38,6 +41,10 @@ def hostile(results: Path) -> str:
 
 def privacy(results: Path) -> str:
     return sections(results, _privacy, "privacy.py")
+
+
+def inference(results: Path) -> str:
+    return sections(results, _inference, "inference.py")
 
 
 def _hostile(content: Mapping[str, Any]) -> list[str]:
@@ -88,3 +95,29 @@ def _privacy(content: Mapping[str, Any]) -> list[str]:
         "",
         *provenance(content),
     ]
+
+
+def _inference(content: Mapping[str, Any]) -> list[str]:
+    rows: Sequence[Row] = content["rows"]
+    of_runs = "inversion" in rows[0]
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["inversion"] if of_runs else row["images"], row["epsilon"]), []).append(row)
+    lines = []
+    for (first, epsilon), same in cells.items():
+        line = [str(first), f"{epsilon:g}" if epsilon else "-", *(spread(row[each] for row in same) for each in RIGHT)]
+        for attack in OF_RUNS if of_runs else OF_UPLOADS:
+            line.append(_power([row[attack] for row in same if attack in row]))
+        if of_runs:
+            line += [spread(row[kind]["returned"] for row in same) for kind in ("pixels", "features")]
+        lines.append(line)
+    head = ["Inversion" if of_runs else "Images of the client", "ε", "Right on its images", "on others"]
+    head += [*OF_RUNS.values(), "Back: pixels", "features"] if of_runs else OF_UPLOADS.values()
+    return [f"Seeds {seeds(rows)}.", "", *table(head, lines), "", *provenance(content)]
+
+
+def _power(found: Sequence[Row]) -> str:
+    """AUC, and how many members are found where one in a hundred others is called one, in percent."""
+    if not found:
+        return "-"
+    return f"{spread(each['auc'] for each in found)}; {spread(each['found'] for each in found)}"

@@ -42,9 +42,11 @@ class Stopwatch:
     def aside(self, name: str, within: str) -> Iterator[None]:
         """A stage inside another one, whose seconds are not that one's."""
         start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self.add({name: spent, within: -spent})
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.add({name: spent, within: -spent})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Count what was measured elsewhere, such as by an earlier start of the run."""
