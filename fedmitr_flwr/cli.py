@@ -34,6 +34,7 @@ _EXAMPLES = """examples:
   fedmitr report ~/fedmitr-runs/first
   fedmitr compare ~/fedmitr-runs/first ~/fedmitr-runs/second
   fedmitr predict ~/fedmitr-runs/first image.png folder/
+  fedmitr export ~/fedmitr-runs/first --onnx model.onnx
   fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench smoke
 """
