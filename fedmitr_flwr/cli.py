@@ -34,6 +34,7 @@ _EXAMPLES = """examples:
   fedmitr report ~/fedmitr-runs/first
   fedmitr compare ~/fedmitr-runs/first ~/fedmitr-runs/second
   fedmitr predict ~/fedmitr-runs/first image.png folder/
+  fedmitr export ~/fedmitr-runs/first --onnx model.onnx
   fedmitr diagnose ~/fedmitr-runs/first
   fedmitr bench smoke
 """
@@ -79,6 +80,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     report = add("report", help="one page, report.html, of a run")
     compare = add("compare", help="runs, and all fusions of them, side by side")
     predict = add("predict", help="the classes of image files, by the model of a run")
+    export = add("export", help="the model of a run as ONNX")
     config = add("config", help="list the settings, with defaults and choices")
     diagnose = add("diagnose", help="what the paper claims of gradients, measured on a run's uploads and images")
     add("methods", help="list the methods")
@@ -92,13 +94,14 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     config.add_argument("--schema", action="store_true", help="all as a JSON schema, for editors of TOML files")
     config.add_argument("--diff", nargs=2, type=Path, metavar="RUN", help="what two run folders have otherwise")
     run.add_argument("--name", help="of the run folder (default: method, seed and time)")
-    for command in (fuse, central, report, predict, diagnose):
+    for command in (fuse, central, report, predict, export, diagnose):
         command.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     compare.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folders; compare.html goes to the first"
     )
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
     predict.add_argument("--top", type=int, default=1, metavar="N", help="so many classes, best first (default: 1)")
+    export.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="to write; needs the extra onnx")
     fuse.add_argument("--method", required=True, metavar="NAME", help="see `fedmitr methods`")
     merge.add_argument("settings", nargs="*", metavar="FILE | key=value", help="safetensors files; settings")
     merge.add_argument("--model", required=True, metavar="NAME", help="timm's, of all files")
@@ -192,8 +195,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--clients {arguments.clients} and partition.clients={said}; give one of them")
         arguments.settings.append(f"partition.clients={arguments.clients}")
     config = Config.from_flat(_overrides(arguments, Config()))
+    from .flower.checks import require_connection
     from .flower.simulate import Options, simulate
 
+    if arguments.superlink is not None:
+        require_connection(arguments.superlink)
     given = {key: getattr(arguments, key) for key in ("superlink", "client_gpus", "flwr_home", "offline")}
     simulate(config, Options(**{key: value for key, value in given.items() if value is not None}))
 
@@ -277,6 +283,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(line)
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from .publish.export import export
+    from .runs.folder import RunFolder
+
+    print(export(RunFolder.open(arguments.run), arguments.onnx))
+
+
 def _diagnose(arguments: argparse.Namespace) -> None:
     from .diagnostics.diagnose import diagnose
     from .diagnostics.table import as_text
@@ -334,7 +347,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"init": _init, "run": _run, "simulate": _simulate, "demo": _simulate, "fuse": _fuse, "merge": _merge},
         **{"central": _central, "bench": _bench, "report": _report_page, "compare": _compare},
-        **{"diagnose": _diagnose, "predict": _predict, "config": _config, "methods": _methods, "list": _list},
+        **{
+            "diagnose": _diagnose,
+            "predict": _predict,
+            "export": _export,
+            "config": _config,
+            "methods": _methods,
+            "list": _list,
+        },
     }
     command = ""
     try:

@@ -116,6 +116,9 @@ def test_fuse_passes_only_what_was_asked(calls: list[Call], tmp_path: Path, caps
     ("words", "message"),
     [
         ("run sede=3", "unknown config key 'sede'; did you mean seed?"),
+        ("run track=wand", 'use "" | tensorboard | wandb | mlflow; did you mean wandb?'),
+        ("run inversion.prior=tw", "use tv, or the path of a .py file"),
+        ("simulate --superlink federation", "config.toml has no [superlink.federation]; write it there"),
         ("run partition.alpha=0", "partition.alpha = 0.0 is not possible; use a number > 0"),
         ("run -c none.toml", "there is no config file none.toml; give the path of one"),
         ("run --seed 1", "unknown argument '--seed'; settings are words of the form key=value: seed=1"),

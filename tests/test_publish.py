@@ -212,3 +212,26 @@ def test_the_card_says_what_was_made(run: RunFolder, changes: dict[str, Any], ce
     assert ModelCard(text).data.model_name == "x"
     assert "St. Mary" not in text
     assert "federated-learning" not in ModelCard(text).data.tags or not central
+
+
+def test_onnx_gives_the_same_logits(run: RunFolder, tmp_path: Path, capsys: Out) -> None:
+    """Of any number of images, by a runtime that shares no code with PyTorch."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path, images = tmp_path / "model.onnx", some_images(run.config, 3)
+    assert main(["export", str(run.path), "--onnx", str(path)]) == 0
+    assert "logits: float32 (batch, 2), of cat, dog" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(path)
+    for batch in (images, images[:1]):
+        (logits,) = session.run(None, {"image": batch.numpy()})
+        with torch.no_grad():
+            wanted = timm.create_model(f"local-dir:{run.path}", pretrained=True).eval()(batch)
+        torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-4)
+    assert main(["export", str(run.path), "--onnx", str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_what_onnx_needs_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr("fedmitr_flwr.publish.export.find_spec", lambda _: None)
+    assert main(["export", str(run.path), "--onnx", "model.onnx"]) == 2
+    assert "pip install 'fedmitr-flwr[onnx]'" in capsys.readouterr().err

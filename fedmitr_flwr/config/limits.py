@@ -20,7 +20,7 @@ def one_of(key: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest choice if one is near, where the value is none of the choices."""
     choices = list(choices)
     if value not in choices:  # only then: to find the nearest takes longer than all other checks
-        check(key, value, False, " | ".join(choices) + nearest(value, choices))
+        check(key, value, False, " | ".join(choice or '""' for choice in choices) + nearest(value, choices))
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
@@ -46,7 +46,10 @@ class Section:
         """Or a Python file, or an entry point of the group `fedmitr_flwr.<group>`."""
         value = getattr(self, name)
         if not outside.is_file(value) and value not in choices:
-            one_of(self.key(name), value, [*choices, *outside.names(group)])
+            known = [*choices, *outside.names(group)]
+            if value not in known:
+                wanted = f"{' | '.join(known)}, or the path of a .py file{nearest(value, known)}"
+                check(self.key(name), value, False, wanted)
 
     def _at_least(self, low: float, *names: str) -> None:
         self._all(names, lambda value: value >= low, f"a number >= {low}")

@@ -1,10 +1,13 @@
 """What is wrong with a run and can be seen before any node is there: settings, files, the device, the model."""
 
+import os
+import tomllib
 from logging import getLogger
+from pathlib import Path
 
 from .. import methods
 from ..common.compute import resolve_device
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, unread
 from ..config import Config, recipe
 from ..config.sections import ONE_SHOT, OWN
 from ..config.unread import unread_line
@@ -34,6 +37,18 @@ def require_possible(config: Config) -> None:
             f"flower.rounds = {config.flower.rounds}, but one shot is one round; "
             "set flower.rounds = 1, or flower.strategy to one of Flower's own"
         )
+
+
+def require_connection(name: str) -> None:
+    """Raise ConfigError where Flower's configuration has no SuperLink of this name."""
+    path = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
+    try:
+        known = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(unread("configuration of Flower", path, error)) from error
+    connection = known.get("superlink", {}).get(name)
+    if not isinstance(connection, dict):
+        raise ConfigError(f"{path} has no [superlink.{name}]; write it there, as deploy/README.md says")
 
 
 def prepared(config: Config) -> Config:

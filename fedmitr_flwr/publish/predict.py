@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..common.compute import resolve_device, threads
 from ..common.errors import ConfigError, DataError, RunError, printable, say_once, unread
@@ -31,18 +32,8 @@ def predictions(folder: RunFolder, places: Sequence[Path], top: int = 1) -> Iter
     config, model = folder.config, folder.config.model
     if top < 1:
         raise ConfigError(f"--top = {top}: give 1 or more classes to show")
-    if not folder.model_path.exists():
-        raise RunError(
-            f"{folder.path} has no model.safetensors: it has not ended, or {config.method!r} makes no single model; "
-            "resume it, or fuse it by another method"
-        )
-    weights, _ = load_tensors(folder.model_path)
-    try:
-        network = network_of(model, weights)
-    except RuntimeError as error:  # other names or shapes
-        wrong = f"{folder.model_path} is not a model of the settings in config.toml beside it; restore it"
-        raise RunError(wrong) from error
-    classes, files = _classes(folder), _files(places)
+    network = trained(folder)
+    classes, files = class_names(folder), _files(places)
     pixels = decode(ImageFiles(files), np.arange(len(files)), model.in_chans, model.img_size)
     # A run on a GPU is looked at elsewhere, too.
     device = resolve_device("auto" if config.device.startswith("cuda") else config.device)
@@ -55,6 +46,25 @@ def predictions(folder: RunFolder, places: Sequence[Path], top: int = 1) -> Iter
             cell for chance, number in zip(row, numbers, strict=True) for cell in (classes[number], f"{chance:.4f}")
         ]
         yield "\t".join(map(printable, (str(file), *cells)))
+
+
+def trained(folder: RunFolder) -> nn.Module:
+    """The model of a run folder.
+
+    Raises:
+        RunError: there is none, or it is not of the settings beside it.
+    """
+    if not folder.model_path.exists():
+        raise RunError(
+            f"{folder.path} has no model.safetensors: it has not ended, or {folder.config.method!r} makes no single "
+            "model; resume it, or fuse it by another method"
+        )
+    weights, _ = load_tensors(folder.model_path)
+    try:
+        return network_of(folder.config.model, weights)
+    except RuntimeError as error:  # other names or shapes
+        wrong = f"{folder.model_path} is not a model of the settings in config.toml beside it; restore it"
+        raise RunError(wrong) from error
 
 
 def _files(places: Sequence[Path]) -> list[Path]:
@@ -76,8 +86,8 @@ def _files(places: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _classes(folder: RunFolder) -> list[str]:
-    """Their names; a folder of 0.1.0 has them in its result only."""
+def class_names(folder: RunFolder) -> list[str]:
+    """In the order of the scores; a folder of 0.1.0 has them in its result only."""
     path, number = folder.model_config_path, folder.config.model.num_classes
     if not path.exists():
         names = list(folder.read_result()["accuracy"]["per_class"])

@@ -1,0 +1,1 @@
+"""FedMITR, on the package fedmitr-flwr."""
