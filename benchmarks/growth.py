@@ -7,25 +7,23 @@ scouting as by default, on 8 px images of noise around a mean for each class, in
 """
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from markup import provenance, sections
+from markup import go_on, provenance, sections
 from PIL import Image
 
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.markup import figure, table
 from fedmitr_flwr.common.compute import return_memory
-from fedmitr_flwr.common.fingerprint import fingerprint
-from fedmitr_flwr.common.provenance import machine, versions
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.methods import contract
 from fedmitr_flwr.resolve import resolve
@@ -41,7 +39,7 @@ STAGES = ("clients", "screening", "scouting", "inversion", "distillation", "eval
 HEAD = ("K", "Y", *STAGES, "all", "× half of K", "peak, MiB")
 
 
-def images(folder: Path, classes: int) -> Path:
+def images(folder: Path, classes: int) -> None:
     """A folder of images of so many classes."""
     rng = np.random.default_rng(classes)
     means = rng.integers(40, 216, (classes, 8, 8))
@@ -51,11 +49,13 @@ def images(folder: Path, classes: int) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             noisy = means[i % classes] + rng.integers(-40, 40, (8, 8))
             Image.fromarray(noisy.astype(np.uint8)).save(place / f"{i:04}.png")
-    return folder
 
 
-def measured(clients: int, classes: int, data: Path, out: Path) -> dict[str, Any]:
+def measured(clients: int, classes: int, made: Path) -> dict[str, Any]:
     """One run: its CPU seconds by stage, and the peak of this process's memory in the server phase."""
+    data, out = made / str(classes), made / "runs"
+    if not data.exists():
+        images(data, classes)
     sizes = {"partition.clients": clients, "model.num-classes": classes, "data.path": str(data), "out-dir": str(out)}
     config = resolve(Config.from_flat({**SETTINGS, **sizes}))
     return_memory()
@@ -71,7 +71,7 @@ def measured(clients: int, classes: int, data: Path, out: Path) -> dict[str, Any
     seconds["rest"] = end - begin - sum(seconds.values())
     rounded = {stage: round(seconds[stage], 2) for stage in STAGES}
     peak = round(result["peak_memory"]["ram"] / 2**20)
-    return {"clients": clients, "classes": classes, "seconds": rounded, "all": round(end - begin, 2), "peak_mib": peak}
+    return {"seconds": rounded, "all": round(end - begin, 2), "peak_mib": peak}
 
 
 def block(results: Path) -> str:
@@ -95,24 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", default="5,10,20,50,100,200", help="with 10 classes each")
     parser.add_argument("--classes", default="50,100", help="with 10 clients each")
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, required=True, help="what is in it is not run again")
     options = parser.parse_args(argv)
     contract.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
     points = [(int(clients), 10) for clients in options.clients.split(",")]
     points += [(10, int(classes)) for classes in options.classes.split(",") if classes]
-    rows = []
     logging.getLogger("fedmitr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as made:
-        for clients, classes in points:
-            data = Path(made) / str(classes)
-            row = measured(clients, classes, data if data.exists() else images(data, classes), Path(made) / "runs")
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    content = {"command": "python benchmarks/growth.py" + (f" --json {options.json}" if options.json else "")}
-    content |= {"machine": machine("cpu"), "versions": versions(), "fingerprint": fingerprint(), "rows": rows}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        go_on(options.json, (({"clients": k, "classes": y}, partial(measured, k, y, Path(made))) for k, y in points))
     return 0
 
 

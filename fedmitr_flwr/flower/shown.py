@@ -54,6 +54,12 @@ class Shown:
             self._ours(logging.getLevelNamesMapping()[found[1]], found[2], text.startswith("(ClientAppActor"))
 
     def _ours(self, level: int, text: str, of_client: bool) -> None:
+        begins = text.startswith("run folder: ") and not self.folder
+        if begins:  # first: who reads the line may interrupt at once
+            self.folder = text.removeprefix("run folder: ")
+            if Path(self.folder).is_dir():
+                with contextlib.suppress(OSError):  # another file system
+                    self.log = self.log.rename(Path(self.folder) / self.log.name)
         if text.startswith(BAD_INPUT):
             self.bad_input = text.removeprefix(BAD_INPUT)
         elif level > logging.INFO:
@@ -66,11 +72,7 @@ class Shown:
             self.ending.append(text)
         else:
             log.info("%s", text)
-        if text.startswith("run folder: ") and not self.folder:
-            self.folder = text.removeprefix("run folder: ")
-            if Path(self.folder).is_dir():
-                with contextlib.suppress(OSError):  # another file system
-                    self.log = self.log.rename(Path(self.folder) / self.log.name)
+        if begins:
             log.info("log of Flower and Ray: %s", self.log)
 
     def _work(self, text: str, label: str, done: str, total: str, unit: str, said: str | None, end: str | None) -> None:

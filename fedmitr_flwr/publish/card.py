@@ -95,12 +95,19 @@ def card(result: Mapping[str, Any], name: str, *, central: bool = False, plain: 
         use=_WITH_TIMM.format(mode="L" if config["model.in-chans"] == 1 else "RGB") if plain else _WITH_THIS_PACKAGE,
         measure=measure(config),
         evaluated=evaluated(result.get("evaluated_on")),
-        table=indent(accuracy_table(result), "    "),
+        table=indent(f"{accuracy_table(result)}\n\n{_by_class(result)}".rstrip(), "    "),
         made="\n".join(f"- {name}: {value}" for name, value in _made(result).items()),
         command=command(config) + ("\n    fedmitr central RUN" if central else ""),
         classes=config["model.num-classes"],
         leaks=_PRIVATE.format(epsilon=epsilon) if epsilon else _PLAIN,
     )
+
+
+def _by_class(result: Mapping[str, Any]) -> str:
+    """Recall in percent, a class in a line."""
+    known = {printable(name): recall for name, recall in result["accuracy"]["per_class"].items() if recall is not None}
+    width = max(map(len, known), default=0)
+    return "\n".join(f"{name:{width}} {recall:6.2f}" for name, recall in known.items())
 
 
 def _front(result: Mapping[str, Any], name: str, *, central: bool, plain: bool) -> str:

@@ -184,6 +184,6 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     sent = [size / 1e6 for size in result.get("bytes_up") or () if size]
     if sent:
         lines += ["", f"upload: {sum(sent) / len(sent):.2f} MB per client, {sum(sent):.2f} MB in all"]
-    spent = {"clients": sum(filter(None, result.get("client_seconds") or ())), **result["seconds"]}
+    spent = {"clients": sum(filter(None, result.get("client_seconds") or ())), **result.get("seconds", {})}
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in spent.items() if seconds]
     return "\n".join([*lines, *(["seconds: " + ", ".join(stages)] if stages else [])])
