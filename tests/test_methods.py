@@ -338,7 +338,11 @@ def test_a_file_is_a_prior_of_the_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "wrong", "needed"),
     [
-        ("ensemble.combine", "use logits \\| probs, or the path of a .py file; did you", "has no function part; write part and join"),
+        (
+            "ensemble.combine",
+            "use logits \\| probs, or the path of a .py file; did you",
+            "has no function part; write part and join",
+        ),
         ("inversion.prior", "use tv", r"has no function prior\(images\); write one"),
     ],
 )

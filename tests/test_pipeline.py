@@ -73,7 +73,9 @@ def watched(folder: Path, name: str = "run", **changes: object) -> Seen:
 def trained(monkeypatch: Patch) -> list[int]:
     clients: list[int] = []
     train = pipeline.train_client
-    monkeypatch.setattr(pipeline, "train_client", lambda *given, **how: clients.append(given[1]) or train(*given, **how))
+    monkeypatch.setattr(
+        pipeline, "train_client", lambda *given, **how: clients.append(given[1]) or train(*given, **how)
+    )
     return clients
 
 
