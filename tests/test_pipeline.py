@@ -71,7 +71,9 @@ def watched(folder: Path, name: str = "run", **changes: object) -> Seen:
 def trained(monkeypatch: Patch) -> list[int]:
     clients: list[int] = []
     train = pipeline.train_client
-    monkeypatch.setattr(pipeline, "train_client", lambda *given: clients.append(given[1]) or train(*given))
+    monkeypatch.setattr(
+        pipeline, "train_client", lambda *given, **more: clients.append(given[1]) or train(*given, **more)
+    )
     return clients
 
 
