@@ -38,6 +38,13 @@ class Shown:
         self._stages = dict[str, Progress]()
         self._parts = dict[str, float]()  # of each client's work, what is done
 
+    def begin(self, folder: str) -> None:
+        """The run has a folder, into which the log goes."""
+        self.folder = folder
+        if Path(folder).is_dir():
+            with contextlib.suppress(OSError):  # another file system
+                self.log = self.log.rename(Path(folder) / self.log.name)
+
     def close(self) -> None:
         """End the stages that have not ended by themselves."""
         for stage in self._stages.values():
@@ -56,10 +63,7 @@ class Shown:
     def _ours(self, level: int, text: str, of_client: bool) -> None:
         begins = text.startswith("run folder: ") and not self.folder
         if begins:  # first: who reads the line may interrupt at once
-            self.folder = text.removeprefix("run folder: ")
-            if Path(self.folder).is_dir():
-                with contextlib.suppress(OSError):  # another file system
-                    self.log = self.log.rename(Path(self.folder) / self.log.name)
+            self.begin(text.removeprefix("run folder: "))
         if text.startswith(BAD_INPUT):
             self.bad_input = text.removeprefix(BAD_INPUT)
         elif level > logging.INFO:

@@ -94,6 +94,8 @@ def _interrupted(seen: Shown, superlink: str | None, config: Config) -> str:
     folder = seen.folder or _made(seen, config)
     if not folder:
         return "before there was a run folder; start it again"
+    if not seen.folder:
+        seen.begin(folder)
     resumes = config.flower.strategy == ONE_SHOT
     how = f"the same command goes on with resume-from={folder}" if resumes else "start it again"
     return f"{how} (run folder: {folder})"
