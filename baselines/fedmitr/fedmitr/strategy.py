@@ -12,7 +12,7 @@ from .utils import server_settings
 
 
 class OneShot(FedAvg):
-    """Fuses all uploads by `method`, and judges the result by the test images."""
+    """Fuses all uploads by `method`; test images judge the result."""
 
     def __init__(self, run_config: UserConfig, test: Images) -> None:
         super().__init__(fraction_evaluate=0.0)
@@ -23,7 +23,7 @@ class OneShot(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Make one network of the clients' networks, without an image of theirs."""
+        """Make one network of the clients', without an image of theirs."""
         messages = list(replies)
         arrays, metrics = super().aggregate_train(server_round, messages)
         contents = [message.content for message in messages if message.has_content()]
