@@ -347,14 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         **{"init": _init, "run": _run, "simulate": _simulate, "demo": _simulate, "fuse": _fuse, "merge": _merge},
         **{"central": _central, "bench": _bench, "report": _report_page, "compare": _compare},
-        **{
-            "diagnose": _diagnose,
-            "predict": _predict,
-            "export": _export,
-            "config": _config,
-            "methods": _methods,
-            "list": _list,
-        },
+        **{"diagnose": _diagnose, "predict": _predict, "export": _export},
+        **{"config": _config, "methods": _methods, "list": _list},
     }
     command = ""
     try:

@@ -255,8 +255,16 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
             uploads, lines = screened.kept, None
         on_server = config.evaluate.where == "server"
         judge = glimpse(config, device) if on_server and lines is None else None
-        places = folder.work_path, judge, folder.common_path
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, *places)
+        job = Job(
+            uploads,
+            methods.in_force(config),
+            device,
+            folder.log_metrics,
+            stopwatch,
+            work=folder.work_path,
+            judge=judge,
+            common=folder.common_path,
+        )
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
         aside = stopwatch.seconds.get("evaluation", 0.0)

@@ -203,8 +203,8 @@ def test_short_work_is_one_line_and_hours_are_shown(clock: SimpleNamespace, capl
         fail()
     assert caplog.messages == [
         "client 3: 2/2 epochs, loss=2.5, 0.5 epochs/s, done in 0:04",
-        "distil: 1/4 epochs, 0.000278 epochs/s, 3:00:00 left",
-        "distil: 1/4 epochs, 0.000278 epochs/s, done in 1:00:00",
+        "distil: 1/4 epochs, 0.0167 epochs/min, 3:00:00 left",
+        "distil: 1/4 epochs, 0.0167 epochs/min, done in 1:00:00",
         "empty: 0/0 images, 0 images/s, done in 0:00",
         "slow: 0/5 images, 0 images/s",
         "slow: 0/5 images, 0 images/s, done in 0:01",
@@ -274,6 +274,13 @@ def test_many_clients_are_a_line_a_minute(clock: SimpleNamespace, caplog: pytest
     assert [line.split(",")[0] for line in caplog.messages] == [
         f"clients: {done}/1000 clients" for done in (240, 480, 720, 960, 1000)
     ]
+
+
+def test_what_is_slow_has_a_rate_by_the_minute(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Progress("clients", 2, "clients") as bar:
+        clock.now += 60
+        bar.update()
+    assert caplog.messages[0] == "clients: 1/2 clients, 1 clients/min, 1:00 left"
 
 
 def test_who_reads_the_log_of_another_process_hears_of_the_beginning(

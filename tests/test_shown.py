@@ -66,7 +66,7 @@ def test_work_of_other_processes_is_shown_and_parts_of_clients_make_one_stage(
     for line in (
         f"{OURS}clients: 0/2 clients, 0 clients/s",
         f"{ACTOR}client 0: 1/4 epochs, loss=0.5, 2 epochs/s, 0:02 left",
-        f"{ACTOR}client 1: 2/4 epochs, 2 epochs/s, 0:01 left",
+        f"{ACTOR}client 1: 2/4 epochs, 5 epochs/min, 0:24 left",
         f"{OURS}clients: 2/2 clients, 1 clients/s, done in 0:02",
         f"{ACTOR}client 1: 4/4 epochs, 2 epochs/s, done in 0:02",
         f"{OURS}inversion 1/2: 5/9 image steps, loss=1, alive 44%, 2 image steps/s, 0:02 left",

@@ -128,9 +128,11 @@ class Progress:
 
     def _so_far(self) -> str:
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        rate, time_unit = (60 * rate, "min") if 0 < rate < 0.1 else (rate, "s")
         shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
         values = [_SAID.get(name, name + "={:.4g}").format(float(value)) for name, value in self._values.items()]
-        parts = [f"{int(self._done + 1e-6)}/{self._total} {self._unit}", self._text, *values, f"{shown} {self._unit}/s"]
+        parts = [f"{int(self._done + 1e-6)}/{self._total} {self._unit}", self._text, *values]
+        parts.append(f"{shown} {self._unit}/{time_unit}")
         if self._bars and self._total > 1000:  # of which the bar says enough, in a terminal of 80 columns
             del parts[0]
         return ", ".join(filter(None, parts))

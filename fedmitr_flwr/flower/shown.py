@@ -17,7 +17,7 @@ _OURS = re.compile(rf"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[^:]*: +{MARK}(.*)")
 _CLIENT = re.compile(r"client \d+")
 _WORK = re.compile(  # a line of `Progress`
     r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+)"
-    r"(?:, (?P<said>.+?))?, \S+ (?P=unit)/s(?:, (?P<end>.+))?"
+    r"(?:, (?P<said>.+?))?, \S+ (?P=unit)/(?:s|min)(?:, (?P<end>.+))?"
 )
 
 
