@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .common.compute import resolve_device, return_memory
 from .common.rng import stream
+from .common.workers import Threads, Told, Workers, silent
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
@@ -41,12 +43,13 @@ def compare(
     config: Config,
     device: torch.device,
     known: Lines | None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Accuracy on the server's test images: the result's, and the lines it is compared with."""
     images, classes = server_images(config)
     ensemble: float | None = None
     if known is None:  # what each client answers is asked once, before all teachers may have to be in memory
-        answers_KMY = answers_of(uploads, images, config, device)
+        answers_KMY = answers_of(uploads, images, config, device, workers)
         compared = _lines(answers_KMY, uploads, images, config, device)
         weights_KY = fused.ensemble.weights.cpu() if fused.ensemble else weights_alone(uploads, config, device)
         ensemble = _accuracy(together(answers_KMY, weights_KY, images, config), "the ensemble")
@@ -64,14 +67,17 @@ def compare(
     }
 
 
-def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Tensor:
-    """What each upload answers alone (K, M, Y), on the CPU; one network at a time is in memory."""
+def answers_of(
+    uploads: Sequence[Upload], images: Images, config: Config, device: torch.device, workers: Workers | None = None
+) -> Tensor:
+    """What each upload answers alone (K, M, Y), on the CPU; one network at a time is in a process's memory."""
+    task = partial(_answers, images, config, device)
+    return torch.stack([answers for _, answers in (workers or Threads()).in_order(task, uploads)])
 
-    def answers(upload: Upload) -> Tensor:
-        return_memory()
-        return scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
 
-    return torch.stack(list(map(answers, uploads)))
+def _answers(images: Images, config: Config, device: torch.device, upload: Upload, _: Told = silent) -> Tensor:
+    return_memory()
+    return scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
 
 
 def weights_alone(uploads: Sequence[Upload], config: Config, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from .common.files import load_tensors
 from .common.fingerprint import core
 from .common.outside import short
 from .common.rng import secret, stream
+from .common.workers import hired
 from .config import Config, recipe
 from .config.sections import ONE_SHOT, OWN
 from .config.unread import unread_line
@@ -231,14 +232,15 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     device, stopwatch = resolve_device(config.device), Stopwatch()
     forget_peak(device)
     started = time.perf_counter()
-    with threads(config.threads):
+    with threads(config.threads), hired(config.workers, config.ray_address, device) as workers:
         with stopwatch.stage("screening"):
-            screened = screen(uploads, config, device, folder.log_metrics)
+            screened = screen(uploads, config, device, folder.log_metrics, workers=workers)
         if screened.changed:
             uploads, lines = screened.kept, None
         on_server = config.evaluate.where == "server"
         judge = glimpse(config, device) if on_server and lines is None else None
-        job = Job(uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge)
+        given = uploads, methods.in_force(config), device, folder.log_metrics, stopwatch, folder.work_path, judge
+        job = Job(*given, workers=workers)
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
         aside = stopwatch.seconds.get("evaluation", 0.0)
@@ -257,7 +259,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
             if fused.weights is not None:
                 save_model(folder, fused.weights, class_names(config))
             if on_server:
-                scores = compare(student, fused, uploads, config, device, lines)
+                scores = compare(student, fused, uploads, config, device, lines, workers)
     measured = {**scores, **cost, "screen": screened.facts(config.screen.mode)}
     result = _report(folder, fused, job, measured, one_of_many=lines is not None)
     if on_server:

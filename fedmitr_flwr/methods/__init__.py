@@ -26,7 +26,17 @@ from .contract import Fused, Job
 NOT_METHODS = {"contract", "rounds"}
 OWN_SECTIONS = ("feddf.", "krum.")  # of settings that only the method reads after which they are named
 # What the server phase reads: Flower's strategies have nothing to do with it.
-SERVER_PHASE = ("method", "screen.mode", "ensemble.", "inversion.", "relabel.", "distill.", *OWN_SECTIONS)
+SERVER_PHASE = (
+    "method",
+    "workers",
+    "ray-address",
+    "screen.mode",
+    "ensemble.",
+    "inversion.",
+    "relabel.",
+    "distill.",
+    *OWN_SECTIONS,
+)
 
 
 def available() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..common.workers import Threads, Workers
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
@@ -64,6 +65,7 @@ class Job:
     work: Path | None = None  # the folder for checkpoints; None: nothing is kept
     judge: Callable[[nn.Module], float] | None = None  # a student's accuracy in percent, to be shown while it learns
     origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
+    workers: Workers = field(default_factory=Threads)  # of what can be done side by side
 
     @cached_property
     def checkpoints(self) -> Checkpoints:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ModelError
+from ..common.workers import Threads, Workers
 from ..config import Config
 from ..statistics import moments
 from ..uploads.upload import Upload
@@ -43,6 +44,7 @@ def screen(
     device: torch.device,
     report: Callable[..., None] = lambda **_: None,
     images: int = IMAGES,
+    workers: Workers | None = None,
 ) -> Screened:
     """Judge the uploads by `config.screen`: one warning, and one `report` for metrics.jsonl, for each that is unusual.
 
@@ -53,7 +55,7 @@ def screen(
     mode = config.screen.mode
     if mode == "off":
         return Screened(list(uploads), [], [])
-    findings = _findings(uploads, config, device, images)
+    findings = _findings(uploads, config, device, images, workers or Threads())
     leaving = {finding.client for finding in findings if mode == "exclude" or (mode == "clear" and finding.clear)}
     excluded = sorted(leaving)
     if excluded and 2 * len(excluded) >= len(uploads):
@@ -69,7 +71,9 @@ def screen(
     return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != kept)
 
 
-def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, images: int) -> list[Finding]:
+def _findings(
+    uploads: Sequence[Upload], config: Config, device: torch.device, images: int, workers: Workers
+) -> list[Finding]:
     """At most one for each client: weights and sums first, then the answers of those of which nothing was said."""
     start = _start(config)
     found = [] if start is None else strange_weights(uploads, start)
@@ -80,7 +84,8 @@ def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, i
         gravest.setdefault(finding.client, finding)
     findings = list(gravest.values())
     if images:
-        findings += strange_answers([each for each in uploads if each.client not in gravest], config, device, images)
+        others = [each for each in uploads if each.client not in gravest]
+        findings += strange_answers(others, config, device, images, workers)
     return sorted(findings, key=lambda finding: finding.client)
 
 
