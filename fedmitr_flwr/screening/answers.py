@@ -95,8 +95,8 @@ def strange_answers(
     first: list[tuple[Upload, Names]] = []
     task = partial(_judged, uploads, images, config, device)
     each = [(range(fold, len(uploads), folds), fold) for fold in range(folds)]
-    for (places, _), names in (workers or Threads()).in_order(task, each):
-        first += zip([uploads[place] for place in places], names, strict=True)
+    for (places, _), judged in (workers or Threads()).in_order(task, each):
+        first += zip([uploads[place] for place in places], judged, strict=True)
     found = [finding for upload, finding in _unsure(first) if _led(upload, images, config, device) > ANY]
     unsure = {finding.client for finding in found}
     for upload, names in first:
