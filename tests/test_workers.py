@@ -1,7 +1,10 @@
 """Ray's workers give the bits that threads give, also where one of them dies; what fails there fails here."""
 
+import gc
 import os
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -20,6 +23,12 @@ from fedmitr_flwr.data.images import DataSet
 from fedmitr_flwr.methods.contract import Fused, Job
 from fedmitr_flwr.screening.answers import strange_answers
 
+# Ray leaves files open, and tells of its next versions.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{each}")
+    for each in ("ResourceWarning", "FutureWarning", "pytest.PytestUnraisableExceptionWarning")
+]
+
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Workers]:
@@ -27,9 +36,13 @@ def two() -> Iterator[Workers]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no folder of tests
     with hired("2", "", CPU) as workers:
         yield workers
     ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 def test_settings_of_workers() -> None:
