@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .common.compute import resolve_device, return_memory
 from .common.rng import stream
-from .common.workers import Threads, Told, Workers, silent
+from .common.workers import Report, Threads, Workers, silent
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
@@ -75,7 +75,7 @@ def answers_of(
     return torch.stack([answers for _, answers in (workers or Threads()).in_order(task, uploads)])
 
 
-def _answers(images: Images, config: Config, device: torch.device, upload: Upload, _: Told = silent) -> Tensor:
+def _answers(images: Images, config: Config, device: torch.device, upload: Upload, _: Report = silent) -> Tensor:
     return_memory()
     return scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
 

@@ -19,7 +19,7 @@ from fedmitr_flwr.common.errors import RunError
 from fedmitr_flwr.common.fingerprint import core
 from fedmitr_flwr.common.provenance import versions
 from fedmitr_flwr.common.shipped import PACKAGE
-from fedmitr_flwr.common.workers import Task, Told, silent
+from fedmitr_flwr.common.workers import Report, Task, silent
 from fedmitr_flwr.uploads.stored import StoredWeights
 
 A = TypeVar("A")
@@ -79,11 +79,11 @@ class RayWorkers:
         self._remote = ray.remote(_work)
 
     def as_made(
-        self, task: Task[A, T], items: Mapping[K, A], at_once: int, told: Told
+        self, task: Task[A, T], items: Mapping[K, A], at_once: int, report: Report
     ) -> Generator[tuple[K, T], None, None]:
-        """The key of each item with its result, as they are done. `told` is told all of a task once it is done."""
+        """The key of each item with its result, as they are done. `report` gets all of a task's once it is done."""
         del at_once  # of this machine
-        yield from self._results(task, items.items(), told, ordered=False)
+        yield from self._results(task, items.items(), report, ordered=False)
 
     def in_order(self, task: Task[A, T], items: Iterable[A], at_once: int = 1) -> Generator[tuple[A, T], None, None]:
         """Each item with its result, in their order; more than can be at work are not begun."""
@@ -91,7 +91,7 @@ class RayWorkers:
         yield from self._results(task, ((item, item) for item in items), silent, ordered=True)
 
     def _results(
-        self, task: Task[A, T], items: Iterable[tuple[K, A]], told: Told, *, ordered: bool
+        self, task: Task[A, T], items: Iterable[tuple[K, A]], report: Report, *, ordered: bool
     ) -> Generator[tuple[K, T], None, None]:
         for name in [name for name in sys.modules if name.startswith("fedmitr_flwr_")]:  # a user's file (`outside`)
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
@@ -110,7 +110,7 @@ class RayWorkers:
                 (done,), _ = ray.wait(list(running)[:1] if ordered else list(running))
                 result, heard = _fetched(done)
                 for units, values in heard:
-                    told(units, **values)
+                    report(units, **values)
                 key = running.pop(done)
                 fill()  # before the result is in use
                 yield key, result
@@ -155,7 +155,7 @@ _HELD: dict[str, Any] = {}  # in a worker: the last task, with the uploads, that
 
 
 def _work(root: str, task: list[Any], count: int, made_by: tuple[Any, ...], item: Any) -> tuple[Any, list[Any]]:
-    """In a worker: the result, and what the task told of its progress."""
+    """In a worker: the result, and what the task reported of its progress."""
     if Path(root).is_dir() and root not in sys.path:
         sys.path.insert(0, root)  # Flower's copy of the app, on the same machine
     from fedmitr_flwr.common.compute import threads

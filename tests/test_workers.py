@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmitr_flwr import judge, methods
 from fedmitr_flwr.common.errors import ConfigError, RunError
-from fedmitr_flwr.common.workers import Threads, Told, Workers, hired, silent
+from fedmitr_flwr.common.workers import Report, Threads, Workers, hired, silent
 from fedmitr_flwr.config.unread import unread_line
 from fedmitr_flwr.data.images import DataSet
 from fedmitr_flwr.methods.contract import Fused, Job
@@ -57,14 +57,14 @@ def test_settings_of_workers() -> None:
         assert isinstance(workers, Threads)
 
 
-def noted(folder: Path, number: int, told: Told) -> tuple[int, Tensor]:
+def noted(folder: Path, number: int, report: Report) -> tuple[int, Tensor]:
     """A file for each time that it is done; the worker of number 2 is killed the first time."""
     (folder / f"{number}-{os.getpid()}").touch()
     if number == 2 and len(list(folder.glob("2-*"))) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if number > 5:
         raise RunError(f"number {number} diverged")
-    told(10, loss=number)
+    report(10, loss=number)
     return torch.get_num_threads(), torch.full((3,), float(number))
 
 

@@ -23,6 +23,7 @@ from .. import methods
 from ..common.compute import threads
 from ..common.errors import ConfigError, DataError
 from ..common.rng import stream
+from ..common.workers import hired
 from ..config import Config
 from ..data.images import Images
 from ..data.layout import found_source
@@ -133,7 +134,7 @@ def fuse(
         raise ConfigError(f"{error}; for models that are trained that is too late: choose another method") from error
     first = None if start is None else weights_of(start, "start", config.model)
     history: list[dict[str, Any]] = []
-    with threads(config.threads):
+    with threads(config.threads), hired(config.workers, config.ray_address, ensemble.device) as workers:
         unread = tuple(methods.unread(config))
         if (
             config.relabel.mode == "tokens"
@@ -147,6 +148,7 @@ def fuse(
             ensemble.device,
             lambda **values: history.append(values),
             origin=partial(_unknown_start, method) if first is None else lambda: first,
+            workers=workers,
         )
         fused = methods.fuse(job)
         if fused.weights is not None:

@@ -18,16 +18,16 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 NONE = "0"  # of the setting `workers`
-Told = Callable[..., None]  # a task's progress: (units done, name=value, ...)
+Report = Callable[..., None]  # a task's progress: (units done, name=value, ...)
 # (an item, what to call while it is at work) -> a result. It can be pickled, and so can item and result.
-Task = Callable[[A, Told], T]
+Task = Callable[[A, Report], T]
 
 
 class Workers(Protocol):
     """Close a generator that is not used up, as by `contextlib.closing`: it ends the tasks that are still at work."""
 
     def as_made(
-        self, task: Task[A, T], items: Mapping[K, A], at_once: int, told: Told
+        self, task: Task[A, T], items: Mapping[K, A], at_once: int, report: Report
     ) -> Generator[tuple[K, T], None, None]:
         """The key of each item with its result, as they are done; so many `at_once` if it is by threads."""
 
@@ -39,13 +39,13 @@ class Threads:
     """This process."""
 
     def as_made(
-        self, task: Task[A, T], items: Mapping[K, A], at_once: int, told: Told
+        self, task: Task[A, T], items: Mapping[K, A], at_once: int, report: Report
     ) -> Generator[tuple[K, T], None, None]:
         def one(key: K, over: Event) -> T:
             def heard(units: int, **values: float) -> None:
                 if over.is_set():
                     raise InterruptedError("another task has failed, or the run was interrupted")
-                told(units, **values)
+                report(units, **values)
 
             return task(items[key], heard)
 
@@ -57,7 +57,7 @@ class Threads:
 
 
 def silent(units: int, **values: float) -> None:
-    """No one is told."""
+    """Nothing is said."""
 
 
 @contextmanager

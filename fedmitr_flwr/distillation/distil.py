@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..common.compute import side_by_side
-from ..common.workers import Threads, Told, Workers, silent
+from ..common.workers import Report, Threads, Workers, silent
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
@@ -113,7 +113,7 @@ def lessons(
         yield Lesson(*question, ask(ensemble, question))
 
 
-def ask(ensemble: Ensemble, question: Question, _: Told = silent) -> TokenLogits:
+def ask(ensemble: Ensemble, question: Question, _: Report = silent) -> TokenLogits:
     return ensemble.scores(question.patches, question.positions)
 
 

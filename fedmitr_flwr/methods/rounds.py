@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.compute import side_by_side
 from ..common.progress import Progress, Series
 from ..common.rng import stream
-from ..common.workers import Told
+from ..common.workers import Report
 from ..config import Config
 from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
@@ -229,12 +229,12 @@ class _Batch:
     stage: str
     round: int
 
-    def __call__(self, item: tuple[int, Tensor], told: Told) -> tuple[Pool, Series]:
+    def __call__(self, item: tuple[int, Tensor], report: Report) -> tuple[Pool, Series]:
         (number, targets), series = item, Series()
 
         def on_step(loss: float, alive: float) -> None:
             series.add(loss=loss, alive=alive)
-            told(len(targets), loss=loss, alive=alive)
+            report(len(targets), loss=loss, alive=alive)
 
         return self.make(targets, stream(self.seed, self.stage, self.round, number), on_step), series
 

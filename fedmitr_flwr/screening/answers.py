@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.rng import stream
-from ..common.workers import Threads, Told, Workers, silent
+from ..common.workers import Report, Threads, Workers, silent
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.scout import quick_images
@@ -151,7 +151,7 @@ def _judged(
     config: Config,
     device: torch.device,
     left_out: tuple[Sequence[int], int],
-    _: Told = silent,
+    _: Report = silent,
 ) -> list[Names]:
     """Let the others make images; what those who were left out call them.
 
