@@ -52,7 +52,7 @@ def hired(count: str, address: str, device: torch.device) -> Iterator["RayWorker
     own["num_cpus"] = usable_cores() if count == AUTO else int(count) * torch.get_num_threads()
     try:
         ray.init(logging_level="warning", **{"address": address} if address else own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray's own are of no type
         where = f"ray-address = {address!r}" if address else "workers"
         raise RunError(f"{where}: no Ray is to be had ({error}); see `ray status`, docs/performance.md") from error
     try:
