@@ -47,7 +47,8 @@ def hired(count: str, address: str, device: torch.device) -> Iterator["RayWorker
             )
         yield RayWorkers(count, device, guest=True)
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for quiet in ("RAY_USAGE_STATS_ENABLED", "RAY_COLOR_PREFIX", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ.setdefault(quiet, "0")  # no statistics sent, no escapes, no advice on versions to come
     own: dict[str, Any] = {"include_dashboard": False}
     own["num_cpus"] = usable_cores() if count == AUTO else int(count) * torch.get_num_threads()
     try:
