@@ -42,9 +42,7 @@ def hired(count: str, address: str, device: torch.device) -> Iterator["RayWorker
     """
     if ray.is_initialized():
         if address:
-            log.warning(
-                "ray-address = %r is not used: this process is connected to a Ray, as Flower simulates", address
-            )
+            log.warning("ray-address = %r is not used: this process has a Ray already, as Flower simulates", address)
         yield RayWorkers(count, device, guest=True)
         return
     for quiet in ("RAY_USAGE_STATS_ENABLED", "RAY_COLOR_PREFIX", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):

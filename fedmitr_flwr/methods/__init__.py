@@ -26,10 +26,8 @@ from .contract import Fused, Job
 NOT_METHODS = {"contract", "rounds"}
 OWN_SECTIONS = ("feddf.", "krum.")  # of settings that only the method reads after which they are named
 # What the server phase reads: Flower's strategies have nothing to do with it.
-SERVER_PHASE = (
+SERVER_PHASE: tuple[str, ...] = (
     "method",
-    "workers",
-    "ray-address",
     "screen.mode",
     "ensemble.",
     "inversion.",
@@ -37,6 +35,7 @@ SERVER_PHASE = (
     "distill.",
     *OWN_SECTIONS,
 )
+SERVER_PHASE += ("workers", "ray-address")
 
 
 def available() -> list[str]:
