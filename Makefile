@@ -28,7 +28,7 @@ demo: $(STAMP)
 deploy-demo: $(STAMP)
 	$(BIN)/python deploy/demo.py
 
-COVERED := $(foreach package,fedmitr_flwr server_app client_app,--cov=$(package)) --cov-report=term:skip-covered --cov-fail-under=97
+COVERED := $(foreach package,fedmitr_flwr fedmitr_ray server_app client_app,--cov=$(package)) --cov-report=term:skip-covered --cov-fail-under=97
 
 # Two processes: tests are on one thread each, and those that start Flower wait more than they compute.
 # COVERAGE=1 counts lines, which takes a third longer, and wants 97 % of them.

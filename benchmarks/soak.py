@@ -80,7 +80,7 @@ def fail(message, context, call_next):
 
 def app_that_fails(folder: Path) -> Path:
     """A copy of the app in `folder`, whose clients fail on order; which is then its folder."""
-    for name in ("fedmitr_flwr", "server_app", "client_app"):
+    for name in ("fedmitr_flwr", "fedmitr_ray", "server_app", "client_app"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .common.compute import resolve_device, return_memory
 from .common.progress import Progress
 from .common.rng import stream
+from .common.workers import Report, Threads, Workers, silent
 from .config import Config
 from .data.images import Images
 from .data.shares import server_images
@@ -43,13 +45,14 @@ def compare(
     config: Config,
     device: torch.device,
     known: Lines | None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Accuracy on the server's test images: the result's, and the lines it is compared with."""
     images, classes = server_images(config)
     ensemble = fused.ensemble
     scores: Evaluation | None = None
     if known is None:  # what each client answers is asked once, before all teachers may have to be in memory
-        answers: Iterable[Tensor] = answers_of(uploads, images, config, device)
+        answers: Iterable[Tensor] = answers_of(uploads, images, config, device, workers)
         few = 4 * len(uploads) * len(images) * config.model.num_classes <= ROOM
         kept_KMY = torch.stack(list(answers)) if few else None
         known = _lines(answers if kept_KMY is None else kept_KMY, uploads, images, config, device)
@@ -70,14 +73,22 @@ def compare(
     }
 
 
-def answers_of(uploads: Sequence[Upload], images: Images, config: Config, device: torch.device) -> Iterator[Tensor]:
-    """What each upload answers alone (M, Y), on the CPU; one network at a time is in memory."""
+def answers_of(
+    uploads: Sequence[Upload], images: Images, config: Config, device: torch.device, workers: Workers | None = None
+) -> Iterator[Tensor]:
+    """What each upload answers alone (M, Y), on the CPU; one network at a time is in a process's memory."""
     return_memory()
+    task = partial(_answers, images, config, device)
     with Progress("evaluation", len(uploads), "models") as progress:
-        for upload in uploads:
-            yield scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
-            return_memory(cycles=False)  # a network is in none
+        for _, answers in (workers or Threads()).in_order(task, uploads):
+            yield answers
             progress.update()
+
+
+def _answers(images: Images, config: Config, device: torch.device, upload: Upload, _: Report = silent) -> Tensor:
+    answers = scores_of(vit_of(config.model, upload.weights).to(device).eval(), images, config.model, device)
+    return_memory(cycles=False)  # a network is in none
+    return answers
 
 
 def weights_alone(uploads: Sequence[Upload], config: Config, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from .common.fingerprint import core
 from .common.outside import short
 from .common.progress import Progress
 from .common.rng import secret, stream
+from .common.workers import hired
 from .config import Config, recipe
 from .config.sections import ONE_SHOT, OWN
 from .config.unread import unread_line
@@ -246,10 +247,10 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
     device, stopwatch = resolve_device(config.device), Stopwatch()
     forget_peak(device)
     started = time.perf_counter()
-    with threads(config.threads):
+    with threads(config.threads), hired(config.workers, config.ray_address, device) as workers:
         with stopwatch.stage("screening"):
             known = Checkpoints.of_any_method(folder.common_path, config, uploads, device)
-            screened = screen(uploads, config, device, folder.log_metrics, known=known)
+            screened = screen(uploads, config, device, folder.log_metrics, known=known, workers=workers)
         stopwatch.add({"screening": screened.earlier})
         if screened.changed:
             uploads, lines = screened.kept, None
@@ -264,6 +265,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
             work=folder.work_path,
             judge=judge,
             common=folder.common_path,
+            workers=workers,
         )
         fused = methods.fuse(job)
         # Not every method reports its stages; after a resume, they sum to more than the clock.
@@ -283,7 +285,7 @@ def serve(folder: RunFolder, lines: Lines | None = None, uploads: list[Upload] |
             if fused.weights is not None:
                 save_model(folder, fused.weights, class_names(config))
             if on_server:
-                scores = compare(student, fused, uploads, config, device, lines)
+                scores = compare(student, fused, uploads, config, device, lines, workers)
     measured = {**scores, **cost, "screen": screened.facts(config.screen.mode)}
     result = _report(folder, fused, job, measured, one_of_many=lines is not None)
     if on_server:

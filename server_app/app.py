@@ -1,6 +1,7 @@
 """The Flower ServerApp: parse the settings once, meet the clients, run one shot or one of Flower's own strategies."""
 
 import logging
+from importlib import import_module
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -11,6 +12,7 @@ from fedmitr_flwr.common.compute import share_memory
 from fedmitr_flwr.common.errors import ConfigError, DataError, ModelError, printable
 from fedmitr_flwr.common.outside import short
 from fedmitr_flwr.common.process import begin, forward
+from fedmitr_flwr.common.workers import NONE
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.config.sections import ONE_SHOT
 from fedmitr_flwr.config.text import located
@@ -62,6 +64,8 @@ def one_shot(grid: Grid, config: Config, run_id: int) -> None:
     log.info("run folder: %s", folder.path)
     config = folder.config
     strategy = OneShot(folder, clients.nodes)
+    if config.workers != NONE and type(grid).__name__ == "InMemoryGrid":
+        import_module("fedmitr_ray.workers").await_simulation()
     with folder.at_work():
         folder.note_start(arrays.to_torch_state_dict())
         strategy.start(grid, arrays, train_config=order(config), evaluate_config=order(config))

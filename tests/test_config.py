@@ -343,7 +343,7 @@ def test_the_flower_app_has_the_same_keys_and_defaults() -> None:
 # Every setting there is. Another one needs two committed results with two values of it, or a user's data or machine
 # that does; what did not help is a line in docs/LOG.md.
 KEYS = {
-    "": "method seed device threads out-dir resume-from track",
+    "": "method seed device threads workers ray-address out-dir resume-from track",
     "data": "source path image-column label-column train-limit test-limit validation proxy flip classes "
     "unknown-classes",
     "partition": "scheme alpha classes-per-client min-size clients",

@@ -118,7 +118,7 @@ def phase(trained: RunFolder, tmp_path: Path, known: dict[str, list[bytes]], mon
         return inverted
 
     def spy_distil(*given: Any) -> None:
-        *before, on_batch, plain = given
+        *before, on_batch, plain, workers = given
         batches = count(1)
 
         def batch(*values: Any) -> None:
@@ -126,7 +126,7 @@ def phase(trained: RunFolder, tmp_path: Path, known: dict[str, list[bytes]], mon
             if next(batches) == 2:
                 phase.spend()
 
-        distil(*before, batch, plain)
+        distil(*before, batch, plain, workers)
         phase.epochs += 1
 
     monkeypatch.setattr(fedmitr, "invert", spy_invert)

@@ -23,6 +23,7 @@ from .. import methods
 from ..common.compute import threads
 from ..common.errors import ConfigError, DataError
 from ..common.rng import stream
+from ..common.workers import hired
 from ..config import Config
 from ..data.images import Images
 from ..data.layout import found_source
@@ -34,7 +35,7 @@ from ..inversion.scout import quick_images
 from ..merging import average as merging
 from ..methods.contract import DIVERGED, Fused, Job
 from ..methods.fedmitr import synthesise
-from ..methods.rounds import balanced_targets
+from ..methods.rounds import Batch, balanced_targets
 from ..publish.hub import timm_config
 from ..runs.evaluation import BATCH, Evaluation, graded, scores_of
 from ..runs.result import accuracy_table
@@ -133,7 +134,7 @@ def fuse(
         raise ConfigError(f"{error}; for models that are trained that is too late: choose another method") from error
     first = None if start is None else weights_of(start, "start", config.model)
     history: list[dict[str, Any]] = []
-    with threads(config.threads):
+    with threads(config.threads), hired(config.workers, config.ray_address, ensemble.device) as workers:
         unread = tuple(methods.unread(config))
         if (
             config.relabel.mode == "tokens"
@@ -147,6 +148,7 @@ def fuse(
             ensemble.device,
             lambda **values: history.append(values),
             origin=partial(_unknown_start, method) if first is None else lambda: first,
+            workers=workers,
         )
         fused = methods.fuse(job)
         if fused.weights is not None:
@@ -173,12 +175,10 @@ def invert(ensemble: Ensemble, targets: Tensor | None = None) -> Pool:
         targets = balanced_targets(config, stream(config.seed, "targets", 0))
     if targets.dim() != 1 or not 0 <= int(targets.min()) <= int(targets.max()) < config.model.num_classes:
         raise DataError(f"targets must be classes from 0 to {config.model.num_classes - 1}, of shape (M,)")
-    pools = []
-    with threads(config.threads):
-        for number, chunk in enumerate(targets.split(config.inversion.batch_size)):
-            rng = stream(config.seed, "inversion", 0, number)
-            pools.append(synthesise(ensemble.weigher.ensemble, config, chunk, rng, lambda *_: None))
-    return join(pools)
+    task = Batch(partial(synthesise, ensemble.weigher.ensemble, config), config.seed, "inversion", 0)
+    batches = enumerate(targets.split(config.inversion.batch_size))
+    with threads(config.threads), hired(config.workers, config.ray_address, ensemble.device) as workers:
+        return join([pool for _, (pool, _) in workers.in_order(task, batches)])
 
 
 def distil(ensemble: Ensemble, images: Pool, start: Model | None = None) -> VisionTransformer:
@@ -192,11 +192,12 @@ def distil(ensemble: Ensemble, images: Pool, start: Model | None = None) -> Visi
     if start is not None:
         student.load_state_dict(weights_of(start, "start", config.model))
     student.to(ensemble.device)
-    with threads(config.threads):
+    with threads(config.threads), hired(config.workers, config.ray_address, ensemble.device) as workers:
         if wait:
             settle(student, teachers, images)
         stepper = distillation.student_stepper(student, config, distillation.count_batches(len(images), config))
-        distillation.distil(student, teachers, images, config, stepper, stream(config.seed, "distillation", 0))
+        rng = stream(config.seed, "distillation", 0)
+        distillation.distil(student, teachers, images, config, stepper, rng, workers=workers)
     require_finite(student.state_dict(), DIVERGED, "the student")
     return student.eval()
 

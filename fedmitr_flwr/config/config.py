@@ -4,6 +4,7 @@ A setting's key is its field's name with hyphens, behind its section's name and 
 The table `[tool.flwr.app.config]` of pyproject.toml holds the same keys and defaults (tested).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ class Config(Section):
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of the server phase; 0: OMP_NUM_THREADS, or one per core that this process may use
+    workers: str = "0"  # Ray tasks of the server phase at once, each with threads of its own; 0: no Ray | auto
+    ray_address: str = ""  # of a Ray cluster, as "auto" or "host:6379"; "": Flower's simulation's, or one of its own
     out_dir: str = ""  # where run folders are made; "": ~/fedmitr-runs
     resume_from: str = ""  # a run folder to continue: missing uploads are asked for, finished work is kept
     track: str = ""  # metrics also go to tensorboard | wandb | mlflow; "": to metrics.jsonl alone
@@ -46,6 +49,8 @@ class Config(Section):
     def __post_init__(self) -> None:
         self._at_least(0, "seed", "threads")
         self._one_of("track", "", *TRACKERS)
+        fits = re.fullmatch("0|[1-9][0-9]{0,5}|auto", self.workers)
+        check("workers", self.workers, bool(fits), "0, a number of workers, or auto")
         if self.ensemble.weights == "counts" and not self.upload.counts:
             raise ConfigError(
                 "ensemble.weights = 'counts' needs the clients' class counts; set upload.extras = 'counts'"

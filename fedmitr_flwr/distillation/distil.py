@@ -4,14 +4,17 @@ Shapes: B images in a batch, J patches of each that are seen, E numbers in a pat
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..common.compute import ahead, side_by_side
+from ..common.compute import side_by_side
+from ..common.workers import Report, Threads, Workers, silent
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
@@ -40,13 +43,21 @@ class Plain:
     perturb: Perturb | None = None
 
 
-class Lesson(NamedTuple):
-    """A batch as teachers and student see it, and what the student is to answer."""
+class Question(NamedTuple):
+    """A batch as teachers and student see it."""
 
     patches: Tensor  # (B, J, E)
     positions: Tensor  # (B, J)
-    soft: TokenLogits  # the ensemble's answers on exactly these patches
     labels: tuple[Labels, ...] = ()  # of the two images in each row; none of an image that is not mixed
+
+
+class Lesson(NamedTuple):
+    """A question, and what the student is to answer."""
+
+    patches: Tensor
+    positions: Tensor
+    labels: tuple[Labels, ...]
+    soft: TokenLogits  # the ensemble's answers on exactly these patches
 
 
 def student_stepper(student: VisionTransformer, config: Config, total_steps: int) -> Stepper:
@@ -68,43 +79,60 @@ def distil(
     rng: torch.Generator,
     on_batch: OnBatch | None = None,
     plain: Plain | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Train `student` in place through `stepper`, for `config.distill.epochs_per_round` epochs over the pool.
 
-    On two CPU threads or more, half of them ask the teachers about the next batch while the others train the student.
+    On two CPU threads or more, half of them ask the teachers about the next batch while the others train the student;
+    where there are `workers`, these ask about the next ones.
     """
     student.train()
     by_cpu = pool.patches.device.type == "cpu"
-    with side_by_side(2 if by_cpu else 1) as at_once:
-        made = lessons(ensemble, pool, config, rng, plain)
-        for lesson in ahead(made) if at_once == 2 else made:
-            answers = forward_tokens(student, lesson.patches, lesson.positions)
+    made = questions(ensemble, pool, config, rng, plain)
+    with (
+        side_by_side(2 if by_cpu else 1) as at_once,
+        closing((workers or Threads()).in_order(partial(ask, ensemble), made, at_once)) as asked,
+    ):
+        for question, soft in asked:
+            answers = forward_tokens(student, question.patches, question.positions)
             if plain:
-                loss = plain_loss(answers, lesson.soft, plain.temperature)
+                loss = plain_loss(answers, soft, plain.temperature)
             else:
-                loss = distillation_loss(answers, lesson.soft, lesson.labels, ensemble.teach)
+                loss = distillation_loss(answers, soft, question.labels, ensemble.teach)
             stepper.step(loss.total())
             if on_batch:
-                on_batch(len(lesson.patches), loss)
+                on_batch(len(question.patches), loss)
     student.eval()
 
 
 def lessons(
     ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None = None
 ) -> Iterator[Lesson]:
+    """All that `distil` teaches."""
+    for question in questions(ensemble, pool, config, rng, plain):
+        yield Lesson(*question, ask(ensemble, question))
+
+
+def ask(ensemble: Ensemble, question: Question, _: Report = silent) -> TokenLogits:
+    return ensemble.scores(question.patches, question.positions)
+
+
+def questions(
+    ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None = None
+) -> Iterator[Question]:
     """Every image once per epoch, in random batches. None depends on the student: they may be made ahead of it."""
     for _ in range(config.distill.epochs_per_round):
         batches = torch.randperm(len(pool), generator=rng).split(BATCH)
         for b in torch.randperm(len(batches), generator=rng).tolist():
             chosen = batches[b].to(pool.patches.device)
             if plain:
-                yield whole_lesson(ensemble, pool, chosen, config, rng, plain.perturb)
+                yield whole_images(ensemble, pool, chosen, config, rng, plain.perturb)
             else:
-                yield mixed_lesson(ensemble, pool, chosen, config, rng)
+                yield mixed_images(pool, chosen, config, rng)
 
 
-def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config, rng: torch.Generator) -> Lesson:
-    """Mix each image with another one of the batch, flip, leave out patches, ask the ensemble.
+def mixed_images(pool: Pool, first_B: Tensor, config: Config, rng: torch.Generator) -> Question:
+    """Mix each image with another one of the batch, flip, leave out patches.
 
     Each token is of the one or the other image, with its position, in a share λ ~ U(0, 1) (MixToken, Jiang et al.
     2021 [C]). Of the N patches `KEEP` are seen at most: the same tokens in ever new company are a cheap source of
@@ -125,10 +153,9 @@ def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config
         ids_keep = torch.rand(positions.shape, generator=rng).topk(most).indices.to(device)
         patches, positions, own, *dense = (take(each, ids_keep) for each in (patches, positions, own, *dense))
     share = own.mean(1)
-    return Lesson(
+    return Question(
         patches,
         positions,
-        ensemble.scores(patches, positions),
         (
             Labels(pool.targets[first_B], pool.dense[first_B].any(1), share, own, dense[0]),
             Labels(pool.targets[second_B], pool.dense[second_B].any(1), 1 - share, 1 - own, dense[1]),
@@ -136,16 +163,16 @@ def mixed_lesson(ensemble: Ensemble, pool: Pool, first_B: Tensor, config: Config
     )
 
 
-def whole_lesson(
+def whole_images(
     ensemble: Ensemble, pool: Pool, chosen_B: Tensor, config: Config, rng: torch.Generator, perturb: Perturb | None
-) -> Lesson:
+) -> Question:
     """The images as they are, flipped and perhaps perturbed."""
     patches, positions = seen(pool, chosen_B), pool.positions[chosen_B]
     if config.data.flips:
         patches, positions = random_flip(patches, positions, config.model.grid, config.model.patch_size, rng)
     if perturb:
         patches = perturb(ensemble, patches, positions, rng)
-    return Lesson(patches, positions, ensemble.scores(patches, positions))
+    return Question(patches, positions)
 
 
 def seen(pool: Pool, chosen_B: Tensor) -> Tensor:

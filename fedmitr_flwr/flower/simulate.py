@@ -137,7 +137,7 @@ def app_in(folder: Path) -> Path:
     """The app as Flower bundles it, from the checkout or from the installed package; gives its folder."""
     ignored = shutil.ignore_patterns("__pycache__", INSIDE)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored)
-    for name in ("server_app", "client_app"):
+    for name in ("fedmitr_ray", "server_app", "client_app"):
         shutil.copytree(shipped(name), folder / name, ignore=ignored)
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(shipped(name), folder)

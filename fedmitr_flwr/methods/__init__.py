@@ -26,7 +26,16 @@ from .contract import Fused, Job
 NOT_METHODS = {"contract", "rounds"}
 OWN_SECTIONS = ("feddf.", "krum.")  # of settings that only the method reads after which they are named
 # What the server phase reads: Flower's strategies have nothing to do with it.
-SERVER_PHASE = ("method", "screen.mode", "ensemble.", "inversion.", "relabel.", "distill.", *OWN_SECTIONS)
+SERVER_PHASE: tuple[str, ...] = (
+    "method",
+    "screen.mode",
+    "ensemble.",
+    "inversion.",
+    "relabel.",
+    "distill.",
+    *OWN_SECTIONS,
+)
+SERVER_PHASE += ("workers", "ray-address")
 
 
 def available() -> list[str]:

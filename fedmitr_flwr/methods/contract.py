@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..common.workers import Threads, Workers
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
@@ -67,6 +68,7 @@ class Job:
     judge: Callable[[nn.Module], float] | None = None  # a student's accuracy in percent, to be shown while it learns
     common: Path | None = None  # the folder of what all methods make alike of these uploads; None: nothing is kept
     origin: Callable[[], Weights] | None = None  # gives what the clients started from; None: the settings say it
+    workers: Workers = field(default_factory=Threads)  # of what can be done side by side
 
     @cached_property
     def checkpoints(self) -> Checkpoints:

@@ -7,14 +7,15 @@ are finished, so that a run that was killed goes on behind them.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from threading import Event
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..common.compute import as_made, side_by_side
+from ..common.compute import side_by_side
 from ..common.progress import Progress, Series
 from ..common.rng import stream
+from ..common.workers import Report
 from ..config import Config
 from ..distillation.distil import Plain, count_batches, distil, student_stepper
 from ..distillation.losses import Parts
@@ -108,29 +109,19 @@ class Rounds:
         if missing:
             total = self._steps * sum(map(len, missing.values()))
             # Also if few are missing: sums are split by thread.
-            workers = len(chunks) if self._teachers.ensemble.by_many else 1
+            jobs = len(chunks) if self._teachers.ensemble.by_many else 1
+            items = {number: (number, chunk) for number, chunk in missing.items()}
+            task = Batch(make, config.seed, self._stage, r)
             with (
                 Progress(self._label(self._stage, r), total, unit="image steps") as progress,
-                side_by_side(workers) as at_once,
+                side_by_side(jobs) as at_once,
+                closing(self._job.workers.as_made(task, items, at_once, progress.update)) as batches,
             ):
-
-                def batch(number: int, over: Event) -> tuple[Pool, Series]:
-                    targets, series = missing[number], Series()
-
-                    def on_step(loss: float, alive: float) -> None:
-                        if over.is_set():
-                            raise InterruptedError("another batch has failed, or the run was interrupted")
-                        series.add(loss=loss, alive=alive)
-                        progress.update(len(targets), loss=loss, alive=alive)
-
-                    return make(targets, stream(config.seed, self._stage, r, number), on_step), series
-
-                with closing(as_made(batch, missing, at_once)) as batches:
-                    for _ in missing:
-                        watch = Stopwatch()
-                        with watch.stage(self._stage):  # until the next is there: the sum of these is the whole time
-                            number, (pools[number], series) = next(batches)
-                        self._keep_batch(r, number, pools[number], series, watch.seconds)
+                for _ in missing:
+                    watch = Stopwatch()
+                    with watch.stage(self._stage):  # until the next is there: the sum of these is the whole time
+                        number, (pools[number], series) = next(batches)
+                    self._keep_batch(r, number, pools[number], series, watch.seconds)
         self.pool = join([*([self.pool] if self.pool else []), *(pools[number] for number in chunks)])
         return self.pool
 
@@ -186,7 +177,8 @@ class Rounds:
                     job.log(stage="student", round=r, epoch=epoch, accuracy=accuracy)
 
             rng = stream(config.seed, "distillation", r)
-            distil(self.student, self._teachers.ensemble, pool, config, stepper, rng, on_batch, plain)
+            teachers, workers = self._teachers.ensemble, job.workers
+            distil(self.student, teachers, pool, config, stepper, rng, on_batch, plain, workers)
         job.log(stage="distillation", round=r, **series.means(), curve=series.thin())
 
     def _keep_batch(self, r: int, number: int, batch: Pool, series: Series, seconds: dict[str, float]) -> None:
@@ -237,6 +229,25 @@ class Rounds:
         job.stopwatch.add(facts["seconds"])
         log.info("distillation: %d of %d rounds are of an earlier start", rounds, job.config.distill.rounds)
         return rounds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The task of making one batch of images, with a random stream of its own."""
+
+    make: Make
+    seed: int
+    stage: str
+    round: int
+
+    def __call__(self, item: tuple[int, Tensor], report: Report) -> tuple[Pool, Series]:
+        (number, targets), series = item, Series()
+
+        def on_step(loss: float, alive: float) -> None:
+            series.add(loss=loss, alive=alive)
+            report(len(targets), loss=loss, alive=alive)
+
+        return self.make(targets, stream(self.seed, self.stage, self.round, number), on_step), series
 
 
 def _targets(r: int, config: Config) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ Shapes: M images, Y classes, C answers (as many).
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..common.progress import Progress
 from ..common.rng import stream
+from ..common.workers import Report, Threads, Workers, silent
 from ..config import Config
 from ..ensemble.ensemble import Ensemble
 from ..inversion.scout import quick_images
@@ -77,7 +79,11 @@ class Names:
 
 
 def strange_answers(
-    uploads: Sequence[Upload], config: Config, device: torch.device, images: int = IMAGES
+    uploads: Sequence[Upload],
+    config: Config,
+    device: torch.device,
+    images: int = IMAGES,
+    workers: Workers | None = None,
 ) -> list[Finding]:
     """Of uploads that are not strange otherwise: who is sure of nothing, and who knows the classes by wrong names.
 
@@ -88,15 +94,18 @@ def strange_answers(
         return []
     folds = min(FOLDS, len(uploads))
     first: list[tuple[Upload, Names]] = []
+    task = partial(_judged, uploads, images, config, device)
+    each = [(range(fold, len(uploads), folds), fold) for fold in range(folds)]
     with Progress("screening", len(uploads), "clients") as progress:
-        for fold in range(folds):
-            first += _judged(uploads[fold::folds], uploads, images, config, device, fold)
-            progress.update(len(uploads[fold::folds]))
+        for (places, _), judged in (workers or Threads()).in_order(task, each):
+            first += zip([uploads[place] for place in places], judged, strict=True)
+            progress.update(len(places))
     found = [finding for upload, finding in _unsure(first) if _led(upload, images, config, device) > ANY]
     unsure = {finding.client for finding in found}
     for upload, names in first:
         if upload.client not in unsure and names.gain > INFORMED and names.kept < SUSPECT:
-            ((_, again),) = _judged([upload], uploads, 2 * images, config, device, folds + upload.client)
+            place = next(place for place, one in enumerate(uploads) if one is upload)
+            (again,) = _judged(uploads, 2 * images, config, device, ([place], folds + upload.client))
             found += _misnamed(upload, again)
     return found
 
@@ -140,21 +149,23 @@ def _misnamed(upload: Upload, names: Names) -> Iterator[Finding]:
 
 
 def _judged(
-    left_out: Sequence[Upload],
     uploads: Sequence[Upload],
     images_per_class: int,
     config: Config,
     device: torch.device,
-    number: int,
-) -> Iterator[tuple[Upload, Names]]:
-    """Let the others make images; what those who were left out call them."""
-    clients = {upload.client for upload in left_out}
-    others = [upload for upload in uploads if upload.client not in clients]
+    left_out: tuple[Sequence[int], int],
+    _: Report = silent,
+) -> list[Names]:
+    """Let the others make images; what those who were left out call them.
+
+    `left_out` are their places in `uploads`, and the number of a random stream.
+    """
+    places, number = left_out
+    others = [upload for place, upload in enumerate(uploads) if place not in places]
     makers, rng = _ensemble(others, config).to(device), stream(config.seed, "screening", number)
     pool = quick_images(makers, config, images_per_class, rng)
-    answers_KMC = _ensemble(left_out, config).to(device).probabilities(pool.images)
-    for upload, answers_MC in zip(left_out, answers_KMC, strict=True):
-        yield upload, Names.of(answers_MC, pool.targets)
+    answers_KMC = _ensemble([uploads[place] for place in places], config).to(device).probabilities(pool.images)
+    return [Names.of(answers_MC, pool.targets) for answers_MC in answers_KMC]
 
 
 def _ensemble(uploads: Sequence[Upload], config: Config) -> Ensemble:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ModelError
+from ..common.workers import Threads, Workers
 from ..config import Config
 from ..runs.checkpoints import Checkpoints
 from ..statistics import moments
@@ -51,6 +52,7 @@ def screen(
     report: Callable[..., None] = lambda **_: None,
     images: int = IMAGES,
     known: Checkpoints | None = None,
+    workers: Workers | None = None,
 ) -> Screened:
     """Judge the uploads by `config.screen`: one warning, and one `report` for metrics.jsonl, for each that is unusual.
 
@@ -65,7 +67,7 @@ def screen(
     if kept:
         findings, earlier = [Finding(**each) for each in kept[1]["findings"]], kept[1]["seconds"]
     else:
-        findings = _findings(uploads, config, device, images)
+        findings = _findings(uploads, config, device, images, workers or Threads())
         if known:
             found, spent = [asdict(finding) for finding in findings], time.perf_counter() - started
             known.save("screening", SETTINGS, {}, findings=found, seconds=spent)
@@ -87,7 +89,9 @@ def screen(
     return Screened(bounded, findings, excluded, changed=bool(excluded) or bounded != left, earlier=earlier)
 
 
-def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, images: int) -> list[Finding]:
+def _findings(
+    uploads: Sequence[Upload], config: Config, device: torch.device, images: int, workers: Workers
+) -> list[Finding]:
     """At most one for each client: weights and sums first, then the answers of those of which nothing was said."""
     start = _start(config)
     found = [] if start is None else strange_weights(uploads, start)
@@ -98,7 +102,8 @@ def _findings(uploads: Sequence[Upload], config: Config, device: torch.device, i
         gravest.setdefault(finding.client, finding)
     findings = list(gravest.values())
     if images:
-        findings += strange_answers([each for each in uploads if each.client not in gravest], config, device, images)
+        others = [each for each in uploads if each.client not in gravest]
+        findings += strange_answers(others, config, device, images, workers)
     return sorted(findings, key=lambda finding: finding.client)
 
 
