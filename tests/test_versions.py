@@ -149,7 +149,8 @@ def test_an_installed_package_has_the_presets_and_the_apps_of_the_checkout(tmp_p
     """Laid out as pyproject.toml has the wheel laid out; nothing here needs torch."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fedmitr_flwr", tmp_path / "fedmitr_flwr", ignore=ignored)
+    for package in wheel["packages"]:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     for source, target in wheel["force-include"].items():
         place = tmp_path / target
         place.parent.mkdir(exist_ok=True)
@@ -168,6 +169,7 @@ app_in(Path("app"))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     names = [path.stem for folder in ("configs", "configs/bench") for path in sorted((ROOT / folder).glob("*.toml"))]
     assert done.stdout.split() == [fingerprint(), core(), of_flower(), *names], done.stderr
+    assert done.returncode == 0, done.stderr
     assert _of_folder(tmp_path / "app") == _of_folder(app_in(tmp_path / "other"))
 
 
