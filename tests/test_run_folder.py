@@ -284,6 +284,7 @@ def test_every_setting_is_known_to_decide_a_piece_or_not() -> None:
     """A new setting belongs into one of these lists."""
     elsewhere = ("device", "threads", "method")  # in every key already
     no_piece = ("out-dir", "resume-from", "track", "evaluate.", "flower.", "strategy.", "feddf.", "krum.", "screen.")
+    no_piece += ("workers", "ray-address")  # the same bits by any
     in_uploads = ("data.", "partition.", "local.", "upload.", "privacy.")  # which are in the key themselves
     for key in Config().to_flat():
         assert key.startswith((*rounds.STUDENT_SETTINGS, *elsewhere, *no_piece, *in_uploads)), key

@@ -95,10 +95,15 @@ def side_by_side(jobs: int) -> Iterator[int]:
         yield at_once
 
 
+def _pool(count: int) -> ThreadPoolExecutor:
+    """Each with as many threads of torch as this one: in a new one convolutions take all cores, with other bits."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+
+
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items in the same order, each made by another thread while the one before is in use."""
     nothing = object()
-    with ThreadPoolExecutor(1) as worker:
+    with _pool(1) as worker:
         coming = worker.submit(next, items, nothing)
         while (item := coming.result()) is not nothing:
             coming = worker.submit(next, items, nothing)
@@ -112,7 +117,7 @@ def as_made(make: Callable[[A, Event], T], arguments: Iterable[A], at_once: int)
     in `contextlib.closing`.
     """
     over = Event()
-    with ThreadPoolExecutor(at_once) as workers:
+    with _pool(at_once) as workers:
         coming = {workers.submit(make, argument, over): argument for argument in arguments}
         try:
             for done in as_completed(coming):

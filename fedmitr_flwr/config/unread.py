@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 
-from ..common.workers import NONE
 from .config import Config
 from .sections import OWN
 from .text import toml_value
@@ -30,8 +29,8 @@ def unread_line(config: Config, unread: Mapping[str, str], given: Collection[str
             reasons[key] = f"{other} = {toml_value(flat[other])}"
     if not config.privacy.epsilon:
         reasons |= dict.fromkeys(("privacy.delta", "privacy.clip"), "privacy.epsilon = 0.0")
-    if config.workers == NONE:
-        reasons["ray-address"] = f"workers = {toml_value(NONE)}"
+    if config.workers == Config.workers:  # none
+        reasons["ray-address"] = f"workers = {toml_value(Config.workers)}"
     without_effect = []
     for key, value in flat.items():
         reason = next((reason for beginning, reason in reasons.items() if key.startswith(beginning)), "")
