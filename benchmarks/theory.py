@@ -22,7 +22,7 @@ from scipy.stats import t
 from fedmitr_flwr import pipeline
 from fedmitr_flwr.bench.markup import spread, table
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.config.text import parse_assignment
+from fedmitr_flwr.config.text import read_settings
 from fedmitr_flwr.diagnostics.diagnose import diagnose
 from fedmitr_flwr.report.words import data_set, skew
 from fedmitr_flwr.runs.folder import RunFolder
@@ -166,8 +166,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder in which the runs are kept")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
-    base = Config.from_file(arguments.config)
-    config = Config.from_flat(dict(parse_assignment(word, base.to_flat()) for word in arguments.settings), base)
+    config = Config.from_flat(read_settings(arguments.config, arguments.settings, Config().to_flat()))
     title = f"{data_set(config.to_flat())}, {skew(config.to_flat())}"
     made = cells(config, list(map(int, arguments.seeds.split(","))), arguments.runs / arguments.config.stem)
     go_on(arguments.json, made, title=title)
