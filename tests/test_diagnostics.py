@@ -23,7 +23,7 @@ from fedmitr_flwr.diagnostics.gap import Shown, gap
 from fedmitr_flwr.diagnostics.jitter import Jitter, noise_and_power, on_the_way
 from fedmitr_flwr.diagnostics.norms import gradient_norms, student_norms
 from fedmitr_flwr.diagnostics.table import tables
-from fedmitr_flwr.distillation.distil import lessons
+from fedmitr_flwr.distillation.distil import ask, questions
 from fedmitr_flwr.distillation.losses import distillation_loss
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.inversion.invert import PIXELS, alive_counts, invert
@@ -103,11 +103,11 @@ def test_the_student_s_norm_is_that_of_the_loss_it_learns_from() -> None:
     config = settings()
     ensemble, student, pool = an_ensemble(config), a_vit(config, 5), a_pool(config, 1)
     found = student_norms(student, ensemble, pool, 3)
-    (lesson,) = lessons(ensemble, pool, config, stream(0))  # mixed with itself, and half of the patches are left out
-    assert lesson.positions.shape[1] == 8
+    (question,) = questions(ensemble, pool, config, stream(0))  # mixed with itself, half of its patches left out
+    assert question.positions.shape[1] == 8
     soft = ensemble.scores(pool.patches, pool.positions)
     every = torch.ones(1, 16)
-    labels = lesson.labels[0]._replace(share=torch.ones(1), own=every, dense=pool.dense.float())
+    labels = question.labels[0]._replace(share=torch.ones(1), own=every, dense=pool.dense.float())
     parts = distillation_loss(forward_tokens(student, pool.patches, pool.positions), soft, [labels], ensemble.teach)
     for name, loss in {"whole": parts.total(), "pseudo-labels": parts.high}.items():
         parts_of = torch.autograd.grad(
@@ -180,9 +180,9 @@ def test_equal_pools_give_equal_students_and_one_step_moves_by_the_gradients(mon
     _, found = stability.replace_one(start, ensemble, pool, others, config, 1, probes)
     both = []
     for each in (pool, stability.join([others, stability.behind(pool, 4)])):
-        (lesson,) = lessons(ensemble, each, config, stream(config.seed, "diagnostics", "distillation"))
-        answers = forward_tokens(start, lesson.patches, lesson.positions)
-        loss = distillation_loss(answers, lesson.soft, lesson.labels, ensemble.teach).total()
+        (question,) = questions(ensemble, each, config, stream(config.seed, "diagnostics", "distillation"))
+        answers = forward_tokens(start, question.patches, question.positions)
+        loss = distillation_loss(answers, ask(ensemble, question), question.labels, ensemble.teach).total()
         gradients = torch.autograd.grad(loss, list(start.parameters()), allow_unused=True, materialize_grads=True)
         both.append(torch.cat([gradient.flatten() for gradient in gradients]))
     # SGD with momentum: the first step is the gradient's.

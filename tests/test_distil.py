@@ -14,14 +14,14 @@ from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
 from fedmitr_flwr.distillation import distil as module
 from fedmitr_flwr.distillation import losses
-from fedmitr_flwr.distillation.distil import Lesson, Plain, count_batches, distil, lessons, student_stepper
+from fedmitr_flwr.distillation.distil import Plain, Question, count_batches, distil, questions, student_stepper
 from fedmitr_flwr.distillation.losses import Parts
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.ensemble import ensemble as ensemble_module
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.inversion.pool import Pool, join
-from fedmitr_flwr.vit.tokens import all_positions, patchify
+from fedmitr_flwr.vit.tokens import TokenLogits, all_positions, forward_tokens, patchify
 
 MODES = ("none", "drop", "tokens")
 TWO_TEACHERS = an_ensemble(settings())
@@ -87,8 +87,8 @@ def test_the_student_comes_to_agree_with_its_teachers(plain: Plain | None, monke
     assert (after == wanted).float().mean() > (before == wanted).float().mean() + 0.2
 
 
-def made_lessons(config: Config, ensemble: Ensemble, pool: Pool, plain: Plain | None = None) -> list[Lesson]:
-    return list(lessons(ensemble, pool, config, stream(0), plain))
+def asks(config: Config, ensemble: Ensemble, pool: Pool, plain: Plain | None = None) -> list[Question]:
+    return list(questions(ensemble, pool, config, stream(0), plain))
 
 
 def image_of(pool: Pool, patches: Tensor, positions: Tensor) -> int:
@@ -103,16 +103,16 @@ def test_a_mixtures_labels_belong_to_its_tokens(mode: str, keep: float, monkeypa
     monkeypatch.setattr(module, "KEEP", keep)
     config = settings(**{"relabel.mode": mode})
     ensemble, pool = alone(), inverted_pool(config, alone())
-    made = made_lessons(config, ensemble, pool)
-    assert sorted(row for lesson in made for row in lesson.labels[0].targets.tolist()) == list(range(10))
-    for lesson in made:
-        one, other = lesson.labels
+    made = asks(config, ensemble, pool)
+    assert sorted(row for question in made for row in question.labels[0].targets.tolist()) == list(range(10))
+    for question in made:
+        one, other = question.labels
         shown = min(pool.positions.shape[1], round(keep * 16))
-        assert lesson.positions.shape == (len(lesson.patches), shown)
-        assert torch.equal(one.own + other.own, torch.ones(lesson.positions.shape))
+        assert question.positions.shape == (len(question.patches), shown)
+        assert torch.equal(one.own + other.own, torch.ones(question.positions.shape))
         torch.testing.assert_close((one.share, other.share), (one.own.mean(1), other.own.mean(1)))
         assert one.hard.all()
-        for row, (patches, positions) in enumerate(zip(lesson.patches, lesson.positions, strict=True)):
+        for row, (patches, positions) in enumerate(zip(question.patches, question.positions, strict=True)):
             for token, position in enumerate(positions.tolist()):
                 image = image_of(pool, patches[token], positions[token])
                 asked = one if one.own[row, token] else other
@@ -124,9 +124,9 @@ def test_a_mixtures_labels_belong_to_its_tokens(mode: str, keep: float, monkeypa
 def test_images_without_a_dense_patch_have_no_pseudo_label() -> None:
     config = settings(**{"inversion.mode": "pri4"})
     ensemble, pool = alone(), inverted_pool(config, alone())
-    made = made_lessons(config, ensemble, pool)
-    hard = sum(int(lesson.labels[0].hard.sum()) for lesson in made)
-    assert 2 * hard == len(pool) == sum(len(lesson.patches) for lesson in made)
+    made = asks(config, ensemble, pool)
+    hard = sum(int(question.labels[0].hard.sum()) for question in made)
+    assert 2 * hard == len(pool) == sum(len(question.patches) for question in made)
 
 
 def test_a_share_is_uniform_and_each_image_has_its_own_choice_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,24 +135,37 @@ def test_a_share_is_uniform_and_each_image_has_its_own_choice_of_patches(monkeyp
     every = torch.arange(64).expand(2000, -1)
     dense = torch.ones(2000, 64, dtype=torch.bool)
     pool = Pool(torch.zeros(2000, 64, 1), every, dense, dense, torch.zeros(2000).long(), torch.zeros(2000), 1)
-    (lesson,) = made_lessons(config, alone(patch=1), pool)
-    share = lesson.labels[0].share
+    (question,) = asks(config, alone(patch=1), pool)
+    share = question.labels[0].share
     assert share.mean().item() == pytest.approx(0.5, abs=0.03)
     assert share.var().item() == pytest.approx(1 / 12 + 1 / 6 / 32, abs=0.01)  # of λ, and of 32 draws with it
-    assert lesson.positions.shape == (2000, 32)
-    assert len({tuple(sorted(row)) for row in lesson.positions.tolist()}) == 2000
+    assert question.positions.shape == (2000, 32)
+    assert len({tuple(sorted(row)) for row in question.positions.tolist()}) == 2000
 
 
-@torch.no_grad()
-def test_teachers_see_what_the_student_sees() -> None:
+def test_teachers_see_what_the_student_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(**{"data.flip": True})
-    with torch.enable_grad():
-        ensemble, pool = alone(), inverted_pool(config, alone())
-    for plain in (None, Plain(4.0), HALVED):
-        for lesson in made_lessons(config, ensemble, pool, plain):
-            assert lesson.positions.shape[1] == (16 if plain else 8)
-            wanted = ensemble.scores(lesson.patches, lesson.positions)
-            torch.testing.assert_close(tuple(lesson.soft), tuple(wanted))
+    ensemble, pool = alone(), inverted_pool(config, alone())
+    by_student, by_teachers = [], []
+    scores = ensemble.scores
+
+    def student_asked(vit: VisionTransformer, *shown: Tensor) -> TokenLogits:
+        by_student.append(shown)
+        return forward_tokens(vit, *shown)
+
+    def teachers_asked(*shown: Tensor) -> TokenLogits:
+        by_teachers.append(shown)
+        return scores(*shown)
+
+    monkeypatch.setattr(module, "forward_tokens", student_asked)
+    monkeypatch.setattr(ensemble, "scores", teachers_asked)
+    for plain, patches in ((None, 8), (Plain(4.0), 16), (HALVED, 16)):
+        by_student.clear()
+        by_teachers.clear()
+        trained(config, ensemble, pool, plain=plain)
+        torch.testing.assert_close(by_student, by_teachers, rtol=0, atol=0)
+        assert by_student
+        assert all(positions.shape[1] == patches for _, positions in by_student)
 
 
 @pytest.mark.parametrize("inversion", ["sparse", "pri4"])
@@ -162,8 +175,8 @@ def test_plain_lessons_show_images_as_they_were_made(inversion: str) -> None:
     ensemble = alone()
     pool = join([inverted_pool(config, ensemble, 5), inverted_pool(config, ensemble, 5, first=3)])
     shown = []
-    for lesson in made_lessons(config, ensemble, pool, Plain(4.0)):
-        for patches, positions in zip(lesson.patches, lesson.positions, strict=True):
+    for question in asks(config, ensemble, pool, Plain(4.0)):
+        for patches, positions in zip(question.patches, question.positions, strict=True):
             pairs = enumerate(zip(pool.positions, pool.patches, strict=True))
             shown += [i for i, (own, whole) in pairs if positions.equal(own) and patches.equal(whole[own])]
     first, second = shown[: len(pool)], shown[len(pool) :]

@@ -51,15 +51,6 @@ class Question(NamedTuple):
     labels: tuple[Labels, ...] = ()  # of the two images in each row; none of an image that is not mixed
 
 
-class Lesson(NamedTuple):
-    """A question, and what the student is to answer."""
-
-    patches: Tensor
-    positions: Tensor
-    labels: tuple[Labels, ...]
-    soft: TokenLogits  # the ensemble's answers on exactly these patches
-
-
 def student_stepper(student: VisionTransformer, config: Config, total_steps: int) -> Stepper:
     return Stepper(student.parameters(), "muon", config.distill.lr, total_steps)
 
@@ -103,14 +94,6 @@ def distil(
             if on_batch:
                 on_batch(len(question.patches), loss)
     student.eval()
-
-
-def lessons(
-    ensemble: Ensemble, pool: Pool, config: Config, rng: torch.Generator, plain: Plain | None = None
-) -> Iterator[Lesson]:
-    """All that `distil` teaches."""
-    for question in questions(ensemble, pool, config, rng, plain):
-        yield Lesson(*question, ask(ensemble, question))
 
 
 def ask(ensemble: Ensemble, question: Question, _: Report = silent) -> TokenLogits:
