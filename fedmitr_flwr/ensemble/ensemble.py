@@ -154,10 +154,12 @@ class Ensemble(nn.Module):
 
     def _spread(self, logits: list[Tensor], routing: Routing, batch: int) -> Tensor:
         """(K, B, Y): zeros, which have weight 0, where a teacher was not asked."""
-        spread_KBY = logits[0].new_zeros(len(self.teachers), batch, logits[0].shape[1])
+        none_BY = logits[0].new_zeros(batch, logits[0].shape[1])
+        spread = [none_BY] * len(self.teachers)
         for (k, rows), answer in zip(routing.rows.items(), logits, strict=True):
-            spread_KBY[k, rows] = answer
-        return spread_KBY
+            # Not into one tensor (K, B, Y): its gradient would be copied as a whole for each teacher.
+            spread[k] = answer if isinstance(rows, slice) else none_BY.index_copy(0, rows, answer)
+        return torch.stack(spread)
 
 
 def _stacks(tensor: Tensor) -> bool:
