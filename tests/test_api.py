@@ -117,8 +117,11 @@ def test_what_cannot_be_fused_is_refused_by_the_models_name(tmp_path: Path) -> N
         members([vit()], counts=[[1, 2]])
     with pytest.raises(ConfigError, match=r"'local.epochs' is read by no fusion of trained models"):
         Ensemble([vit(), vit()], settings={"local.epochs": 3})
-    with pytest.raises(ConfigError, match="merges differences from the weights that the models were trained from"):
-        fuse([vit(), vit(1)], method="wudi", settings=FEW)
+    for given in ({"method": "wudi"}, {"settings": FEW | {"distill.init": "wudi"}}):
+        with pytest.raises(
+            ConfigError, match="'wudi' merges differences from the weights that the models were trained"
+        ):
+            fuse([vit(), vit(1)], **{"settings": FEW, **given})
 
 
 def test_sizes_weigh_the_average_and_differences_are_of_the_start() -> None:
@@ -130,6 +133,19 @@ def test_sizes_weigh_the_average_and_differences_are_of_the_start() -> None:
     given = {"model": "vit_tiny_patch16_224", "kwargs": {"num_heads": 2}, "settings": FEW}
     merged = fuse(both, method="task_arithmetic", start=first, **given).student
     assert_close(merged.head.weight, first.head.weight + 0.3 * (0.1 + 0.2))  # 0.3 is the published scale
+
+
+def test_a_start_that_is_known_is_the_students_as_well() -> None:
+    """Fine-tuned models' bodies are merged by their differences from it; a start that was chosen stays."""
+    first = vit(0)
+    both = [shifted(first, 1e-3), shifted(first, 2e-3)]
+    given = {"model": "vit_tiny_patch16_224", "kwargs": {"num_heads": 2}}
+    for start, own, wanted in [
+        (None, {}, "classwise"),
+        (first, {}, "wudi"),
+        (first, {"distill.init": "average"}, "average"),
+    ]:
+        assert fuse(both, start=start, settings=FEW | own, **given).config.distill.init == wanted
 
 
 @pytest.mark.parametrize(

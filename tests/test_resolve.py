@@ -42,7 +42,7 @@ def folder(path: Path, mode: str, *sizes: tuple[int, int], classes: int = 2, eac
 RECIPE = ("data.flip", "local.epochs", "local.optimizer", "local.lr", "local.head-lr", "inversion.stops")
 RECIPE += ("distill.init", "distill.epochs-per-round", "distill.lr")
 SCRATCH = dict(zip(RECIPE, ("false", 50, "muon", 3e-3, 3e-3, "0.1,0.3", "average", 60, 3e-3), strict=True))
-GIVEN = ("true", 3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "classwise", 5, 1e-4)
+GIVEN = ("true", 3, "adamw", 1e-4, 1e-2, "0.0125,0.025,0.05,0.075", "wudi", 5, 1e-4)
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:

@@ -15,10 +15,12 @@ from torch.nn.functional import normalize
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.distillation.relabel import relabel
 from fedmitr_flwr.distillation.start import answers, likeness, start_student
+from fedmitr_flwr.ensemble.contrast import Contrast
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.inversion.invert import invert
 from fedmitr_flwr.merging.average import average
 from fedmitr_flwr.merging.classwise import merge_heads
+from fedmitr_flwr.merging.task_vectors import wudi
 from fedmitr_flwr.vit.build import initial_weights, vit_of
 
 CONFIG = settings()
@@ -27,11 +29,15 @@ IMAGES = some_images(CONFIG, 40)
 
 
 def test_the_students_start() -> None:
-    """The average to the bit, also where it is to get another head."""
-    mean = average(two_uploads())
-    for init, wanted in {"average": mean, "classwise": mean, "initial": initial_weights(CONFIG.model, 4)}.items():
+    """To the bit, also where it is to get another head."""
+    uploads, first, other = two_uploads(), initial_weights(CONFIG.model, 4), initial_weights(CONFIG.model, 5)
+    mean, merged = average(uploads), wudi(uploads, first)
+    assert not same(mean, merged)
+    for init, wanted in {"average": mean, "classwise": mean, "wudi": merged, "initial": first}.items():
         config = settings(seed=4, **{"distill.init": init})
-        assert same(start_student(two_uploads(), config).state_dict(), wanted), init
+        assert same(start_student(uploads, config).state_dict(), wanted), init
+    moved = start_student(uploads, settings(seed=4, **{"distill.init": "wudi"}), lambda: other)
+    assert same(moved.state_dict(), wudi(uploads, other))
 
 
 def test_initial_is_what_the_clients_started_from(tmp_path: Path) -> None:
@@ -54,35 +60,22 @@ def test_likeness_is_the_correlation_of_answers_on_whole_images(monkeypatch: pyt
         assert likeness(student, answers(ensemble, pool), pool) == pytest.approx(wanted, rel=1e-5)
 
 
-def with_head(seed: int, rows_YD: Tensor, bias_Y: Tensor) -> VisionTransformer:
-    vit = a_vit(CONFIG, seed)
-    with torch.no_grad():
-        vit.head.weight.zero_()[:2, :2].copy_(rows_YD)
-        vit.head.bias.zero_()[:2].copy_(bias_Y)
-    return vit
-
-
 def merged(teachers: list[VisionTransformer], weights_KY: Tensor) -> VisionTransformer:
     student = a_vit(CONFIG, 9)
     merge_heads(student, Ensemble(teachers, weights_KY, "probs"), IMAGES)
     return student
 
 
-def test_each_class_has_the_row_of_who_knows_it() -> None:
-    """Two clients, each weighed in one class alone; rows sum to nothing, so that centring leaves them."""
-    rows, bias = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0.5, 0.25])
-    first = with_head(0, torch.stack([rows[0], -rows[0]]), torch.tensor([0.5, -0.5]))
-    second = with_head(1, torch.stack([-rows[1], rows[1]]), torch.tensor([-0.25, 0.25]))
-    weights_KY = torch.full((2, CLASSES), 0.5)
-    weights_KY[:, :2] = torch.eye(2)
-    student, body = merged([first, second], weights_KY), a_vit(CONFIG, 9)
-    logits = body.forward_head(body.forward_features(IMAGES), pre_logits=True)[:, :2] @ rows.T + bias
+def test_the_head_says_what_contrast_makes_of_the_clients_heads() -> None:
+    """On the same features, but for one factor for each class; the body stays."""
+    teachers, weights_KY = [a_vit(CONFIG, seed) for seed in range(3)], torch.rand(3, CLASSES, generator=stream(0))
+    student, body = merged(teachers, weights_KY), a_vit(CONFIG, 9)
+    features = body.forward_head(body.forward_features(IMAGES), pre_logits=True)
+    contrast = Contrast(weights_KY)
+    parts = torch.stack([contrast.part(k, teacher.head(features)) for k, teacher in enumerate(teachers)])
+    logits = contrast.scores(parts.sum(0))
     spread = logits.std(0, correction=0)
-    scale = spread.sum() / CLASSES / spread  # the other eight classes say the same of all images
-    torch.testing.assert_close(student.head.weight[:2, :2], scale[:, None] * rows)
-    assert not student.head.weight[2:].any()
-    torch.testing.assert_close(student.head.bias[:2], scale * bias)
-    torch.testing.assert_close(student(IMAGES)[:, :2], logits * scale)
+    torch.testing.assert_close(student(IMAGES), logits * spread.mean() / spread, rtol=1e-4, atol=1e-5)
     for name, tensor in body.state_dict().items():
         assert name.startswith("head") or torch.equal(student.state_dict()[name], tensor), name
 
@@ -115,7 +108,7 @@ def test_fedmitr_starts_from_it_once_there_are_images() -> None:
     uploads, metrics = two_uploads(), list[dict[str, Any]]()
     told = fused(settings(**{"distill.init": "classwise", "distill.lr": 1e-12, "distill.rounds": 2}), uploads, metrics)
     (line,) = [line for line in metrics if line["stage"] == "start"]
-    assert {"likeness", "likeness_of_average"} <= set(line)
+    assert {"likeness", "likeness_before"} <= set(line)
     spread = vit_of(CONFIG.model, told.weights)(told.pool.images[:10]).std(0, correction=0)  # of the first round's
     torch.testing.assert_close(spread, spread.mean().expand(CLASSES), rtol=1e-4, atol=1e-5)
     name = "blocks.0.mlp.fc1.weight"

@@ -91,7 +91,8 @@ def _recipe(uploads: Sequence[Upload]) -> dict[str, object]:
         apart.append(((one - other).norm() / one.norm()).item())
         alike.append(cosine_similarity(one, other, 0).item())
     near = bool(apart) and sum(apart) / len(apart) < NEAR
-    recipe = dict(WITH_WEIGHTS if near else FROM_SCRATCH)
+    # What fine-tuned models were trained from is known to `fuse` alone, and only if it is given.
+    recipe = WITH_WEIGHTS | {"distill.init": "classwise"} if near else dict(FROM_SCRATCH)
     said = "fine-tuned from one model" if near else "trained from scratch"
     if alike and sum(alike) / len(alike) < STRANGE:
         recipe["distill.init"], said = "initial", "trained from different starts"

@@ -25,6 +25,7 @@ from ..common.errors import ConfigError, DataError
 from ..common.rng import stream
 from ..common.workers import hired
 from ..config import Config
+from ..config.recipe import WITH_WEIGHTS
 from ..data.images import Images
 from ..data.layout import found_source
 from ..data.shares import server_images
@@ -117,7 +118,8 @@ def fuse(
     Args:
         models: networks of timm, their state dicts, or paths of safetensors files; one architecture, the same classes.
         method: as `fedmitr methods` lists them, or the path of a file.
-        start: what the models were trained from, for methods that merge differences from it (`wudi`, `ties`, ...).
+        start: what the models were trained from, for methods that merge differences from it (`wudi`, `ties`, ...);
+            where it is known, FedMITR's student, too, starts from such a merge.
         test: images and labels, or a folder as `data.path`, to know how good the result is; nothing is chosen by them.
         given: as `Ensemble` has it.
 
@@ -132,22 +134,21 @@ def fuse(
         methods.check(config, len(ensemble.uploads))
     except ConfigError as error:
         raise ConfigError(f"{error}; for models that are trained that is too late: choose another method") from error
+    own = given.get("settings") or {}
     first = None if start is None else weights_of(start, "start", config.model)
+    if first is not None and config.distill.init == "classwise" and "distill.init" not in own:
+        config = Config.from_flat({"distill.init": WITH_WEIGHTS["distill.init"]}, base=config)
     history: list[dict[str, Any]] = []
     with threads(config.threads), hired(config.workers, config.ray_address, ensemble.device) as workers:
         unread = tuple(methods.unread(config))
-        if (
-            config.relabel.mode == "tokens"
-            and not "relabel.mode".startswith(unread)
-            and "relabel.mode" not in (given.get("settings") or {})
-        ):
+        if config.relabel.mode == "tokens" and not "relabel.mode".startswith(unread) and "relabel.mode" not in own:
             config = _without_untrained_labels(ensemble, config)
         job = Job(
             ensemble.uploads,
             methods.in_force(config),
             ensemble.device,
             lambda **values: history.append(values),
-            origin=partial(_unknown_start, method) if first is None else lambda: first,
+            origin=partial(_unknown_start, config) if first is None else lambda: first,
             workers=workers,
         )
         fused = methods.fuse(job)
@@ -187,8 +188,10 @@ def distil(ensemble: Ensemble, images: Pool, start: Model | None = None) -> Visi
     It starts from `start`; None: as `distill.init` says.
     """
     config = Config.from_flat({"distill.rounds": 1}, base=ensemble.config)
-    teachers, wait = ensemble.weigher.ensemble, config.distill.init == "classwise" and start is None
-    student = start_student(ensemble.uploads, config)
+    teachers, wait = ensemble.weigher.ensemble, config.distill.merges_heads and start is None
+    if start is not None:
+        config = Config.from_flat({"distill.init": "initial"}, base=config)
+    student = start_student(ensemble.uploads, config, partial(_unknown_start, config))
     if start is not None:
         student.load_state_dict(weights_of(start, "start", config.model))
     student.to(ensemble.device)
@@ -209,9 +212,10 @@ def network(config: Config, weights: Mapping[str, Tensor]) -> VisionTransformer:
     return vit
 
 
-def _unknown_start(method: str) -> Weights:
+def _unknown_start(config: Config) -> Weights:
+    merges = "distill.init = 'wudi'" if config.distill.init == "wudi" else f"method = {config.method!r}"
     raise ConfigError(
-        f"method = {method!r} merges differences from the weights that the models were trained from; give start=, or "
+        f"{merges} merges differences from the weights that the models were trained from; give fuse(..., start=), or "
         "--start FILE"
     )
 

@@ -24,7 +24,7 @@ WITH_WEIGHTS: dict[str, object] = {
     "local.lr": 1e-4,
     "local.head-lr": 1e-2,
     "inversion.stops": "0.0125,0.025,0.05,0.075",
-    "distill.init": "classwise",
+    "distill.init": "wudi",
     "distill.epochs-per-round": 5,
     "distill.lr": 1e-4,
 }

@@ -18,7 +18,8 @@ HEAD_WIDTH = 16  # of "small": numbers in one attention head; 4 heads in its 64 
 DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as all of them (docs/LOG.md)
 EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may contain beside weights
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # each the name of the package that it needs
-MERGED = ("average", "classwise")  # starts of the student that are made of the clients' weights
+MERGED_HEADS = ("classwise", "wudi")  # starts of the student whose heads wait for images
+MERGED = ("average", *MERGED_HEADS)  # starts that are made of the clients' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +319,7 @@ class DistillConfig(Section):
     rounds: int = 2  # R: each inverts new images, then distils on all images so far
     images_per_round: int = 250
     epochs_per_round: int = 0  # over all images so far; 0: 60, or 5 with model.weights
-    init: str = AUTO  # average (of uploads) | classwise (its heads by class) | initial | auto: one of the first two
+    init: str = AUTO  # average | classwise (its heads merged by class) | wudi (and its body) | initial | auto
     lr: float = 0.0  # 0: 0.003, or 0.0001 with model.weights
 
     def __post_init__(self) -> None:
@@ -335,6 +336,16 @@ class DistillConfig(Section):
     def merges(self) -> bool:
         """Whether the start is made of the clients' weights."""
         return self.init in MERGED
+
+    @property
+    def merges_heads(self) -> bool:
+        """Whether the start has its head only once there are images."""
+        return self.init in MERGED_HEADS
+
+    @property
+    def teach(self) -> str:
+        """How the ensemble teaches: a student whose head was merged by contrast goes on by it."""
+        return "contrast" if self.merges_heads else "logits"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def _measured(
     pool = _saved_pool(folder, config, device)
     ensemble = _weighed(uploads, pool, config, device)
     students = {"start": start_student(uploads, config).to(device)}
-    if config.distill.init == "classwise":
+    if config.distill.merges_heads:
         settle(students["start"], ensemble, pool)
     students["end"] = vit_of(config.model, load_tensors(folder.model_path)[0]).to(device)
     test = _test_images(config, sizes.test, device)

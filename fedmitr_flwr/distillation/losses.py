@@ -55,7 +55,7 @@ def distillation_loss(student: TokenLogits, ensemble: TokenLogits, labels: Seque
     tokens_BYJ = student.patches.transpose(1, 2)
 
     def soft(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
-        if teach == "logits":
+        if teach in ("logits", "contrast"):
             return logit_distance(teacher_Y, student_Y)
         return soft_divergence(teacher_Y, student_Y, temperature)
 

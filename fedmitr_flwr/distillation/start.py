@@ -13,8 +13,9 @@ from ..ensemble.ensemble import Ensemble
 from ..inversion.pool import Pool
 from ..merging.average import average
 from ..merging.classwise import merge_heads
+from ..merging.task_vectors import wudi
 from ..uploads.upload import Upload
-from ..vit.build import build_vit, initial_weights
+from ..vit.build import Weights, build_vit, initial_weights
 from ..vit.tokens import TokenLogits, forward_tokens
 from .distil import seen
 from .losses import centred
@@ -22,21 +23,28 @@ from .losses import centred
 BATCH = 256  # images that are asked about at once
 
 
-def start_student(uploads: Sequence[Upload], config: Config) -> VisionTransformer:
-    """The student before distillation: the clients' average, or their start as it was.
+def start_student(
+    uploads: Sequence[Upload], config: Config, origin: Callable[[], Weights] | None = None
+) -> VisionTransformer:
+    """The student before distillation: the clients' average or merged bodies, or their start as it was.
 
-    Heads that are to be merged by class wait for images: `settle`.
+    Heads that are to be merged by class wait for images: `settle`. `origin` gives what the clients started from; None:
+    the settings say it.
     """
     student, distill = build_vit(config.model, config.seed), config.distill
     assert distill.resolved, "distill.* has settings that are to be resolved first"
-    student.load_state_dict(average(uploads) if distill.merges else initial_weights(config.model, config.seed))
+    if distill.init == "wudi":
+        weights = wudi(uploads, origin() if origin else initial_weights(config.model, config.seed))
+    else:
+        weights = average(uploads) if distill.merges else initial_weights(config.model, config.seed)
+    student.load_state_dict(weights)
     return student
 
 
 def settle(student: VisionTransformer, ensemble: Ensemble, pool: Pool) -> dict[str, float]:
-    """Give the start, which is the average, heads merged by class on these images. Returns facts for metrics."""
+    """Give the start, which has the average's, a head merged by class on these images. Returns facts for metrics."""
     said_MY = answers(ensemble, pool)
-    facts = {"likeness_of_average": likeness(student, said_MY, pool)}
+    facts = {"likeness_before": likeness(student, said_MY, pool)}
     merge_heads(student, ensemble, pool.images)
     facts["likeness"] = likeness(student, said_MY, pool)
     return facts

@@ -16,12 +16,14 @@ from ..common.errors import ConfigError
 from ..config import EnsembleConfig, ModelConfig
 from ..uploads.upload import Upload
 from ..vit.tokens import Question, TokenLogits, all_positions, forward_cls, forward_tokens, patchify
+from .contrast import Contrast
 from .routing import Routing, everyone
 from .teachers import Teachers
 
 # Of each teacher's softmax, in `probs` and in importance: at 1, teachers that are all but certain differ by less than
 # their weights do (docs/LOG.md).
 TEMPERATURE = 3.0
+CONTRAST = "contrast"  # a way to teach that is no rule: what a teacher adds depends on all weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
@@ -39,7 +41,7 @@ class Ensemble(nn.Module):
         combine: str,
         teach: str = "logits",
     ) -> None:
-        """`combine` is how answers are combined to decide, `teach` how to teach: `logits` or `probs`."""
+        """`combine` is how answers are combined to decide, `teach` how to teach: likewise, or by `contrast`."""
         super().__init__()
         self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.patch: int = self.teachers[0].patch_embed.patch_size[0]  # pixels along a patch's side
@@ -75,13 +77,13 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def scores(self, patches_BME: Tensor, positions_BM: Tensor) -> TokenLogits:
         """What the ensemble teaches: scores of the class token (B, Y) and of each given patch (B, M, Y)."""
-        teach = rule(self.teach)
+        teach = Contrast(self.weights) if self.teach == CONTRAST else Weighted(rule(self.teach), self.weights)
         answers = self._ask(forward_tokens, patches_BME, positions_BM, everyone(self.weights))
         parts = (  # made one by one: all teachers' answers together may not fit into memory
-            TokenLogits(teach.part(cls, weights_Y), teach.part(patches, weights_Y))
-            for (cls, patches), weights_Y in zip(answers, self.weights, strict=True)
+            TokenLogits(teach.part(k, cls), teach.part(k, patches)) for k, (cls, patches) in enumerate(answers)
         )
-        return reduce(lambda total, part: TokenLogits(*map(teach.join, total, part)), parts)
+        total = reduce(lambda some, part: TokenLogits(*map(teach.join, some, part)), parts)
+        return TokenLogits(*map(teach.scores, total))
 
     @property
     def by_many(self) -> bool:
@@ -203,6 +205,25 @@ RULES: Mapping[str, Rule] = {
         partial(torch.logsumexp, dim=0),
     ),
 }
+
+
+class Weighted(NamedTuple):
+    """A rule with the teachers' weights, as `Contrast` is used."""
+
+    rule: Rule
+    weights_KY: Tensor
+
+    def part(self, k: int, logits: Tensor) -> Tensor:
+        """What teacher k adds."""
+        return self.rule.part(logits, self.weights_KY[k])
+
+    def join(self, one: Tensor, other: Tensor) -> Tensor:
+        """What two add together."""
+        return self.rule.join(one, other)
+
+    def scores(self, parts: Tensor) -> Tensor:
+        """What all add are the scores."""
+        return parts
 
 
 def rule(name: str) -> Rule:

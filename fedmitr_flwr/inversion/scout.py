@@ -34,12 +34,12 @@ class Weigher:
     """The ensemble, whose weights are estimated anew from ever more images where `ensemble.weights` is "estimated"."""
 
     def __init__(
-        self, uploads: Sequence[Upload], config: Config, device: torch.device, *, teach: str = "logits"
+        self, uploads: Sequence[Upload], config: Config, device: torch.device, *, teach: str | None = None
     ) -> None:
-        """The ensemble teaches by `teach`. Without images it is weighted by size."""
+        """The ensemble teaches by `teach`; None: as fits the student's start. Without images it is weighted by size."""
         self.uploads, self.config = uploads, config
         self.estimates = config.ensemble.weights == "estimated"
-        self.ensemble = Ensemble.of(uploads, config.model, config.ensemble, teach).to(device)
+        self.ensemble = Ensemble.of(uploads, config.model, config.ensemble, teach or config.distill.teach).to(device)
 
     def scout(self, pixels: Pixels = PIXELS) -> None:
         """Make the first images, and weigh by them."""

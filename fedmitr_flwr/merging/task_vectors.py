@@ -6,7 +6,7 @@ head) is averaged by numbers of images.
 Shapes: K clients, O outputs and I inputs of a layer, R = min(O, I).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,10 +28,15 @@ def wudi(uploads: Sequence[Upload], start: Mapping[str, Tensor]) -> Weights:
     the mean update τ̄ [M]. It is RegMean's form, with G_k = τ_kᵀ τ_k / ‖τ_k‖² in place of the inputs' second moments.
     """
 
-    def least_interfering(updates_KOI: Tensor, mean_OI: Tensor) -> Tensor:
-        gram_KII = updates_KOI.mT @ updates_KOI
-        gram_KII /= gram_KII.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]
-        return least_squares(gram_KII.sum(0), (updates_KOI @ gram_KII).sum(0), mean_OI, HOLD)
+    def least_interfering(updates: Iterable[Tensor], mean_OI: Tensor) -> Tensor:
+        outputs, inputs = mean_OI.shape
+        gram_II, cross_OI = mean_OI.new_zeros(inputs, inputs), mean_OI.new_zeros(outputs, inputs)
+        for update_OI in updates:
+            own_II = update_OI.T @ update_OI
+            own_II /= own_II.trace().clamp_min(1e-30)
+            gram_II += own_II
+            cross_OI += update_OI @ own_II
+        return least_squares(gram_II, cross_OI, mean_OI, HOLD)
 
     return _by_matrix(uploads, start, least_interfering)
 
@@ -39,12 +44,12 @@ def wudi(uploads: Sequence[Upload], start: Mapping[str, Tensor]) -> Weights:
 def tsv(uploads: Sequence[Upload], start: Mapping[str, Tensor]) -> Weights:
     """TSV-M (Gargiulo et al. 2025): each client's leading R / K singular vectors, made orthogonal to all others'."""
 
-    def orthogonalised(updates_KOI: Tensor, _: Tensor) -> Tensor:
-        u_KOR, s_KR, vt_KRI = torch.linalg.svd(updates_KOI, full_matrices=False)
-        rank = max(1, s_KR.shape[1] // len(updates_KOI))
-        left = _nearest_orthogonal(torch.cat(list(u_KOR[:, :, :rank]), dim=1))
-        right = _nearest_orthogonal(torch.cat(list(vt_KRI[:, :rank])))
-        merged_OI: Tensor = (left * s_KR[:, :rank].flatten()) @ right
+    def orthogonalised(updates: Iterable[Tensor], mean_OI: Tensor) -> Tensor:
+        rank = max(1, min(mean_OI.shape) // len(uploads))
+        factors = [torch.linalg.svd(update_OI, full_matrices=False) for update_OI in updates]
+        left = _nearest_orthogonal(torch.cat([u_OR[:, :rank] for u_OR, _, _ in factors], dim=1))
+        right = _nearest_orthogonal(torch.cat([vt_RI[:rank] for _, _, vt_RI in factors]))
+        merged_OI: Tensor = (left * torch.cat([s_R[:rank] for _, s_R, _ in factors])) @ right
         return merged_OI
 
     return _by_matrix(uploads, start, orthogonalised)
@@ -60,15 +65,18 @@ def merged(uploads: Sequence[Upload], start: Mapping[str, Tensor], merge: Callab
 
 
 def _by_matrix(
-    uploads: Sequence[Upload], start: Mapping[str, Tensor], merge: Callable[[Tensor, Tensor], Tensor]
+    uploads: Sequence[Upload], start: Mapping[str, Tensor], merge: Callable[[Iterable[Tensor], Tensor], Tensor]
 ) -> Weights:
-    """The average, but for the blocks' matrices: w⁰ + `merge(updates (K, O, I), their mean (O, I))`, in float64."""
+    """The average, but for the blocks' matrices: w⁰ + `merge(updates (O, I), their mean)`, in float64.
+
+    One update is read at a time: of many clients, or of wide layers, all of them take gigabytes.
+    """
     found = average(uploads)
-    for name, weights in stacked(uploads):
-        if name.startswith("blocks.") and weights.dim() == 3:
+    for name, mean in found.items():
+        if name.startswith("blocks.") and mean.dim() == 2:
             origin = start[name].double()
-            update = merge(weights.double() - origin, found[name].double() - origin)
-            found[name] = (origin + update).to(weights.dtype)
+            updates = (upload.weights[name].double() - origin for upload in uploads)
+            found[name] = (origin + merge(updates, mean.double() - origin)).to(mean.dtype)
     return found
 
 

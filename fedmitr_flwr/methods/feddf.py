@@ -44,7 +44,7 @@ def check(config: Config) -> None:
 
 def settings(config: Config) -> Config:
     """Merged heads need synthetic images: the student starts from the average."""
-    forced: dict[str, object] = {"distill.init": "average"} if config.distill.init == "classwise" else {}
+    forced: dict[str, object] = {"distill.init": "average"} if config.distill.merges_heads else {}
     return Config.from_flat(forced, base=config)
 
 

@@ -69,7 +69,7 @@ class Rounds:
             stage: the name of making images, in metrics, seconds and on the progress bar.
             by_student: do the images depend on the student that they find?
         """
-        self.student = start_student(job.uploads, job.config).to(job.device)
+        self.student = start_student(job.uploads, job.config, job.origin).to(job.device)
         self.pool: Pool | None = None
         self._job, self._teachers, self._steps, self._stage = job, teachers, steps, stage
         self._image_settings = STUDENT_SETTINGS if by_student else IMAGE_SETTINGS
@@ -138,7 +138,7 @@ class Rounds:
         if self._stepper is None:
             self._stepper = student_stepper(student, job.config, count_batches(len(pool), job.config))
             self._done = self._restore(self._stepper)
-            if job.config.distill.init == "classwise" and not self._done:
+            if job.config.distill.merges_heads and not self._done:
                 with job.stopwatch.stage("distillation"):
                     found = settle(student, self._teachers.ensemble, pool)
                 job.log(stage="start", **found)
