@@ -10,7 +10,7 @@ so, w and λ are ours [M]:
 
     s = (Σ_k P_k + λ I)⁻¹ Σ_k (P_k z_k + λ a_k (z_k - z̄_k)),    P_k = diag(w_k) - w_k w_kᵀ
 
-λ is the mean of the diagonal of Σ_k P_k. Classes that no teacher compares are told apart by the weighted mean alone.
+λ is the mean of the diagonal of Σ_k P_k. Of classes that no teacher compares, the weighted mean alone says which it is.
 The map is linear and the same for all images, so it merges heads as it merges what they say.
 
 Shapes: K teachers, Y classes.
