@@ -29,7 +29,7 @@ class Contrast:
         mean_KY = weights / weights.sum(0).clamp_min(1e-30)
         known_KY = mean_KY / mean_KY.sum(1, keepdim=True).clamp_min(1e-30)
         joined_YY = torch.diag(known_KY.sum(0)) - known_KY.T @ known_KY
-        hold = joined_YY.diagonal().mean().clamp_min(1e-30)  # 0 if each teacher knows one class
+        hold = joined_YY.diagonal().mean().clamp_min(1e-6)  # rounding alone if each teacher knows one class
         none_YY = torch.eye(len(joined_YY), dtype=torch.float64)
         self._known_KY = known_KY.to(weights_KY)
         self._held_KY = (hold * mean_KY).to(weights_KY)
