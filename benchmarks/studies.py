@@ -21,6 +21,7 @@ from fedmitr_flwr.report.words import data_set, measure, model, skew
 Row = Mapping[str, Any]
 Study = Mapping[str, Any]
 
+SEEDS = "seeds"  # the bench of the studies' settings, with today's code
 NOTHING = "No results are committed yet."
 NAMES = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 CELL = ("inversion.mode", "relabel.mode")
@@ -159,36 +160,36 @@ def _grids(studies: Sequence[Study]) -> list[str]:
 
 
 def glance(results: Path) -> str:
-    """README.md: each study, but for partitions that the bench has, and each place of the bench."""
-    studies, bench = read(results), results / "bench" / benches.HEADLINE / "results.jsonl"
-    lines = []
-    for content in studies:
+    """README.md: a line for each setting that is not IID in a study; the bench of the same settings is newer."""
+    found: dict[str, list[str]] = {}
+    for content in read(results):
         if content["config"]["partition.scheme"] != "iid":
             rows = default_rows(content)
             own = [*_spreads(rows, alone, fedavg), "-", *_spreads(rows, student, reached), "-"]
-            lines.append([setting(content["config"]), *own])
-    if bench.is_file():
-        lines += _places(load(bench).entries)
-    if not lines:
+            found[setting(content["config"])] = own
+    for bench in (SEEDS, benches.HEADLINE):
+        path = results / "bench" / bench / "results.jsonl"
+        found |= _places(load(path).entries) if path.is_file() else {}
+    if not found:
         return NOTHING
     said = "Test accuracy in percent after the last epoch, mean ± sample standard deviation (seeds), one round. "
     said += "Rows of 3,000 images have half of the usual budget. -: not measured there."
-    return "\n".join([said, "", *table(GLANCE, lines)])
+    return "\n".join([said, "", *table(GLANCE, [[name, *own] for name, own in found.items()])])
 
 
-def _places(entries: Sequence[Row]) -> list[list[str]]:
+def _places(entries: Sequence[Row]) -> dict[str, list[str]]:
     """Those of the bench's first number of clients."""
     clients = entries[0]["bench"]["clients"]
-    found: dict[str, dict[str, list[Row]]] = {}
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for entry in entries:
         place = entry["bench"]
         if place["clients"] == clients:
-            found.setdefault(place["partition"], {}).setdefault(place["label"], []).append(entry)
-    lines = []
+            found.setdefault((place["data"], place["partition"]), {}).setdefault(place["label"], []).append(entry)
+    lines = {}
     for here in found.values():
         if ours := here.get("fedmitr"):
             named = {**ours[0]["config"], "data.path": ours[0]["bench"]["data"]}  # a bench's settings have no paths
             dense, lda = (_spreads(here.get(label, []), student) for label in ("dense", "lda"))
             own = [*_spreads(ours, alone, fedavg), *dense, *_spreads(ours, student, reached), *lda]
-            lines.append([setting(named), *own])
+            lines[setting(named)] = own
     return lines
