@@ -161,6 +161,7 @@ def attacked(run: Run) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
 def features_of(start: VisionTransformer, images_MCHW: Tensor) -> Tensor:
     """As `frozen_features`, of images that are normalised already."""
     tapped = taps(start, images_MCHW).double()

@@ -1,13 +1,19 @@
 """Attacks of benchmarks/inference.py: numbers by hand, a model that memorised, one that never saw the images."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
+from inference import attacked
 from security import inference as attack
 
+from fedmitr_flwr import Run
 from fedmitr_flwr.client.train import train_local
 from fedmitr_flwr.common.rng import stream
 from fedmitr_flwr.config import Config
-from fedmitr_flwr.data.images import Images
+from fedmitr_flwr.data.images import Images, prepare
+from fedmitr_flwr.data.sources import load
 from fedmitr_flwr.resolve import resolve
 from fedmitr_flwr.runs.evaluation import scores_of
 from fedmitr_flwr.vit.build import build_vit
@@ -92,3 +98,15 @@ def test_a_memory_is_found_and_a_stranger_is_at_chance() -> None:
     train_local(vit, images.subset(torch.tensor([0])), config, stream(0), CPU)
     assert found(vit, member).found == 100
     assert found(build_vit(config.model).eval(), torch.arange(200) % 2 == 0).auc == pytest.approx(50, abs=12)
+
+
+def test_a_run_whose_images_are_its_clients_own_gives_them_away() -> None:
+    limits = {"model.num-classes": 10, "data.train-limit": 60, "data.test-limit": 30}
+    config = resolve(Config.from_flat(TINY | limits))
+    train = load(config.data, config.model).train
+    kept = {"images": prepare(train.pixels, config.model), "targets": train.labels}
+    run = SimpleNamespace(config=config, model=lambda: build_vit(config.model), images=lambda: kept)
+    found = attacked(cast(Run, run))
+    for kind in ("pixels", "features"):
+        assert found[kind]["auc"] == found[kind]["found"] == pytest.approx(100)
+    assert found["loss"]["auc"] == pytest.approx(50, abs=15)  # the student saw none
