@@ -19,6 +19,7 @@ DIRECTIONS = 32  # of each layer's inputs, in an upload with moments: as good as
 EXTRAS = ("counts", "statistics", "variances", "moments")  # what an upload may contain beside weights
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # each the name of the package that it needs
 MERGED_HEADS = ("classwise", "wudi")  # starts of the student whose heads wait for images
+CONTRAST = "contrast"  # a way to teach that is no rule: what a teacher adds depends on all weights
 MERGED = ("average", *MERGED_HEADS)  # starts that are made of the clients' weights
 
 
@@ -345,7 +346,7 @@ class DistillConfig(Section):
     @property
     def teach(self) -> str:
         """How the ensemble teaches: a student whose head was merged by contrast goes on by it."""
-        return "contrast" if self.merges_heads else "logits"
+        return CONTRAST if self.merges_heads else "logits"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config.sections import CONTRAST
 from ..vit.tokens import TokenLogits
 
 HIGH = 0.1  # weight of the pseudo-labels in the whole loss
@@ -55,7 +56,7 @@ def distillation_loss(student: TokenLogits, ensemble: TokenLogits, labels: Seque
     tokens_BYJ = student.patches.transpose(1, 2)
 
     def soft(teacher_Y: Tensor, student_Y: Tensor, temperature: float) -> Tensor:
-        if teach in ("logits", "contrast"):
+        if teach in ("logits", CONTRAST):
             return logit_distance(teacher_Y, student_Y)
         return soft_divergence(teacher_Y, student_Y, temperature)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..common import outside
 from ..common.errors import ConfigError
 from ..config import EnsembleConfig, ModelConfig
+from ..config.sections import CONTRAST
 from ..uploads.upload import Upload
 from ..vit.tokens import Question, TokenLogits, all_positions, forward_cls, forward_tokens, patchify
 from .contrast import Contrast
@@ -23,7 +24,6 @@ from .teachers import Teachers
 # Of each teacher's softmax, in `probs` and in importance: at 1, teachers that are all but certain differ by less than
 # their weights do (docs/LOG.md).
 TEMPERATURE = 3.0
-CONTRAST = "contrast"  # a way to teach that is no rule: what a teacher adds depends on all weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (scores (B, Y), patches (B, M, E)) -> (B,)
 
