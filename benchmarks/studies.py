@@ -167,13 +167,17 @@ def glance(results: Path) -> str:
             rows = default_rows(content)
             own = [*_spreads(rows, alone, fedavg), "-", *_spreads(rows, student, reached), "-"]
             found[setting(content["config"])] = own
+    again: dict[str, list[str]] = {}
     for bench in (SEEDS, benches.HEADLINE):
         path = results / "bench" / bench / "results.jsonl"
-        found |= _places(load(path).entries) if path.is_file() else {}
+        places = _places(load(path).entries) if path.is_file() else {}
+        again |= places if bench == SEEDS else {}
+        found |= places
     if not found:
         return NOTHING
     said = "Test accuracy in percent after the last epoch, mean ± sample standard deviation (seeds), one round. "
-    said += "Rows of 3,000 images have half of the usual budget. -: not measured there."
+    said += "Rows of 3,000 images have half of the usual budget. -: not measured there. Measured with 0.1.0"
+    said += f", but for {'; '.join(again)}." if again else "."
     return "\n".join([said, "", *table(GLANCE, [[name, *own] for name, own in found.items()])])
 
 
