@@ -3,15 +3,18 @@
 import os
 import sys
 
-from .cli import main
+from .cli import INTERRUPTED, main
 
 
 def command() -> int:
     """Run the command; gives its exit status, to end with."""
     status = main()
-    if sys.argv[1:2] in (["simulate"], ["demo"]):  # which have loaded torch, and have nothing left to do
+    # Python's own end takes seconds where torch was loaded, half a minute on a busy machine; and after a Ctrl-C that met
+    # code in a string, as dataclasses are made of, it ends as if nobody had handled it.
+    if status == INTERRUPTED or sys.argv[1:2] in (["simulate"], ["demo"]):  # which have nothing left to do
         sys.stdout.flush()
-        os._exit(status)  # Python's own end takes seconds then, or half a minute on a busy machine
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

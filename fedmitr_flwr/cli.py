@@ -22,6 +22,8 @@ from .config.unread import unread_line
 if TYPE_CHECKING:  # torch takes seconds to import, and `fedmitr --help` needs none of it
     from .runs.folder import RunFolder
 
+INTERRUPTED = 130  # the exit status after Ctrl-C: 128 and the number of SIGINT
+
 _EXAMPLES = """examples:
   fedmitr demo
   fedmitr run method=fedavg partition.clients=3 --name first
@@ -375,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"fedmitr: interrupted{printable(f'; {error}' if str(error) else goes_on.get(command, ''))}",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
         return 141
