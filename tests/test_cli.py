@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
@@ -195,6 +196,24 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys: pytest.CaptureFixture[st
     assert ended(capsys, KeyboardInterrupt(), "training") == (130, "fedmitr: interrupted")
     line = r"fedmitr: interrupted; go on with: fedmitr run ... resume-from=/runs/a\x1bb"
     assert ended(capsys, KeyboardInterrupt(), "run folder: /runs/a\x1bb") == (130, line)
+
+
+def test_a_ctrl_c_within_code_in_a_string_ends_with_130_too(tmp_path: Path) -> None:
+    """`python -m` marks it as unhandled, even where it is handled, and would end as killed by SIGINT."""
+    script = """
+        import sys
+        from fedmitr_flwr import __main__ as ours, cli
+        def run(_):
+            exec("raise KeyboardInterrupt")
+        cli._list = run
+        sys.argv = ["fedmitr", "list"]
+        sys.exit(ours.command())
+    """
+    (tmp_path / "ours.py").write_text(dedent(script))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "ours"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fedmitr: interrupted\n")
 
 
 def test_methods_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
